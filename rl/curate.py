@@ -1,0 +1,143 @@
+"""Data made between the stages with the policy at hand: pass@k filter, rejection sampling, hard cases.
+
+Each writes a set of records and returns what it kept and dropped, and why. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.artifacts import read_jsonl
+from core.records import load_records, write_records
+from rewards.answer import AnswerReward
+from rewards.extract import parse_thinking
+from rewards.format import ThinkFormat
+from rl.config import HardCases, Harvest, PassAtK
+from rl.data import Record, example_of, prompt_messages
+from rl.rollout.client import Completion, Prompt, RolloutClient, Sampling
+
+Progress = Callable[[int, int], None] | None
+
+
+class TooFewRows(RuntimeError):
+    """A filter kept fewer rows than the recipe asks for."""
+
+
+def pass_at_k(
+    cfg: PassAtK, client: RolloutClient, sets: Mapping[str, Path], out: Path, *, seed: int, max_tokens: int, progress: Progress = None
+) -> dict[str, Any]:
+    """Write the prompts that can teach the served policy something to `out/<into>.parquet`.
+
+    Always-solved prompts are dropped; never-solved ones too where reasoning is needed (report, section 4). The rate
+    is kept in the rows' meta as `pass_rate`.
+    """
+    source = cfg.source
+    rows = load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed)
+    kept, dropped = [], Counter()
+    for row, completions in _sampled(rows, client, cfg.samples, cfg.temperature, seed, max_tokens, progress):
+        rate = _pass_rate(row, completions)
+        if rate is None:
+            dropped["unscorable"] += 1
+        elif rate == 1 and cfg.drop_always_solved:
+            dropped["always solved"] += 1
+        elif rate == 0 and cfg.drop_never_solved and row["mode"] == "think":
+            dropped["never solved"] += 1
+        else:
+            kept.append({**row, "meta": {**(row["meta"] or {}), "pass_rate": rate}})
+    return _finish(f"pass@{cfg.samples} filter", kept, dropped, cfg.min_rows, out / f"{cfg.into}.parquet")
+
+
+def harvest(
+    cfg: Harvest, client: RolloutClient, sets: Mapping[str, Path], out: Path, *, seed: int, max_tokens: int, progress: Progress = None
+) -> dict[str, Any]:
+    """Write the served policy's own correct, well-formed chains to `out/<into>.parquet`, one per prompt at most."""
+    source = cfg.source
+    rows = load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed)
+    answer, well_formed = AnswerReward(), ThinkFormat()
+    kept, dropped, seen = [], Counter(), set()
+    for row, completions in _sampled(rows, client, cfg.samples, cfg.temperature, seed, max_tokens, progress):
+        example = example_of(row)
+        good = [c for c in completions if c.finished and well_formed(c.text, example).score == 1]
+        right = [c for c in good if answer(c.text, example).score == 1]
+        if not right:
+            dropped["no correct completion" if good else "no well-formed completion"] += 1
+            continue
+        key = (row["question"], right[0].text, _image_key(row))
+        if key in seen:
+            dropped["duplicate"] += 1
+            continue
+        seen.add(key)
+        parsed = parse_thinking(right[0].text)
+        kept.append({**row, "chain": parsed.thought.strip(), "response": right[0].text.strip(), "source": "harvest"})
+    over = max(0, len(kept) - cfg.keep)
+    if over:
+        dropped["more than keep"] = over
+        kept = random.Random(seed).sample(kept, cfg.keep)
+    return _finish("rejection sampling", kept, dropped, cfg.min_rows, out / f"{cfg.into}.parquet")
+
+
+def hard_cases(cfg: HardCases, records: Sequence[Record], record_file: Path, out: Path) -> dict[str, Any]:
+    """Write the prompts that an RL stage was unreliable on to `out/<into>.parquet`, hardest first.
+
+    Args:
+        cfg: which stage, and how unreliable.
+        records: the rows that stage trained on.
+        record_file: that stage's record.jsonl; a prompt's last visit counts.
+        out: folder for the set.
+    """
+    last: dict[str, float] = {}
+    for line in read_jsonl(record_file):
+        if line["of"]:
+            last[line["id"]] = line["correct"] / line["of"]
+    kept, dropped = [], Counter()
+    for row in records:
+        rate = last.get(row["id"])
+        if rate is None:
+            dropped["not visited"] += 1
+        elif rate > cfg.max_pass_rate:
+            dropped[f"solved more than {cfg.max_pass_rate:.0%} of the time"] += 1
+        else:
+            kept.append({**row, "meta": {**(row["meta"] or {}), "pass_rate": rate}})
+    kept.sort(key=lambda row: row["meta"]["pass_rate"])
+    if cfg.rows and len(kept) > cfg.rows:
+        dropped["more than rows"] = len(kept) - cfg.rows
+        kept = kept[: cfg.rows]
+    return _finish("hard cases", kept, dropped, cfg.min_rows, out / f"{cfg.into}.parquet")
+
+
+def _sampled(
+    rows: Sequence[Record], client: RolloutClient, samples: int, temperature: float, seed: int, max_tokens: int, progress: Progress
+) -> list[tuple[Record, list[Completion]]]:
+    prompts = [Prompt(prompt_messages(row), seed=(seed << 32) + at * samples) for at, row in enumerate(rows)]
+    sampling = Sampling(max_tokens=max_tokens, n=samples, temperature=temperature)
+    report = (lambda done: progress(done, len(rows))) if progress else None
+    answers = client.generate(prompts, sampling, report)
+    return [(row, answer.completions) for row, answer in zip(rows, answers, strict=True)]
+
+
+def _pass_rate(row: Record, completions: Sequence[Completion]) -> float | None:
+    example = example_of(row)
+    scores = [AnswerReward()(completion.text, example).score for completion in completions]
+    scores = [score for score in scores if score is not None]
+    return math.fsum(scores) / len(scores) if scores else None
+
+
+def _image_key(row: Record) -> tuple[bytes, ...]:
+    return tuple(image.tobytes() for image in row["images"])
+
+
+def _finish(what: str, kept: list[dict], dropped: Counter, min_rows: int, path: Path) -> dict[str, Any]:
+    report = {"kept": len(kept), "dropped": dict(dropped)}
+    if len(kept) < min_rows:
+        raise TooFewRows(
+            f"{what}: kept {len(kept)} rows, min_rows is {min_rows} (dropped: {dict(dropped)}). "
+            "Give it more prompts, or a policy that solves some of them but not all."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_records(path, kept)
+    return report

@@ -1,0 +1,129 @@
+"""Greedy evaluation of the served policy on held-out rows, in thinking and in direct mode. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.records import load_records
+from core.stats import wilson
+from rewards.answer import AnswerReward
+from rewards.format import DirectFormat, ThinkFormat
+from rewards.verdict import Verdict
+from rl.config import EvalConfig
+from rl.data import Record, example_of, prompt_messages
+from rl.rollout.client import Completion, Prompt, RolloutClient, Sampling
+
+MODES = {"thinking": "think", "direct": "direct"}
+"""Name in the report -> mode of the rows."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One held-out row with the policy's greedy completion and its verdicts."""
+
+    record: Record
+    completion: Completion
+    answer: Verdict
+    format: Verdict
+
+    @property
+    def correct(self) -> bool:
+        return self.answer.score == 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the report and the tracker show it (the image travels beside it)."""
+        return {
+            "id": self.record["id"],
+            "mode": self.record["mode"],
+            "question": self.record["question"],
+            "answer": self.record["answer"],
+            "completion": self.completion.text,
+            "verdicts": {"answer": self.answer.to_dict(), "format": self.format.to_dict()},
+            "correct": self.correct,
+        }
+
+
+def evaluate(
+    cfg: EvalConfig,
+    client: RolloutClient,
+    sets: Mapping[str, Path],
+    on_answer: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, dict[str, Any]], list[Judged]]:
+    """Score the policy that the pool serves now.
+
+    Args:
+        cfg: which rows, and how long a completion may be.
+        client: the rollout pool.
+        sets: data set name -> Parquet file.
+        on_answer: told (rows done, rows in all).
+
+    Returns:
+        `{"thinking": {accuracy, n, ci95, format_rate, mean_tokens}, "direct": {...}}`, accuracies and rates in
+        [0, 1], and every judged row.
+    """
+    rows = {name: held_out(cfg, name, sets) for name in MODES}
+    total = sum(map(len, rows.values()))
+    judged: list[Judged] = []
+    scores = {}
+    for name, records in rows.items():
+        before = len(judged)
+        report = (lambda done, before=before: on_answer(before + done, total)) if on_answer else None
+        part = judge(records, client, cfg.max_completion_tokens, report)
+        scores[name] = summary(part)
+        judged += part
+    return scores, judged
+
+
+def held_out(cfg: EvalConfig, name: str, sets: Mapping[str, Path]) -> list[Record]:
+    """The rows of one mode; a row of another mode in the set is an error."""
+    source = getattr(cfg, name)
+    records = load_records(sets[source.set], split=source.split, rows=source.rows)
+    wrong = [row["id"] for row in records if row["mode"] != MODES[name]]
+    if wrong:
+        raise ValueError(
+            f"eval.{name}: set {source.set!r} holds {len(wrong)} rows of another mode (first: {wrong[0]!r}); "
+            f"it must hold mode={MODES[name]!r} alone"
+        )
+    return records
+
+
+def judge(
+    records: Sequence[Record],
+    client: RolloutClient,
+    max_tokens: int,
+    on_answer: Callable[[int], None] | None = None,
+) -> list[Judged]:
+    """Greedy completions of the rows with their answer and format verdicts, in the rows' order."""
+    answer, formats = AnswerReward(), {"think": ThinkFormat(), "direct": DirectFormat()}
+    prompts = [Prompt(prompt_messages(row)) for row in records]
+    answers = client.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0), on_answer)
+    judged = []
+    for row, given in zip(records, answers, strict=True):
+        completion, example = given.completions[0], example_of(row)
+        judged.append(
+            Judged(
+                row,
+                completion,
+                answer=answer(completion.text, example),
+                format=formats[row["mode"]](completion.text, example),
+            )
+        )
+    return judged
+
+
+def summary(judged: Sequence[Judged]) -> dict[str, Any]:
+    """Accuracy with its 95% Wilson interval, format rate and mean completion length in tokens."""
+    n = len(judged)
+    if not n:
+        raise ValueError("no row to evaluate")
+    correct = sum(row.correct for row in judged)
+    return {
+        "accuracy": correct / n,
+        "n": n,
+        "ci95": list(wilson(correct, n)),
+        "format_rate": sum(row.format.score == 1 for row in judged) / n,
+        "mean_tokens": sum(len(row.completion.token_ids) for row in judged) / n,
+    }

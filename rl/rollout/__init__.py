@@ -1,0 +1,1 @@
+"""Rollout workers: server processes, their client, weight updates and the parity guard."""

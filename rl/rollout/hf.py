@@ -1,0 +1,228 @@
+"""A rollout server over transformers' `generate`, for machines without vLLM. Same endpoints, far slower.
+
+Speaks the part of vLLM's HTTP interface that `RolloutClient` uses: /health, /v1/chat/completions, weight updates and
+cache resets. Requests that arrive together and ask for the same sampling are generated as one batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import queue
+import threading
+import traceback
+from concurrent.futures import Future
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+MAX_BATCH = 64
+GATHER_S = 0.02
+"""How long the first request of a batch waits for others."""
+MAX_BODY = 256 * 2**20
+"""Largest request body, bytes."""
+
+
+class Engine:
+    """The model and the one thread that runs it.
+
+    Args:
+        folder: checkpoint folder (architecture, tokenizer, processor, first weights).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+
+        import core
+        from core.learner import load_processor
+
+        core.register()
+        from transformers import AutoModelForImageTextToText
+
+        self.torch = torch
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModelForImageTextToText.from_pretrained(folder).to(self.device).eval()
+        self.processor = load_processor(folder)
+        self.processor.tokenizer.padding_side = "left"
+        self.jobs: queue.Queue[tuple[str, dict, Future]] = queue.Queue()
+        threading.Thread(target=self._serve, daemon=True, name="engine").start()
+
+    def ask(self, kind: str, body: dict) -> dict:
+        """Hand a job to the engine's thread and wait for its reply."""
+        future: Future = Future()
+        self.jobs.put((kind, body, future))
+        return future.result()
+
+    def _serve(self) -> None:
+        waiting: list[tuple[str, dict, Future]] = []
+        while True:
+            waiting = waiting or [self.jobs.get()]
+            while len(waiting) < MAX_BATCH:
+                try:
+                    waiting.append(self.jobs.get(timeout=GATHER_S))
+                except queue.Empty:
+                    break
+            batch, waiting = _alike(waiting)
+            try:
+                replies = self._run(batch[0][0], [body for _, body, _ in batch])
+            except Exception as error:  # one bad request must not end the server; its caller gets the words
+                traceback.print_exc()
+                for _, _, future in batch:
+                    future.set_exception(error)
+            else:
+                for (_, _, future), reply in zip(batch, replies, strict=True):
+                    future.set_result(reply)
+
+    def _run(self, kind: str, bodies: list[dict]) -> list[dict]:
+        if kind == "update_weights":
+            self._load(bodies[0]["update_info"])
+            return [{}]
+        with self.torch.no_grad():
+            return self._generate(bodies)
+
+    def _load(self, update: dict) -> None:
+        from safetensors.torch import load_file
+
+        weights = {name: tensor for path in update["paths"] for name, tensor in load_file(path).items()}
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        missing = [name for name in missing if name not in update["aliases"]]
+        if missing or unexpected:
+            raise ValueError(f"weight update: missing {missing[:5]}, unexpected {list(unexpected)[:5]}")
+
+    def _generate(self, bodies: list[dict]) -> list[dict]:
+        first = bodies[0]
+        inputs = self.processor.apply_chat_template(
+            [_messages(body) for body in bodies],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        ).to(self.device)
+        self.torch.manual_seed(first.get("seed") or 0)
+        greedy = first["temperature"] == 0
+        sampling = {} if greedy else {"temperature": first["temperature"], "top_p": first["top_p"], "top_k": 0}
+        eos = self.model.generation_config.eos_token_id
+        out = self.model.generate(
+            **inputs,
+            do_sample=not greedy,
+            num_return_sequences=first["n"],
+            max_new_tokens=first["max_tokens"],
+            suppress_tokens=[int(token) for token in first.get("logit_bias", {})] or None,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **sampling,
+        )
+        length = inputs["input_ids"].shape[1]
+        tokens = out.sequences[:, length:].cpu()
+        # Scores are logits after temperature and token ban: the distribution that was sampled from.
+        scores = self.torch.stack(out.scores, 1).float().log_softmax(-1).cpu()
+        logprobs = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        eos_ids = set(eos if isinstance(eos, list) else [eos])
+        choices = [self._choice(row.tolist(), lp.tolist(), eos_ids) for row, lp in zip(tokens, logprobs, strict=True)]
+        return [
+            {
+                "prompt_token_ids": ids[mask.bool()].tolist(),
+                "choices": choices[at * first["n"] : (at + 1) * first["n"]],
+            }
+            for at, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True))
+        ]
+
+    def _choice(self, ids: list[int], logprobs: list[float], eos: set[int]) -> dict[str, Any]:
+        end = next((at + 1 for at, token in enumerate(ids) if token in eos), None)
+        ids, logprobs = ids[:end], logprobs[:end]
+        return {
+            "token_ids": ids,
+            "logprobs": {"content": [{"logprob": value} for value in logprobs]},
+            "finish_reason": "stop" if end else "length",
+            "message": {"content": self.processor.tokenizer.decode(ids, skip_special_tokens=True)},
+        }
+
+
+def _alike(jobs: list) -> tuple[list, list]:
+    """The jobs that run together with the first one, and the rest. Seeded requests run alone: they are repeatable."""
+    keys = ("n", "temperature", "top_p", "max_tokens", "logit_bias")
+    kind, body, _ = jobs[0]
+    if kind != "generate" or (body["temperature"] > 0 and body.get("seed") is not None):
+        return jobs[:1], jobs[1:]
+    same = [job for job in jobs if job[0] == kind and all(job[1].get(key) == body.get(key) for key in keys)]
+    return same, [job for job in jobs if job not in same]
+
+
+def _messages(body: dict) -> list[dict]:
+    """The request's conversation with its data URLs opened."""
+    from PIL import Image
+
+    out = []
+    for message in body["messages"]:
+        parts = message["content"]
+        if isinstance(parts, str):
+            parts = [{"type": "text", "text": parts}]
+        opened = []
+        for part in parts:
+            if part["type"] == "image_url":
+                data = base64.b64decode(part["image_url"]["url"].split(",", 1)[1])
+                part = {"type": "image", "image": Image.open(io.BytesIO(data)).convert("RGB")}
+            opened.append(part)
+        out.append({"role": message["role"], "content": opened})
+    return out
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Routes of the server; `engine` is set by `main`."""
+
+    engine: Engine
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._reply(200 if self.path == "/health" else 404, {})
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        if length > MAX_BODY:
+            self._reply(413, {"error": f"body of {length} bytes; at most {MAX_BODY}"})
+            self.close_connection = True
+            return
+        body = json.loads(self.rfile.read(length) or b"{}")
+        kinds = {"/v1/chat/completions": "generate", "/update_weights": "update_weights"}
+        no_ops = ("/start_weight_update", "/finish_weight_update")
+        caches = ("/reset_mm_cache", "/reset_encoder_cache", "/reset_prefix_cache")
+        if self.path in no_ops or self.path in caches:  # nothing is cached between requests here
+            self._reply(200, {})
+        elif self.path in kinds:
+            try:
+                self._reply(200, self.engine.ask(kinds[self.path], body))
+            except Exception as error:  # told to the client, who raises it
+                self._reply(500, {"error": f"{type(error).__name__}: {error}"})
+        else:
+            self._reply(404, {"error": f"no such path: {self.path}"})
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _reply(self, status: int, body: dict) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def main() -> None:
+    """Serve a checkpoint folder until stopped."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    args = parser.parse_args()
+    Handler.engine = Engine(args.model)
+    server = ThreadingHTTPServer((args.host, args.port), Handler)
+    server.daemon_threads = True
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Parity guard: after a weight update, rollout engine and learner must give the same tokens the same probability.
+
+Silent off-policy training is the failure that no reward curve shows at once: a kept output head, image features from
+an old vision tower, a token banned on one side only. A few sequences scored by both sides find each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from rl.config import Parity
+from rl.rollout.client import Answer, Prompt, RolloutClient, Sampling
+
+CAUSES = """likely causes:
+  - a weight that the servers kept (tied lm_head not sent; a tensor name that the server maps elsewhere)
+  - a cache that was not reset after the update (multimodal, encoder and prefix caches hold old features)
+  - a token banned in sampling but not in the learner, or another temperature on the two sides
+  - other precision on the two sides: compare learner.dtype and rollout.dtype, then raise parity.bound if it is that
+  - another chat template or image processor in the served folder than in the learner's"""
+
+
+class ParityError(RuntimeError):
+    """Rollout engine and learner disagree about a token's probability; training on would be off-policy."""
+
+
+class ParityGuard:
+    """Scores the same probe prompts on both sides, the same ones every time (that is what finds stale caches).
+
+    Args:
+        cfg: number of probes, their length and the bound.
+        prompts: probe conversations, images included.
+        temperature: the rollouts' temperature; the guard compares the distributions that are trained with.
+    """
+
+    def __init__(self, cfg: Parity, prompts: Sequence[Prompt], temperature: float) -> None:
+        self.cfg = cfg
+        self.prompts = list(prompts[: cfg.sequences])
+        self.sampling = Sampling(max_tokens=cfg.tokens, temperature=temperature)
+
+    def sample(self, client: RolloutClient) -> list[Answer]:
+        """The servers' side: one short completion per probe with its log-probabilities.
+
+        Every server answers every probe: one that missed the update must not hide behind another.
+        """
+        prompts = [prompt for prompt in self.prompts for _ in client.urls]
+        return client.generate(prompts, self.sampling)
+
+    def check(
+        self, answers: Sequence[Answer], score: Callable[[int, Answer], Sequence[float]], servers: int
+    ) -> float:
+        """Largest absolute difference over all probe tokens; raise ParityError above the bound.
+
+        Args:
+            answers: from `sample`.
+            score: `score(probe index, answer)` gives the learner's log-probabilities of the completion's tokens.
+            servers: servers that answered each probe.
+        """
+        worst, where = 0.0, ""
+        for at, answer in enumerate(answers):
+            sampled = answer.completions[0]
+            if not sampled.token_ids:
+                continue
+            learner = score(at // servers, answer)
+            for position, (ours, theirs) in enumerate(zip(learner, sampled.logprobs, strict=True)):
+                difference = abs(ours - theirs)
+                difference = math.inf if math.isnan(difference) else difference
+                if difference > worst:
+                    worst = difference
+                    where = (
+                        f"probe {at // servers}, server {at % servers}, token {position} "
+                        f"(id {sampled.token_ids[position]}): learner {ours:.6f}, server {theirs:.6f}"
+                    )
+        if worst > self.cfg.bound:
+            raise ParityError(
+                f"after the weight update a log-probability differs by {worst:.3g}, above parity.bound="
+                f"{self.cfg.bound:g}\n  {where}\n{CAUSES}"
+            )
+        return worst

@@ -1,0 +1,181 @@
+"""Rollout workers as processes of their own: started, health-checked and stopped.
+
+After vLLM is imported in a process, transformers classes there are patched; a learner therefore never shares a
+process with an engine.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rl.config import PoolConfig
+from rl.rollout.shm_engine import BACKEND
+
+MODEL_NAME = "policy"
+PROFILE_IMAGE = {"width": 1792, "height": 1344}
+"""What vLLM measures its memory with: four by three tiles of 448, the most that a released core cuts. Its own choice
+is 10,000 by 10,000 pixels, which takes ten seconds to resize at every start."""
+
+
+class ServerFailed(RuntimeError):
+    """A rollout server did not start, or ended while it was needed. The message holds the end of its log."""
+
+
+class RolloutServer:
+    """One rollout server process.
+
+    Args:
+        cfg: the pool's configuration.
+        model: checkpoint folder whose architecture, tokenizer and template the server loads.
+        log: file that takes its output.
+        index: position in the pool, which picks the GPUs.
+    """
+
+    def __init__(self, cfg: PoolConfig, model: Path, log: Path, index: int = 0) -> None:
+        self.cfg, self.log = cfg, log
+        self.port = free_port(cfg.host)
+        self.url = f"http://{cfg.host}:{self.port}"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                command(cfg, model, self.port),
+                env=environment(cfg, index),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group of its own: its engine processes end with it
+            )
+        atexit.register(self.stop)
+
+    def wait_until_healthy(self) -> None:
+        """Return once the server answers; raise ServerFailed if it ends or takes too long."""
+        import requests
+
+        deadline = time.monotonic() + self.cfg.startup_timeout_s
+        while time.monotonic() < deadline:
+            self.check_alive()
+            try:
+                if requests.get(f"{self.url}/health", timeout=5).ok:
+                    return
+            except requests.RequestException:
+                pass
+            time.sleep(0.25)
+        self.stop()
+        raise ServerFailed(
+            f"rollout server not healthy after startup_timeout_s={self.cfg.startup_timeout_s:g}\n{self._log_end()}"
+        )
+
+    def check_alive(self) -> None:
+        code = self.process.poll()
+        if code is not None:
+            raise ServerFailed(f"rollout server ended with code {code}\n{self._log_end()}")
+
+    def stop(self) -> None:
+        """End the server and its children; safe to call twice."""
+        atexit.unregister(self.stop)
+        for sig, patience_s in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+            try:
+                os.killpg(self.process.pid, sig)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                continue
+        self.process.wait(10)
+
+    def _log_end(self, lines: int = 30) -> str:
+        text = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return "\n".join([f"last lines of {self.log}:", *text])
+
+
+@contextmanager
+def rollout_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[list[str]]:
+    """Give the URLs of healthy rollout servers for `model`'s architecture; stop the ones we started at the end."""
+    if cfg.urls:
+        yield [url.rstrip("/") for url in cfg.urls]
+        return
+    servers: list[RolloutServer] = []
+    try:
+        for index in range(cfg.servers):
+            servers.append(RolloutServer(cfg, model, log_dir / f"rollout-server-{index}.log", index))
+        for server in servers:
+            server.wait_until_healthy()
+        yield [server.url for server in servers]
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
+    """Command line of one server: a stock vLLM API server, or ours over transformers' generate."""
+    python = [sys.executable, "-P", "-m"]
+    if cfg.engine == "hf":
+        return [*python, "rl.rollout.hf", str(model), "--host", cfg.host, "--port", str(port), *cfg.extra_args]
+    backend = BACKEND if cfg.weights == "shm" else "nccl"
+    args = {
+        "--model": model,
+        "--served-model-name": MODEL_NAME,
+        "--model-impl": "transformers",
+        "--host": cfg.host,
+        "--port": port,
+        "--dtype": cfg.dtype,
+        "--max-model-len": cfg.max_model_tokens,
+        "--max-num-seqs": cfg.max_sequences,
+        "--limit-mm-per-prompt": json.dumps({"image": {"count": cfg.max_images, **PROFILE_IMAGE}}),
+        "--weight-transfer-config": json.dumps({"backend": backend}),
+        # Log-probabilities of the distribution that was sampled from: after temperature and the token ban.
+        "--logprobs-mode": "processed_logprobs",
+        # Sampling is ours to say; defaults of the checkpoint's generation_config would hide in every request.
+        "--generation-config": "vllm",
+        "--uvicorn-log-level": "warning",
+    }
+    if cfg.device == "cpu":
+        args["--block-size"] = 32  # CPU attention takes multiples of 32
+    else:
+        args["--tensor-parallel-size"] = cfg.gpus_per_server
+        args["--gpu-memory-utilization"] = cfg.gpu_memory_utilization
+    words = [str(word) for pair in args.items() for word in pair]
+    # Eager on CPU: compilation takes a minute there and gains nothing for short runs.
+    return [*python, "vllm.entrypoints.openai.api_server", *words, *["--enforce-eager"] * (cfg.device == "cpu"), *cfg.extra_args]
+
+
+def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
+    """Environment of one server process."""
+    env = dict(os.environ)
+    # The learner's ranks and rendezvous are not the server's.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        env.pop(name, None)
+    env |= {
+        "PYTHONSAFEPATH": "1",  # also for the processes that vLLM starts: our packages have common names
+        "VLLM_SERVER_DEV_MODE": "1",  # weight updates and cache resets
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if cfg.device == "cpu":
+        env |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(cfg.kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(cfg.threads),
+        }
+    else:
+        first = cfg.first_gpu + index * cfg.gpus_per_server
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(first, first + cfg.gpus_per_server))
+    return env
+
+
+def free_port(host: str) -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        return sock.getsockname()[1]

@@ -1,0 +1,239 @@
+"""One RL stage, from a policy to a better one. Reads top to bottom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rl.config import PoolConfig, RLConfig
+
+
+def train(
+    cfg: RLConfig, *, model: Path, out: Path, seed: int, sets: Mapping[str, Path], pool: PoolConfig, urls: Sequence[str]
+) -> Path:
+    """Run one RL stage; return the checkpoint folder that the next stage starts from.
+
+    Args:
+        cfg: the stage.
+        model: checkpoint folder of the policy to start from.
+        out: the stage's folder; takes checkpoint/, metrics.jsonl, completions.jsonl and record.jsonl.
+        seed: of prompts, completions and updates.
+        sets: data set name -> Parquet file or folder.
+        pool: configuration of the rollout pool behind `urls`.
+        urls: rollout servers, which serve a core of the same architecture.
+    """
+    from datasets import Dataset
+    from transformers import set_seed
+
+    from core.learner import (
+        apply_freeze,
+        join_process_group,
+        load_model,
+        load_processor,
+        peft_config,
+        save_checkpoint,
+    )
+    from rl.data import PromptStream, load_rows, prompt_messages
+    from rl.rollout.client import CoreFacts, Prompt
+    from rl.rollout.parity import ParityGuard
+    from rl.trainer import RolloutTrainer, reward_function
+
+    join_process_group(cfg.learner)
+    arguments = trl_config(cfg, out, seed)  # before the model: ZeRO-3 splits weights as they load
+    set_seed(seed)
+    records = load_rows(cfg.data, sets, seed)
+    probes = _probes(records, cfg.parity.sequences)
+    guard = ParityGuard(cfg.parity, [Prompt(prompt_messages(row), seed=i) for i, row in enumerate(probes)], cfg.rollout.temperature)
+    policy, processor = load_model(model, cfg.learner), load_processor(model)
+    apply_freeze(policy, cfg.learner.freeze)
+    core = CoreFacts.of(model)
+    ban_tokens(policy, core.banned_ids)
+    client = _client(urls, core, pool) if _is_rank_0() else None
+    log = RunLog(cfg, out)
+    trainer = RolloutTrainer(
+        collector=_collector(cfg, client, PromptStream(records, seed), seed) if client else None,
+        sync=_sync(pool, client, len(urls), policy),
+        guard=guard,
+        records=records,
+        probes=probes,
+        servers=len(urls),
+        on_batch=log.batch,
+        model=policy,
+        processing_class=processor,
+        # TRL draws from this; RolloutTrainer puts collected prompts in its place.
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * cfg.completions_per_batch}),
+        reward_funcs=[reward_function(name) for name in _columns(cfg)],
+        args=arguments,
+        peft_config=peft_config(cfg.learner),
+        callbacks=[log.callback()],
+    )
+    try:
+        trainer.train()
+        return save_checkpoint(trainer, processor, out / "checkpoint")
+    finally:
+        if client:
+            client.close()
+
+
+def trl_config(cfg: RLConfig, out: Path, seed: int) -> Any:
+    """The stage as TRL's GRPOConfig."""
+    from trl import GRPOConfig
+
+    from core.learner import training_arguments
+
+    algorithm, rollout, correction = cfg.algorithm, cfg.rollout, cfg.algorithm.importance_sampling
+    per_pass = cfg.optim.micro_batch_size * cfg.learner.processes
+    return GRPOConfig(
+        **training_arguments(cfg.optim, cfg.learner, seed=seed),
+        output_dir=str(out / "trainer"),
+        max_steps=cfg.max_steps,
+        num_generations=rollout.group_size,
+        gradient_accumulation_steps=cfg.mini_batch // per_pass,
+        steps_per_generation=cfg.completions_per_batch // per_pass,
+        num_iterations=cfg.passes,
+        max_completion_length=rollout.max_completion_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        # DAPO: mean over the batch's tokens; GSPO: one ratio per sequence, mean over sequences (arXiv:2507.18071).
+        loss_type="dapo" if algorithm.name == "dapo" else "grpo",
+        importance_sampling_level="token" if algorithm.name == "dapo" else "sequence",
+        epsilon=algorithm.clip_low,
+        epsilon_high=algorithm.clip_high,
+        beta=algorithm.kl_beta,
+        scale_rewards="group" if algorithm.scale_by_std else "none",
+        mask_truncated_completions=algorithm.mask_truncated,
+        vllm_importance_sampling_correction=correction.mode != "off",
+        vllm_importance_sampling_mode="token_truncate" if correction.mode == "off" else correction.mode,
+        vllm_importance_sampling_clip_max=correction.cap,
+        reward_weights=list(_columns(cfg).values()),
+        logging_steps=1,
+        remove_unused_columns=False,
+    )
+
+
+def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
+    """Give the learner's distribution no probability for `token_ids`, as sampling does.
+
+    Banned on one side only, every importance ratio is off by the banned tokens' share (measured: 0.0056 per token).
+    The ban is a bias of the output head, which both the plain forward and TRL's fused head add. It is a buffer that
+    no checkpoint holds and no optimizer moves.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype, device=head.weight.device)
+    bias[list(token_ids)] = -1e4  # finite: 0 x -inf would make the entropy NaN
+    del head.bias
+    head.register_buffer("bias", bias, persistent=False)
+
+
+class RunLog:
+    """The stage's files, written by rank 0.
+
+    metrics.jsonl: one line per optimizer update; completions.jsonl: graded completions with every verdict;
+    record.jsonl: one line per sampled group with how many of its completions were correct (mixed RL's hard cases).
+    """
+
+    def __init__(self, cfg: RLConfig, out: Path) -> None:
+        self.cfg, self.out = cfg, out
+        self.batches = 0
+        self.pending: dict[str, float] = {}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def batch(self, batch: Sequence[Any], sampled: Sequence[Any], metrics: Mapping[str, float]) -> None:
+        self.pending |= metrics
+        kept = {id(group) for group in batch}
+        with (self.out / "record.jsonl").open("a") as file:
+            for group in sampled:
+                correct = [sample.correct.score for sample in group.samples if sample.correct.score is not None]
+                line = {
+                    "batch": self.batches,
+                    "id": group.row["id"],
+                    "correct": sum(correct),
+                    "of": len(correct),
+                    "kind": group.kind,
+                    "trained": id(group) in kept,
+                }
+                file.write(json.dumps(line) + "\n")
+        if self.batches % self.cfg.log_completions_every == 0:
+            self._completions(batch)
+        self.batches += 1
+
+    def _completions(self, batch: Sequence[Any]) -> None:
+        with (self.out / "completions.jsonl").open("a") as file:
+            for group in batch:
+                for sample in group.samples:
+                    line = {
+                        "batch": self.batches,
+                        "id": group.row["id"],
+                        "mode": group.row["mode"],
+                        "question": group.row["question"],
+                        "answer": group.row["answer"],
+                        "completion": sample.completion.text,
+                        "tokens": len(sample.completion.token_ids),
+                        "finished": sample.completion.finished,
+                        "reward": sample.reward,
+                        "verdicts": {name: v.to_dict() for name, v in sample.graded.verdicts.items()},
+                    }
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def metrics(self, step: int, logs: Mapping[str, Any]) -> None:
+        numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **numbers, **self.pending}) + "\n")
+        self.pending = {}
+
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        log = self
+
+        class WriteMetrics(TrainerCallback):
+            def on_log(self, args, state, control, logs=None, **_):
+                if state.is_world_process_zero:
+                    log.metrics(state.global_step, logs)
+
+        return WriteMetrics()
+
+
+def _columns(cfg: RLConfig) -> dict[str, float]:
+    """Reward columns and their weights, as TRL sums them."""
+    columns = {term.name: term.weight for term in cfg.rewards}
+    return columns | ({"overlong": 1.0} if cfg.overlong else {})
+
+
+def _probes(records: Sequence[Any], count: int) -> list[Any]:
+    """Probe rows: ones with images first, as they test the most."""
+    return sorted(records, key=lambda row: not row["images"])[:count]
+
+
+def _collector(cfg: RLConfig, client: Any, stream: Any, seed: int) -> Any:
+    from rewards.answer import AnswerReward
+    from rewards.length import SoftOverlong
+    from rl.collect import Collector
+    from rl.reward import mixture_of
+
+    overlong = None
+    if cfg.overlong:
+        overlong = SoftOverlong(cfg.rollout.max_completion_tokens, cfg.overlong.cache_tokens)
+    return Collector(cfg, client, stream, mixture_of(cfg.rewards), AnswerReward(), overlong, seed)
+
+
+def _client(urls: Sequence[str], core: Any, pool: PoolConfig) -> Any:
+    from rl.rollout.client import RolloutClient
+
+    return RolloutClient(urls, core, concurrency=pool.concurrency)
+
+
+def _sync(pool: PoolConfig, client: Any, servers: int, policy: Any) -> Any:
+    from rl.rollout.weights import NcclSync, SharedMemorySync
+
+    return SharedMemorySync(client) if pool.weights == "shm" else NcclSync(client, servers, policy.device)
+
+
+def _is_rank_0() -> bool:
+    import os
+
+    return int(os.environ.get("RANK", "0")) == 0

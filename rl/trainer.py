@@ -1,0 +1,184 @@
+"""TRL's GRPO trainer fed by our rollouts: weights out, parity check, graded groups in. The loss is TRL's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from trl import GRPOTrainer
+
+from rl.collect import Collector, Group
+from rl.data import Record, prompt_messages
+from rl.rollout.client import Answer
+from rl.rollout.parity import ParityGuard
+from rl.rollout.weights import WeightSync
+
+
+class RolloutTrainer(GRPOTrainer):
+    """GRPO on batches that rank 0 collects from the rollout pool.
+
+    Overrides one private method of TRL, `_generate_and_score_completions`: it swaps TRL's prompts for a collected
+    batch before TRL scores it, so that dynamic sampling and grading happen once, for all ranks. TRL's public
+    `rollout_func` then hands over the completions. tests/rl/test_trl_contract.py fails when TRL changes what this
+    relies on.
+
+    Args:
+        collector: on rank 0, None elsewhere.
+        sync: pushes weights to the pool.
+        guard: parity guard.
+        records: every record that the collector draws from, on every rank.
+        probes: the records behind the guard's prompts, on every rank.
+        servers: servers in the pool.
+        on_batch: called on rank 0 with (batch, all sampled groups, metrics).
+        **trl: arguments of GRPOTrainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        collector: Collector | None,
+        sync: WeightSync,
+        guard: ParityGuard,
+        records: Sequence[Record],
+        probes: Sequence[Record],
+        servers: int,
+        on_batch,
+        **trl: Any,
+    ) -> None:
+        super().__init__(rollout_func=self._hand_over, **trl)
+        self.collector, self.sync, self.guard, self.probes = collector, sync, guard, probes
+        self.records = {record["id"]: record for record in records}
+        self.servers, self.on_batch = servers, on_batch
+        # TRL's branches for "completions come from vLLM": log-probabilities of the learner's own before the update,
+        # and the importance-sampling correction. Its own vLLM client is not built, as it cannot reach CPU servers.
+        self.use_vllm = True
+        self._last_loaded_step = -1
+        self._batch: list[dict[str, Any]] = []
+        self._probe_inputs: dict[int, Any] = {}
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            raise RuntimeError("evaluation runs through rl.evaluate, not through the trainer")
+        metrics = self._update_workers()
+        flat = self._collect(metrics)
+        per_rank = len(inputs)
+        if len(flat) != per_rank * self.accelerator.num_processes:
+            raise RuntimeError(
+                f"collected {len(flat)} completions for {self.accelerator.num_processes} ranks x {per_rank}; "
+                "rollout.prompts_per_batch x group_size must be what TRL's generation batch holds"
+            )
+        start = self.accelerator.process_index * per_rank
+        self._batch = [self._with_prompt(row) for row in flat[start : start + per_rank]]
+        return super()._generate_and_score_completions(self._batch)
+
+    def _with_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its prompt and images, which every rank has at hand and need not be sent."""
+        record = self.records[row["id"]]
+        return {**row, "prompt": _text_only(prompt_messages(record)), "images": list(record["images"])}
+
+    def _hand_over(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
+        """TRL's rollout_func: this rank's completions, already sampled and graded."""
+        return {
+            "prompt_ids": [row["prompt_ids"] for row in self._batch],
+            "completion_ids": [row["completion_token_ids"] for row in self._batch],
+            "logprobs": [row["completion_logprobs"] for row in self._batch],
+        }
+
+    def _update_workers(self) -> dict[str, float]:
+        """Push the weights when they changed, then compare both sides. Every rank takes part."""
+        if self.state.global_step == self._last_loaded_step:
+            return {}
+        self.sync.push(self.accelerator.unwrap_model(self.model))
+        self._last_loaded_step = self.state.global_step
+        answers = self.guard.sample(self.collector.client) if self.collector else None
+        answers = _from_rank_0(answers)
+        difference = self.guard.check(answers, self._score_probe, self.servers)
+        return {"parity/max_logprob_difference": difference}
+
+    @torch.no_grad()
+    def _score_probe(self, index: int, answer: Answer) -> list[float]:
+        """The learner's log-probabilities of a probe completion, through the code that training uses."""
+        if index not in self._probe_inputs:
+            conversation = prompt_messages(self.probes[index])
+            self._probe_inputs[index] = self.processing_class.apply_chat_template(
+                [conversation], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        inputs = self._probe_inputs[index]
+        prompt_ids = inputs["input_ids"][0].tolist()
+        if prompt_ids != answer.prompt_ids:
+            raise RuntimeError(
+                f"probe {index}: the rollout server rendered {len(answer.prompt_ids)} prompt tokens, the learner "
+                f"{len(prompt_ids)}, or other ones; do both use the same chat template and image processor?"
+            )
+        completion = answer.completions[0].token_ids
+        ids = torch.tensor([prompt_ids + completion], device=self.accelerator.device)
+        extra = {}
+        if "pixel_values" in inputs:
+            tiles = inputs["pixel_values"].to(self.accelerator.device, self.model.dtype)
+            extra = {"pixel_values": tiles, "num_images": [1], "num_tiles": [tiles.size(0)]}
+        logps, _, _ = self._get_per_token_logps_and_entropies(
+            self.model, ids, torch.ones_like(ids), len(completion), **extra
+        )
+        return logps[0].float().tolist()
+
+    def _collect(self, metrics: dict[str, float]) -> list[dict[str, Any]]:
+        """The graded batch of all ranks, one row per completion, in groups."""
+        flat = None
+        if self.collector:
+            batch, sampled = self.collector.collect()
+            flat = [row for group in batch for row in _trl_rows(group)]
+            self.on_batch(batch, sampled, self.collector.metrics | metrics)
+        return _from_rank_0(flat)
+
+
+def reward_function(name: str):
+    """A TRL reward function that reads one term's score off the graded rows: None where it does not apply."""
+
+    def score(scores: list[dict[str, float]], **_: Any) -> list[float | None]:
+        return [row.get(name) for row in scores]
+
+    score.__name__ = name
+    return score
+
+
+def _trl_rows(group: Group) -> list[dict[str, Any]]:
+    """What travels to the ranks: no images, no text."""
+    rows = []
+    for sample in group.samples:
+        scores = {}
+        if sample.reward is not None:  # a row that a term could not judge counts nowhere: never as 0
+            scores = {name: verdict.score for name, verdict in sample.graded.verdicts.items()}
+            scores["overlong"] = sample.penalty
+        completion = sample.completion
+        rows.append(
+            {
+                "id": group.row["id"],
+                "scores": scores,
+                "prompt_ids": group.prompt_ids,
+                # TRL needs a token: a completion that was cut to nothing is one that ends no turn, masked as truncated.
+                "completion_token_ids": completion.token_ids or group.prompt_ids[-1:],
+                "completion_logprobs": completion.logprobs or [0.0],
+            }
+        )
+    return rows
+
+
+def _text_only(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation as TRL takes it: text content, images in a column of their own."""
+    out = []
+    for message in conversation:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        out.append({"role": message["role"], "content": content})
+    return out
+
+
+def _from_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

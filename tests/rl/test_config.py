@@ -1,0 +1,52 @@
+"""The arithmetic of an RL stage is checked before anything starts."""
+
+import pytest
+
+from core.strict import ConfigError, parse
+from rl.config import RLConfig
+
+STAGE = {
+    "data": [{"set": "rl"}],
+    "rewards": [{"name": "answer", "use": "answer", "weight": 0.8}, {"name": "format", "use": "think_format", "weight": 0.2}],
+    "algorithm": {"clip_low": 0.2, "clip_high": 0.28},
+    "rollout": {"prompts_per_batch": 16, "group_size": 8, "max_completion_tokens": 32},
+    "batches": 10,
+    "mini_batch": 64,
+    "passes": 2,
+    "optim": {"learning_rate": 1e-4, "micro_batch_size": 32},
+    "parity": {"bound": 1e-3},
+}
+
+
+def stage(**changes) -> RLConfig:
+    return parse(RLConfig, {**STAGE, **changes}, "recipe")
+
+
+def test_updates_follow_from_batches_mini_batches_and_passes():
+    # 16 prompts x 8 = 128 completions = 2 mini-batches of 64, passed twice: 4 updates per batch, 40 in 10 batches
+    cfg = stage()
+    assert cfg.completions_per_batch == 128
+    assert cfg.updates_per_batch == 4
+    assert cfg.max_steps == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mini_batch": 48}, "mini_batch=48 does not divide the 128 completions"),
+        ({"optim": {"learning_rate": 1e-4, "micro_batch_size": 48}}, "not a multiple of"),
+        ({"optim": {"learning_rate": 1e-4, "epochs": 2}}, "optim.epochs is for SFT phases; an RL stage says batches"),
+        ({"overlong": {"cache_tokens": 32}}, "overlong.cache_tokens=32 must be below"),
+        ({"rewards": [{"name": "answer", "use": "answer", "weight": 0.8}]}, "sum to 0.8, not 1"),
+        ({"rollout": {**STAGE["rollout"], "group_size": 1}}, "group_size"),
+        ({"rollout": {**STAGE["rollout"], "grup_size": 4}}, "did you mean group_size"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_value_and_rule(changes, words):
+    with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
+        stage(**changes)
+
+
+def test_ranks_take_whole_groups():
+    with pytest.raises(ConfigError, match=r"prompts_per_batch=16 is not a multiple of"):
+        stage(learner={"processes": 3})
