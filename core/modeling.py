@@ -1,0 +1,200 @@
+"""The SAIL-VL2 model as a composition of what transformers has: InternVL around an AIMv2 tower and a Qwen3.
+
+What is added to InternVL: contiguous features before the pixel shuffle, the router's output of a
+mixture-of-experts text model (for its balancing loss), and several completions per row of several tiles.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.models.internvl.modeling_internvl import (
+    InternVLCausalLMOutputWithPast,
+    InternVLForConditionalGeneration,
+    InternVLModel,
+    InternVLModelOutputWithPast,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils.generic import can_return_tuple
+
+from core.configuration import SailVL2Config, tokens_per_tile
+
+
+@dataclass
+class SailVL2ModelOutput(InternVLModelOutputWithPast):
+    """InternVL's output and, of a mixture of experts that was asked, the router's logits per layer."""
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SailVL2CausalLMOutput(InternVLCausalLMOutputWithPast):
+    """InternVL's output and, of a mixture of experts that was asked, the router's balancing loss."""
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+class SailVL2Model(InternVLModel):
+    """Tower, adapter and language model without the output layer."""
+
+    config: SailVL2Config
+    config_class = SailVL2Config
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # InternVL's has a third, video
+
+    def pixel_shuffle(self, vision_features: torch.Tensor, scale_factor: float = 0.5) -> torch.Tensor:
+        """Fold each 2x2 block of patches into one: (tiles, w, h, c) -> (tiles, w/2, h/2, 4c) at 0.5.
+
+        AIMv2's features are a transposed view of the patch convolution's output; InternVL's shuffle calls
+        `.view` on them, which needs contiguous memory.
+        """
+        return super().pixel_shuffle(vision_features.contiguous(), scale_factor)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> SailVL2ModelOutput:
+        """Hidden states (rows, tokens, hidden) of rows in which image tokens stand for `pixel_values`.
+
+        Differs from InternVLModel only in handing on `router_logits`. Raises ValueError if the image tokens
+        in `input_ids` and the tiles in `pixel_values` disagree.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_features = None
+        if pixel_values is not None:
+            image_features = self.get_image_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
+            ).pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            embeds: Any = inputs_embeds  # the annotations of transformers and torch disagree here
+            mask = self.get_placeholder_mask(input_ids, embeds, image_features)  # type: ignore[arg-type]
+            inputs_embeds = embeds.masked_scatter(mask, image_features)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return SailVL2ModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+            router_logits=getattr(outputs, "router_logits", None),
+        )
+
+
+class SailVL2ForConditionalGeneration(InternVLForConditionalGeneration):
+    """A SAIL-VL2 core with its output layer: the policy of every stage.
+
+    Shapes: `input_ids` (rows, tokens) where each image holds `tiles * config.image_seq_length` copies of
+    `config.image_token_id`; `pixel_values` (tiles of all rows in order, 3, image_size, image_size).
+    """
+
+    config: SailVL2Config
+    config_class = SailVL2Config
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # InternVL's has a third, video
+
+    def __init__(self, config: SailVL2Config):
+        # Not InternVL's own __init__: it would build an InternVLModel first, to be thrown away.
+        super(InternVLForConditionalGeneration, self).__init__(config)
+        self.model = SailVL2Model(config)
+        text = config.text_config
+        self.lm_head = torch.nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> SailVL2CausalLMOutput:
+        """Logits (rows, tokens, vocabulary), and the mean next-token loss where `labels` is not -100.
+
+        With `output_router_logits` (default: what the text configuration says) a mixture of experts also
+        returns its load-balancing loss, and adds it to the loss by `router_aux_loss_coef`.
+        """
+        text = self.config.text_config
+        if output_router_logits is None:
+            output_router_logits = getattr(text, "output_router_logits", False)
+        if output_router_logits:
+            kwargs["output_router_logits"] = True
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss: Any = None
+        aux_loss: Any = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text.vocab_size, **kwargs)
+        if output_router_logits and outputs.router_logits is not None:
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, text.num_experts, text.num_experts_per_tok, attention_mask
+            )
+            if loss is not None:
+                loss = loss + text.router_aux_loss_coef * aux_loss.to(loss.device)
+        return SailVL2CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            router_logits=outputs.router_logits,
+            aux_loss=aux_loss,
+        )
+
+    def _expand_inputs_for_generation(  # type: ignore[override]  # static in the base class
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        # Differs from transformers, which repeats tile by tile: a row of tiles a, b would be completed once
+        # from a, a and once from b, b, without an error.
+        pixels = model_kwargs.pop("pixel_values", None)
+        if pixels is not None and input_ids is not None and expand_size > 1:
+            image_tokens = (input_ids == self.config.image_token_id).sum(dim=1)
+            per_tile = tokens_per_tile(self.config.vision_config, self.config.downsample_ratio)
+            tiles = [count // per_tile for count in image_tokens.tolist()]
+            pixels = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in pixels.split(tiles)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        return input_ids, model_kwargs if pixels is None else {**model_kwargs, "pixel_values": pixels}

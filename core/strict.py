@@ -1,0 +1,103 @@
+"""The base class of every configuration, and the one error a bad recipe ends in.
+
+A key nobody knows is refused together with the nearest one somebody does, so a typo costs a second and not
+a training run. `parse` turns pydantic's report into one `ConfigError` with a line per problem:
+
+    recipes/demo/3_rlvr.yaml: rlvr.rollout.grup_size: unknown key; did you mean group_size? Known: ...
+    recipes/demo/3_rlvr.yaml: rlvr.learning_rate = -1: Input should be greater than 0
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+KeyPath = tuple[str | int, ...]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A recipe, override or command-line value breaks a rule; the message names file, key, value, rule."""
+
+
+class Strict(BaseModel):
+    """A frozen configuration: unknown keys are refused, the docstring under a field is its documentation."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any, handler: ModelWrapValidatorHandler) -> Any:
+        """The validated model, or every problem at once: unknown keys and what is wrong with the known."""
+        known = _known_keys(cls)
+        unknown = [key for key in data if key not in known] if isinstance(data, Mapping) else []
+        if not unknown:
+            return handler(data)
+        problems = [_unknown_key(key, data[key], cls.model_fields) for key in unknown]
+        try:
+            handler({key: value for key, value in data.items() if key in known})
+        except ValidationError as error:
+            problems += [_restated(found) for found in error.errors()]
+        raise ValidationError.from_exception_data(cls.__name__, problems)
+
+
+def parse(model: type[Model], data: Any, where: str | Callable[[KeyPath], str] = "") -> Model:
+    """The validated model.
+
+    `where` is the file the data came from, or a function from a key path to the file that key came from (a
+    recipe is merged from several). Raises ConfigError with a line per problem: file, key path, value, rule.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_lines(error, where))) from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`did you mean X? Known: ...`, or only the known words when none is near."""
+    words = sorted(known)
+    close = difflib.get_close_matches(str(word), words, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}Known: {', '.join(words) or 'none'}"
+
+
+def key_path(path: KeyPath) -> str:
+    """`("data", "sets", 0, "rows")` as `data.sets[0].rows`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _known_keys(model: type[BaseModel]) -> set[str]:
+    aliases = {field.alias for field in model.model_fields.values() if field.alias}
+    return set(model.model_fields) | aliases
+
+
+def _unknown_key(key: Any, value: Any, known: Iterable[str]) -> InitErrorDetails:
+    # The hint travels as context: pydantic formats the template, and a key may hold braces.
+    kind = PydanticCustomError("unknown_key", "unknown key; {hint}", {"hint": nearest(key, known)})
+    return InitErrorDetails(type=kind, loc=(str(key),), input=value)
+
+
+def _restated(found: Any) -> InitErrorDetails:
+    kind = PydanticCustomError(found["type"], "{message}", {"message": found["msg"]})
+    return InitErrorDetails(type=kind, loc=found["loc"], input=found["input"])
+
+
+def _lines(error: ValidationError, where: str | Callable[[KeyPath], str]) -> list[str]:
+    lines = []
+    for found in error.errors():
+        path = found["loc"]
+        file = where(path) if callable(where) else where
+        rule = found["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        key = key_path(path) or "the whole of it"
+        # A whole sub-tree as "the value" helps nobody; missing and unknown keys have no value to show.
+        plain = found["input"] is None or isinstance(found["input"], str | int | float)
+        value = f" = {found['input']!r}" if plain and found["type"] != "unknown_key" else ""
+        lines.append(": ".join(part for part in (file, f"{key}{value}", rule) if part))
+    return lines

@@ -1,0 +1,194 @@
+"""The console command `posttrain`. Heavy imports wait until a subcommand needs them: help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML files.
+
+  posttrain plan recipes/demo                       what would run, checked; trains nothing
+  posttrain run recipes/demo                        the whole chain; finished stages are skipped
+  posttrain run recipes/demo --from rlvr --set rlvr.rollout.group_size=16
+  posttrain eval runs/demo/rlvr/checkpoint          score a checkpoint on the held-out set
+  posttrain report runs/demo                        write report.json and report.html again
+"""
+OURS = ("core", "recipes", "rewards", "rl", "sft")
+STAGES_HELP = (
+    "core, basic_sft (sft), soup, longcot_sft (longcot), rlvr, think_fusion (fusion), mixed_rl (mixed-rl)"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 done, 1 a stage failed, 2 wrong recipe or command line, 130 interrupted."""
+    from core.strict import ConfigError
+
+    options = parser().parse_args(arguments)
+    # Ended from outside (CI's time limit, `kill`), the children and servers must be stopped as on Ctrl-C.
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        options.do(options)
+    except ConfigError as error:
+        print(f"posttrain: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("posttrain: interrupted; finished stages are kept, run again to continue", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _has_words(error):
+            raise
+        print(f"posttrain: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="posttrain", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    run = _command(commands, "run", _run, "bring a recipe's stages up to date, one after another")
+    _recipe_options(run)
+    run.add_argument("--from", dest="from_", metavar="STAGE", help=f"first stage: {STAGES_HELP}")
+    run.add_argument("--until", metavar="STAGE", help="last stage")
+    run.add_argument("--force", action="store_true", help="run these stages even if they are unchanged")
+
+    plan = _command(commands, "plan", _plan, "resolve and check a recipe without training")
+    _recipe_options(plan)
+    plan.add_argument("--json", action="store_true", help="for programs: the plan and the resolved recipe")
+
+    evaluate = _command(commands, "eval", _eval, "score a checkpoint folder on a recipe's held-out set")
+    evaluate.add_argument("model", type=Path, help="checkpoint folder")
+    evaluate.add_argument("--recipe", type=Path, default=Path("recipes/demo"), help="default: %(default)s")
+    evaluate.add_argument("--out", type=Path, help="folder for eval.json and samples; default: MODEL/../eval")
+    _shared_options(evaluate)
+
+    data = _command(commands, "data", _data, "generate a recipe's data")
+    _recipe_options(data)
+    data.add_argument("--force", action="store_true", help="even if it is there and unchanged")
+
+    report = _command(commands, "report", _report, "write a run's report again and print its table")
+    report.add_argument("run_dir", type=Path, help="the run's folder, runs/<name>")
+
+    server = _command(commands, "rollout-server", _rollout_server, "serve a checkpoint until Ctrl-C")
+    server.add_argument("model", type=Path, help="checkpoint folder")
+    server.add_argument("--recipe", type=Path, default=Path("recipes/demo"), help="default: %(default)s")
+    _shared_options(server)
+
+    _command(commands, "stages", _stages, "list the stages and their short names")
+    return top
+
+
+def _command(commands: Any, name: str, do: Any, summary: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    command.set_defaults(do=do)
+    return command
+
+
+def _recipe_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", type=Path, help="recipe folder, such as recipes/demo")
+    _shared_options(command)
+
+
+def _shared_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="override values, e.g. rlvr.rollout.group_size=16 rlvr.rewards.0.weight=0.9",
+    )
+    command.add_argument("--seed", type=int, help="another seed; the run is then runs/<name>-seed<N>")
+    command.add_argument("--name", help="another name for the run's folder")
+    command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from recipes.config import load_recipe
+
+    return load_recipe(options.recipe, options.overrides, options.seed, options.name)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from recipes.runner import run
+
+    run(
+        _load(options),
+        runs_dir=options.runs_dir,
+        from_=options.from_,
+        until=options.until,
+        force=options.force,
+    )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import json
+
+    from recipes import plan
+
+    recipe = _load(options)
+    plans = plan.plan(recipe, options.runs_dir)
+    if options.json:
+        print(json.dumps(plan.as_json(recipe, plans), indent=2))
+    else:
+        print(plan.text(recipe, plans, options.runs_dir))
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from recipes.evaluation import evaluate_checkpoint
+
+    out = options.out or options.model.resolve().parent / "eval"
+    evaluate_checkpoint(_load(options), options.model, out, runs_dir=options.runs_dir)
+
+
+def _data(options: argparse.Namespace) -> None:
+    from recipes.runner import data
+
+    print(data(_load(options), runs_dir=options.runs_dir, force=options.force))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from recipes import report
+
+    console = Console(highlight=False)
+    console.print(report.table(report.write(options.run_dir)))
+    console.print(f"report: {options.run_dir / report.HTML}", markup=False, soft_wrap=True)
+
+
+def _rollout_server(options: argparse.Namespace) -> None:
+    from recipes.evaluation import serve
+
+    serve(_load(options), options.model, options.runs_dir)
+
+
+def _stages(options: argparse.Namespace) -> None:
+    from recipes.config import ALIASES
+    from recipes.stages import STAGES
+
+    for stage in STAGES:
+        short = [alias for alias, name in ALIASES.items() if name == stage.name]
+        print(f"{stage.name:13} {stage.title}" + (f" ({', '.join(short)})" if short else ""))
+
+
+def _has_words(error: Exception) -> bool:
+    """Whether the error is of a class of ours, whose messages say what to do; anything else is a bug."""
+    return type(error).__module__.partition(".")[0] in OURS
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""What the tiny core is pre-trained on: rows of text pieces, each trained or only read, about scenes drawn fresh.
+
+Held-out and validation scenes are never drawn, in pictures or in text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from recipes.demo.drawing import scans_of
+from recipes.demo.scenes import CELLS, REASONING, TRAIN, Scene, ask, draw_digits, draw_scene
+
+MIXTURES: dict[str, dict[str, int]] = {
+    "reading": {"reading": 48, "sums": 12, "story": 12},
+    "mixed": {"reading": 12, "sums": 16, "story": 16, "caption": 24, "question": 16},
+}
+"""Rows of each kind per step, by phase."""
+
+Pieces = list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One row: pieces of text in order, trained (True) or only read, and the scene of its picture if it has one."""
+
+    pieces: Sequence[tuple[str, bool]]
+    scene: Scene | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How a core's processor writes what surrounds a lesson's own words."""
+
+    picture: str
+    """A picture's tokens."""
+    before: str
+    """From the start of a chat to its picture."""
+    after: str
+    """From the end of the question to the answer."""
+    turn_end: str
+    """Ends an answer in a chat."""
+    text_end: str
+    """Ends a text that is no chat."""
+
+
+def frame_of(processor: Any) -> Frame:
+    """The frame of a native core's processor; its chat template decides, as in every stage."""
+    from core.prompts import messages
+    from core.tokenizer import IMAGE_TOKEN, PAD, TURN_END
+
+    probe = {"images": [None], "question": "?", "mode": "direct"}
+    chat = processor.apply_chat_template(messages(probe), add_generation_prompt=True, tokenize=False)
+    before, after = chat.split(f"{IMAGE_TOKEN}?")
+    picture = processor.replace_image_token({"num_patches": [1]}, 0)
+    return Frame(picture, before, after, TURN_END, PAD)
+
+
+def draw_lessons(phase: str, frame: Frame, rng: Random) -> list[Lesson]:
+    """The rows of one step of a phase."""
+    return [MAKERS[kind](frame, rng) for kind, count in MIXTURES[phase].items() for _ in range(count)]
+
+
+def _reading(frame: Frame, rng: Random) -> Lesson:
+    """The digits of all cells in any order. Which cell comes next cannot be known: only digits are trained."""
+    scene = _scene(rng)
+    pieces: Pieces = [(frame.picture, False)]
+    for cell in rng.sample(CELLS, len(CELLS)):
+        pieces += [(f"{cell}=", False), (str(scene.digit(cell)), True), (";", False)]
+    return Lesson(pieces[:-1], scene)
+
+
+def _caption(frame: Frame, rng: Random) -> Lesson:
+    """Every cell with its colour and digit."""
+    scene = _scene(rng)
+    cells = zip(CELLS, scene.colours, scene.digits, strict=True)
+    text = ";".join(f"{cell}:{colour} {digit}" for cell, colour, digit in cells)
+    return Lesson([(frame.picture, False), (text + frame.text_end, True)], scene)
+
+
+def _question(frame: Frame, rng: Random) -> Lesson:
+    """A general question in a chat, answered directly."""
+    scene = _scene(rng)
+    question = ask(rng, "digit", scene.digits)
+    asked = f"{frame.before}{frame.picture}{question.text}{frame.after}"
+    return Lesson([(asked, False), (question.answer + frame.turn_end, True)], scene)
+
+
+def _sums(frame: Frame, rng: Random) -> Lesson:
+    """Six sums; only the results are trained."""
+    pieces: Pieces = []
+    for _ in range(6):
+        left, right = rng.randrange(19), rng.randrange(10)
+        sign = rng.choice("+-") if right <= left else "+"
+        result = left + right if sign == "+" else left - right
+        pieces += [(f"{left}{sign}{right}=", False), (str(result), True), (";", True)]
+    return Lesson(pieces)
+
+
+def _story(frame: Frame, rng: Random) -> Lesson:
+    """A scene in words, a reasoning question about it, and the chain that answers."""
+    digits = draw_digits(rng, TRAIN)
+    question = ask(rng, rng.choice(REASONING), digits)
+    told = ";".join(f"{cell}={digit}" for cell, digit in zip(CELLS, digits, strict=True))
+    return Lesson([(f"{told};{question.text}:", False), (question.chain + frame.text_end, True)])
+
+
+def _scene(rng: Random) -> Scene:
+    return draw_scene(rng, TRAIN, scans_of(TRAIN))
+
+
+MAKERS: dict[str, Callable[[Frame, Random], Lesson]] = {
+    "reading": _reading,
+    "caption": _caption,
+    "question": _question,
+    "sums": _sums,
+    "story": _story,
+}

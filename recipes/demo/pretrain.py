@@ -1,0 +1,142 @@
+"""The tiny core's "pre-training": about a minute on two CPU cores, so that the chain starts from a core that reads.
+
+Two phases, on pictures and texts drawn fresh for every step: *reading* teaches digits and sums, *mixed* adds
+captions and questions answered directly, as every stage asks them. Captions alone do not teach digits in so
+few steps (the project's study of the demo task). A plain loop on purpose: pre-training is not what this
+project is about.
+
+R rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from recipes.demo.lessons import Lesson, draw_lessons, frame_of
+from recipes.demo.scenes import WORDS
+
+if TYPE_CHECKING:
+    import torch
+
+LOG_EVERY = 20
+_BLOCK = 10
+"""Steps whose rows are drawn, rendered and tokenized together."""
+_MAX_GRAD_NORM = 1.0
+
+Batch = dict[str, "torch.Tensor"]
+
+
+def build(
+    out: Path, *, seed: int, reading_steps: int = 300, mixed_steps: int = 400, learning_rate: float = 1e-3
+) -> Path:
+    """Write a pre-trained tiny core to the folder `out`, and its curve to `metrics.jsonl` beside it; return `out`.
+
+    The rate is constant while reading and falls to 0 along a cosine in the mixed phase. The same seed, steps
+    and number of threads give the same weights.
+    """
+    import torch
+
+    from core.artifacts import append_jsonl, atomic_dir
+    from core.learner import LearnerConfig, load_model, load_processor
+    from core.tiny import build_tiny
+
+    out = Path(out)
+    metrics = out.with_name("metrics.jsonl")
+    metrics.unlink(missing_ok=True)
+    with atomic_dir(out) as folder:
+        build_tiny(folder, words=WORDS, seed=seed)
+        model = load_model(folder, LearnerConfig(threads=torch.get_num_threads()))
+        processor = load_processor(folder)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
+        phases = ["reading"] * reading_steps + ["mixed"] * mixed_steps
+        losses: list[torch.Tensor] = []
+        for step, parts in enumerate(_batches(phases, processor, seed), start=1):
+            mixed = max(0, step - reading_steps)
+            rate = learning_rate * (1 + math.cos(math.pi * mixed / max(1, mixed_steps))) / 2
+            losses.append(_update(model, optimizer, parts, rate))
+            if step % LOG_EVERY == 0 or step == len(phases):
+                loss = float(torch.stack(losses).mean())
+                losses = []
+                append_jsonl(metrics, {"step": step, "phase": phases[step - 1], "loss": loss, "learning_rate": rate})
+        model.save_pretrained(folder)
+    return out
+
+
+def _update(model: Any, optimizer: Any, parts: Sequence[Batch], rate: float) -> torch.Tensor:
+    """One optimizer update on all parts together; returns the mean loss of their trained tokens."""
+    import torch
+
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    hidden, targets = [], []
+    for part in parts:
+        trained = part.pop("trained")[:, 1:]
+        hidden.append(model.model(**part, use_cache=False).last_hidden_state[:, :-1][trained])
+        targets.append(part["input_ids"][:, 1:][trained])
+    loss = torch.nn.functional.cross_entropy(model.lm_head(torch.cat(hidden)), torch.cat(targets))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def _batches(phases: Sequence[str], processor: Any, seed: int) -> Iterator[tuple[Batch, Batch]]:
+    """Per step the rows with a picture and those without: they differ in length, and padding costs like text.
+
+    A batch holds input_ids, attention_mask and trained (R, T), and pixel_values (R, 3, side, side).
+    """
+    import numpy as np
+
+    from recipes.demo.drawing import render
+
+    rng, noise, frame = Random(f"{seed} pretraining"), np.random.default_rng([seed, 1]), frame_of(processor)
+    for start in range(0, len(phases), _BLOCK):
+        steps = [draw_lessons(phase, frame, rng) for phase in phases[start : start + _BLOCK]]
+        panels = iter(render([one.scene for step in steps for one in step if one.scene], noise))
+        for step in steps:
+            shown = [one for one in step if one.scene]
+            pixels = normalized(np.stack([next(panels) for _ in shown]), processor)
+            told = [one for one in step if not one.scene]
+            yield {**tokens(shown, processor.tokenizer), "pixel_values": pixels}, tokens(told, processor.tokenizer)
+
+
+def normalized(panels: Any, processor: Any) -> torch.Tensor:
+    """Pixels (pictures, side, side, 3), bytes, as the processor gives them to the model: (pictures, 3, side, side)."""
+    import numpy as np
+    import torch
+
+    how = processor.image_processor
+    mean, std = (np.asarray(value, np.float32) for value in (how.image_mean, how.image_std))
+    scaled = (panels * np.float32(how.rescale_factor) - mean) / std
+    return torch.from_numpy(scaled.transpose(0, 3, 1, 2).copy())
+
+
+def tokens(lessons: Sequence[Lesson], tokenizer: Any) -> Batch:
+    """The rows as input_ids, attention_mask and trained (R, T), padded on the right.
+
+    A token is trained if its first character lies in a trained piece.
+    """
+    import torch
+
+    texts = ["".join(piece for piece, _ in lesson.pieces) for lesson in lessons]
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, padding=True, padding_side="right", return_tensors="pt"
+    )
+    starts, ends = encoded["offset_mapping"].unbind(-1)
+    by_character = torch.zeros(len(lessons), 1 + int(ends.max()), dtype=torch.bool)
+    for row, lesson in enumerate(lessons):
+        place = 0
+        for piece, trained in lesson.pieces:
+            by_character[row, place : place + len(piece)] = trained
+            place += len(piece)
+    real = encoded["attention_mask"].bool()
+    return {
+        "input_ids": encoded["input_ids"],
+        "attention_mask": encoded["attention_mask"],
+        "trained": by_character.gather(1, starts) & real,
+    }

@@ -1,0 +1,74 @@
+"""One checkpoint outside a chain: scored on a recipe's held-out sets, or served until interrupted."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from core.artifacts import write_json
+from core.strict import ConfigError
+from recipes import report, runner
+from recipes.config import Recipe
+from recipes.inputs import locate_sets
+from recipes.pool import OpenPool, Pool
+from recipes.progress import Display
+from recipes.stages import STAGES, Context
+
+
+def evaluate_checkpoint(
+    recipe: Recipe,
+    model: Path,
+    out: Path,
+    *,
+    runs_dir: Path = Path("runs"),
+    open_pool: OpenPool | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score the checkpoint folder `model` in both modes; eval.json and the samples go to `out`.
+
+    The recipe's own sets are generated first if its run has none. Raises ConfigError if it has no eval.
+    """
+    cfg = recipe.eval
+    if cfg is None:
+        raise ConfigError(f"recipe {recipe.name} has no eval: it names the held-out sets")
+    _require_checkpoint(model)
+    display = Display()
+    runner.data(recipe, runs_dir=runs_dir, display=display)
+    out.mkdir(parents=True, exist_ok=True)
+    with Pool(recipe.rollout, out / "logs", open_pool) as pool, display.step("evaluation"):
+        context = Context(
+            recipe=recipe,
+            stage=STAGES[-1],
+            config=cfg,
+            model=model.resolve(),
+            out=out,
+            sets=locate_sets(recipe, (runs_dir / recipe.name).resolve()),
+            folders={},
+            pool=pool,
+            progress=display.passing,
+        )
+        scores = STAGES[-1].evaluate(context)
+    write_json(out / "eval.json", {"model": str(model.resolve()), "scores": scores})
+    display.line(report.scores_text(scores))
+    display.line(f"samples and scores: {out}")
+    return scores
+
+
+def serve(recipe: Recipe, model: Path, runs_dir: Path = Path("runs")) -> None:
+    """Start the recipe's rollout servers on a checkpoint, print their URLs, keep them until interrupted."""
+    _require_checkpoint(model)
+    display = Display()
+    with Pool(recipe.rollout, runs_dir / recipe.name / "logs") as pool:
+        with display.step("starting"):
+            urls = pool.urls(model.resolve())
+        for url in urls:
+            display.line(url)
+        display.line(
+            "Ctrl-C stops them. A recipe uses them with --set 'rollout.urls=[" + ", ".join(urls) + "]'"
+        )
+        signal.pause()
+
+
+def _require_checkpoint(model: Path) -> None:
+    if not (model / "config.json").is_file():
+        raise ConfigError(f"{model}: no checkpoint folder: config.json is missing")

@@ -1,0 +1,126 @@
+"""One stage's work in a process of its own: started, followed, and stopped whatever happens.
+
+Training lives in a child so that the runner stays light, one stage's memory is gone before the next begins,
+and no stage shares a process with another's patches of transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from core.artifacts import write_json
+
+POLL_S = 0.2
+PATIENCE_S = 15
+"""A child that was asked to end and has not by then is killed. torchrun needs a few seconds for its ranks."""
+LAST_LINES = 40
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class StageFailed(RuntimeError):
+    """A stage's process ended without finishing its work. The message has the end of its log and its path."""
+
+
+def run_job(
+    job: Mapping[str, Any],
+    folder: Path,
+    *,
+    processes: int = 1,
+    threads: int = 1,
+    on_poll: Callable[[], None] = lambda: None,
+) -> None:
+    """Run `recipes.worker` on a job; return when it has succeeded.
+
+    The job is written to `folder/job.json`, the child's output to `folder/log.txt`. With several processes it
+    runs under torchrun. `on_poll` is called a few times per second. Raises StageFailed if the child fails; on
+    any exception, Ctrl-C included, the child and all its descendants are stopped first.
+    """
+    job_file, log = folder / "job.json", folder / "log.txt"
+    write_json(job_file, job)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command(job_file, processes),
+            env=environment(threads),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the runner alone, which then stops the child in order
+        )
+    try:
+        while not _ended(process, POLL_S):
+            on_poll()
+        on_poll()
+    finally:
+        stop(process)
+    if process.returncode:
+        raise StageFailed(
+            f"{job['stage']}: its process ended with exit code {process.returncode}; last lines of {log}:\n"
+            + last_lines(log)
+        )
+
+
+def command(job_file: Path, processes: int) -> list[str]:
+    """The child's command line. -P: a folder `core` or `rl` where the user stands must not become ours."""
+    python = [sys.executable, "-P", "-m"]
+    if processes > 1:
+        python += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return [*python, "recipes.worker", str(job_file)]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The child's environment: this one, thread counts, and our packages before others of their names."""
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    return {
+        **os.environ,
+        **counts,
+        "PYTHONPATH": path,
+        "PYTHONSAFEPATH": "1",  # what -P is to processes that the child starts, torchrun's ranks among them
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a child and every process below it; nothing happens if they have ended."""
+    import psutil
+
+    try:
+        # torchrun gives every rank a session of its own, so killing the child's group would not reach them.
+        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    except psutil.NoSuchProcess:
+        below = []
+    _signal_group(process.pid, signal.SIGTERM)
+    if not _ended(process, PATIENCE_S):
+        _signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+    for one in below:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def last_lines(log: Path, count: int = LAST_LINES) -> str:
+    """The end of a text file, undecodable bytes replaced."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
+
+
+def _ended(process: subprocess.Popen, patience_s: float) -> bool:
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)

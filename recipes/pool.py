@@ -1,0 +1,70 @@
+"""The chain's one rollout pool: started when a stage first needs it, handed new weights after that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+from core.strict import ConfigError
+from rl.config import PoolConfig
+
+OpenPool = Callable[[PoolConfig, Path, Path], AbstractContextManager[list[str]]]
+"""(configuration, model, log folder) -> context of the servers' URLs, as rl.rollout.server.rollout_pool."""
+
+
+class Pool:
+    """Rollout servers that start late and serve one checkpoint after another.
+
+    Args:
+        cfg: the recipe's `rollout`, or None for a recipe that needs no servers.
+        logs: folder for the servers' output.
+        open_pool: starts the servers; the real one unless a test brings its own.
+    """
+
+    def __init__(self, cfg: PoolConfig | None, logs: Path, open_pool: OpenPool | None = None) -> None:
+        self.cfg, self.logs = cfg, logs
+        self._open, self._stack = open_pool, ExitStack()
+        self._urls: list[str] = []
+        self._client: Any = None
+        self._served: Path | None = None
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def urls(self, model: Path) -> list[str]:
+        """The servers' URLs; at the first call they start, with `model`. What they serve is not promised."""
+        if self.cfg is None:
+            raise ConfigError("rollout is missing from the recipe: this step needs rollout workers")
+        if not self._urls:
+            if self._open is None:
+                from rl.rollout.server import rollout_pool
+
+                self._open = rollout_pool
+            self._urls = self._stack.enter_context(self._open(self.cfg, model, self.logs))
+            # Servers that we started read the checkpoint; ones that were there serve who knows what.
+            self._served = None if self.cfg.urls else model.resolve()
+        return self._urls
+
+    def serve(self, model: Path) -> Any:
+        """A RolloutClient of the pool, which now serves the weights of the checkpoint folder `model`."""
+        urls = self.urls(model)
+        if self._client is None:
+            from rl.rollout.client import CoreFacts, RolloutClient
+
+            assert self.cfg is not None
+            self._client = RolloutClient(urls, CoreFacts.of(model), concurrency=self.cfg.concurrency)
+            self._stack.callback(self._client.close)
+        if self._served != model.resolve():
+            self._served = None  # if the update fails half-way, nothing is known about the servers
+            self._client.load_checkpoint(model)
+            self._served = model.resolve()
+        return self._client
+
+    def weights_changed(self) -> None:
+        """Someone else updated the servers (an RL stage did): the next `serve` loads its checkpoint."""
+        self._served = None

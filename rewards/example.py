@@ -1,0 +1,39 @@
+"""The row that a completion is graded against."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MODES = ("think", "direct")
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a reward sees of a row: the question with its images, the gold answer, and how to grade.
+
+    >>> Example("row-1", "What is 2 + 2?", "4", "think").verifier
+    'math'
+
+    Raises ValueError for an unknown mode.
+    """
+
+    id: str
+    question: str
+    """Without the prompt contract."""
+    answer: str
+    """Gold."""
+    mode: str
+    """Either "think" or "direct"."""
+    verifier: str = "math"
+    """Kind of the answer, one of rewards.answer.KINDS."""
+    images: tuple[Any, ...] = ()
+    """PIL pictures, in the order the model sees them."""
+    chain: str | None = None
+    """A reference chain of thought, if the row has one."""
+    source: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever the row's maker keeps for graders: `answers`, `choices`, a scene."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f'row {self.id!r}: mode={self.mode!r}: a row is either "think" or "direct"')

@@ -1,0 +1,166 @@
+"""Rewards by name: built-in ones, and users' own as `package.module:Name` or `file.py:Name`.
+
+Adding a built-in reward takes its class, its line in REWARDS and its test. A user's own needs no line.
+"""
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rewards.mix import Reward
+
+REWARDS = {
+    "answer": "rewards.answer:AnswerReward",
+    "think_format": "rewards.format:ThinkFormat",
+    "direct_format": "rewards.format:DirectFormat",
+    "vision_judge": "rewards.judge:VisionJudge",
+}
+"""Built-in name -> where it lives; imported when it is asked for."""
+
+
+class UnknownReward(LookupError, ValueError):
+    """No reward has that name; the message names the nearest ones."""
+
+
+def load_reward(
+    name: str, params: Mapping[str, Any] | None = None, folders: Sequence[str | os.PathLike[str]] = ()
+) -> Reward:
+    """The reward of that name: a callable `(completion, example)`.
+
+    Args:
+        name: a built-in name, `package.module:Name`, or `path/to/file.py:Name`.
+        params: fields of the class, or keyword arguments of the function.
+        folders: where users' modules and files are looked for, after everything installed.
+
+    >>> load_reward("answer", {"tolerance": 0.5})
+    AnswerReward(tolerance=0.5, thought_open=False)
+
+    Raises UnknownReward if there is no such reward, ValueError for unknown, missing or bad parameters,
+    TypeError if it cannot be called with a completion and an example.
+    """
+    found = _find(REWARDS.get(name, name), name, folders)
+    reward = _with_params(found, dict(params or {}), name)
+    problem = _call_problem(reward)
+    if problem:
+        raise TypeError(
+            f"reward {name!r}: {problem}; a reward is called as reward(completion, example), "
+            "and whatever else it needs comes from params"
+        )
+    return reward
+
+
+def _find(place: str, name: str, folders: Sequence[str | os.PathLike[str]]) -> Any:
+    where, colon, attribute = place.rpartition(":")
+    if not colon or not where or not attribute:
+        raise UnknownReward(
+            f"unknown reward {name!r}; {_nearest(name, REWARDS)}, or package.module:Name, or file.py:Name"
+        )
+    places = _search(folders)
+    module = _from_file(where, places, name) if where.endswith(".py") else _from_path(where, name)
+    try:
+        return functools.reduce(getattr, attribute.split("."), module)
+    except AttributeError:
+        known = [word for word in vars(module) if not word.startswith("_")]
+        raise UnknownReward(
+            f"reward {name!r}: {module.__file__} has no {attribute!r}; {_nearest(attribute, known)}"
+        ) from None
+
+
+def _search(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The folders, at the end of the module search path: none of them can shadow an installed module."""
+    places = [Path(folder).resolve() for folder in folders]
+    for place in places:
+        if not place.is_dir():
+            raise NotADirectoryError(f"{place}: no such folder; rewards were to be looked for there")
+        if str(place) not in sys.path:
+            sys.path.append(str(place))
+    return places
+
+
+def _from_path(where: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        if not where.startswith(f"{error.name}.") and where != error.name:
+            raise  # the module is there; one that it imports is not
+        raise UnknownReward(
+            f"reward {name!r}: no module {error.name!r}; install its package, put it on PYTHONPATH, "
+            "or name a file: file.py:Name"
+        ) from None
+
+
+def _from_file(where: str, places: Iterable[Path], name: str) -> ModuleType:
+    candidates = [Path(where).expanduser(), *(place / where for place in places)]
+    file = next((path.resolve() for path in candidates if path.is_file()), None)
+    if file is None:
+        tried = ", ".join(str(path.absolute()) for path in candidates)
+        raise UnknownReward(f"reward {name!r}: no such file; looked at {tried}")
+    # Two files of one name are two modules; one file is loaded once, so that its classes stay the same.
+    module_name = f"_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _with_params(found: Any, params: dict[str, Any], name: str) -> Any:
+    is_class = inspect.isclass(found)
+    if not callable(found):
+        raise TypeError(f"reward {name!r} is a {type(found).__name__}, not a class or function")
+    if not is_class and not params:
+        return found
+    known = _parameters(found, taken=0 if is_class else 2)
+    for key in params:
+        if known is not None and key not in known:
+            raise ValueError(f"reward {name!r}: unknown parameter {key!r}; {_nearest(key, known)}")
+    if not is_class:
+        return functools.partial(found, **params)
+    try:
+        inspect.signature(found).bind(**params)
+    except TypeError as error:
+        raise ValueError(f"reward {name!r}: {error}; parameters: {', '.join(known or ())}") from None
+    return found(**params)
+
+
+def _parameters(found: Any, taken: int) -> list[str] | None:
+    """Names that params may use, after the first `taken`; None if it takes any."""
+    parameters = list(inspect.signature(found).parameters.values())
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    usable = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [parameter.name for parameter in parameters[taken:] if parameter.kind in usable]
+
+
+def _call_problem(reward: Any) -> str:
+    if not callable(reward):
+        return f"its instances ({type(reward).__name__}) have no __call__"
+    try:
+        inspect.signature(reward).bind("completion", "example")
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    words = sorted(known)
+    close = difflib.get_close_matches(word, words, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}Known: {', '.join(words) or 'none'}"

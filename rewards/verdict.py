@@ -1,0 +1,116 @@
+"""What a reward says about one completion: a score or None, a status, the extracted answer, a reason.
+
+Only a judgement of the model's answer becomes a number. When grading itself failed (a judge is down, a gold
+answer makes no sense, a worker died) the score is None: the row is left out, never punished with 0.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from numbers import Real
+from typing import Any, Self
+
+
+class Status(StrEnum):
+    """Why a completion got its score."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    """Nothing that counts as an answer under the format contract."""
+    UNPARSEABLE = "unparseable"
+    """There is an answer, but not one of the row's kind."""
+    OVER_LIMIT = "over_limit"
+    """The answer is longer or deeper nested than any honest one."""
+    TIMEOUT = "timeout"
+    """Unscored: grading did not end by its deadline."""
+    CRASHED = "crashed"
+    """Unscored: the process that graded died."""
+    UNSCORABLE = "unscorable"
+    """Unscored: there is nothing to grade against, or nobody to grade."""
+
+
+UNSCORED = frozenset({Status.TIMEOUT, Status.CRASHED, Status.UNSCORABLE})
+"""Statuses whose score is None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One reward's judgement of one completion.
+
+    >>> Verdict.correct("4")
+    Verdict(score=1.0, status=<Status.CORRECT: 'correct'>, answer='4', reason='')
+    >>> Verdict.unscored("the judge is down").score is None
+    True
+
+    Raises ValueError unless the score is in [0, 1], or None for the unscored statuses and for them alone.
+    """
+
+    score: float | None
+    """In [0, 1]; None if the completion could not be judged."""
+    status: Status
+    answer: str | None = None
+    """What was taken for the model's answer."""
+    reason: str = ""
+    """Short, for people: reward hacking is found by reading."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", Status(self.status))
+        if (self.score is None) != (self.status in UNSCORED):
+            raise ValueError(
+                f"score={self.score} with status {self.status.value!r}: the score is None for "
+                f"{', '.join(sorted(UNSCORED))}, and a number for every other status"
+            )
+        if self.score is None:
+            return
+        score = float(self.score)
+        if not (math.isfinite(score) and 0 <= score <= 1):
+            raise ValueError(f"score={score}: a verdict's score is in [0, 1]; scale it, or return None")
+        object.__setattr__(self, "score", score)
+
+    @classmethod
+    def correct(cls, answer: str | None = None, reason: str = "") -> Self:
+        """Full marks."""
+        return cls(1.0, Status.CORRECT, answer, reason)
+
+    @classmethod
+    def wrong(cls, answer: str | None = None, reason: str = "", status: Status = Status.WRONG) -> Self:
+        """Score 0, for a fault of the completion."""
+        return cls(0.0, status, answer, reason)
+
+    @classmethod
+    def unscored(cls, reason: str, status: Status = Status.UNSCORABLE, answer: str | None = None) -> Self:
+        """No score, for a fault that is not the completion's."""
+        return cls(None, status, answer, reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written to completions.jsonl: score, status, answer, reason."""
+        return {
+            "score": self.score,
+            "status": self.status.value,
+            "answer": self.answer,
+            "reason": self.reason,
+        }
+
+
+def as_verdict(value: Any, name: str = "reward") -> Verdict:
+    """What a reward returned, as a Verdict: a float or bool is a score, None is unscored.
+
+    >>> as_verdict(True).status.value, as_verdict(0.25).status.value, as_verdict(None).score
+    ('correct', 'wrong', None)
+
+    Raises TypeError for anything else and ValueError for a number outside [0, 1]; both name the reward.
+    """
+    if isinstance(value, Verdict):
+        return value
+    if value is None:
+        return Verdict.unscored(f"{name} returned None")
+    if not isinstance(value, Real):  # bool and numpy's floats are Real too
+        raise TypeError(
+            f"reward {name!r} returned {type(value).__name__} {value!r:.80}: "
+            "return a Verdict, a float in [0, 1], a bool, or None for a row that cannot be graded"
+        )
+    score = float(value)
+    if not 0 <= score <= 1:
+        raise ValueError(f"reward {name!r} returned {score}: a score is in [0, 1]; scale it")
+    return Verdict(score, Status.CORRECT if score == 1 else Status.WRONG)

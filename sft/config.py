@@ -1,0 +1,90 @@
+"""Configuration of the SFT stages and of the soup. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from core.learner import LearnerConfig, Module, Optim
+from core.records import DataSource
+from core.strict import Strict
+
+
+class Phase(Strict):
+    """One step of a curriculum: its own data and hyper-parameters, from the weights of the phase before."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
+    data: tuple[DataSource, ...] = Field(min_length=1)
+    """Sets that are put together and shuffled; `rows` of each sets the mixture."""
+    optim: Optim
+    freeze: tuple[Module, ...] | None = None
+    """Overrides learner.freeze for this phase; None keeps it."""
+
+    @model_validator(mode="after")
+    def _length_and_batch(self) -> Phase:
+        if self.optim.epochs is None and self.optim.max_steps is None:
+            raise ValueError(f"phase {self.name}: optim needs epochs or max_steps, e.g. epochs: 1")
+        if self.optim.global_batch_size is None:
+            raise ValueError(
+                f"phase {self.name}: optim.global_batch_size is missing: rows per update, e.g. 32"
+            )
+        return self
+
+
+class SFTConfig(Strict):
+    """One SFT stage: basic SFT (a curriculum of phases), LongCoT SFT or think-fusion SFT (one phase)."""
+
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    """Run one after another in one process; each starts with a fresh optimizer."""
+    max_tokens: int = Field(ge=8)
+    """Longest row, prompt with its image tokens and target together (the report's context)."""
+    overlong: Literal["refuse", "drop"] = "refuse"
+    """What happens to a longer row. It is never cut: a cut chain teaches to stop in mid-thought."""
+    on_bad: Literal["raise", "drop"] = "raise"
+    """What happens to a row that breaks a rule of core.records: the stage stops, or the row is left out."""
+    learner: LearnerConfig = LearnerConfig()
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> SFTConfig:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phases: names must differ, got {names}")
+        for phase in self.phases:
+            phase.optim.gradient_accumulation(self.learner.processes)
+            freeze = self.learner.freeze if phase.freeze is None else phase.freeze
+            self.learner.check_freeze(freeze)
+        return self
+
+
+class Variant(Strict):
+    """One further fine-tuning of basic SFT's last phase, for the soup."""
+
+    seed_offset: int = Field(ge=1)
+    """Added to the chain's seed: another order of the rows."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Instead of the phase's own; None keeps it. Far apart rates make a heterogeneous, bad soup."""
+
+
+class SoupConfig(Strict):
+    """Several homogeneous fine-tunings of one start, merged into one model."""
+
+    variants: tuple[Variant, ...] = Field(min_length=1)
+    """Fine-tunings besides basic SFT's own checkpoint (ingredient 0), from its last phase's start."""
+    method: Literal["uniform", "greedy"] = "uniform"
+    """uniform: the mean of all (the report); greedy: keep what does not lower the validation score."""
+    validation: DataSource
+    """Rows that score the ingredients and the merge; never held-out ones."""
+    max_distance: float = Field(default=1.0, gt=0)
+    """Largest distance of two ingredients, as a share of the start's norm; above it the soup is refused."""
+    on_worse: Literal["warn", "refuse"] = "warn"
+    """What happens when the merge scores below its worst ingredient."""
+
+    @model_validator(mode="after")
+    def _variants_differ(self) -> SoupConfig:
+        pairs = [(variant.seed_offset, variant.learning_rate) for variant in self.variants]
+        if len(set(pairs)) != len(pairs):
+            raise ValueError(f"variants: two are the same fine-tuning {pairs}; give each its own seed_offset")
+        return self

@@ -1,0 +1,218 @@
+"""Records as lessons: token ids in which only the assistant's turn carries a label, padded into batches.
+
+B rows, T tokens. The prompt is tokenized apart from the target, so a lesson's prompt ids are those that a
+rollout server makes of the same record, and the boundary between the two can never fall inside a token. Which
+text the assistant's turn is (end-of-turn token included) is the chat template's own answer: the rendered chat
+minus the rendered prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from core.prompts import messages
+from core.records import DataSource, Record, load_records
+from core.strict import ConfigError, nearest
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100
+"""Label of a token that is not trained."""
+CACHE_BYTES = 1 << 30
+"""Prepared rows that a process keeps; what does not fit is prepared again in the next epoch."""
+
+Lesson = dict[str, Any]
+
+
+class OverlongError(ValueError):
+    """A row is longer than the stage's context."""
+
+
+class Lessons(Sequence[Lesson]):
+    """Records prepared for training, one by one and on demand.
+
+    An item holds `input_ids` and `labels` (T,), int64, and `pixel_values` (tiles, 3, size, size), float32, or
+    None for a row without images. Labels are the ids of the assistant's turn and IGNORED elsewhere.
+    """
+
+    def __init__(self, records: Sequence[Record], processor: Any) -> None:
+        self.records, self.processor = records, processor
+        self._cache: dict[int, Lesson] = {}
+        self._cached_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if index in self._cache:
+            return self._cache[index]
+        lesson = prepare(self.records[index], self.processor)
+        size = sum(value.nbytes for value in lesson.values() if value is not None)
+        if self._cached_bytes + size <= CACHE_BYTES:
+            self._cache[index] = lesson
+            self._cached_bytes += size
+        return lesson
+
+
+def prepare(record: Record, processor: Any) -> Lesson:
+    """One lesson, see `Lessons`. Raises ValueError if the template renders no assistant's turn."""
+    import torch
+
+    prompt, target = render(record, processor)
+    images = list(record["images"])
+    inputs = processor(images=[images] if images else None, text=[prompt], return_tensors="pt", **_PLAIN)
+    prompt_ids = inputs["input_ids"][0]
+    target_ids = torch.tensor(processor.tokenizer(target, **_PLAIN)["input_ids"])
+    return {
+        "input_ids": torch.cat([prompt_ids, target_ids]),
+        "labels": torch.cat([torch.full_like(prompt_ids, IGNORED), target_ids]),
+        "pixel_values": inputs.get("pixel_values"),
+    }
+
+
+# The chat template has written every special token already.
+_PLAIN = {"add_special_tokens": False}
+
+
+def render(record: Record, processor: Any) -> tuple[str, str]:
+    """The prompt as text, image placeholders unexpanded, and the assistant's turn as text."""
+    prompt = processor.apply_chat_template(messages(record), add_generation_prompt=True, tokenize=False)
+    chat = processor.apply_chat_template(messages(record, with_target=True), tokenize=False)
+    if not chat.startswith(prompt) or chat == prompt:
+        raise ValueError(
+            f"row {record['id']!r}: the chat template renders the prompt differently once an answer follows; "
+            "use one whose generation prompt is how the assistant's turn starts"
+        )
+    return prompt, chat[len(prompt) :]
+
+
+def count_tokens(record: Record, processor: Any) -> int:
+    """Tokens of a record's lesson, image tokens included, without reading a pixel."""
+    prompt, target = render(record, processor)
+    text = sum(len(processor.tokenizer(part, **_PLAIN)["input_ids"]) for part in (prompt, target))
+    sizes = [(image.height, image.width) for image in record["images"]]
+    expanded = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
+    return text + sum(count - 1 for count in expanded)  # each replaces its one placeholder
+
+
+class Mixture(Sequence[Record]):
+    """The rows of several sets, one set after another, read from disk when indexed.
+
+    `dropped` counts the rows left out so far, by the rule they broke.
+    """
+
+    def __init__(self, places: Sequence[tuple[Sequence[Record], int]], dropped: Mapping[str, int]) -> None:
+        self._places, self.dropped = places, Counter(dropped)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [records[row] for records, row in self._places[index]]
+        records, row = self._places[index]
+        return records[row]
+
+    def without(self, rows: set[int], rule: str) -> Mixture:
+        """The mixture less those rows, which `dropped` counts under the rule."""
+        kept = [place for row, place in enumerate(self._places) if row not in rows]
+        return Mixture(kept, self.dropped + Counter({rule: len(rows)}))
+
+
+def load_mixture(
+    sources: Sequence[DataSource],
+    sets: Mapping[str, Path],
+    seed: int,
+    on_bad: Literal["raise", "drop"] = "raise",
+) -> Mixture:
+    """The rows of the named sets, each drawn by the seed where its source limits them.
+
+    Raises ConfigError naming the known sets for an unknown one, and core.records.RecordError for bad rows.
+    """
+    places: list[tuple[Sequence[Record], int]] = []
+    dropped: Counter[str] = Counter()
+    for source in sources:
+        if source.set not in sets:
+            raise ConfigError(f"set {source.set!r} is unknown; {nearest(source.set, sets)}")
+        records = load_records(
+            sets[source.set], split=source.split, rows=source.rows, seed=seed, on_bad=on_bad
+        )
+        dropped.update(records.dropped)
+        places += [(records, row) for row in range(len(records))]
+    return Mixture(places, dropped)
+
+
+def fit(
+    mixture: Mixture, processor: Any, max_tokens: int, overlong: Literal["refuse", "drop"] = "refuse"
+) -> Mixture:
+    """The rows of at most `max_tokens`.
+
+    Raises OverlongError naming the first longer one unless they are to be dropped, and ValueError if none is
+    left.
+    """
+    long: set[int] = set()
+    for row, record in enumerate(mixture):
+        tokens = count_tokens(record, processor)
+        if tokens <= max_tokens:
+            continue
+        if overlong == "refuse":
+            raise OverlongError(
+                f"row {record['id']!r} has {tokens} tokens, max_tokens is {max_tokens}; raise it, shorten "
+                "the row, or set overlong: drop"
+            )
+        long.add(row)
+    if len(long) == len(mixture):
+        raise ValueError(f"none of the {len(mixture)} rows has at most max_tokens={max_tokens} tokens")
+    if long:
+        log.warning("dropped %d of %d rows longer than %d tokens", len(long), len(mixture), max_tokens)
+    return mixture.without(long, "tokens: longer than max_tokens") if long else mixture
+
+
+class Collator:
+    """Lessons by index -> one right-padded batch: input_ids, attention_mask, labels (B, T), pixel_values.
+
+    `blank`, if given, is added as an unlabelled row to batches without an image: the tower and the adapter
+    then get a gradient (of zeros) on every rank in every step. Without it a rank with a text-only batch would
+    not join the others in reducing theirs, and ZeRO-2 would wait for ever.
+    """
+
+    def __init__(self, lessons: Sequence[Lesson], pad_token_id: int, blank: Lesson | None = None) -> None:
+        self.lessons, self.pad_token_id, self.blank = lessons, pad_token_id, blank
+
+    def __call__(self, examples: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+        import torch
+
+        rows = [self.lessons[example["row"]] for example in examples]
+        if self.blank and all(row["pixel_values"] is None for row in rows):
+            rows.append(self.blank)
+        pixels = [row["pixel_values"] for row in rows if row["pixel_values"] is not None]
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch = {
+            "input_ids": _padded([row["input_ids"] for row in rows], self.pad_token_id),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "labels": _padded([row["labels"] for row in rows], IGNORED),
+        }
+        return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+
+
+def blank_lesson(processor: Any) -> Lesson:
+    """A short row for `Collator.blank`: one black picture of one tile, and nothing to learn from it."""
+    import torch
+    from PIL import Image
+
+    side = processor.image_processor.size["height"]
+    picture = {"id": "blank", "images": [Image.new("RGB", (side, side))], "question": "?", "mode": "direct"}
+    lesson = prepare({**picture, "answer": ".", "response": None}, processor)
+    return {**lesson, "labels": torch.full_like(lesson["labels"], IGNORED)}
+
+
+def _padded(rows: Sequence[Any], value: int) -> Any:
+    import torch
+
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

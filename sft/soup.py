@@ -1,0 +1,310 @@
+"""Model soup: several fine-tunings of one start, averaged into one model (arXiv:2203.05482).
+
+Only homogeneous ingredients make a good soup: in the report two homogeneous checkpoints (74.9 and 74.5) merge
+to 76.6, heterogeneous ones to 12.9. So ingredients must share architecture, tokenizer and start, how far
+apart they are is measured, and a merge that scores below its worst ingredient does not pass unnoticed.
+
+Weights are read slice by slice and written shard by shard: memory for one shard of one model, however many
+ingredients there are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import combinations
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from core.artifacts import atomic_dir, read_json
+from sft.config import SoupConfig
+
+log = logging.getLogger(__name__)
+
+START = "start.json"
+"""Beside a checkpoint's weights: the hash of the weights it was fine-tuned from (sft.train writes it)."""
+_SLICE_ELEMENTS = 1 << 20
+_VOLATILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "is_local", "local_files_only")
+_SAME_JSON = ("config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
+_SAME_TEXT = ("chat_template.jinja",)
+
+Score = Callable[[Path], float]
+"""Validation score of a checkpoint folder; higher is better."""
+
+
+class SoupError(ValueError):
+    """The ingredients do not belong in one soup, or the soup is no good."""
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How far ingredients lie apart. L2 over all weights; `relative` ones are shares of the start's norm."""
+
+    from_start: list[float]
+    """Relative, per ingredient; from the first ingredient if no start was given."""
+    pairwise: dict[str, float]
+    """Relative, by "i-j"."""
+    cosine: dict[str, float]
+    """Of the task vectors (ingredient minus start), by "i-j"; empty without a start."""
+
+
+class _Checkpoint:
+    """The tensors of one checkpoint folder, opened but not read."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        from safetensors import safe_open
+
+        self.path = path
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise SoupError(f"{path}: no safetensors file; an ingredient is a checkpoint folder")
+        self.shards = {file.name: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+        self._home = {name: shard for shard in self.shards.values() for name in shard.keys()}  # noqa: SIM118
+
+    def names(self) -> set[str]:
+        return set(self._home)
+
+    def slice_of(self, name: str) -> Any:
+        return self._home[name].get_slice(name)
+
+    def tensor(self, name: str) -> Any:
+        return self._home[name].get_tensor(name)
+
+
+def check_ingredients(paths: Sequence[Path]) -> None:
+    """Raise SoupError unless the checkpoints agree in architecture, tensors, tokenizer and start."""
+    if len(paths) < 2:
+        raise SoupError(f"a soup needs two ingredients or more, got {[str(path) for path in paths]}")
+    first = Path(paths[0])
+    for other in map(Path, paths[1:]):
+        for name in (*_SAME_JSON, *_SAME_TEXT):
+            difference = _file_difference(first / name, other / name)
+            if difference:
+                raise SoupError(
+                    f"{other}: {name} differs from that of {first} ({difference}); merge fine-tunings of one "
+                    "core only"
+                )
+    starts = {str(path): _start_of(Path(path)) for path in paths}
+    if len(set(starts.values())) > 1:
+        listed = "; ".join(f"{path}: {start[:12]}" for path, start in starts.items())
+        raise SoupError(
+            f"the ingredients were fine-tuned from different weights ({listed}); use one start for all"
+        )
+    with ExitStack() as stack:
+        opened = [_Checkpoint(Path(path), stack) for path in paths]
+        for checkpoint in opened[1:]:
+            _check_tensors(opened[0], checkpoint)
+
+
+def distances(paths: Sequence[Path], start: Path | None = None) -> Distances:
+    """How far the ingredients lie from their start and from one another, in one pass over the weights."""
+    import torch
+
+    with ExitStack() as stack:
+        opened = [_Checkpoint(Path(path), stack) for path in paths]
+        origin = _Checkpoint(Path(start), stack) if start else opened[0]
+        for checkpoint in opened:
+            _check_tensors(origin, checkpoint)
+        gram = torch.zeros(len(opened), len(opened), dtype=torch.float64)
+        norm = 0.0
+        for name in sorted(origin.names()):
+            for here in _slices(origin.slice_of(name)):
+                base = origin.slice_of(name)[here].float().flatten()
+                moved = torch.stack([c.slice_of(name)[here].float().flatten() - base for c in opened])
+                gram += moved @ moved.T  # float32 within a slice, float64 over the slices
+                norm += float(base @ base)
+    scale = sqrt(norm) or 1.0
+    pairs = list(combinations(range(len(opened)), 2))
+    squared = {(i, j): float(gram[i, i] + gram[j, j] - 2 * gram[i, j]) for i, j in pairs}
+    return Distances(
+        from_start=[sqrt(float(gram[i, i])) / scale for i in range(len(opened))],
+        pairwise={f"{i}-{j}": sqrt(max(squared[i, j], 0.0)) / scale for i, j in pairs},
+        cosine={f"{i}-{j}": _cosine(gram, i, j) for i, j in pairs} if start else {},
+    )
+
+
+def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> Path:
+    """Write the weighted mean of the checkpoints (equal weights by default) as a checkpoint; returns `out`.
+
+    Sums in float32, keeps each tensor's data type; configuration and tokenizer are the first ingredient's.
+    Raises SoupError if the tensors do not match or the weights do not sum to 1.
+    """
+    from safetensors.torch import save_file
+
+    shares = [1 / len(paths)] * len(paths) if weights is None else list(weights)
+    if len(shares) != len(paths) or abs(sum(shares) - 1) > 1e-6:
+        raise SoupError(f"weights={shares}: one per ingredient ({len(paths)}), summing to 1")
+    with ExitStack() as stack:
+        opened = [_Checkpoint(Path(path), stack) for path in paths]
+        for checkpoint in opened[1:]:
+            _check_tensors(opened[0], checkpoint)
+        with atomic_dir(Path(out)) as folder:
+            for shard, tensors in opened[0].shards.items():
+                mean = {name: _mean(name, opened, shares) for name in tensors.keys()}  # noqa: SIM118
+                save_file(mean, folder / shard, metadata={"format": "pt"})
+            for file in sorted(Path(paths[0]).iterdir()):
+                if file.is_file() and file.suffix != ".safetensors" and file.name != START:
+                    shutil.copy2(file, folder / file.name)
+    return Path(out)
+
+
+def uniform(paths: Sequence[Path], out: Path) -> list[int]:
+    """Merge all ingredients with equal weights into `out`; returns the numbers of those used: all."""
+    merge(paths, out)
+    return list(range(len(paths)))
+
+
+def greedy(paths: Sequence[Path], out: Path, score: Score, scores: Sequence[float]) -> list[int]:
+    """Merge, best first, every ingredient that does not lower the validation score; returns their numbers.
+
+    Source: arXiv:2203.05482, Recipe 1. `scores` are the ingredients' own.
+    """
+    order = sorted(range(len(paths)), key=lambda number: -scores[number])
+    used, best = order[:1], scores[order[0]]
+    trial = Path(out).with_name(Path(out).name + ".trial")
+    for number in order[1:]:
+        merge([paths[i] for i in (*used, number)], trial)
+        reached = score(trial)
+        log.info("greedy soup: %s + %d scores %.4f, without it %.4f", used, number, reached, best)
+        if reached >= best:
+            used, best = [*used, number], reached
+    shutil.rmtree(trial, ignore_errors=True)
+    merge([paths[i] for i in used], out)
+    return used
+
+
+def soup(
+    cfg: SoupConfig, paths: Sequence[Path], out: Path, *, score: Score, start: Path | None = None
+) -> dict[str, Any]:
+    """Check, measure, merge and score; returns the record for the report.
+
+    Args:
+        paths: checkpoint folders, ingredient 0 first.
+        out: the merged checkpoint.
+        score: on the validation split, never on held-out rows.
+        start: the checkpoint that all were fine-tuned from.
+
+    Returns {"ingredients": [{"path", "score", "distance"}], "distances": {"pairwise", "cosine"}, "merged":
+    {"method", "used", "score"}}. Raises SoupError for ingredients that do not fit or lie too far apart, and,
+    with on_worse="refuse", for a merge that scores below its worst ingredient.
+    """
+    check_ingredients(paths)
+    apart = distances(paths, start)
+    _refuse_far(paths, apart, cfg.max_distance)
+    scores = [score(Path(path)) for path in paths]
+    used = uniform(paths, out) if cfg.method == "uniform" else greedy(paths, out, score, scores)
+    reached = score(Path(out))
+    worst = min(scores)
+    if reached < worst:
+        message = (
+            f"the merge scores {reached:.4f}, its worst ingredient {worst:.4f}; distances {apart.pairwise}: "
+            "use fewer variants, closer learning rates, or method: greedy"
+        )
+        if cfg.on_worse == "refuse":
+            shutil.rmtree(out)
+            raise SoupError(message)
+        log.warning(message)
+    return {
+        "ingredients": [
+            {"path": str(path), "score": value, "distance": far}
+            for path, value, far in zip(paths, scores, apart.from_start, strict=True)
+        ],
+        "distances": {"pairwise": apart.pairwise, "cosine": apart.cosine},
+        "merged": {"method": cfg.method, "used": used, "score": reached},
+    }
+
+
+def _refuse_far(paths: Sequence[Path], apart: Distances, limit: float) -> None:
+    pair, far = max(apart.pairwise.items(), key=lambda item: item[1])
+    if far > limit:
+        i, j = (int(number) for number in pair.split("-"))
+        raise SoupError(
+            f"{paths[i]} and {paths[j]} lie {far:.3f} of the start's norm apart, max_distance is {limit}: "
+            "too heterogeneous to merge; train them with closer data and rates, or raise max_distance"
+        )
+
+
+def _mean(name: str, checkpoints: Sequence[_Checkpoint], shares: Sequence[float]) -> Any:
+    """The weighted mean of one tensor, slice by slice; integer tensors must be equal."""
+    import torch
+
+    out = checkpoints[0].tensor(name).clone()
+    if not out.is_floating_point():
+        if any(not torch.equal(out, checkpoint.tensor(name)) for checkpoint in checkpoints[1:]):
+            raise SoupError(f"{name} holds integers that differ between the ingredients; they have no mean")
+        return out
+    for here in _slices(checkpoints[0].slice_of(name)):
+        total = torch.zeros(out[here].shape, dtype=torch.float32)
+        for checkpoint, share in zip(checkpoints, shares, strict=True):
+            total += share * checkpoint.slice_of(name)[here].float()
+        out[here] = total.to(out.dtype)
+    return out
+
+
+def _slices(tensor: Any) -> Iterator[Any]:
+    """Indices that cut a tensor along its first axis into pieces of about a million elements."""
+    shape = tensor.get_shape()
+    if not shape:
+        yield ...
+        return
+    row = 1
+    for length in shape[1:]:
+        row *= length
+    step = max(1, _SLICE_ELEMENTS // max(row, 1))
+    for first in range(0, shape[0], step):
+        yield slice(first, first + step)
+
+
+def _check_tensors(one: _Checkpoint, other: _Checkpoint) -> None:
+    difference = sorted(one.names() ^ other.names())
+    if difference:
+        raise SoupError(
+            f"{one.path} and {other.path}: {len(difference)} tensors are in one of them only, "
+            f"e.g. {difference[0]}"
+        )
+    for name in sorted(one.names()):
+        kinds = [(tuple(c.slice_of(name).get_shape()), c.slice_of(name).get_dtype()) for c in (one, other)]
+        if kinds[0] != kinds[1]:
+            raise SoupError(f"{name}: {kinds[0]} in {one.path}, {kinds[1]} in {other.path}")
+
+
+def _start_of(path: Path) -> str:
+    if not (path / START).exists():
+        raise SoupError(
+            f"{path}: no {START}, so nothing says what it was fine-tuned from; sft.train writes it, or put "
+            '{"weights": <core.learner.weights_hash of the start>} there'
+        )
+    return str(read_json(path / START)["weights"])
+
+
+def _file_difference(one: Path, other: Path) -> str:
+    """What differs between two files, "" if nothing that matters does."""
+    if not one.exists() and not other.exists():
+        return ""
+    if one.exists() != other.exists():
+        return f"only one has it: {one if one.exists() else other}"
+    texts = [file.read_text(encoding="utf-8") for file in (one, other)]
+    if texts[0] == texts[1]:
+        return ""
+    if one.suffix != ".json":
+        return "another text"
+    here, there = (_stable(json.loads(text)) for text in texts)
+    keys = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+    return f"{keys[0]}: {here.get(keys[0])!r:.60} and {there.get(keys[0])!r:.60}" if keys else ""
+
+
+def _stable(value: Any) -> Any:
+    """The JSON value without what says nothing about the model."""
+    if isinstance(value, dict):
+        return {key: _stable(item) for key, item in value.items() if key not in _VOLATILE}
+    return [_stable(item) for item in value] if isinstance(value, list) else value
+
+
+def _cosine(gram: Any, i: int, j: int) -> float:
+    size = sqrt(float(gram[i, i] * gram[j, j]))
+    return float(gram[i, j]) / size if size else 0.0

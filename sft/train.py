@@ -1,0 +1,199 @@
+"""One SFT stage: a curriculum of phases, each on TRL's SFTTrainer, from the weights of the phase before.
+
+What differs from handing TRL the rows: they are prepared once instead of once per epoch (sft/data.py), and a
+row that is too long is refused instead of cut. Loss (token mean over the global batch) and loop are TRL's.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.artifacts import append_jsonl, write_json
+from core.learner import (
+    apply_freeze,
+    join_process_group,
+    load_model,
+    load_processor,
+    peft_config,
+    save_checkpoint,
+    training_arguments,
+    weights_hash,
+)
+from sft.config import Phase, SFTConfig, Variant
+from sft.data import Collator, Lessons, Mixture, blank_lesson, fit, load_mixture
+from sft.soup import START
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+log = logging.getLogger(__name__)
+
+METRICS = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "num_tokens": "tokens",
+    "mean_token_accuracy": "token_accuracy",
+    "entropy": "entropy",
+}
+"""TRL's names of what is logged, and ours in metrics.jsonl."""
+
+
+def train(cfg: SFTConfig, *, model: Path, out: Path, seed: int, sets: Mapping[str, Path]) -> Path:
+    """Run the phases from the core at `model`; returns `out/checkpoint`, the one the next stage starts from.
+
+    Writes `out/metrics.jsonl`, `out/data.json` (rows and dropped rows, by phase) and, for every phase but the
+    last, `out/phases/<number>_<name>`. Every rank calls it. `sets` maps the names in the configuration to
+    Parquet files, folders or hub ids.
+    """
+    out = Path(out)
+    join_process_group(cfg.learner)
+    # Bad data of the last phase stops the stage before the first one trains.
+    data = [phase_data(cfg, number, model, sets, seed) for number in range(len(cfg.phases))]
+    if int(os.environ.get("RANK", "0")) == 0:
+        counts = [{"rows": len(mixture), "dropped": dict(mixture.dropped)} for mixture in data]
+        write_json(out / "data.json", dict(zip([phase.name for phase in cfg.phases], counts, strict=True)))
+    start, steps = Path(model), 0
+    with _imports_set_aside():
+        for number, mixture in enumerate(data):
+            steps += run_phase(cfg, number, mixture, start=start, out=out, seed=seed, steps_before=steps)
+            start = phase_folder(cfg, out, number)
+            _release()
+    return start
+
+
+def phase_folder(cfg: SFTConfig, out: Path, number: int) -> Path:
+    """Where the checkpoint of a phase lies: the last one's is the stage's own."""
+    last = number == len(cfg.phases) - 1
+    return out / "checkpoint" if last else out / "phases" / f"{number}_{cfg.phases[number].name}"
+
+
+def variant_of(cfg: SFTConfig, variant: Variant) -> SFTConfig:
+    """The configuration that fine-tunes the last phase once more, for the soup."""
+    phase = cfg.phases[-1]
+    if variant.learning_rate is not None:
+        optim = phase.optim.model_copy(update={"learning_rate": variant.learning_rate})
+        phase = phase.model_copy(update={"optim": optim})
+    return cfg.model_copy(update={"phases": (phase,)})
+
+
+def variant_start(cfg: SFTConfig, out: Path, model: Path) -> Path:
+    """The checkpoint that the last phase of the stage in `out`, which began with `model`, started from."""
+    return phase_folder(cfg, out, len(cfg.phases) - 2) if len(cfg.phases) > 1 else model
+
+
+def phase_data(cfg: SFTConfig, number: int, model: Path, sets: Mapping[str, Path], seed: int) -> Mixture:
+    """The rows of one phase, checked, and of a length the stage can take."""
+    mixture = load_mixture(cfg.phases[number].data, sets, seed, cfg.on_bad)
+    return fit(mixture, load_processor(model), cfg.max_tokens, cfg.overlong)
+
+
+def run_phase(
+    cfg: SFTConfig, number: int, mixture: Mixture, *, start: Path, out: Path, seed: int, steps_before: int
+) -> int:
+    """Train one phase with a fresh optimizer and write its checkpoint; returns its optimizer updates."""
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    phase, target = cfg.phases[number], phase_folder(cfg, out, number)
+    freeze = cfg.learner.freeze if phase.freeze is None else phase.freeze
+    processor = load_processor(start)
+    args = trl_config(cfg, phase, target.parent, seed)  # before the model: ZeRO-3 splits it as it loads
+    policy = load_model(start, cfg.learner)
+    if cfg.learner.lora is None:
+        apply_freeze(policy, freeze)
+    lessons = Lessons(mixture, processor)
+    blank = None if {"tower", "adapter"} <= set(freeze) else blank_lesson(processor)
+    trainer = SFTTrainer(
+        model=policy,
+        args=args,
+        train_dataset=_indices(len(lessons)),
+        data_collator=Collator(lessons, processor.tokenizer.pad_token_id, blank),
+        processing_class=processor,
+        peft_config=peft_config(cfg.learner),
+        callbacks=[_metrics_writer(out / "metrics.jsonl", phase.name, steps_before)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    log.info("phase %s: %d rows from %s", phase.name, len(lessons), start)
+    trainer.train()
+    steps = trainer.state.global_step
+    save_checkpoint(trainer, processor, target)
+    if trainer.accelerator.is_main_process:
+        write_json(target / START, {"weights": weights_hash(start), "phase": phase.name, "seed": seed})
+    trainer.accelerator.free_memory()
+    return steps
+
+
+def trl_config(cfg: SFTConfig, phase: Phase, folder: Path, seed: int) -> Any:
+    """TRL's configuration of one phase."""
+    from trl import SFTConfig as TRLConfig
+
+    optim = phase.optim
+    return TRLConfig(
+        output_dir=str(folder),
+        **training_arguments(optim, cfg.learner, seed=seed),
+        gradient_accumulation_steps=optim.gradient_accumulation(cfg.learner.processes),
+        num_train_epochs=optim.epochs or 1,
+        max_steps=optim.max_steps or -1,
+        logging_steps=cfg.log_every,
+        logging_first_step=True,
+        max_length=None,  # `fit` has refused what is too long
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+    )
+
+
+def _indices(rows: int) -> Any:
+    """The data set that TRL shuffles and splits over the ranks: row numbers, which the collator looks up."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"row": list(range(rows))})
+
+
+def _metrics_writer(path: Path, phase: str, offset: int) -> TrainerCallback:
+    """A callback that appends what the trainer logs to metrics.jsonl, with steps counted over all phases."""
+    from transformers import TrainerCallback
+
+    class MetricsWriter(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == state.max_steps:
+                control.should_log = True  # the curve ends where the phase ends
+
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
+        ) -> None:
+            if not state.is_world_process_zero or not logs or "loss" not in logs:
+                return
+            line = {"step": offset + state.global_step, "phase": phase}
+            append_jsonl(
+                path, line | {ours: logs[theirs] for theirs, ours in METRICS.items() if theirs in logs}
+            )
+
+    return MetricsWriter()
+
+
+@contextmanager
+def _imports_set_aside() -> Iterator[None]:
+    """Keep the garbage collector from looking through what the imports left: 0.4 s for each collection."""
+    import trl.trainer.sft_trainer  # noqa: F401
+
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _release() -> None:
+    """Let the last phase's weights and optimizer states go before the next phase loads its own."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,108 @@
+"""The console command answers fast, and its errors are words."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from recipes import runner
+from recipes.cli import main, parser
+from recipes.launch import StageFailed
+
+
+def posttrain(*arguments: str, cwd) -> tuple[subprocess.CompletedProcess, float]:
+    started = time.monotonic()
+    command = [sys.executable, "-P", "-m", "recipes.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    return done, time.monotonic() - started
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    """Makes our packages importable in a child that stands elsewhere, installed or not."""
+    from recipes.launch import environment
+
+    monkeypatch.setenv("PYTHONPATH", environment(1)["PYTHONPATH"])
+
+
+def test_help_and_plan_answer_within_two_seconds(toy, importable):
+    shown, help_seconds = posttrain("--help", cwd=toy.root)
+    assert shown.returncode == 0
+    assert "rollout-server" in shown.stdout
+    planned, plan_seconds = posttrain("plan", toy.recipe_dir, cwd=toy.root)
+    assert (planned.returncode, planned.stderr) == (0, "")
+    assert "basic_sft: Basic SFT, from core" in planned.stdout
+    assert help_seconds < 2
+    assert plan_seconds < 2
+
+
+def test_a_wrong_recipe_ends_with_code_2_and_no_traceback(toy, importable):
+    done, _ = posttrain("plan", toy.recipe_dir, "--set", "rlvr.rollout.grup_size=4", cwd=toy.root)
+    assert done.returncode == 2
+    assert "rlvr.rollout.grup_size: unknown key; did you mean group_size" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_failed_stage_ends_with_code_1_and_a_bug_keeps_its_traceback(toy, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise StageFailed("rlvr: it broke")
+
+    monkeypatch.setattr(runner, "run", fail)
+    assert main(["run", str(toy.recipe_dir)]) == 1
+    assert capsys.readouterr().err == "posttrain: rlvr: it broke\n"
+
+    def bug(*args, **options):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(runner, "run", bug)
+    with pytest.raises(KeyError):
+        main(["run", str(toy.recipe_dir)])
+
+
+def test_an_interrupt_ends_with_code_130(toy, monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    assert main(["run", str(toy.recipe_dir)]) == 130
+    assert "finished stages are kept" in capsys.readouterr().err
+
+
+def test_options_reach_the_runner(toy, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runner, "run", lambda recipe, **options: calls.append((recipe, options)))
+    arguments = ["run", str(toy.recipe_dir), "--from", "sft", "--until", "rlvr", "--seed", "2", "--force"]
+    assert main([*arguments, "--set", "rlvr.batches=3", "rlvr.passes=2"]) == 0
+    recipe, options = calls[0]
+    assert (recipe.name, recipe.seed) == ("toy-seed2", 2)
+    assert (recipe.rlvr.batches, recipe.rlvr.passes) == (3, 2)
+    assert (options["from_"], options["until"], options["force"]) == ("sft", "rlvr", True)
+
+
+def test_plan_prints_json_for_programs(toy, capsys):
+    assert main(["plan", str(toy.recipe_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "toy"
+
+
+def test_stages_are_listed_with_their_short_names(capsys):
+    assert main(["stages"]) == 0
+    listed = capsys.readouterr().out
+    assert "think_fusion" in listed
+    assert "fusion" in listed
+
+
+def test_data_is_generated_once(toy, capsys):
+    arguments = ["data", str(toy.recipe_dir), "--runs-dir", str(toy.root / "runs")]
+    assert main(arguments) == 0
+    assert (toy.run_dir / "data" / "held.parquet").exists()
+    assert main(arguments) == 0
+    assert toy.calls() == ["data"]
+    assert "there already, unchanged — skipped" in capsys.readouterr().out
+
+
+def test_every_command_explains_itself():
+    for action in parser()._subparsers._group_actions[0].choices.values():
+        assert action.description
+        assert all(argument.help for argument in action._actions)

@@ -1,0 +1,59 @@
+"""A tiny random core and one real vLLM server of it, shared by the tests that need the engine."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rl.config import PoolConfig
+
+WORDS = "compute largest minus smallest digit in cell plus A B C D".split()
+POOL = PoolConfig(max_model_tokens=256, max_sequences=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_core(tmp_path_factory) -> Path:
+    from core.tiny import build_tiny
+
+    return build_tiny(tmp_path_factory.mktemp("core") / "tiny", words=WORDS, seed=0)
+
+
+@pytest.fixture(scope="session")
+def server_url(tiny_core, tmp_path_factory):
+    from rl.rollout.server import rollout_pool
+
+    with rollout_pool(POOL, tiny_core, tmp_path_factory.mktemp("server")) as urls:
+        yield urls[0]
+
+
+@pytest.fixture
+def client(server_url, tiny_core):
+    from rl.rollout.client import CoreFacts, RolloutClient
+
+    client = RolloutClient([server_url], CoreFacts.of(tiny_core))
+    client.load_checkpoint(tiny_core)  # whatever the test before left there
+    yield client
+    client.close()
+
+
+def record(number: int, *, mode: str = "think", image: bool = True, answer: str = "7") -> dict:
+    """A row whose picture is noise of its own."""
+    pixels = np.random.default_rng(number).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+    return {
+        "id": f"row-{number}",
+        "images": [Image.fromarray(pixels)] if image else [],
+        "question": "compute A plus B",
+        "answer": answer,
+        "chain": None,
+        "response": None,
+        "mode": mode,
+        "verifier": "number",
+        "source": "test",
+        "meta": {},
+    }
+
+
+@pytest.fixture(scope="session")
+def records() -> list[dict]:
+    return [record(n, mode="think" if n % 3 else "direct", image=bool(n % 4)) for n in range(24)]

@@ -1,0 +1,72 @@
+"""Two gloo ranks on one vLLM server train the same policy as one rank on the same global batch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from core.records import write_records
+
+STAGE = {
+    "data": [{"set": "rl"}],
+    "rewards": [{"name": "digits", "use": "tests_digits:count", "weight": 1.0}],
+    "algorithm": {"clip_low": 0.2, "clip_high": 0.28},
+    "rollout": {"prompts_per_batch": 4, "group_size": 4, "max_completion_tokens": 12, "temperature": 0.7},
+    "batches": 2,
+    "mini_batch": 8,
+    "optim": {"learning_rate": 1e-3, "micro_batch_size": 4, "schedule": "constant"},
+    "parity": {"bound": 1e-3, "sequences": 2, "tokens": 6},
+}
+REWARD = '''
+def count(completion, example):
+    """A reward with spread: the share of digits that the completion could hold."""
+    return min(1.0, sum(letter.isdigit() for letter in completion) / 6)
+'''
+
+
+def train(ranks, tmp_path, model, url, records):
+    out = tmp_path / f"ranks-{ranks}"
+    out.mkdir()
+    write_records(out / "rl.parquet", records)
+    (out / "tests_digits.py").write_text(REWARD)
+    job = {
+        "stage": "rlvr",
+        "kind": "rl",
+        "config": {**STAGE, "learner": {"processes": ranks}},
+        "model": str(model),
+        "out": str(out),
+        "seed": 0,
+        "sets": {"rl": str(out / "rl.parquet")},
+        "urls": [url],
+        "pool": {"max_model_tokens": 256},
+        "folders": [str(out)],
+    }
+    (out / "job.json").write_text(json.dumps(job))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, "-P", *launcher, "-m", "recipes.worker", str(out / "job.json")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out
+
+
+def test_two_ranks_train_what_one_rank_trains(server_url, client, tiny_core, records, tmp_path):
+    from safetensors.torch import load_file
+
+    one = train(1, tmp_path, tiny_core, server_url, records)
+    client.load_checkpoint(tiny_core)
+    two = train(2, tmp_path, tiny_core, server_url, records)
+    texts = [[json.loads(line)["completion"] for line in (out / "completions.jsonl").open()] for out in (one, two)]
+    assert texts[0] == texts[1]
+    start = load_file(tiny_core / "model.safetensors")
+    weights = [load_file(out / "checkpoint" / "model.safetensors") for out in (one, two)]
+    moved = max((weights[0][name] - start[name]).abs().max().item() for name in start)
+    assert moved > 1e-3  # four updates at 1e-3: AdamW moves a weight by about the rate each time
+    for name in start:
+        # Adam divides by the gradient's own size, so sums in another order show up far above float32's epsilon.
+        difference = (weights[0][name] - weights[1][name]).abs().max().item()
+        assert difference == pytest.approx(0, abs=moved * 0.02), name

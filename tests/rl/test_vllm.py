@@ -1,0 +1,179 @@
+"""Against a real vLLM server: what it serves after an update is what the learner holds. Each trap has its test.
+
+The traps (sailvl2-core notes, measured on this stack): a tied output head that the CPU engine keeps; image features
+that outlive the tower they came from; packed weights that `load_weights` alone leaves as they were; a token banned in
+sampling only.
+"""
+
+import pytest
+
+from rl.config import Parity
+from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
+from rl.rollout.parity import ParityError, ParityGuard
+from rl.rollout.weights import SharedMemorySync
+
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def learner(tiny_core):
+    """The core in transformers, the banned token without probability."""
+    from core.learner import LearnerConfig, load_model, load_processor
+    from rl.train import ban_tokens
+
+    model = load_model(tiny_core, LearnerConfig()).eval()
+    ban_tokens(model, CoreFacts.of(tiny_core).banned_ids)
+    return model, load_processor(tiny_core)
+
+
+@pytest.fixture
+def fresh_learner(learner):
+    """The learner, its weights put back after the test."""
+    model, processor = learner
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    yield model, processor
+    model.load_state_dict(before)
+
+
+def logprobs(learner, row, answer):
+    """Plain transformers: the log-probabilities of the first completion's tokens at the rollouts' temperature."""
+    import torch
+
+    from rl.data import prompt_messages
+
+    model, processor = learner
+    inputs = processor.apply_chat_template(
+        [prompt_messages(row)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert inputs["input_ids"][0].tolist() == answer.prompt_ids
+    completion = answer.completions[0].token_ids
+    ids = torch.tensor([answer.prompt_ids + completion])
+    images = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0]
+    scores = (logits / TEMPERATURE).log_softmax(-1)[len(answer.prompt_ids) - 1 : -1]
+    return scores.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
+
+
+def parity(client, learner, records):
+    """Largest difference over four probes with an image each, by the guard."""
+    from rl.data import prompt_messages
+
+    rows = [row for row in records if row["images"]][:4]
+    prompts = [Prompt(prompt_messages(row), seed=at) for at, row in enumerate(rows)]
+    guard = ParityGuard(Parity(bound=1e-4), prompts, TEMPERATURE)
+    return guard.check(guard.sample(client), lambda at, answer: logprobs(learner, rows[at], answer), servers=1)
+
+
+def move(model, *prefixes):
+    """Change the weights under `prefixes` as a large update would."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(prefixes):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def test_server_and_transformers_agree(client, fresh_learner, records):
+    assert parity(client, fresh_learner, records) < 1e-5
+
+
+def test_an_update_of_every_weight_reaches_the_server(client, fresh_learner, records):
+    move(fresh_learner[0], "")
+    with pytest.raises(ParityError):  # the guard sees that the servers have not been told yet
+        parity(client, fresh_learner, records)
+    SharedMemorySync(client).push(fresh_learner[0])
+    assert parity(client, fresh_learner, records) < 1e-5
+
+
+def test_without_its_twin_the_tied_output_head_stays_old_and_the_guard_says_so(
+    client, fresh_learner, records, server_url, tiny_core
+):
+    core = CoreFacts.of(tiny_core)
+    assert core.tied, "the tiny core ties its embeddings"
+    forgetful = RolloutClient([server_url], CoreFacts(core.banned_ids, tied={}))
+    move(fresh_learner[0], "model.language_model.embed_tokens")
+    SharedMemorySync(forgetful).push(fresh_learner[0])
+    with pytest.raises(ParityError, match="tied lm_head not sent"):
+        parity(client, fresh_learner, records)
+    SharedMemorySync(client).push(fresh_learner[0])
+    assert parity(client, fresh_learner, records) < 1e-5
+    forgetful.close()
+
+
+def test_without_the_cache_resets_rollouts_see_the_old_tower_and_the_guard_says_so(
+    client, fresh_learner, records, monkeypatch
+):
+    parity(client, fresh_learner, records)  # fills the caches
+    move(fresh_learner[0], "model.vision_tower", "model.multi_modal_projector")
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutClient, "reset_caches", lambda self: None)
+        SharedMemorySync(client).push(fresh_learner[0])
+    with pytest.raises(ParityError, match="a cache that was not reset"):
+        parity(client, fresh_learner, records)
+    client.reset_caches()
+    assert parity(client, fresh_learner, records) < 1e-5
+
+
+def test_loading_without_the_layerwise_reload_is_seen_by_the_guard(client, fresh_learner, records, monkeypatch):
+    move(fresh_learner[0], "model.language_model.layers")
+    real = RolloutClient.on_every_server
+
+    def without_reload(self, path, body=None):
+        return {} if path in ("start_weight_update", "finish_weight_update") else real(self, path, body)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutClient, "on_every_server", without_reload)
+        # vLLM refuses, or takes the tensors and keeps its packed copies: either way nothing passes unseen.
+        with pytest.raises((ParityError, RuntimeError)):
+            SharedMemorySync(client).push(fresh_learner[0])
+            parity(client, fresh_learner, records)
+
+
+def test_a_policy_in_love_with_the_image_token_samples_none_and_its_ratios_are_right(
+    client, fresh_learner, records, tiny_core
+):
+    import torch
+
+    from rl.data import prompt_messages
+
+    model, processor = fresh_learner
+    banned = CoreFacts.of(tiny_core).banned_ids[0]
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():  # the image token becomes the likeliest wherever hidden states point this way
+        head[banned] = head.mean(0) * 40
+    SharedMemorySync(client).push(model)
+    rows = records[:8]
+    answers = client.generate(
+        [Prompt(prompt_messages(row), seed=at) for at, row in enumerate(rows)],
+        Sampling(max_tokens=12, temperature=TEMPERATURE),
+    )
+    worst = {"banned on both sides": 0.0, "banned in sampling only": 0.0}
+    for row, answer in zip(rows, answers, strict=True):
+        completion = answer.completions[0]
+        assert banned not in completion.token_ids
+        for name in worst:
+            bias = model.get_output_embeddings().bias
+            kept = bias.clone()
+            if name == "banned in sampling only":
+                bias.zero_()
+            ours = logprobs(fresh_learner, row, answer)
+            bias.copy_(kept)
+            worst[name] = max(worst[name], *(abs(a - b) for a, b in zip(ours, completion.logprobs, strict=True)))
+    assert worst["banned on both sides"] < 1e-4
+    assert worst["banned in sampling only"] > 0.01  # what every importance ratio would be off by
+
+
+def test_greedy_text_is_transformers_greedy_text(client, fresh_learner, records):
+    from rl.data import prompt_messages
+
+    model, processor = fresh_learner
+    row = records[1]
+    answer = client.generate([Prompt(prompt_messages(row))], Sampling(max_tokens=16, temperature=0.0))[0]
+    inputs = processor.apply_chat_template(
+        [prompt_messages(row)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    out = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    assert out[0, inputs["input_ids"].shape[1] :].tolist() == answer.completions[0].token_ids

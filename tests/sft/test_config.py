@@ -1,0 +1,49 @@
+import pytest
+
+from core.strict import ConfigError, parse
+from sft.config import SFTConfig, SoupConfig
+
+OPTIM = {"learning_rate": 1e-3, "epochs": 1, "global_batch_size": 8}
+PHASE = {"name": "one", "data": [{"set": "panels"}], "optim": OPTIM}
+STAGE = {"phases": [PHASE], "max_tokens": 64}
+
+
+def phase(**optim):
+    return {**PHASE, "optim": {**OPTIM, **optim}}
+
+
+def test_a_stage_with_one_phase_parses():
+    assert parse(SFTConfig, STAGE).phases[0].optim.gradient_accumulation(ranks=1) == 8
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"phases": []}, "phases"),
+        ({"phases": [phase(epochs=None)]}, r"phases\[0\].*needs epochs or max_steps"),
+        ({"phases": [phase(max_steps=3)]}, r"phases\[0\].optim.*give one"),
+        ({"phases": [phase(global_batch_size=None)]}, "global_batch_size is missing"),
+        ({"phases": [phase(micro_batch_size=3)]}, "global_batch_size=8 is not a multiple.*6 and 9"),
+        ({"phases": [PHASE, PHASE]}, "names must differ.*'one', 'one'"),
+        ({"phases": [{**PHASE, "data": []}]}, r"phases\[0\].data"),
+        ({"phases": [{**PHASE, "freeze": ["tower", "adapter", "language_model"]}]}, "nothing would train"),
+        ({"phases": [{**PHASE, "freeze": ["tower"]}], "learner": {"lora": {}}}, "LoRA freezes"),
+        ({"phases": [phase(learning_rat=1)]}, "did you mean learning_rate"),
+        ({"overlong": "cut"}, "overlong"),
+        ({"max_token": 64}, "did you mean max_tokens"),
+    ],
+)
+def test_a_stage_that_cannot_run_is_refused(stage, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(SFTConfig, {**STAGE, **stage})
+
+
+def test_a_phase_may_thaw_what_the_learner_freezes():
+    stage = {**STAGE, "phases": [{**PHASE, "freeze": []}], "learner": {"freeze": ["tower"]}}
+    assert parse(SFTConfig, stage).phases[0].freeze == ()
+
+
+def test_two_equal_variants_make_no_soup():
+    variants = [{"seed_offset": 1}, {"seed_offset": 1}]
+    with pytest.raises(ConfigError, match="two are the same fine-tuning"):
+        parse(SoupConfig, {"variants": variants, "validation": {"set": "panels"}})
