@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from core.artifacts import atomic_dir, read_json, sha256_file, write_json
-from core.strict import Strict
+from core.strict import Strict, nearest
 
 log = logging.getLogger(__name__)
 
@@ -214,8 +214,6 @@ def apply_freeze(model: Any, freeze: Sequence[Module]) -> dict[str, int]:
 
     Raises ValueError for an unknown module, and when nothing would train.
     """
-    from core.strict import nearest
-
     for name in freeze:
         if name not in MODULES:
             raise ValueError(f"freeze: unknown module {name!r}; {nearest(name, MODULES)}")

@@ -157,11 +157,10 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from recipes import report
+    from recipes.progress import new_console
 
-    console = Console(highlight=False)
+    console = new_console()
     console.print(report.table(report.write(options.run_dir)))
     console.print(f"report: {options.run_dir / report.HTML}", markup=False, soft_wrap=True)
 

@@ -42,9 +42,10 @@ class Display:
     """Prints what stays, and shows what passes."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or new_console()
         self._status: Any = None
-        self._label, self._started, self._last_plain = "", 0.0, 0.0
+        self._label, self._started = "", 0.0
+        self._last_plain, self._last_text = 0.0, ""
 
     def line(self, text: str) -> None:
         """A line that stays."""
@@ -53,7 +54,8 @@ class Display:
     @contextmanager
     def step(self, label: str) -> Iterator[None]:
         """Show `label`, what `passing` says, and the time since, until the block ends."""
-        self._label, self._started, self._last_plain = label, time.monotonic(), time.monotonic()
+        self._label, self._started = label, time.monotonic()
+        self._last_plain, self._last_text = self._started, ""
         if not self.console.is_terminal:
             yield
             return
@@ -64,14 +66,20 @@ class Display:
                 self._status = None
 
     def passing(self, text: str) -> None:
-        """What is going on now; the next call replaces it."""
+        """What is going on now; the next call replaces it, and one with the same text moves the clock on."""
         now = time.monotonic()
         line = f"{self._label}: {text}  {duration(now - self._started)}"
         if self._status is not None:
             self._status.update(escape(line))
-        elif now - self._last_plain >= PLAIN_EVERY_S:
-            self._last_plain = now
+        elif now - self._last_plain >= PLAIN_EVERY_S and text != self._last_text:
+            self._last_plain, self._last_text = now, text
             self.line(line)
+
+
+def new_console() -> Console:
+    """The terminal; a file or a pipe counts as 100 columns wide, not as the 80 that cut tables."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=100)
 
 
 def metrics_text(record: Mapping[str, Any]) -> str:

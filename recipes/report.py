@@ -21,6 +21,7 @@
           "prepare": {"pass_at_k": {"kept": 812, "dropped": {"never solved": 1185, "always solved": 3}}}
         }
       ],
+      "outdated": [],                      left out of stages: made from an earlier run of a stage before
       "soup": null or {
         "ingredients": [                   the first is basic SFT's own checkpoint
           {"name": "basic_sft", "score": 0.97, "distance": 0.08, "eval": {"thinking": {...}, "direct": {...}}}
@@ -35,16 +36,19 @@ Accuracies and rates lie in [0, 1]; lengths are in tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from rich import box
 from rich.table import Table
 
 from core.artifacts import Manifest, now, read_json, read_jsonl, write_json, write_text
 from core.strict import ConfigError
 from recipes import soup
 from recipes.config import STAGE_NAMES
+from recipes.fingerprints import identity
 
 JSON, HTML = "report.json", "report.html"
 MODES = ("thinking", "direct")
@@ -94,6 +98,7 @@ class Report(BaseModel):
     versions: dict[str, str]
     written: str
     stages: list[StageReport]
+    outdated: list[str]
     soup: SoupReport | None
 
 
@@ -104,8 +109,9 @@ def build(run_dir: Path) -> Report:
     recipe, chain = read_json(run_dir / "recipe.json"), read_json(run_dir / "chain.json")
     manifests = {name: Manifest.read(run_dir / name) for name in _names(recipe)}
     finished = {name: manifest for name, manifest in manifests.items() if manifest}
-    cooked = soup.record(run_dir / "soup") if "soup" in finished else None
-    last = max(finished.values(), key=lambda manifest: manifest.finished, default=None)
+    shown = _chain(_names(recipe), finished)
+    cooked = soup.record(run_dir / "soup") if "soup" in shown else None
+    last = max((finished[name] for name in shown), key=lambda manifest: manifest.finished, default=None)
     return Report(
         recipe=recipe["name"],
         about=recipe["about"],
@@ -114,7 +120,8 @@ def build(run_dir: Path) -> Report:
         commit=last.commit if last else None,
         versions=last.versions if last else {},
         written=now(),
-        stages=[_stage(run_dir / name, manifest) for name, manifest in finished.items()],
+        stages=[_stage(run_dir / name, finished[name]) for name in shown],
+        outdated=[name for name in finished if name not in shown],
         soup=SoupReport.model_validate(cooked) if cooked else None,
     )
 
@@ -136,33 +143,64 @@ def read(run_dir: Path) -> Report:
 
 def table(report: Report) -> Table:
     """The chain as a table: a row per stage, accuracies with their 95% intervals."""
-    rows = Table(title=f"{report.recipe}, seed {report.seed}: held-out, greedy, 95% intervals")
+    rows = Table(
+        title=f"{report.recipe}, seed {report.seed}: held-out, greedy, 95% intervals",
+        caption="format rate and mean tokens: thinking/direct" + _outdated_text(report),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=0,
+    )
     rows.add_column("stage", no_wrap=True)
-    for heading in ("thinking", "direct", "format\nthink / direct", "tokens\nthink / direct", "seconds"):
+    for heading in ("thinking", "direct", "format", "tokens", "seconds"):
         rows.add_column(heading, justify="right", no_wrap=True)
     for stage in report.stages:
         scores = [stage.eval.get(mode) for mode in MODES]
         rows.add_row(
             stage.name,
             *(accuracy_text(score) for score in scores),
-            " / ".join(f"{score.format_rate:.2f}" if score else "-" for score in scores),
-            " / ".join(f"{score.mean_tokens:.1f}" if score else "-" for score in scores),
+            "/".join(f"{score.format_rate:.2f}" if score else "-" for score in scores),
+            "/".join(f"{score.mean_tokens:.1f}" if score else "-" for score in scores),
             f"{stage.seconds:.0f}",
         )
     return rows
 
 
 def accuracy_text(scores: ModeScores | None) -> str:
-    """`0.874 [0.842, 0.900]`, or `-` if it was not measured."""
+    """`0.874 [.842, .900]`, or `-` if it was not measured."""
     if scores is None:
         return "-"
-    return f"{scores.accuracy:.3f} [{scores.ci95[0]:.3f}, {scores.ci95[1]:.3f}]"
+    low, high = (f"{end:.3f}".removeprefix("0") for end in scores.ci95)
+    return f"{scores.accuracy:.3f} [{low}, {high}]"
 
 
 def scores_text(scores: dict[str, dict[str, Any]]) -> str:
     """An evaluation in one line."""
     parts = [f"{mode} {accuracy_text(ModeScores.model_validate(found))}" for mode, found in scores.items()]
     return ", ".join(parts) or "not evaluated"
+
+
+def _outdated_text(report: Report) -> str:
+    if not report.outdated:
+        return ""
+    return f"\nnot shown: {', '.join(report.outdated)}, made from an earlier run of a stage before"
+
+
+def _chain(names: Sequence[str], finished: Mapping[str, Manifest]) -> list[str]:
+    """Of the recipe's stages the finished ones that descend from one another as they are now, in order.
+
+    A stage that ran again leaves the ones after it as they were until they run again, too: children of a
+    checkpoint that is no more.
+    """
+    chain: list[str] = []
+    for before, name in zip([None, *names], names, strict=False):
+        manifest = finished.get(name)
+        if manifest is None or manifest.parent != before:
+            continue
+        known = manifest.inputs.get(f"stage:{before}")
+        if before is None or (before in chain and known == identity(finished[before])):
+            chain.append(name)
+    return chain
 
 
 def _names(recipe: dict[str, Any]) -> list[str]:

@@ -94,7 +94,9 @@ def _table(report: Report) -> str:
         "Greedy, on the held-out rows; in brackets the 95% Wilson interval. Format rate and mean tokens: "
         "thinking / direct. Seconds: training, with the data made for it, + evaluation."
     )
-    return _grid(head, "".join(rows)) + f'<p class="soft">{note}</p>'
+    if report.outdated:
+        note += f" Not shown, as made from an earlier run of a stage before: {', '.join(report.outdated)}."
+    return _grid(head, "".join(rows)) + f'<p class="soft">{escape(note)}</p>'
 
 
 def _grid(head: str, rows: str) -> str:

@@ -202,15 +202,16 @@ class Chain:
         with finished as partial, self.display.step(stage.name):
             if preparation.kept:
                 write_json(partial / "prepare.json", preparation.kept)
-            tail = Tail(partial / "metrics.jsonl")
+            tail, text = Tail(partial / "metrics.jsonl"), "starting"
 
             def follow() -> None:
+                nonlocal text
                 for record in tail.new():
                     on_metrics(record)
-                    self.display.passing(metrics_text(record))
+                    text = metrics_text(record)
+                self.display.passing(text)
 
             processes, threads = stage.learner(self.recipe)
-            self.display.passing("starting")
             run_job(
                 self.job(stage, config, partial),
                 partial,

@@ -95,6 +95,7 @@ def evaluate(context: Context, model: Path | None = None, keep_samples: bool = T
     cfg = context.recipe.eval
     if cfg is None:
         raise ConfigError("eval is missing from the recipe: it names the held-out sets")
+    context.progress("rollout servers")
     client = context.pool.serve(model or _model(context))
     sets = {name: Path(place) for name, place in context.sets.items()}
     scores, judged = score(cfg, client, sets, lambda done, of: context.progress(f"evaluation {done}/{of}"))

@@ -14,7 +14,7 @@ text (rewards.extract). How it is compared is the row's `verifier`:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from rewards import normal
@@ -63,7 +63,10 @@ class AnswerReward:
             parsed = parse_direct(completion)
         if parsed.answer is None:
             return Verdict.wrong(reason=parsed.problem, status=parsed.status)
-        return _COMPARE[example.verifier](parsed.answer, example, self)
+        verdict = _COMPARE[example.verifier](parsed.answer, example, self)
+        if len(parsed.answer) > MAX_BOX_CHARS:  # a direct completion may be pages long; a record need not
+            verdict = replace(verdict, answer=parsed.answer[:MAX_BOX_CHARS])
+        return verdict
 
 
 def validate_gold(example: Example) -> None:
@@ -106,7 +109,7 @@ def _unparseable(answer: str, what: str) -> Verdict:
 def _math(answer: str, example: Example, reward: AnswerReward) -> Verdict:
     limit = _over_limit(answer)
     if limit:
-        return Verdict.wrong(answer[:MAX_BOX_CHARS], limit, Status.OVER_LIMIT)
+        return Verdict.wrong(answer, limit, Status.OVER_LIMIT)
     outcome = quick(example.answer, answer) or SHARED.compare(example.answer, answer)
     if outcome == Outcome.UNPARSEABLE:
         return _unparseable(answer, "mathematics")
@@ -123,7 +126,7 @@ def _number(answer: str, example: Example, reward: AnswerReward) -> Verdict:
     if gold and given:
         return _decided(gold.equals(given, Fraction(reward.tolerance)), answer)
     if normal.too_many_digits(answer):
-        return Verdict.wrong(answer[:MAX_BOX_CHARS], _over_limit(answer), Status.OVER_LIMIT)
+        return Verdict.wrong(answer, _over_limit(answer), Status.OVER_LIMIT)
     return _unparseable(answer, "number")
 
 

@@ -15,7 +15,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
-from rewards.normal import exact_number, plain_latex, plain_text
+from rewards.normal import exact_number, plain_latex, plain_text, unwrapped
 
 
 class Outcome(StrEnum):
@@ -33,7 +33,8 @@ class Outcome(StrEnum):
 
 _FUNCTIONS = (
     *("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc"),
-    *("log", "exp", "sqrt", "infty", "inf", "gcd", "lcm", "max", "min", "mod", "det", "ln", "lg", "pi"),
+    *("infinity", "infty", "inf", "log", "exp", "ln", "lg", "sqrt", "pi"),
+    *("gcd", "lcm", "max", "min", "mod", "det"),
 )
 _FUNCTION = re.compile("|".join(_FUNCTIONS))
 _UNITS = frozenset(
@@ -42,10 +43,14 @@ _UNITS = frozenset(
         *("ft", "in", "lb", "oz", "mi", "hr", "mph", "kmh", "pt"),
     )
 )
+_SI = frozenset("mgslLNJKCFVWAh")
+"""Units of one letter: taken for one only in \\text or \\mathrm, for they are variables' names too."""
 _NO_UNITS = frozenset(("and", "or", "not", "e", "i", "d", "alpha", "beta", "gamma", "theta", *_FUNCTIONS))
 _NO_UNITS -= {"sec", "min"}
 _TEXT = r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}"
-_UNIT = re.compile(rf"(.*[0-9}})])(?:{_TEXT}|( ?[A-Za-z][A-Za-z /.]*))((?:\^[0-9]|\^\{{-?[0-9]\}})?)")
+_UNIT = re.compile(
+    rf"(.*[0-9A-Za-z}})])(?:{_TEXT}|(?<=[0-9}})])( ?[A-Za-z][A-Za-z /.]*))((?:\^[0-9]|\^\{{-?[0-9]\}})?)"
+)
 _WORD = re.compile(rf"{_TEXT}|\\(?:begin|end|operatorname)\{{[A-Za-z]*\}}|\\[A-Za-z]+|([A-Za-z]+)")
 _JOINT = re.compile(
     rf" ?,? ?(?:{_TEXT.replace('[^{}]*', ' ?(?:and|or) ?')}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])) ?"
@@ -74,7 +79,7 @@ def quick(gold: str, prediction: str) -> Outcome | None:
     number, other = exact_number(gold), exact_number(prediction)
     if number and other:
         return Outcome.EQUAL if number.equals(other) else Outcome.DIFFERENT
-    if gold == prediction:
+    if unwrapped(gold) == unwrapped(prediction):
         return Outcome.EQUAL
     if _is_text(gold) or _is_text(prediction):
         if plain_text(gold) == plain_text(prediction):
@@ -123,21 +128,26 @@ def readable(gold: str) -> bool:
 
 def _joined(text: str) -> str:
     """Plain LaTeX with "and" and "or" between answers as commas."""
-    return _JOINT.sub(",", plain_latex(text))
+    return _JOINT.sub(", ", plain_latex(text))
 
 
 def _without_names(gold: str, prediction: str) -> tuple[str, str]:
-    r"""Without `x=` or `x \in` in front, unless they name different things or more relations follow."""
-    names = [_NAME.match(gold), _NAME.match(prediction)]
-    if all(names) and names[0][1] != names[1][1]:  # type: ignore[index]
+    r"""Without `x=` or `x \in` in front of what is named, unless the two name different things."""
+    (name, bare_gold), (other, bare) = _named(gold), _named(prediction)
+    if name and other and name != other:
         return gold, prediction
-    rest = [
-        text[name.end() :] if name else text for text, name in zip((gold, prediction), names, strict=True)
-    ]
-    kept = [
-        text if _RELATION.search(bare) else bare for text, bare in zip((gold, prediction), rest, strict=True)
-    ]
-    return kept[0], kept[1]
+    return bare_gold, bare
+
+
+def _named(text: str) -> tuple[str, str]:
+    """The one name of all answers in a text, and they: `x=1,x=2` is ("x", "1, 2"). Else "" and the text."""
+    brackets, parts = _elements(text)
+    found = [_NAME.match(part) for part in parts]
+    names = {name[1] if name else "" for name in found}
+    bare = ", ".join(part[name.end() :] for part, name in zip(parts, found, strict=True) if name)
+    if brackets or "" in names or len(names) > 1 or _RELATION.search(bare):
+        return "", text
+    return names.pop(), bare
 
 
 def _split_unit(text: str) -> tuple[str, str]:
@@ -148,8 +158,9 @@ def _split_unit(text: str) -> tuple[str, str]:
     base, in_text, bare, power = found.groups()
     unit = (bare if in_text is None else in_text).strip(" .")
     words = unit.replace("/", " ").replace(".", " ").split()
-    shortest = 1 if bare is None else 3 if bare.startswith(" ") else 99  # "3xy" is algebra, "3cm" is not
-    known = all(word.isalpha() and (word in _UNITS or len(word) >= shortest) for word in words)
+    shortest = 2 if bare is None else 3 if bare.startswith(" ") else 99  # "3xy" is algebra, "3cm" is not
+    si = _SI if bare is None else ()
+    known = all(word.isalpha() and (word in _UNITS or word in si or len(word) >= shortest) for word in words)
     if not known or not 1 <= len(words) <= 3 or _NO_UNITS.intersection(words):
         return text, ""
     singular = unit.removesuffix("s") if len(unit) > 3 else unit

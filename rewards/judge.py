@@ -57,7 +57,7 @@ class VisionJudge:
 
     >>> row = Example("row-1", "What is 2 + 2?", "4", "think")
     >>> VisionJudge("http://127.0.0.1:8100/v1", "judge")("4", row).reason
-    'no thought to judge: no thought'
+    'nothing to judge: no thought'
 
     A thinking completion without a thought scores 0 and costs no request. Raises ValueError for an unknown
     criterion or a limit below its least.
@@ -92,7 +92,7 @@ class VisionJudge:
         if example.mode == "think":
             parsed = parse_thinking(completion, self.thought_open)
             if not parsed.thought:
-                reason = f"no thought to judge: {parsed.problem}"
+                reason = f"nothing to judge: {parsed.problem}"
                 return Verdict.wrong(reason=reason, status=Status.NO_ANSWER)
         material = _material(completion, example)
         engine = _engine(os.getpid(), self.base_url, self._key(), self.max_concurrency)

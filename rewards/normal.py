@@ -36,10 +36,12 @@ _SPELLINGS = (
     (r"\%", "%"),
     ("{,}", ","),
     (r"\!", ""),
+    (r"\varnothing", r"\emptyset"),
 )
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
 _SPACE = re.compile(r"\s+")
-_LOOSE_SPACE = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
+# Spaces but for those between two letters or digits, and the one that tells "100, 200" from 100,200.
+_LOOSE_SPACE = re.compile(r"(?<![A-Za-z0-9])(?<![0-9],) | (?![A-Za-z0-9])|(?<=[0-9],) (?![0-9]{3}(?![0-9]))")
 
 _DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?: [0-9]{3})+|[0-9]+)"
 _DECIMAL = re.compile(rf"([+-]?)({_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]{{1,2}}))?")
@@ -71,9 +73,14 @@ def plain_text(text: str) -> str:
     >>> plain_text(r" \text{Dark  Blue}. ")
     'dark blue'
     """
-    text = unicodedata.normalize("NFKC", _WRAPPED.sub(r"\1", text)).replace(r"\%", "%")
+    text = unicodedata.normalize("NFKC", unwrapped(text)).replace(r"\%", "%")
     text = _SPACE.sub(" ", text.casefold()).strip(" $\"'“”‘’`*")
     return text.removesuffix(".").strip(" $\"'“”‘’`*")
+
+
+def unwrapped(text: str) -> str:
+    r"""The text without \text{}, \mathrm{} and their like around its parts."""
+    return _WRAPPED.sub(r"\1", text)
 
 
 def plain_latex(text: str) -> str:
@@ -82,11 +89,6 @@ def plain_latex(text: str) -> str:
     >>> plain_latex(r"$\left( \dfrac{1}{2} ,\, 3 \right)$.")
     '(\\frac{1}{2},3)'
     """
-    return _LOOSE_SPACE.sub("", _tidy(text))
-
-
-def _tidy(text: str) -> str:
-    """plain_latex that still has its single spaces."""
     text = _SPACE.sub(" ", text.translate(_TRANSLATE))  # single spaces first: no regex below may backtrack
     for spelling, usual in _SPELLINGS:
         text = text.replace(spelling, usual)
@@ -95,7 +97,7 @@ def _tidy(text: str) -> str:
     for opened, closed in ((r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(opened) and text.endswith(closed):
             text = text[2:-2]
-    return text.strip().removesuffix(".").rstrip()
+    return _LOOSE_SPACE.sub("", text.strip().removesuffix("."))
 
 
 def too_many_digits(text: str) -> bool:
@@ -111,15 +113,12 @@ def exact_number(text: str) -> Number | None:
 
     >>> [exact_number(n).value for n in ("-1,234.50", r"\frac{1}{2}", r"3 \times 10^{2}")]
     [Fraction(-2469, 2), Fraction(1, 2), Fraction(300, 1)]
-    >>> exact_number("4 or 5") is None
-    True
+    >>> exact_number("4 or 5"), exact_number("100, 200")
+    (None, None)
     """
     if len(text) > 2 * MAX_DIGITS:
         return None
-    text = _tidy(text)
-    if ", " in text:  # "100, 200" is a list
-        return None
-    text = _LOOSE_SPACE.sub("", text)
+    text = plain_latex(text)
     if text[:1] in "€£¥":
         text = text[1:].lstrip()
     percent = text.endswith("%")

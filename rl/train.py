@@ -58,7 +58,6 @@ def train(
     policy, processor = load_model(model, cfg.learner), load_processor(model)
     apply_freeze(policy, cfg.learner.freeze)
     core = CoreFacts.of(model)
-    ban_tokens(policy, core.banned_ids)
     client = _client(urls, core, pool) if _is_rank_0() else None
     log = RunLog(cfg, out)
     trainer = RolloutTrainer(
@@ -67,6 +66,7 @@ def train(
         guard=guard,
         records=records,
         probes=probes,
+        banned_ids=core.banned_ids,
         servers=len(urls),
         on_batch=log.batch,
         model=policy,
@@ -120,22 +120,6 @@ def trl_config(cfg: RLConfig, out: Path, seed: int) -> Any:
         logging_steps=1,
         remove_unused_columns=False,
     )
-
-
-def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
-    """Give the learner's distribution no probability for `token_ids`, as sampling does.
-
-    Banned on one side only, every importance ratio is off by the banned tokens' share (measured: 0.0056 per token).
-    The ban is a bias of the output head, which both the plain forward and TRL's fused head add. It is a buffer that
-    no checkpoint holds and no optimizer moves.
-    """
-    import torch
-
-    head = model.get_output_embeddings()
-    bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype, device=head.weight.device)
-    bias[list(token_ids)] = -1e4  # finite: 0 x -inf would make the entropy NaN
-    del head.bias
-    head.register_buffer("bias", bias, persistent=False)
 
 
 class RunLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class RolloutTrainer(GRPOTrainer):
         guard: parity guard.
         records: every record that the collector draws from, on every rank.
         probes: the records behind the guard's prompts, on every rank.
+        banned_ids: tokens that sampling gives no probability; policy and reference give them none either.
         servers: servers in the pool.
         on_batch: called on rank 0 with (batch, all sampled groups, metrics).
         **trl: arguments of GRPOTrainer.
@@ -42,11 +44,17 @@ class RolloutTrainer(GRPOTrainer):
         guard: ParityGuard,
         records: Sequence[Record],
         probes: Sequence[Record],
+        banned_ids: Sequence[int],
         servers: int,
         on_batch,
         **trl: Any,
     ) -> None:
+        # TRL warns that rollout_func may change; tests/rl/test_trl_contract.py watches it.
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         super().__init__(rollout_func=self._hand_over, **trl)
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                ban_tokens(self.accelerator.unwrap_model(model), banned_ids)
         self.collector, self.sync, self.guard, self.probes = collector, sync, guard, probes
         self.records = {record["id"]: record for record in records}
         self.servers, self.on_batch = servers, on_batch
@@ -130,6 +138,20 @@ class RolloutTrainer(GRPOTrainer):
             flat = [row for group in batch for row in _trl_rows(group)]
             self.on_batch(batch, sampled, self.collector.metrics | metrics)
         return _from_rank_0(flat)
+
+
+def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
+    """Give the learner's distribution no probability for `token_ids`, as sampling does.
+
+    Banned on one side only, every importance ratio is off by the banned tokens' share (measured: 0.0056 per token).
+    The ban is a bias of the output head, which both the plain forward and TRL's fused head add. It is a buffer that
+    no checkpoint holds and no optimizer moves.
+    """
+    head = model.get_output_embeddings()
+    bias = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
+    bias[list(token_ids)] = -1e4  # finite: 0 x -inf would make the entropy NaN
+    del head.bias
+    head.register_buffer("bias", bias, persistent=False)
 
 
 def reward_function(name: str):

@@ -42,7 +42,7 @@ METRICS = {
     "mean_token_accuracy": "token_accuracy",
     "entropy": "entropy",
 }
-"""TRL's names of what is logged, and ours in metrics.jsonl."""
+"""TRL's names of what is logged, and ours in metrics.jsonl. Tokens are those read so far in the phase."""
 
 
 def train(cfg: SFTConfig, *, model: Path, out: Path, seed: int, sets: Mapping[str, Path]) -> Path:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 from core.artifacts import Manifest, write_json
 from core.strict import ConfigError
 from recipes import charts, report
+from recipes.fingerprints import identity
 from recipes.report_html import page
 
 STAGES = ("core", "basic_sft", "soup", "longcot_sft", "rlvr", "think_fusion", "mixed_rl")
@@ -46,6 +48,7 @@ def write_stage(folder: Path, name: str, parent: str | None, accuracy: float) ->
         stage=name,
         fingerprint="f",
         config_hash="c",
+        inputs={f"stage:{parent}": identity(Manifest.read(folder.parent / parent))} if parent else {},
         versions={"python": "3.11.7", "torch": "2.13.0"},
         seed=0,
         parent=parent,
@@ -146,19 +149,30 @@ def test_a_stage_that_is_not_finished_is_not_reported(run_dir):
     assert [stage.name for stage in report.write(run_dir).stages] == list(STAGES[:-1])
 
 
+def test_stages_made_from_an_earlier_run_of_a_stage_before_are_not_shown(run_dir):
+    manifest = Manifest.read(run_dir / "rlvr")
+    manifest.model_copy(update={"finished": "2026-01-02T10:00:00+00:00"}).write(run_dir / "rlvr")
+    found = report.write(run_dir)
+    assert [stage.name for stage in found.stages] == list(
+        STAGES[:5]
+    )  # rlvr is new, what came of the old is not
+    assert found.outdated == ["think_fusion", "mixed_rl"]
+    assert "not shown: think_fusion, mixed_rl" in report.table(found).caption
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no run folder"):
         report.write(tmp_path)
 
 
 def test_the_table_has_a_row_per_stage_with_intervals(run_dir):
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, file=StringIO())
     console.print(report.table(report.write(run_dir)))
-    console.file.close()
-    text = console.export_text()
+    text = console.file.getvalue()
     assert all(name in text for name in STAGES)
-    assert "0.571 [0.531, 0.611]" in text  # rlvr: 4 / 7
-    assert "24.2 / 24.2" in text
+    assert "0.571 [.531, .611]" in text  # rlvr: 4 / 7
+    assert "24.2/24.2" in text
+    assert "…" not in text  # it fits a terminal of 80 columns
 
 
 def test_a_completion_with_markup_is_shown_as_text(run_dir):

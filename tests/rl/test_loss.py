@@ -43,8 +43,8 @@ def setup(tiny_core, tmp_path):
 
     from core.learner import LearnerConfig, load_model, load_processor
     from rl.rollout.client import CoreFacts
-    from rl.train import ban_tokens, trl_config
-    from rl.trainer import RolloutTrainer, reward_function
+    from rl.train import trl_config
+    from rl.trainer import RolloutTrainer, ban_tokens, reward_function
 
     def build(cfg, sampler_shift=0.0):
         model, processor = load_model(tiny_core, LearnerConfig()), load_processor(tiny_core)
@@ -75,6 +75,7 @@ def setup(tiny_core, tmp_path):
             guard=Quiet(),
             records=rows,
             probes=[],
+            banned_ids=CoreFacts.of(tiny_core).banned_ids,
             servers=1,
             on_batch=lambda *args: None,
             model=model,

@@ -19,7 +19,7 @@ TEMPERATURE = 0.7
 def learner(tiny_core):
     """The core in transformers, the banned token without probability."""
     from core.learner import LearnerConfig, load_model, load_processor
-    from rl.train import ban_tokens
+    from rl.trainer import ban_tokens
 
     model = load_model(tiny_core, LearnerConfig()).eval()
     ban_tokens(model, CoreFacts.of(tiny_core).banned_ids)
