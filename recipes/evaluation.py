@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def serve(recipe: Recipe, model: Path, runs_dir: Path = Path("runs")) -> None:
         display.line(
             "Ctrl-C stops them. A recipe uses them with --set 'rollout.urls=[" + ", ".join(urls) + "]'"
         )
-        signal.pause()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+    display.line("stopped")
 
 
 def _require_checkpoint(model: Path) -> None:

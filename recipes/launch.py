@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ POLL_S = 0.2
 PATIENCE_S = 15
 """A child that was asked to end and has not by then is killed. torchrun needs a few seconds for its ranks."""
 LAST_LINES = 40
+_TORCHRUN = re.compile(r"^[EW]\d{4} .*torch/distributed/elastic/multiprocessing/api\.py")
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -112,8 +114,13 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def last_lines(log: Path, count: int = LAST_LINES) -> str:
-    """The end of a text file, undecodable bytes replaced."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
+    """The end of a text file, undecodable bytes replaced, up to where torchrun begins to speak of itself.
+
+    Its own traceback is 40 lines long and says nothing of why a rank failed.
+    """
+    lines = log.read_text(errors="replace").splitlines()
+    torchrun = (place for place, line in enumerate(lines) if _TORCHRUN.search(line))
+    return "\n".join(lines[: next(torchrun, None)][-count:])
 
 
 def _ended(process: subprocess.Popen, patience_s: float) -> bool:

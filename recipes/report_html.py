@@ -23,6 +23,8 @@ STYLE = Path(__file__).with_name("report.css")
 THUMBNAIL_PX = 256
 """Larger images are shown reduced; smaller ones as they are, every pixel visible."""
 CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    ("Loss", ("loss",), False),
+    ("Token accuracy", ("token_accuracy",), False),
     ("Reward", ("reward", "rollout/correct", "rewards/*"), True),
     ("Completion length, tokens", ("completions/mean_length", "completions/max_length"), True),
     (
@@ -38,8 +40,6 @@ CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ),
     ("Cut completions, share", ("rollout/truncated",), True),
     ("Rollout against learner, log-probability", ("parity/max_logprob_difference",), True),
-    ("Loss", ("loss",), False),
-    ("Token accuracy", ("token_accuracy",), False),
     ("Gradient norm", ("grad_norm",), True),
 )
 """Title, metrics (`*` stands for any rest), and whether 0 belongs on the axis; what a stage logs is drawn."""

@@ -240,6 +240,7 @@ class Chain:
             "sets": self.sets,
             "urls": self.pool.urls(model) if stage.needs_pool and model else [],
             "pool": self.recipe.rollout,
+            "folders": [Path.cwd()],
             "recipe": self.recipe,
             "stages": self._before(stage),
         }

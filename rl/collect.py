@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from rewards.example import Example
 from rewards.mix import Graded, Mixture
 from rewards.verdict import Verdict
 from rl.config import RLConfig
 from rl.data import PromptStream, Record, example_of, prompt_messages
-from rl.rollout.client import Answer, Completion, Prompt, RolloutClient, Sampling
+from rl.rollout.client import Completion, Prompt, RolloutClient, Sampling
 
+GRADERS = 16
+"""Completions that are graded at once."""
 SPREAD = 1e-6
 """Rewards of a group that differ by less carry no advantage."""
 
@@ -70,9 +74,20 @@ class Collector:
             many ranks or servers there are.
     """
 
-    def __init__(self, cfg: RLConfig, client: RolloutClient, stream: PromptStream, mixture: Mixture, answer, overlong, seed: int) -> None:
+    def __init__(
+        self,
+        cfg: RLConfig,
+        client: RolloutClient,
+        stream: PromptStream,
+        mixture: Mixture,
+        answer: Callable[[str, Example], Verdict],
+        overlong: Callable[[int], float] | None,
+        seed: int,
+    ) -> None:
         self.cfg, self.client, self.stream, self.mixture = cfg, client, stream, mixture
         self.answer, self.overlong, self.seed = answer, overlong, seed
+        # Judges answer over HTTP: many wait at once. Rewards that compute lose nothing by it.
+        self._graders = ThreadPoolExecutor(GRADERS, thread_name_prefix="grade")
         self.drawn = 0
         self.metrics: dict[str, float] = {}
 
@@ -110,33 +125,40 @@ class Collector:
         prompts = []
         for row in rows:
             # vLLM gives completion i of a request the seed + i: leave room between the prompts.
-            prompts.append(Prompt(prompt_messages(row), seed=(self.seed << 32) + self.drawn * rollout.group_size))
+            prompts.append(
+                Prompt(prompt_messages(row), seed=(self.seed << 32) + self.drawn * rollout.group_size)
+            )
             self.drawn += 1
         answers = self.client.generate(prompts, sampling)
-        return [self._grade(row, answer) for row, answer in zip(rows, answers, strict=True)]
+        pairs = [(example_of(row), c) for row, a in zip(rows, answers, strict=True) for c in a.completions]
+        samples = iter(self._graders.map(self._grade, pairs))
+        return [
+            Group(row, answer.prompt_ids, [next(samples) for _ in answer.completions])
+            for row, answer in zip(rows, answers, strict=True)
+        ]
 
-    def _grade(self, row: Record, answer: Answer) -> Group:
-        example = example_of(row)
-        samples = []
-        for completion in answer.completions:
-            samples.append(
-                Sample(
-                    completion=completion,
-                    graded=self.mixture.grade(completion.text, example),
-                    penalty=self.overlong(len(completion.token_ids)) if self.overlong else 0.0,
-                    correct=self.answer(completion.text, example),
-                )
-            )
-        return Group(row, answer.prompt_ids, samples)
+    def _grade(self, pair: tuple[Example, Completion]) -> Sample:
+        example, completion = pair
+        return Sample(
+            completion=completion,
+            graded=self.mixture.grade(completion.text, example),
+            penalty=self.overlong(len(completion.token_ids)) if self.overlong else 0.0,
+            correct=self.answer(completion.text, example),
+        )
 
-    def _measure(self, batch: list[Group], sampled: list[Group], rounds: int, filled: int, seconds: float) -> None:
+    def _measure(
+        self, batch: list[Group], sampled: list[Group], rounds: int, filled: int, seconds: float
+    ) -> None:
         kinds = Counter(group.kind for group in sampled)
         samples = [sample for group in sampled for sample in group.samples]
         self.metrics = {
             "rollout/seconds": seconds,
             "rollout/rounds": rounds,
             "rollout/groups_sampled": len(sampled),
-            **{f"rollout/groups_{kind}": kinds[kind] for kind in ("spread", "solved", "failed", "flat", "unscorable")},
+            **{
+                f"rollout/groups_{kind}": kinds[kind]
+                for kind in ("spread", "solved", "failed", "flat", "unscorable")
+            },
             "rollout/groups_without_spread_kept": filled,
             "rollout/truncated": _mean(not sample.completion.finished for sample in samples),
             "rollout/correct": _mean(sample.correct.score == 1 for sample in samples),

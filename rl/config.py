@@ -84,7 +84,9 @@ class Overlong(Strict):
 class ImportanceSampling(Strict):
     """Correction for the difference between the rollout engine's and the learner's probabilities."""
 
-    mode: Literal["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    mode: Literal["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "token_truncate"
+    )
     cap: float = Field(default=2.0, gt=1)
     """Weights above it are cut (truncate) or dropped (mask)."""
 
@@ -114,7 +116,7 @@ class RewardTerm(Strict):
     weight: float = Field(gt=0, le=1)
     modes: tuple[Mode, ...] = ("think", "direct")
     """Modes of the rows that it grades. Per mode the weights sum to 1."""
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
 
 
 class PassAtK(Strict):
@@ -215,7 +217,11 @@ class RLConfig(Strict):
     @model_validator(mode="after")
     def _arithmetic(self) -> RLConfig:
         rows, ranks = self.completions_per_batch, self.learner.processes
-        for key, instead in (("epochs", "batches"), ("max_steps", "batches"), ("global_batch_size", "mini_batch")):
+        for key, instead in (
+            ("epochs", "batches"),
+            ("max_steps", "batches"),
+            ("global_batch_size", "mini_batch"),
+        ):
             if getattr(self.optim, key) is not None:
                 raise ValueError(f"optim.{key} is for SFT phases; an RL stage says {instead}")
         if rows % self.mini_batch:
@@ -244,7 +250,9 @@ class RLConfig(Strict):
         for mode in ("think", "direct"):
             weights = {term.name: term.weight for term in self.rewards if mode in term.modes}
             if weights and abs(sum(weights.values()) - 1) > 1e-6:
-                raise ValueError(f"rewards: weights for mode {mode!r} sum to {sum(weights.values()):g}, not 1: {weights}")
+                raise ValueError(
+                    f"rewards: weights for mode {mode!r} sum to {sum(weights.values()):g}, not 1: {weights}"
+                )
         return self
 
 

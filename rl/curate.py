@@ -29,7 +29,14 @@ class TooFewRows(RuntimeError):
 
 
 def pass_at_k(
-    cfg: PassAtK, client: RolloutClient, sets: Mapping[str, Path], out: Path, *, seed: int, max_tokens: int, progress: Progress = None
+    cfg: PassAtK,
+    client: RolloutClient,
+    sets: Mapping[str, Path],
+    out: Path,
+    *,
+    seed: int,
+    max_tokens: int,
+    progress: Progress = None,
 ) -> dict[str, Any]:
     """Write the prompts that can teach the served policy something to `out/<into>.parquet`.
 
@@ -38,7 +45,8 @@ def pass_at_k(
     """
     source = cfg.source
     rows = load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed)
-    kept, dropped = [], Counter()
+    kept: list[dict[str, Any]] = []
+    dropped: Counter[str] = Counter()
     for row, completions in _sampled(rows, client, cfg.samples, cfg.temperature, seed, max_tokens, progress):
         rate = _pass_rate(row, completions)
         if rate is None:
@@ -53,13 +61,22 @@ def pass_at_k(
 
 
 def harvest(
-    cfg: Harvest, client: RolloutClient, sets: Mapping[str, Path], out: Path, *, seed: int, max_tokens: int, progress: Progress = None
+    cfg: Harvest,
+    client: RolloutClient,
+    sets: Mapping[str, Path],
+    out: Path,
+    *,
+    seed: int,
+    max_tokens: int,
+    progress: Progress = None,
 ) -> dict[str, Any]:
     """Write the served policy's own correct, well-formed chains to `out/<into>.parquet`, one per prompt at most."""
     source = cfg.source
     rows = load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed)
     answer, well_formed = AnswerReward(), ThinkFormat()
-    kept, dropped, seen = [], Counter(), set()
+    kept: list[dict[str, Any]] = []
+    dropped: Counter[str] = Counter()
+    seen = set()
     for row, completions in _sampled(rows, client, cfg.samples, cfg.temperature, seed, max_tokens, progress):
         example = example_of(row)
         good = [c for c in completions if c.finished and well_formed(c.text, example).score == 1]
@@ -72,8 +89,8 @@ def harvest(
             dropped["duplicate"] += 1
             continue
         seen.add(key)
-        parsed = parse_thinking(right[0].text)
-        kept.append({**row, "chain": parsed.thought.strip(), "response": right[0].text.strip(), "source": "harvest"})
+        thought = parse_thinking(right[0].text).thought or ""
+        kept.append({**row, "chain": thought.strip(), "response": right[0].text.strip(), "source": "harvest"})
     over = max(0, len(kept) - cfg.keep)
     if over:
         dropped["more than keep"] = over
@@ -94,7 +111,8 @@ def hard_cases(cfg: HardCases, records: Sequence[Record], record_file: Path, out
     for line in read_jsonl(record_file):
         if line["of"]:
             last[line["id"]] = line["correct"] / line["of"]
-    kept, dropped = [], Counter()
+    kept: list[dict[str, Any]] = []
+    dropped: Counter[str] = Counter()
     for row in records:
         rate = last.get(row["id"])
         if rate is None:
@@ -111,7 +129,13 @@ def hard_cases(cfg: HardCases, records: Sequence[Record], record_file: Path, out
 
 
 def _sampled(
-    rows: Sequence[Record], client: RolloutClient, samples: int, temperature: float, seed: int, max_tokens: int, progress: Progress
+    rows: Sequence[Record],
+    client: RolloutClient,
+    samples: int,
+    temperature: float,
+    seed: int,
+    max_tokens: int,
+    progress: Progress,
 ) -> list[tuple[Record, list[Completion]]]:
     prompts = [Prompt(prompt_messages(row), seed=(seed << 32) + at * samples) for at, row in enumerate(rows)]
     sampling = Sampling(max_tokens=max_tokens, n=samples, temperature=temperature)
@@ -122,8 +146,8 @@ def _sampled(
 
 def _pass_rate(row: Record, completions: Sequence[Completion]) -> float | None:
     example = example_of(row)
-    scores = [AnswerReward()(completion.text, example).score for completion in completions]
-    scores = [score for score in scores if score is not None]
+    verdicts = [AnswerReward()(completion.text, example) for completion in completions]
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     return math.fsum(scores) / len(scores) if scores else None
 
 

@@ -9,21 +9,28 @@ from typing import Any
 
 from core.prompts import messages
 from core.records import DataSource, load_records
+from rewards.answer import validate_gold
 from rewards.example import Example
 
 Record = Mapping[str, Any]
 
 
 def load_rows(sources: Sequence[DataSource], sets: Mapping[str, Path], seed: int) -> list[dict[str, Any]]:
-    """All records of the named sets, in their order. Ids must differ across the sets."""
+    """All records of the named sets, in their order.
+
+    Raises ValueError when an id is in two of the sets, or a gold answer could not be graded against.
+    """
     rows: list[dict[str, Any]] = []
     for source in sources:
         rows += load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed)
     seen: set[str] = set()
     for row in rows:
         if row["id"] in seen:
-            raise ValueError(f"id {row['id']!r} is in two of the sets {[s.set for s in sources]}; ids must be unique")
+            raise ValueError(
+                f"id {row['id']!r} is in two of the sets {[s.set for s in sources]}; ids must be unique"
+            )
         seen.add(row["id"])
+        validate_gold(example_of(row))
     return rows
 
 

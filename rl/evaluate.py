@@ -11,6 +11,7 @@ from core.records import load_records
 from core.stats import wilson
 from rewards.answer import AnswerReward
 from rewards.format import DirectFormat, ThinkFormat
+from rewards.mix import Reward
 from rewards.verdict import Verdict
 from rl.config import EvalConfig
 from rl.data import Record, example_of, prompt_messages
@@ -77,7 +78,7 @@ def evaluate(
     return scores, judged
 
 
-def held_out(cfg: EvalConfig, name: str, sets: Mapping[str, Path]) -> list[Record]:
+def held_out(cfg: EvalConfig, name: str, sets: Mapping[str, Path]) -> Sequence[Record]:
     """The rows of one mode; a row of another mode in the set is an error."""
     source = getattr(cfg, name)
     records = load_records(sets[source.set], split=source.split, rows=source.rows)
@@ -97,7 +98,8 @@ def judge(
     on_answer: Callable[[int], None] | None = None,
 ) -> list[Judged]:
     """Greedy completions of the rows with their answer and format verdicts, in the rows' order."""
-    answer, formats = AnswerReward(), {"think": ThinkFormat(), "direct": DirectFormat()}
+    answer = AnswerReward()
+    formats: dict[str, Reward] = {"think": ThinkFormat(), "direct": DirectFormat()}
     prompts = [Prompt(prompt_messages(row)) for row in records]
     answers = client.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0), on_answer)
     judged = []

@@ -54,7 +54,11 @@ def train(
     set_seed(seed)
     records = load_rows(cfg.data, sets, seed)
     probes = _probes(records, cfg.parity.sequences)
-    guard = ParityGuard(cfg.parity, [Prompt(prompt_messages(row), seed=i) for i, row in enumerate(probes)], cfg.rollout.temperature)
+    guard = ParityGuard(
+        cfg.parity,
+        [Prompt(prompt_messages(row), seed=i) for i, row in enumerate(probes)],
+        cfg.rollout.temperature,
+    )
     policy, processor = load_model(model, cfg.learner), load_processor(model)
     apply_freeze(policy, cfg.learner.freeze)
     core = CoreFacts.of(model)
@@ -72,7 +76,9 @@ def train(
         model=policy,
         processing_class=processor,
         # TRL draws from this; RolloutTrainer puts collected prompts in its place.
-        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * cfg.completions_per_batch}),
+        train_dataset=Dataset.from_dict(
+            {"prompt": [[{"role": "user", "content": ""}]] * cfg.completions_per_batch}
+        ),
         reward_funcs=[reward_function(name) for name in _columns(cfg)],
         args=arguments,
         peft_config=peft_config(cfg.learner),
@@ -140,7 +146,9 @@ class RunLog:
         kept = {id(group) for group in batch}
         with (self.out / "record.jsonl").open("a") as file:
             for group in sampled:
-                correct = [sample.correct.score for sample in group.samples if sample.correct.score is not None]
+                correct = [
+                    sample.correct.score for sample in group.samples if sample.correct.score is not None
+                ]
                 line = {
                     "batch": self.batches,
                     "id": group.row["id"],
@@ -185,7 +193,8 @@ class RunLog:
 
         class WriteMetrics(TrainerCallback):
             def on_log(self, args, state, control, logs=None, **_):
-                if state.is_world_process_zero:
+                # The closing line sums the run up in other units; it is no step.
+                if state.is_world_process_zero and "train_runtime" not in logs:
                     log.metrics(state.global_step, logs)
 
         return WriteMetrics()

@@ -66,7 +66,7 @@ class RolloutTrainer(GRPOTrainer):
         self._probe_inputs: dict[int, Any] = {}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self.model.training:
+        if not self.model.training:  # type: ignore[union-attr]
             raise RuntimeError("evaluation runs through rl.evaluate, not through the trainer")
         metrics = self._update_workers()
         flat = self._collect(metrics)
@@ -109,8 +109,12 @@ class RolloutTrainer(GRPOTrainer):
         """The learner's log-probabilities of a probe completion, through the code that training uses."""
         if index not in self._probe_inputs:
             conversation = prompt_messages(self.probes[index])
-            self._probe_inputs[index] = self.processing_class.apply_chat_template(
-                [conversation], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            self._probe_inputs[index] = self.processing_class.apply_chat_template(  # type: ignore[union-attr]
+                [conversation],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
             )
         inputs = self._probe_inputs[index]
         prompt_ids = inputs["input_ids"][0].tolist()
@@ -123,7 +127,7 @@ class RolloutTrainer(GRPOTrainer):
         ids = torch.tensor([prompt_ids + completion], device=self.accelerator.device)
         extra = {}
         if "pixel_values" in inputs:
-            tiles = inputs["pixel_values"].to(self.accelerator.device, self.model.dtype)
+            tiles = inputs["pixel_values"].to(self.accelerator.device, self.model.dtype)  # type: ignore[union-attr]
             extra = {"pixel_values": tiles, "num_images": [1], "num_tiles": [tiles.size(0)]}
         logps, _, _ = self._get_per_token_logps_and_entropies(
             self.model, ids, torch.ones_like(ids), len(completion), **extra

@@ -51,7 +51,10 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
     if len(digits.images) != SCANS:
         raise ValueError(f"scikit-learn ships {len(digits.images)} scans, the splits are made for {SCANS}")
     side = (DIGIT_PX, DIGIT_PX)
-    large = [Image.fromarray(scan.astype("float32") / 16).resize(side, Image.Resampling.BICUBIC) for scan in digits.images]
+    large = [
+        Image.fromarray(scan.astype("float32") / 16).resize(side, Image.Resampling.BICUBIC)
+        for scan in digits.images
+    ]
     return np.clip(np.stack([np.asarray(scan) for scan in large]), 0, 1), digits.target
 
 

@@ -61,7 +61,9 @@ def build(
             if step % LOG_EVERY == 0 or step == len(phases):
                 loss = float(torch.stack(losses).mean())
                 losses = []
-                append_jsonl(metrics, {"step": step, "phase": phases[step - 1], "loss": loss, "learning_rate": rate})
+                append_jsonl(
+                    metrics, {"step": step, "phase": phases[step - 1], "loss": loss, "learning_rate": rate}
+                )
         model.save_pretrained(folder)
     return out
 
@@ -102,7 +104,10 @@ def _batches(phases: Sequence[str], processor: Any, seed: int) -> Iterator[tuple
             shown = [one for one in step if one.scene]
             pixels = normalized(np.stack([next(panels) for _ in shown]), processor)
             told = [one for one in step if not one.scene]
-            yield {**tokens(shown, processor.tokenizer), "pixel_values": pixels}, tokens(told, processor.tokenizer)
+            yield (
+                {**tokens(shown, processor.tokenizer), "pixel_values": pixels},
+                tokens(told, processor.tokenizer),
+            )
 
 
 def normalized(panels: Any, processor: Any) -> torch.Tensor:
@@ -125,7 +130,12 @@ def tokens(lessons: Sequence[Lesson], tokenizer: Any) -> Batch:
 
     texts = ["".join(piece for piece, _ in lesson.pieces) for lesson in lessons]
     encoded = tokenizer(
-        texts, add_special_tokens=False, return_offsets_mapping=True, padding=True, padding_side="right", return_tensors="pt"
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
     )
     starts, ends = encoded["offset_mapping"].unbind(-1)
     by_character = torch.zeros(len(lessons), 1 + int(ends.max()), dtype=torch.bool)

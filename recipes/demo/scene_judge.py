@@ -47,7 +47,9 @@ class SceneJudge:
         strange = [text for text in statements if text.strip()][len(readings) + len(steps) :]
         faults = {
             "factual_grounding": _grounding(readings, example),
-            "logical_soundness": "a statement that is neither reading nor step" if strange else _soundness(readings, steps, example),
+            "logical_soundness": "a statement that is neither reading nor step"
+            if strange
+            else _soundness(readings, steps, example),
             "answer_consistency": _consistency(steps, parsed.answer),
         }
         met = sum(not fault for fault in faults.values())
@@ -75,7 +77,9 @@ def _soundness(readings: list[re.Match], steps: list[re.Match], example: Example
     """
     if not steps:
         return "no step"
-    operands = _operands({cell: int(value) for cell, value in (reading.groups() for reading in readings)}, example)
+    operands = _operands(
+        {cell: int(value) for cell, value in (reading.groups() for reading in readings)}, example
+    )
     if operands is None:
         return "it uses a cell that was not read"
     if len(steps) != len(operands) - 1:

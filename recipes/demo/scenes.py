@@ -159,7 +159,9 @@ def _sum(rng: Random, kind: str, digits: Sequence[int]) -> Question:
         steps.append(f"{total}{sign}{digit}={result}")
         expr += [sign, cell]
         total = result
-    return Question(kind, f"compute {''.join(expr)}", tuple(expr), str(total), read(digits, cells), tuple(steps))
+    return Question(
+        kind, f"compute {''.join(expr)}", tuple(expr), str(total), read(digits, cells), tuple(steps)
+    )
 
 
 @lru_cache(maxsize=1)

@@ -165,7 +165,9 @@ class RolloutClient:
         for cache in ("reset_mm_cache", "reset_encoder_cache", "reset_prefix_cache"):
             for url, reply in self.on_every_server(cache).items():
                 if reply.get("success") is False:
-                    raise RolloutError(f"{url}/{cache}: the server could not reset it; are requests still running?")
+                    raise RolloutError(
+                        f"{url}/{cache}: the server could not reset it; are requests still running?"
+                    )
 
     def on_every_server(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, dict]:
         """POST the same body to every server at once; reply per URL."""

@@ -43,7 +43,8 @@ class Engine:
 
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForImageTextToText.from_pretrained(folder).to(self.device).eval()
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        self.model.to(self.device)
         self.processor = load_processor(folder)
         self.processor.tokenizer.padding_side = "left"
         self.jobs: queue.Queue[tuple[str, dict, Future]] = queue.Queue()
@@ -103,7 +104,9 @@ class Engine:
         ).to(self.device)
         self.torch.manual_seed(first.get("seed") or 0)
         greedy = first["temperature"] == 0
-        sampling = {} if greedy else {"temperature": first["temperature"], "top_p": first["top_p"], "top_k": 0}
+        sampling = (
+            {} if greedy else {"temperature": first["temperature"], "top_p": first["top_p"], "top_k": 0}
+        )
         eos = self.model.generation_config.eos_token_id
         out = self.model.generate(
             **inputs,
@@ -121,7 +124,9 @@ class Engine:
         scores = self.torch.stack(out.scores, 1).float().log_softmax(-1).cpu()
         logprobs = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         eos_ids = set(eos if isinstance(eos, list) else [eos])
-        choices = [self._choice(row.tolist(), lp.tolist(), eos_ids) for row, lp in zip(tokens, logprobs, strict=True)]
+        choices = [
+            self._choice(row.tolist(), lp.tolist(), eos_ids) for row, lp in zip(tokens, logprobs, strict=True)
+        ]
         return [
             {
                 "prompt_token_ids": ids[mask.bool()].tolist(),

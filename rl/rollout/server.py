@@ -108,7 +108,8 @@ def rollout_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[list[s
     servers: list[RolloutServer] = []
     try:
         for index in range(cfg.servers):
-            servers.append(RolloutServer(cfg, model, log_dir / f"rollout-server-{index}.log", index))
+            # One by one: should the second fail to start, the first must be known to be stopped.
+            servers.append(RolloutServer(cfg, model, log_dir / f"rollout-server-{index}.log", index))  # noqa: PERF401
         for server in servers:
             server.wait_until_healthy()
         yield [server.url for server in servers]
@@ -121,7 +122,16 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
     """Command line of one server: a stock vLLM API server, or ours over transformers' generate."""
     python = [sys.executable, "-P", "-m"]
     if cfg.engine == "hf":
-        return [*python, "rl.rollout.hf", str(model), "--host", cfg.host, "--port", str(port), *cfg.extra_args]
+        return [
+            *python,
+            "rl.rollout.hf",
+            str(model),
+            "--host",
+            cfg.host,
+            "--port",
+            str(port),
+            *cfg.extra_args,
+        ]
     backend = BACKEND if cfg.weights == "shm" else "nccl"
     args = {
         "--model": model,
@@ -142,12 +152,20 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
     }
     if cfg.device == "cpu":
         args["--block-size"] = 32  # CPU attention takes multiples of 32
+        args["--max-num-batched-tokens"] = max(4096, cfg.max_model_tokens)
     else:
         args["--tensor-parallel-size"] = cfg.gpus_per_server
         args["--gpu-memory-utilization"] = cfg.gpu_memory_utilization
     words = [str(word) for pair in args.items() for word in pair]
-    # Eager on CPU: compilation takes a minute there and gains nothing for short runs.
-    return [*python, "vllm.entrypoints.openai.api_server", *words, *["--enforce-eager"] * (cfg.device == "cpu"), *cfg.extra_args]
+    # Eager on CPU: compilation takes a minute there and gains nothing for short runs. No chunked prefill: vLLM rewinds
+    # a seeded request's generator after a part of a prompt, which CPU generators cannot do, and its engine dies.
+    return [
+        *python,
+        "vllm.entrypoints.openai.api_server",
+        *words,
+        *(["--enforce-eager", "--no-enable-chunked-prefill"] if cfg.device == "cpu" else []),
+        *cfg.extra_args,
+    ]
 
 
 def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
@@ -161,6 +179,7 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
         "VLLM_SERVER_DEV_MODE": "1",  # weight updates and cache resets
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the learner's core
     }
     if cfg.device == "cpu":
         env |= {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import accelerator
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -53,11 +55,12 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     def update_weights(self, update_info: dict) -> None:
         # The base class synchronizes an accelerator afterwards, which a CPU build of torch does not have.
         self.receive_weights(self.parse_update_info(update_info))
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        if accelerator.is_available():
+            accelerator.synchronize()
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
-        self.model.load_weights(_tensors(update_info.paths, update_info.aliases))
+        load: Any = self.model.load_weights  # vLLM gives it to every model class
+        load(_tensors(update_info.paths, update_info.aliases))
 
     def shutdown(self) -> None:
         pass

@@ -52,9 +52,12 @@ class NcclSync:
         first_port: one rendezvous port per server, counted up from here.
     """
 
-    def __init__(self, client: RolloutClient | None, servers: int, device: Any, first_port: int = 51216) -> None:
-        self.client, self.servers, self.metadata = client, servers, None
-        self.senders = []
+    def __init__(
+        self, client: RolloutClient | None, servers: int, device: Any, first_port: int = 51216
+    ) -> None:
+        self.client, self.servers = client, servers
+        self.metadata: list[tuple[str, str, list[int]]] = []
+        self.senders: list[Any] = []
         if client is not None:
             from trl.generation.vllm_client import VLLMClient
 
@@ -64,8 +67,10 @@ class NcclSync:
                 self.senders.append(sender)
 
     def push(self, model: torch.nn.Module) -> None:
-        if self.metadata is None:  # the servers must know every tensor before the first one is broadcast
-            self.metadata = [(name, _dtype_name(tensor), list(tensor.shape)) for name, tensor in self._named(model)]
+        if not self.metadata:  # the servers must know every tensor before the first one is broadcast
+            self.metadata = [
+                (name, _dtype_name(tensor), list(tensor.shape)) for name, tensor in self._named(model)
+            ]
         for index in range(self.servers):
             if self.client is not None:
                 self.senders[index].update_named_params(self.metadata, self._named(model))

@@ -33,7 +33,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
 
 
 def test_text_from_outside_is_not_read_as_markup():
-    display = Display(Console(file=StringIO(), width=80, force_terminal=True))
+    display = Display(Console(file=StringIO(), width=80, force_terminal=True, highlight=False))
     with display.step("[red]x[/red]"):
         display.passing("[/nonsense]")
     display.line("[bold]kept[/bold]")

@@ -9,7 +9,7 @@ import pytest
 
 from core.artifacts import Manifest, read_json
 from core.strict import ConfigError
-from recipes.launch import StageFailed, command, environment, run_job
+from recipes.launch import StageFailed, command, environment, last_lines, run_job
 
 EVERYTHING = ["data", "core", "basic_sft", "rlvr"]
 
@@ -209,3 +209,12 @@ def test_several_processes_run_under_torchrun_and_none_searches_the_working_dire
     assert two[3:6] == ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = environment(threads=3)
     assert (env["OMP_NUM_THREADS"], env["PYTHONSAFEPATH"]) == ("3", "1")
+
+
+def test_a_failed_rank_is_heard_over_torchruns_own_traceback(tmp_path):
+    torchrun = "E1121 09:31:28 29 lib/torch/distributed/elastic/multiprocessing/api.py:1002] failed"
+    lines = [*map(str, range(50)), "RuntimeError: rank one broke", torchrun, *["  File torchrun"] * 40]
+    (tmp_path / "log.txt").write_text("\n".join(lines))
+    shown = last_lines(tmp_path / "log.txt").splitlines()
+    assert shown[-1] == "RuntimeError: rank one broke"
+    assert len(shown) == 40

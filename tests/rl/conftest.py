@@ -8,7 +8,7 @@ from PIL import Image
 
 from rl.config import PoolConfig
 
-WORDS = "compute largest minus smallest digit in cell plus A B C D".split()
+WORDS = ["compute", "largest", "minus", "smallest", "digit", "in", "cell", "plus", "A", "B", "C", "D"]
 POOL = PoolConfig(max_model_tokens=256, max_sequences=64)
 
 

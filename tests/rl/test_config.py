@@ -7,7 +7,10 @@ from rl.config import RLConfig
 
 STAGE = {
     "data": [{"set": "rl"}],
-    "rewards": [{"name": "answer", "use": "answer", "weight": 0.8}, {"name": "format", "use": "think_format", "weight": 0.2}],
+    "rewards": [
+        {"name": "answer", "use": "answer", "weight": 0.8},
+        {"name": "format", "use": "think_format", "weight": 0.2},
+    ],
     "algorithm": {"clip_low": 0.2, "clip_high": 0.28},
     "rollout": {"prompts_per_batch": 16, "group_size": 8, "max_completion_tokens": 32},
     "batches": 10,
@@ -35,7 +38,10 @@ def test_updates_follow_from_batches_mini_batches_and_passes():
     [
         ({"mini_batch": 48}, "mini_batch=48 does not divide the 128 completions"),
         ({"optim": {"learning_rate": 1e-4, "micro_batch_size": 48}}, "not a multiple of"),
-        ({"optim": {"learning_rate": 1e-4, "epochs": 2}}, "optim.epochs is for SFT phases; an RL stage says batches"),
+        (
+            {"optim": {"learning_rate": 1e-4, "epochs": 2}},
+            "optim.epochs is for SFT phases; an RL stage says batches",
+        ),
         ({"overlong": {"cache_tokens": 32}}, "overlong.cache_tokens=32 must be below"),
         ({"rewards": [{"name": "answer", "use": "answer", "weight": 0.8}]}, "sum to 0.8, not 1"),
         ({"rollout": {**STAGE["rollout"], "group_size": 1}}, "group_size"),

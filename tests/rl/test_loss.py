@@ -26,7 +26,12 @@ def config(**algorithm) -> RLConfig:
         "data": [{"set": "rl"}],
         "rewards": [{"name": "answer", "use": "answer", "weight": 1.0}],
         "algorithm": {"clip_low": 0.2, "clip_high": 0.28, **algorithm},
-        "rollout": {"prompts_per_batch": 2, "group_size": 4, "max_completion_tokens": 8, "temperature": TEMPERATURE},
+        "rollout": {
+            "prompts_per_batch": 2,
+            "group_size": 4,
+            "max_completion_tokens": 8,
+            "temperature": TEMPERATURE,
+        },
         "batches": 1,
         "mini_batch": 8,
         "optim": {"learning_rate": 1e-4, "micro_batch_size": 8, "schedule": "constant"},
@@ -53,8 +58,8 @@ def setup(tiny_core, tmp_path):
         groups = scripted(model, processor, rows, sampler_shift)
 
         class Collected:
-            client = None
-            metrics = {}
+            def __init__(self):
+                self.client, self.metrics = None, {}
 
             def collect(self):
                 return groups, groups
@@ -103,7 +108,11 @@ def scripted(model, processor, rows, shift):
     groups = []
     for g, row in enumerate(rows):
         inputs = processor.apply_chat_template(
-            [prompt_messages(row)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            [prompt_messages(row)],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         )
         prompt = inputs["input_ids"][0].tolist()
         samples = []
@@ -127,7 +136,11 @@ def plain_logps(model, row, processor, prompt, completion, grad=False):
     from rl.data import prompt_messages
 
     inputs = processor.apply_chat_template(
-        [prompt_messages(row)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [prompt_messages(row)],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
     ids = torch.tensor([prompt + completion])
     images = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
@@ -209,7 +222,7 @@ def test_truncated_completions_are_masked(setup):
     _, inputs, groups = setup(config())
     lengths = [[len(s.completion.token_ids) for s in group.samples] for group in groups]
     lengths[CUT[0]][CUT[1]] = 0
-    assert inputs["completion_mask"].sum(1).tolist() == sum(lengths, [])
+    assert inputs["completion_mask"].sum(1).tolist() == [*lengths[0], *lengths[1]]
 
 
 @pytest.mark.parametrize("name", ["dapo", "gspo"])

@@ -43,7 +43,9 @@ def train(ranks, tmp_path, model, url, records):
         "folders": [str(out)],
     }
     (out / "job.json").write_text(json.dumps(job))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    )
     done = subprocess.run(
         [sys.executable, "-P", *launcher, "-m", "recipes.worker", str(out / "job.json")],
         capture_output=True,
@@ -60,7 +62,9 @@ def test_two_ranks_train_what_one_rank_trains(server_url, client, tiny_core, rec
     one = train(1, tmp_path, tiny_core, server_url, records)
     client.load_checkpoint(tiny_core)
     two = train(2, tmp_path, tiny_core, server_url, records)
-    texts = [[json.loads(line)["completion"] for line in (out / "completions.jsonl").open()] for out in (one, two)]
+    texts = [
+        [json.loads(line)["completion"] for line in (out / "completions.jsonl").open()] for out in (one, two)
+    ]
     assert texts[0] == texts[1]
     start = load_file(tiny_core / "model.safetensors")
     weights = [load_file(out / "checkpoint" / "model.safetensors") for out in (one, two)]

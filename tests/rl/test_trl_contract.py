@@ -36,7 +36,14 @@ def test_scoring_takes_images_by_row_and_by_tile():
     from trl import GRPOTrainer
 
     names = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
-    assert {"input_ids", "attention_mask", "logits_to_keep", "pixel_values", "num_images", "num_tiles"} <= set(names)
+    assert {
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "pixel_values",
+        "num_images",
+        "num_tiles",
+    } <= set(names)
 
 
 def test_the_fused_head_adds_the_heads_bias():

@@ -43,7 +43,11 @@ def logprobs(learner, row, answer):
 
     model, processor = learner
     inputs = processor.apply_chat_template(
-        [prompt_messages(row)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [prompt_messages(row)],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
     assert inputs["input_ids"][0].tolist() == answer.prompt_ids
     completion = answer.completions[0].token_ids
@@ -62,7 +66,9 @@ def parity(client, learner, records):
     rows = [row for row in records if row["images"]][:4]
     prompts = [Prompt(prompt_messages(row), seed=at) for at, row in enumerate(rows)]
     guard = ParityGuard(Parity(bound=1e-4), prompts, TEMPERATURE)
-    return guard.check(guard.sample(client), lambda at, answer: logprobs(learner, rows[at], answer), servers=1)
+    return guard.check(
+        guard.sample(client), lambda at, answer: logprobs(learner, rows[at], answer), servers=1
+    )
 
 
 def move(model, *prefixes):
@@ -117,7 +123,9 @@ def test_without_the_cache_resets_rollouts_see_the_old_tower_and_the_guard_says_
     assert parity(client, fresh_learner, records) < 1e-5
 
 
-def test_loading_without_the_layerwise_reload_is_seen_by_the_guard(client, fresh_learner, records, monkeypatch):
+def test_loading_without_the_layerwise_reload_is_seen_by_the_guard(
+    client, fresh_learner, records, monkeypatch
+):
     move(fresh_learner[0], "model.language_model.layers")
     real = RolloutClient.on_every_server
 
@@ -127,7 +135,7 @@ def test_loading_without_the_layerwise_reload_is_seen_by_the_guard(client, fresh
     with monkeypatch.context() as patch:
         patch.setattr(RolloutClient, "on_every_server", without_reload)
         # vLLM refuses, or takes the tensors and keeps its packed copies: either way nothing passes unseen.
-        with pytest.raises((ParityError, RuntimeError)):
+        with pytest.raises((ParityError, RuntimeError)):  # noqa: PT012
             SharedMemorySync(client).push(fresh_learner[0])
             parity(client, fresh_learner, records)
 
@@ -139,7 +147,7 @@ def test_a_policy_in_love_with_the_image_token_samples_none_and_its_ratios_are_r
 
     from rl.data import prompt_messages
 
-    model, processor = fresh_learner
+    model, _ = fresh_learner
     banned = CoreFacts.of(tiny_core).banned_ids[0]
     head = model.get_output_embeddings().weight
     with torch.no_grad():  # the image token becomes the likeliest wherever hidden states point this way
@@ -161,7 +169,9 @@ def test_a_policy_in_love_with_the_image_token_samples_none_and_its_ratios_are_r
                 bias.zero_()
             ours = logprobs(fresh_learner, row, answer)
             bias.copy_(kept)
-            worst[name] = max(worst[name], *(abs(a - b) for a, b in zip(ours, completion.logprobs, strict=True)))
+            worst[name] = max(
+                worst[name], *(abs(a - b) for a, b in zip(ours, completion.logprobs, strict=True))
+            )
     assert worst["banned on both sides"] < 1e-4
     assert worst["banned in sampling only"] > 0.01  # what every importance ratio would be off by
 
@@ -173,7 +183,11 @@ def test_greedy_text_is_transformers_greedy_text(client, fresh_learner, records)
     row = records[1]
     answer = client.generate([Prompt(prompt_messages(row))], Sampling(max_tokens=16, temperature=0.0))[0]
     inputs = processor.apply_chat_template(
-        [prompt_messages(row)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [prompt_messages(row)],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
     out = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     assert out[0, inputs["input_ids"].shape[1] :].tolist() == answer.completions[0].token_ids
