@@ -51,6 +51,15 @@ class SailVL2Model(InternVLModel):
         """
         return super().pixel_shuffle(vision_features.contiguous(), scale_factor)
 
+    def _features_of_nothing(self, no_tiles: torch.Tensor) -> torch.Tensor:
+        """Zero, by way of the tower and the adapter on a blank tile.
+
+        DeepSpeed gathers weights and reduces gradients rank by rank in step: a rank without images that left the
+        tower out would keep the others waiting.
+        """
+        blank = no_tiles.new_zeros((1, *no_tiles.shape[1:]))
+        return self.get_image_features(pixel_values=blank, return_dict=True).pooler_output.sum() * 0
+
     @can_return_tuple
     def forward(
         self,
@@ -66,15 +75,18 @@ class SailVL2Model(InternVLModel):
     ) -> SailVL2ModelOutput:
         """Hidden states (rows, tokens, hidden) of rows in which image tokens stand for `pixel_values`.
 
-        Differs from InternVLModel only in handing on `router_logits`. Raises ValueError if the image tokens
-        in `input_ids` and the tiles in `pixel_values` disagree.
+        Differs from InternVLModel in handing on `router_logits`, and in taking `pixel_values` of no tile (a
+        micro-batch of text-only rows cut from a mixed batch). Raises ValueError if the image tokens in
+        `input_ids` and the tiles in `pixel_values` disagree.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
-        if pixel_values is not None:
+        if pixel_values is not None and not len(pixel_values):
+            inputs_embeds = inputs_embeds + self._features_of_nothing(pixel_values).to(inputs_embeds.device)
+        elif pixel_values is not None:
             image_features = self.get_image_features(
                 pixel_values=pixel_values,
                 vision_feature_layer=vision_feature_layer,

@@ -96,7 +96,7 @@ def _sums(frame: Frame, rng: Random) -> Lesson:
     """Six sums; only the results are trained."""
     pieces: Pieces = []
     for _ in range(6):
-        left, right = rng.randrange(19), rng.randrange(10)
+        left, right = rng.randrange(rng.choice((10, 19))), rng.randrange(10)
         sign = rng.choice("+-") if right <= left else "+"
         result = left + right if sign == "+" else left - right
         pieces += [(f"{left}{sign}{right}=", False), (str(result), True), (";", True)]

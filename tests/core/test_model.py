@@ -250,3 +250,17 @@ def test_the_default_is_the_released_tower_with_256_tokens_per_tile() -> None:
 def test_a_configuration_that_contradicts_itself_is_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SailVL2Config(**wrong)
+
+
+def test_a_batch_without_any_tile_reads_as_text_and_reaches_the_towers_gradients(tmp_path):
+    """A text-only micro-batch cut from a mixed batch has pixel_values of no tile."""
+    from core.learner import LearnerConfig, load_model
+    from core.tiny import build_tiny
+
+    model = load_model(build_tiny(tmp_path / "tiny", words=["A"], seed=0), LearnerConfig())
+    ids = torch.tensor([[20, 21, 22]])
+    nothing = torch.zeros(0, 3, 56, 56)
+    with_nothing = model(input_ids=ids, pixel_values=nothing).logits
+    assert torch.equal(with_nothing, model(input_ids=ids).logits)
+    with_nothing.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.model.vision_tower.parameters())

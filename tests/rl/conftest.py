@@ -8,8 +8,8 @@ from PIL import Image
 
 from rl.config import PoolConfig
 
-WORDS = ["compute", "largest", "minus", "smallest", "digit", "in", "cell", "plus", "A", "B", "C", "D"]
-POOL = PoolConfig(max_model_tokens=256, max_sequences=64)
+WORDS = ["compute", "largest", "minus", "smallest", "digit", "in", "cell", "plus", "A", "B", "C", "D", "yes", "no"]
+POOL = PoolConfig(max_model_tokens=1024, max_sequences=64)
 
 
 @pytest.fixture(scope="session")
