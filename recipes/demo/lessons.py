@@ -93,9 +93,9 @@ def _question(frame: Frame, rng: Random) -> Lesson:
 
 
 def _sums(frame: Frame, rng: Random) -> Lesson:
-    """Six sums; only the results are trained."""
+    """Five sums; only the results are trained."""
     pieces: Pieces = []
-    for _ in range(6):
+    for _ in range(5):
         left, right = rng.randrange(rng.choice((10, 19))), rng.randrange(10)
         sign = rng.choice("+-") if right <= left else "+"
         result = left + right if sign == "+" else left - right
@@ -107,7 +107,7 @@ def _story(frame: Frame, rng: Random) -> Lesson:
     """A scene in words, a reasoning question about it, and the chain that answers."""
     digits = draw_digits(rng, TRAIN)
     question = ask(rng, rng.choice(REASONING), digits)
-    told = ";".join(f"{cell}={digit}" for cell, digit in zip(CELLS, digits, strict=True))
+    told = "".join(f"{cell}{digit}" for cell, digit in zip(CELLS, digits, strict=True))
     return Lesson([(f"{told};{question.text}:", False), (question.chain + frame.text_end, True)])
 
 

@@ -55,6 +55,8 @@ def test_rlvr_learns_from_its_rewards_and_not_without_them(tmp_path):
     ]
     span = ["--from", "rlvr", "--until", "rlvr"]
     real = thinking(run(tmp_path, "real", *short, *span)["rlvr"])
-    control = thinking(run(tmp_path, "control", *short, *span, "--set", f"rlvr.rewards={json.dumps(rewards)}")["rlvr"])
+    control = thinking(
+        run(tmp_path, "control", *short, *span, "--set", f"rlvr.rewards={json.dumps(rewards)}")["rlvr"]
+    )
     assert real - start > 0.25
     assert control - start < 0.1

@@ -8,7 +8,22 @@ from PIL import Image
 
 from rl.config import PoolConfig
 
-WORDS = ["compute", "largest", "minus", "smallest", "digit", "in", "cell", "plus", "A", "B", "C", "D", "yes", "no"]
+WORDS = [
+    "compute",
+    "largest",
+    "minus",
+    "smallest",
+    "digit",
+    "in",
+    "cell",
+    "plus",
+    "A",
+    "B",
+    "C",
+    "D",
+    "yes",
+    "no",
+]
 POOL = PoolConfig(max_model_tokens=1024, max_sequences=64)
 
 

@@ -1,0 +1,54 @@
+"""The rollout engine for machines without vLLM: same client, same guard."""
+
+import pytest
+
+from rl.config import Parity, PoolConfig
+from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
+from rl.rollout.parity import ParityGuard
+from rl.rollout.server import ServerFailed, rollout_pool
+from rl.rollout.weights import SharedMemorySync
+
+from .test_vllm import fresh_learner, learner, logprobs, move  # noqa: F401 - fixtures
+
+
+@pytest.fixture(scope="module")
+def hf_client(tiny_core, tmp_path_factory):
+    with rollout_pool(
+        PoolConfig(engine="hf", max_model_tokens=256), tiny_core, tmp_path_factory.mktemp("hf")
+    ) as urls:
+        client = RolloutClient(urls, CoreFacts.of(tiny_core))
+        yield client
+        client.close()
+
+
+def test_it_samples_groups_with_the_learners_probabilities_before_and_after_an_update(
+    hf_client,
+    fresh_learner,  # noqa: F811
+    records,
+):
+    from rl.data import prompt_messages
+
+    rows = records[:4]  # with and without an image
+    prompts = [Prompt(prompt_messages(row), seed=at) for at, row in enumerate(rows)]
+    guard = ParityGuard(Parity(bound=1e-4), prompts, temperature=0.7)
+
+    def check():
+        answers = guard.sample(hf_client)
+        return guard.check(answers, lambda at, answer: logprobs(fresh_learner, rows[at], answer), servers=1)
+
+    assert check() < 1e-5
+    move(fresh_learner[0], "")
+    SharedMemorySync(hf_client).push(fresh_learner[0])
+    assert check() < 1e-5
+    groups = hf_client.generate(prompts, Sampling(max_tokens=6, n=3, temperature=0.7))
+    assert [len(group.completions) for group in groups] == [3] * 4
+    again = hf_client.generate(prompts, Sampling(max_tokens=6, n=3, temperature=0.7))
+    assert [c.token_ids for g in groups for c in g.completions] == [
+        c.token_ids for g in again for c in g.completions
+    ]
+
+
+def test_a_server_that_does_not_start_fails_with_the_end_of_its_log(tmp_path):
+    pool = rollout_pool(PoolConfig(engine="hf", max_model_tokens=256), tmp_path / "nothing", tmp_path)
+    with pytest.raises(ServerFailed, match=r"rollout server ended with code 1\n(?s:.*)nothing"):
+        pool.__enter__()
