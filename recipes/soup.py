@@ -15,7 +15,6 @@ from core.artifacts import read_json, write_json
 from core.strict import ConfigError, parse
 from recipes.config import Recipe
 from recipes.stages import Context, Scores, evaluate
-from sft.config import SFTConfig, Variant
 
 RECORD = "soup.json"
 """In the stage's folder: what sft.soup.soup measured, each ingredient with its name."""
@@ -26,18 +25,18 @@ HELD_OUT = "ingredients_eval.json"
 def cook(job: Mapping[str, Any]) -> None:
     """The soup's process: leaves checkpoint/, variants/<number>/ and soup.json in the job's `out`."""
     from sft.soup import soup
-    from sft.train import train
+    from sft.train import train, variant_of, variant_start
 
     recipe = parse(Recipe, job["recipe"], "recipe")
     assert recipe.soup, "a soup job is made for recipes with a soup"
     assert recipe.basic_sft, "which have basic_sft: Recipe checks it"
     out, sets = Path(job["out"]), {name: Path(place) for name, place in job["sets"].items()}
     folders = {name: Path(folder) for name, folder in job["stages"].items()}
-    start = last_phase_start(recipe.basic_sft, folders)
+    start = variant_start(recipe.basic_sft, folders["basic_sft"], folders["core"] / "checkpoint")
     named = {"basic_sft": folders["basic_sft"] / "checkpoint"}
     for number, variant in enumerate(recipe.soup.variants, start=1):
         train(
-            variant_config(recipe.basic_sft, variant),
+            variant_of(recipe.basic_sft, variant),
             model=start,
             out=out / "variants" / str(number),
             seed=job["seed"] + variant.seed_offset,
@@ -54,23 +53,6 @@ def cook(job: Mapping[str, Any]) -> None:
         for name, ingredient in zip(named, record["ingredients"], strict=True)
     ]
     write_json(out / RECORD, record)
-
-
-def last_phase_start(cfg: SFTConfig, folders: Mapping[str, Path]) -> Path:
-    """The checkpoint that basic SFT's last phase started from: the phase before's, or the core's."""
-    if len(cfg.phases) == 1:
-        return folders["core"] / "checkpoint"
-    number = len(cfg.phases) - 2
-    return folders["basic_sft"] / "phases" / f"{number}_{cfg.phases[number].name}"
-
-
-def variant_config(cfg: SFTConfig, variant: Variant) -> SFTConfig:
-    """Basic SFT's last phase alone, at the variant's learning rate."""
-    phase = cfg.phases[-1]
-    if variant.learning_rate is not None:
-        optim = phase.optim.model_copy(update={"learning_rate": variant.learning_rate})
-        phase = phase.model_copy(update={"optim": optim})
-    return cfg.model_copy(update={"phases": (phase,)})
 
 
 def evaluate_with_ingredients(context: Context) -> Scores:

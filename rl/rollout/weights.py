@@ -34,7 +34,8 @@ class SharedMemorySync:
         tensors = {}
         for name, tensor in policy_tensors(model):
             if self.client is not None:
-                tensors[name] = tensor.detach().cpu().contiguous()
+                # A copy: on a CPU the tensor is the weight itself, and merged adapters come out of it again.
+                tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
         if self.client is None:
             return
         with shared_memory_file("policy.safetensors") as path:

@@ -9,14 +9,12 @@ from PIL import Image
 
 from core.artifacts import read_jsonl
 from core.strict import ConfigError
-from recipes.config import ALIASES, STAGE_NAMES, load_recipe
+from recipes.config import ALIASES, STAGE_NAMES
 from recipes.fingerprints import Hashes
 from recipes.pool import Pool
-from recipes.soup import last_phase_start, variant_config
 from recipes.stages import STAGES, spread, stage_named, write_samples
 from rl.config import PoolConfig
 from rl.rollout import client as rollout_client
-from sft.config import Variant
 
 
 def test_the_table_of_stages_is_the_chain_in_order():
@@ -119,23 +117,6 @@ def test_a_failed_update_is_not_taken_for_a_done_one(tmp_path, checkpoints):
 def test_a_step_that_samples_needs_rollout_in_the_recipe(tmp_path):
     with Pool(None, tmp_path) as servers, pytest.raises(ConfigError, match="rollout is missing"):
         servers.urls(tmp_path)
-
-
-def test_soup_variants_start_where_basic_sfts_last_phase_did(toy):
-    cfg = load_recipe(toy.recipe_dir).basic_sft
-    folders = {"core": Path("core"), "basic_sft": Path("basic")}
-    assert last_phase_start(cfg, folders) == Path("core/checkpoint")
-    phase = cfg.phases[0]
-    longer = cfg.model_copy(update={"phases": (phase, phase.model_copy(update={"name": "last"}))})
-    assert last_phase_start(longer, folders) == Path("basic/phases/0_only")
-
-
-def test_a_soup_variant_is_the_last_phase_at_its_own_rate(toy):
-    cfg = load_recipe(toy.recipe_dir).basic_sft
-    varied = variant_config(cfg, Variant(seed_offset=1, learning_rate=0.5))
-    assert [phase.optim.learning_rate for phase in varied.phases] == [0.5]
-    assert variant_config(cfg, Variant(seed_offset=1)) == cfg
-    assert varied.phases[0].optim.epochs == cfg.phases[0].optim.epochs
 
 
 def test_content_hashes_are_remembered_until_the_file_changes(tmp_path, monkeypatch):

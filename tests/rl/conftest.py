@@ -72,3 +72,28 @@ def record(number: int, *, mode: str = "think", image: bool = True, answer: str 
 @pytest.fixture(scope="session")
 def records() -> list[dict]:
     return [record(n, mode="think" if n % 3 else "direct", image=bool(n % 4)) for n in range(24)]
+
+
+TEMPERATURE = 0.7
+
+
+def plain_logprobs(model, processor, row, prompt_ids, completion, grad=False):
+    """Plain transformers, one row, no padding: log-probabilities (tokens,) of a completion at TEMPERATURE."""
+    import torch
+
+    from rl.data import prompt_messages
+
+    inputs = processor.apply_chat_template(
+        [prompt_messages(row)],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert inputs["input_ids"][0].tolist() == prompt_ids
+    ids = torch.tensor([prompt_ids + completion])
+    images = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
+    with torch.set_grad_enabled(grad):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0]
+    scores = (logits / TEMPERATURE).log_softmax(-1)[len(prompt_ids) - 1 : -1]
+    return scores.gather(1, torch.tensor(completion)[:, None])[:, 0]

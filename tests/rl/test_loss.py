@@ -12,9 +12,8 @@ from rl.collect import Group, Sample
 from rl.config import RLConfig
 from rl.rollout.client import Completion
 
-from .conftest import record
+from .conftest import TEMPERATURE, plain_logprobs, record
 
-TEMPERATURE = 0.7
 REWARDS = [[1.0, 0.0, 0.5, None], [0.0, 0.25, 1.0, 1.0]]
 LENGTHS = [[5, 3, 7, 4], [6, 2, 5, 7]]
 CUT = (1, 2)
@@ -120,34 +119,13 @@ def scripted(model, processor, rows, shift):
             ids = torch.randint(15, 40, (length,), generator=generator).tolist()
             finished = (g, s) != CUT
             ids[-1] = end if finished else ids[-1]
-            logps = [value + shift for value in plain_logps(model, row, processor, prompt, ids).tolist()]
+            logps = [value + shift for value in plain_logprobs(model, processor, row, prompt, ids).tolist()]
             reward = REWARDS[g][s]
             verdict = Verdict.unscored("down") if reward is None else Verdict(reward, "correct")
             graded = Graded(total=reward, verdicts={"answer": verdict})
             samples.append(Sample(Completion(ids, logps, "", finished), graded, 0.0, verdict))
         groups.append(Group(row, prompt, samples))
     return groups
-
-
-def plain_logps(model, row, processor, prompt, completion, grad=False):
-    """Log-probabilities of one completion at the rollouts' temperature, one row at a time, without padding."""
-    import torch
-
-    from rl.data import prompt_messages
-
-    inputs = processor.apply_chat_template(
-        [prompt_messages(row)],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    ids = torch.tensor([prompt + completion])
-    images = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
-    with torch.set_grad_enabled(grad):
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0]
-    scores = (logits / TEMPERATURE).log_softmax(-1)[len(prompt) - 1 : -1]
-    return scores.gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
 def advantages(scale=True):
@@ -171,7 +149,7 @@ def reference_loss(trainer, groups, cfg, old_shift=0.0, sampler_shift=0.0):
     flat = [(g, s, sample) for g, group in enumerate(groups) for s, sample in enumerate(group.samples)]
     for (g, s, sample), advantage in zip(flat, advantages(algorithm.scale_by_std), strict=True):
         group, ids = groups[g], sample.completion.token_ids
-        logps = plain_logps(model, group.row, trainer.processing_class, group.prompt_ids, ids, grad=True)
+        logps = plain_logprobs(model, trainer.processing_class, group.row, group.prompt_ids, ids, grad=True)
         if algorithm.mask_truncated and (g, s) == CUT:
             per_sample.append(logps.sum() * 0)
             continue

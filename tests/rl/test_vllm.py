@@ -12,7 +12,7 @@ from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
 from rl.rollout.parity import ParityError, ParityGuard
 from rl.rollout.weights import SharedMemorySync
 
-TEMPERATURE = 0.7
+from .conftest import TEMPERATURE, plain_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +36,8 @@ def fresh_learner(learner):
 
 
 def logprobs(learner, row, answer):
-    """Plain transformers: the log-probabilities of the first completion's tokens at the rollouts' temperature."""
-    import torch
-
-    from rl.data import prompt_messages
-
-    model, processor = learner
-    inputs = processor.apply_chat_template(
-        [prompt_messages(row)],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    assert inputs["input_ids"][0].tolist() == answer.prompt_ids
-    completion = answer.completions[0].token_ids
-    ids = torch.tensor([answer.prompt_ids + completion])
-    images = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0]
-    scores = (logits / TEMPERATURE).log_softmax(-1)[len(answer.prompt_ids) - 1 : -1]
-    return scores.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
+    """The learner's side of one answer."""
+    return plain_logprobs(*learner, row, answer.prompt_ids, answer.completions[0].token_ids).tolist()
 
 
 def parity(client, learner, records):
@@ -202,3 +183,26 @@ def test_a_vision_judge_on_this_server_answers_yes_or_no_to_each_criterion(serve
     # A random core's judgements say nothing; that each is a yes or a no is what the constrained output is for.
     assert verdict.score in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
     assert verdict.reason.count(" yes") + verdict.reason.count(" no") == 3
+
+
+def test_lora_weights_reach_the_server_merged_and_come_apart_again(client, fresh_learner, records, tiny_core):
+    import torch
+    from peft import get_peft_model
+
+    from core.learner import LearnerConfig, LoRAConfig, load_model, peft_config
+    from rl.trainer import ban_tokens
+
+    _, processor = fresh_learner
+    base = load_model(tiny_core, LearnerConfig()).eval()
+    ban_tokens(base, CoreFacts.of(tiny_core).banned_ids)
+    model = get_peft_model(base, peft_config(LearnerConfig(lora=LoRAConfig(r=4))))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():  # adapters start as zero maps: give them something to say
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    frozen = model.get_base_model().model.language_model.layers[0].self_attn.q_proj.base_layer.weight.clone()
+    SharedMemorySync(client).push(model)
+    assert parity(client, (model, processor), records) < 1e-5
+    kept = model.get_base_model().model.language_model.layers[0].self_attn.q_proj.base_layer.weight
+    assert torch.allclose(kept, frozen, atol=1e-6)
