@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.artifacts import append_jsonl
+from core.learner import (
+    apply_freeze,
+    join_process_group,
+    load_model,
+    load_processor,
+    peft_config,
+    save_checkpoint,
+    training_arguments,
+)
+from rewards.answer import AnswerReward
+from rewards.length import SoftOverlong
+from rl.collect import Collector, Group, Sample
 from rl.config import PoolConfig, RLConfig
+from rl.data import PromptStream, load_rows, prompt_messages
+from rl.reward import mixture_of
+from rl.rollout.client import CoreFacts, Prompt, RolloutClient
+from rl.rollout.parity import ParityGuard
+from rl.rollout.weights import NcclSync, SharedMemorySync, WeightSync
 
 
 def train(
@@ -36,17 +54,6 @@ def train(
     from datasets import Dataset
     from transformers import set_seed
 
-    from core.learner import (
-        apply_freeze,
-        join_process_group,
-        load_model,
-        load_processor,
-        peft_config,
-        save_checkpoint,
-    )
-    from rl.data import PromptStream, load_rows, prompt_messages
-    from rl.rollout.client import CoreFacts, Prompt
-    from rl.rollout.parity import ParityGuard
     from rl.trainer import RolloutTrainer, reward_function
 
     join_process_group(cfg.learner)
@@ -62,7 +69,8 @@ def train(
     policy, processor = load_model(model, cfg.learner), load_processor(model)
     apply_freeze(policy, cfg.learner.freeze)
     core = CoreFacts.of(model)
-    client = _client(urls, core, pool) if _is_rank_0() else None
+    rank_0 = os.environ.get("RANK", "0") == "0"
+    client = RolloutClient(urls, core, concurrency=pool.concurrency) if rank_0 else None
     log = RunLog(cfg, out)
     trainer = RolloutTrainer(
         collector=_collector(cfg, client, PromptStream(records, seed), folders, seed) if client else None,
@@ -95,8 +103,6 @@ def train(
 def trl_config(cfg: RLConfig, out: Path, seed: int) -> Any:
     """The stage as TRL's GRPOConfig."""
     from trl import GRPOConfig
-
-    from core.learner import training_arguments
 
     algorithm, rollout, correction = cfg.algorithm, cfg.rollout, cfg.algorithm.importance_sampling
     per_pass = cfg.optim.micro_batch_size * cfg.learner.processes
@@ -141,49 +147,43 @@ class RunLog:
         self.pending: dict[str, float] = {}
         out.mkdir(parents=True, exist_ok=True)
 
-    def batch(self, batch: Sequence[Any], sampled: Sequence[Any], metrics: Mapping[str, float]) -> None:
+    def batch(self, batch: Sequence[Group], sampled: Sequence[Group], metrics: Mapping[str, float]) -> None:
         self.pending |= metrics
         kept = {id(group) for group in batch}
-        with (self.out / "record.jsonl").open("a") as file:
-            for group in sampled:
-                correct = [
-                    sample.correct.score for sample in group.samples if sample.correct.score is not None
-                ]
-                line = {
-                    "batch": self.batches,
-                    "id": group.row["id"],
-                    "correct": sum(correct),
-                    "of": len(correct),
-                    "kind": group.kind,
-                    "trained": id(group) in kept,
-                }
-                file.write(json.dumps(line) + "\n")
+        for group in sampled:
+            scores = [sample.correct.score for sample in group.samples if sample.correct.score is not None]
+            line = {
+                "batch": self.batches,
+                "id": group.row["id"],
+                "correct": sum(scores),
+                "of": len(scores),
+                "kind": group.kind,
+                "trained": id(group) in kept,
+            }
+            append_jsonl(self.out / "record.jsonl", line)
         if self.batches % self.cfg.log_completions_every == 0:
-            self._completions(batch)
-        self.batches += 1
-
-    def _completions(self, batch: Sequence[Any]) -> None:
-        with (self.out / "completions.jsonl").open("a") as file:
             for group in batch:
                 for sample in group.samples:
-                    line = {
-                        "batch": self.batches,
-                        "id": group.row["id"],
-                        "mode": group.row["mode"],
-                        "question": group.row["question"],
-                        "answer": group.row["answer"],
-                        "completion": sample.completion.text,
-                        "tokens": len(sample.completion.token_ids),
-                        "finished": sample.completion.finished,
-                        "reward": sample.reward,
-                        "verdicts": {name: v.to_dict() for name, v in sample.graded.verdicts.items()},
-                    }
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    append_jsonl(self.out / "completions.jsonl", self._completion(group, sample))
+        self.batches += 1
+
+    def _completion(self, group: Group, sample: Sample) -> dict[str, Any]:
+        return {
+            "batch": self.batches,
+            "id": group.row["id"],
+            "mode": group.row["mode"],
+            "question": group.row["question"],
+            "answer": group.row["answer"],
+            "completion": sample.completion.text,
+            "tokens": len(sample.completion.token_ids),
+            "finished": sample.completion.finished,
+            "reward": sample.reward,
+            "verdicts": {name: verdict.to_dict() for name, verdict in sample.graded.verdicts.items()},
+        }
 
     def metrics(self, step: int, logs: Mapping[str, Any]) -> None:
         numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **numbers, **self.pending}) + "\n")
+        append_jsonl(self.out / "metrics.jsonl", {"step": step, **numbers, **self.pending})
         self.pending = {}
 
     def callback(self) -> Any:
@@ -211,31 +211,14 @@ def _probes(records: Sequence[Any], count: int) -> list[Any]:
     return sorted(records, key=lambda row: not row["images"])[:count]
 
 
-def _collector(cfg: RLConfig, client: Any, stream: Any, folders: Sequence[Path], seed: int) -> Any:
-    from rewards.answer import AnswerReward
-    from rewards.length import SoftOverlong
-    from rl.collect import Collector
-    from rl.reward import mixture_of
-
+def _collector(
+    cfg: RLConfig, client: RolloutClient, stream: PromptStream, folders: Sequence[Path], seed: int
+) -> Collector:
     overlong = None
     if cfg.overlong:
         overlong = SoftOverlong(cfg.rollout.max_completion_tokens, cfg.overlong.cache_tokens)
     return Collector(cfg, client, stream, mixture_of(cfg.rewards, folders), AnswerReward(), overlong, seed)
 
 
-def _client(urls: Sequence[str], core: Any, pool: PoolConfig) -> Any:
-    from rl.rollout.client import RolloutClient
-
-    return RolloutClient(urls, core, concurrency=pool.concurrency)
-
-
-def _sync(pool: PoolConfig, client: Any, servers: int, policy: Any) -> Any:
-    from rl.rollout.weights import NcclSync, SharedMemorySync
-
+def _sync(pool: PoolConfig, client: RolloutClient | None, servers: int, policy: Any) -> WeightSync:
     return SharedMemorySync(client) if pool.weights == "shm" else NcclSync(client, servers, policy.device)
-
-
-def _is_rank_0() -> bool:
-    import os
-
-    return int(os.environ.get("RANK", "0")) == 0
