@@ -85,7 +85,8 @@ class SailVL2Model(InternVLModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
         if pixel_values is not None and not len(pixel_values):
-            inputs_embeds = inputs_embeds + self._features_of_nothing(pixel_values).to(inputs_embeds.device)
+            nothing: Any = self._features_of_nothing(pixel_values).to(inputs_embeds.device)
+            inputs_embeds = inputs_embeds + nothing
         elif pixel_values is not None:
             image_features = self.get_image_features(
                 pixel_values=pixel_values,
