@@ -62,9 +62,7 @@ def test_two_ranks_train_what_one_rank_trains(server_url, client, tiny_core, rec
     one = train(1, tmp_path, tiny_core, server_url, records)
     client.load_checkpoint(tiny_core)
     two = train(2, tmp_path, tiny_core, server_url, records)
-    texts = [
-        [json.loads(line)["completion"] for line in (out / "completions.jsonl").open()] for out in (one, two)
-    ]
+    texts = [[line["completion"] for line in read_jsonl(out / "completions.jsonl")] for out in (one, two)]
     assert texts[0] == texts[1]
     start = load_file(tiny_core / "model.safetensors")
     weights = [load_file(out / "checkpoint" / "model.safetensors") for out in (one, two)]
