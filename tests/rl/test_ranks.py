@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from core.artifacts import read_jsonl
 from core.records import write_records
 
 STAGE = {
