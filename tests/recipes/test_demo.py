@@ -4,6 +4,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from PIL import Image
 
 from core.records import load_records
 from recipes.config import load_recipe
@@ -114,3 +115,36 @@ def test_the_same_seed_gives_the_same_rows_and_pixels(sets, tmp_path):
     generate(tmp_path / "other", seed=1, **SIZES)
     other = list(load_records(tmp_path / "other" / "rl.parquet"))
     assert [digits_of(row) for row in other] != [digits_of(row) for row in sets["rl"]]
+
+
+def test_pre_training_reads_what_the_processor_gives(tmp_path):
+    """Same prompt ids and pixels as every later stage's, so that the chain goes on from what the core learnt."""
+    import numpy as np
+    import torch
+
+    from core.learner import load_processor
+    from core.prompts import messages
+    from core.tiny import build_tiny
+    from recipes.demo.drawing import render
+    from recipes.demo.lessons import frame_of
+    from recipes.demo.pretrain import normalized, tokens
+    from recipes.demo.scenes import WORDS
+
+    processor = load_processor(build_tiny(tmp_path / "tiny", words=WORDS, seed=0))
+    rng, frame = Random(0), frame_of(processor)
+    lesson = next(
+        one for one in draw_lessons("mixed", frame, rng) if one.pieces[0][0].startswith(frame.before)
+    )
+    panels = render([lesson.scene], np.random.default_rng(0))
+    asked, answer = lesson.pieces[0][0], lesson.pieces[1][0]
+    question = asked.removeprefix(f"{frame.before}{frame.picture}").removesuffix(frame.after)
+    row = {"images": [Image.fromarray(panels[0])], "question": question, "mode": "direct"}
+    inputs = processor.apply_chat_template(
+        [messages(row)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ours = tokens([lesson], processor.tokenizer)
+    length = inputs["input_ids"].shape[1]
+    assert ours["input_ids"][0, :length].tolist() == inputs["input_ids"][0].tolist()
+    assert ours["trained"][0].tolist() == [False] * length + [True] * (ours["input_ids"].shape[1] - length)
+    assert answer.endswith("<|im_end|>")
+    torch.testing.assert_close(normalized(panels, processor), inputs["pixel_values"], atol=1e-5, rtol=0)
