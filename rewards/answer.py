@@ -113,9 +113,14 @@ def _math(answer: str, example: Example, reward: AnswerReward) -> Verdict:
     outcome = quick(example.answer, answer) or SHARED.compare(example.answer, answer)
     if outcome == Outcome.UNPARSEABLE:
         return _unparseable(answer, "mathematics")
+    if outcome == Outcome.OVER_TIME:
+        reason = f"comparing it with the gold takes over {SHARED.deadline_s:g} s of computing"
+        return Verdict.wrong(answer, reason, Status.TIMEOUT)
+    if outcome == Outcome.OVER_MEMORY:
+        reason = "comparing it with the gold takes more memory than a worker has"
+        return Verdict.wrong(answer, reason, Status.OVER_LIMIT)
     if outcome == Outcome.TIMEOUT:
-        reason = f"comparing it with the gold took over {SHARED.deadline_s:g} s"
-        return Verdict.unscored(reason, Status.TIMEOUT, answer)
+        return Verdict.unscored("the comparison was not done in time", Status.TIMEOUT, answer)
     if outcome == Outcome.CRASHED:
         return Verdict.unscored("comparing it with the gold ended the worker", Status.CRASHED, answer)
     return _decided(outcome == Outcome.EQUAL, answer)

@@ -27,8 +27,14 @@ class Outcome(StrEnum):
     """The prediction is no mathematics."""
     BAD_GOLD = "bad_gold"
     """The gold answer is no mathematics."""
+    OVER_TIME = "over_time"
+    """The prediction used up the deadline: it is hostile, no honest one does."""
+    OVER_MEMORY = "over_memory"
+    """The prediction used up the worker's memory: hostile too."""
     TIMEOUT = "timeout"
+    """Not found out in time, for a reason that is not the prediction's."""
     CRASHED = "crashed"
+    """Not found out: the worker died."""
 
 
 _FUNCTIONS = (

@@ -23,7 +23,7 @@ class Status(StrEnum):
     OVER_LIMIT = "over_limit"
     """The answer is longer or deeper nested than any honest one."""
     TIMEOUT = "timeout"
-    """Unscored: grading did not end by its deadline."""
+    """Grading did not end by its deadline: 0 where the completion itself used it up, unscored where it did not."""
     CRASHED = "crashed"
     """Unscored: the process that graded died."""
     UNSCORABLE = "unscorable"
@@ -31,7 +31,7 @@ class Status(StrEnum):
 
 
 UNSCORED = frozenset({Status.TIMEOUT, Status.CRASHED, Status.UNSCORABLE})
-"""Statuses whose score is None."""
+"""Statuses whose score may be None; of them only a timeout may also have a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Verdict:
     >>> Verdict.unscored("the judge is down").score is None
     True
 
-    Raises ValueError unless the score is in [0, 1], or None for the unscored statuses and for them alone.
+    Raises ValueError unless the score is in [0, 1], or None where the status allows it (UNSCORED).
     """
 
     score: float | None
@@ -56,10 +56,11 @@ class Verdict:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", Status(self.status))
-        if (self.score is None) != (self.status in UNSCORED):
+        either = self.status == Status.TIMEOUT
+        if not either and (self.score is None) != (self.status in UNSCORED):
             raise ValueError(
                 f"score={self.score} with status {self.status.value!r}: the score is None for "
-                f"{', '.join(sorted(UNSCORED))}, and a number for every other status"
+                f"{', '.join(sorted(UNSCORED))}, and a number for every other status (timeout may have either)"
             )
         if self.score is None:
             return

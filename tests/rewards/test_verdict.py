@@ -6,12 +6,17 @@ from rewards.example import Example
 from rewards.verdict import UNSCORED, Status, Verdict
 
 
-@pytest.mark.parametrize("status", list(Status))
+@pytest.mark.parametrize("status", [status for status in Status if status != Status.TIMEOUT])
 def test_the_score_is_none_for_the_unscored_statuses_alone(status):
     score, other = (None, 0.0) if status in UNSCORED else (0.0, None)
     assert Verdict(score, status).score == score
     with pytest.raises(ValueError, match=f"status '{status}'"):
         Verdict(other, status)
+
+
+def test_a_timeout_is_unscored_or_the_completions_fault():
+    assert Verdict.unscored("too slow", Status.TIMEOUT).score is None
+    assert Verdict.wrong(reason="a power tower", status=Status.TIMEOUT).score == 0
 
 
 @pytest.mark.parametrize("score", [-0.1, 1.1, float("nan"), float("inf")])
