@@ -10,8 +10,9 @@ from typing import Any
 from core.strict import ConfigError
 from rl.config import PoolConfig
 
-OpenPool = Callable[[PoolConfig, Path, Path], AbstractContextManager[list[str]]]
-"""(configuration, model, log folder) -> context of the servers' URLs, as rl.rollout.server.rollout_pool."""
+OpenPool = Callable[[PoolConfig, Path, Path], AbstractContextManager[Callable[[], list[str]]]]
+"""(configuration, model, log folder) -> context of a function that waits for the servers and gives their URLs, as
+rl.rollout.server.starting_pool."""
 
 
 class Pool:
@@ -26,7 +27,7 @@ class Pool:
     def __init__(self, cfg: PoolConfig | None, logs: Path, open_pool: OpenPool | None = None) -> None:
         self.cfg, self.logs = cfg, logs
         self._open, self._stack = open_pool, ExitStack()
-        self._urls: list[str] = []
+        self._wait: Callable[[], list[str]] | None = None
         self._client: Any = None
         self._served: Path | None = None
 
@@ -36,19 +37,26 @@ class Pool:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def urls(self, model: Path) -> list[str]:
-        """The servers' URLs; at the first call they start, with `model`. What they serve is not promised."""
+    def start(self, model: Path) -> None:
+        """Start the servers with `model` unless they have been started; does not wait for them."""
         if self.cfg is None:
             raise ConfigError("rollout is missing from the recipe: this step needs rollout workers")
-        if not self._urls:
-            if self._open is None:
-                from rl.rollout.server import rollout_pool
+        if self._wait is not None:
+            return
+        if self._open is None:
+            from rl.rollout.server import starting_pool
 
-                self._open = rollout_pool
-            self._urls = self._stack.enter_context(self._open(self.cfg, model, self.logs))
-            # Servers that we started read the checkpoint; ones that were there serve who knows what.
-            self._served = None if self.cfg.urls else model.resolve()
-        return self._urls
+            self._open = starting_pool
+        self._wait = self._stack.enter_context(self._open(self.cfg, model, self.logs))
+        # Servers that we started read the checkpoint; ones that were there serve who knows what.
+        self._served = None if self.cfg.urls else model.resolve()
+
+    def urls(self, model: Path) -> list[str]:
+        """The servers' URLs, once they are up; at the first need they start, with `model`. What they serve is not
+        promised."""
+        self.start(model)
+        assert self._wait is not None
+        return self._wait()
 
     def serve(self, model: Path) -> Any:
         """A RolloutClient of the pool, which now serves the weights of the checkpoint folder `model`."""

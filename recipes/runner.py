@@ -9,7 +9,8 @@ from __future__ import annotations
 import fcntl
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,12 @@ from recipes import report
 from recipes.config import Recipe, made_between
 from recipes.fingerprints import Fingerprints, identity, is_current
 from recipes.inputs import data_folder, locate_sets, prepared_folder
-from recipes.launch import run_job
+from recipes.launch import POLL_S, run_job
 from recipes.plan import check_data, check_names
 from recipes.pool import OpenPool, Pool
 from recipes.progress import Display, Tail, duration, metrics_text
-from recipes.stages import STAGES, Context, Stage, stage_named
-from recipes.tracking import Tracker
+from recipes.stages import STAGES, Context, Progress, Stage, stage_named
+from recipes.tracking import StageTrack, Tracker
 
 DATA = "data"
 
@@ -69,13 +70,19 @@ def run(
     run_dir.mkdir(parents=True, exist_ok=True)
     chain_stages = [stage for stage in stages if stage.config(recipe) is not None]
     first, last = _selection(chain_stages, from_, until)
-    with _locked(run_dir), Pool(recipe.rollout, run_dir / "logs", open_pool) as pool:
-        chain = Chain(recipe, run_dir, chain_stages, pool, display)
+    # On a failure the servers stop first: an evaluation still under way then ends, and can be waited for.
+    with (
+        _locked(run_dir),
+        ThreadPoolExecutor(1, thread_name_prefix="evaluation") as behind,
+        Pool(recipe.rollout, run_dir / "logs", open_pool) as pool,
+    ):
+        chain = Chain(recipe, run_dir, chain_stages, pool, display, behind)
         chain.require_finished(chain_stages[:first], chain_stages[first].name)
         write_json(run_dir / "recipe.json", recipe)
         chain.data(force and first == 0)
         for stage in chain_stages[first : last + 1]:
             chain.stage(stage, force)
+        chain.settle()
         report.write(run_dir)
         display.console.print(report.table(report.read(run_dir)))
         display.line(f"report: {run_dir / report.HTML}")
@@ -88,22 +95,29 @@ def data(
     """Generate the recipe's data, if it is not there yet; return the folder of its sets."""
     run_dir = (runs_dir / recipe.name).resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(run_dir), Pool(None, run_dir) as pool:
-        Chain(recipe, run_dir, (), pool, display or Display()).data(force)
+    with _locked(run_dir), ThreadPoolExecutor(1) as behind, Pool(None, run_dir) as pool:
+        Chain(recipe, run_dir, (), pool, display or Display(), behind).data(force)
     return data_folder(run_dir)
 
 
 @dataclass
 class Chain:
-    """One recipe's run on disk, and what is needed to continue it."""
+    """One recipe's run on disk, and what is needed to continue it.
+
+    A finished stage is evaluated in the thread of `behind` while the next one trains, as long as that one leaves
+    the rollout servers alone: the two need different processors. Whoever needs the servers settles first.
+    """
 
     recipe: Recipe
     run_dir: Path
     stages: Sequence[Stage]
     pool: Pool
     display: Display
+    behind: ThreadPoolExecutor
 
     def __post_init__(self) -> None:
+        self._evaluation: Future[None] | None = None
+        self._evaluating = ""
         self.sets = locate_sets(self.recipe, self.run_dir)
         self.prints = Fingerprints(self.recipe.seed, self.sets, self.run_dir / ".hashes.jsonl")
         self.id = _chain_id(self.run_dir, self.recipe.name)
@@ -183,18 +197,41 @@ class Chain:
         fingerprint = self.fingerprint(stage)
         if not force and is_current(self.folder(stage), fingerprint):
             self.display.line(f"{stage.name}: finished, inputs and config unchanged — skipped")
-            self.evaluate(stage)
-        else:
-            with self.tracker.stage(stage.name, self._tracked(stage)) as track:
-                self.train(stage, fingerprint, track.log)
-                scores = self.evaluate(stage)
-                track.results(scores, self.folder(stage))
-                report.write(self.run_dir)
+            self.settle()
+            self.evaluate(stage, self.evaluation(stage))
+            return
+        with ExitStack() as tracking:
+            track = tracking.enter_context(self.tracker.stage(stage.name, self._tracked(stage)))
+            self.train(stage, fingerprint, track.log)
+            self.settle()
+            if self.recipe.eval is not None:
+                self.pool.start(self.folder(stage) / "checkpoint")
+            evaluation = self.evaluation(stage)
+            self._evaluation = self.behind.submit(self._finish, stage, evaluation, track, tracking.pop_all())
+
+    def settle(self) -> None:
+        """Wait until the stage before is evaluated; raise what its evaluation raised."""
+        if self._evaluation is None:
+            return
+        with self.display.step("evaluation"):
+            while not wait([self._evaluation], POLL_S).done:
+                self.display.passing(self._evaluating)
+        evaluation, self._evaluation = self._evaluation, None
+        evaluation.result()
+
+    def _finish(self, stage: Stage, evaluation: str, track: StageTrack, tracking: ExitStack) -> None:
+        """Evaluate a trained stage, write the report with it, and end its W&B run."""
+        with tracking:
+            scores = self.evaluate(stage, evaluation)
+            track.results(scores, self.folder(stage))
+            report.write(self.run_dir)
 
     def train(self, stage: Stage, fingerprint: str, on_metrics: Callable[[dict[str, Any]], None]) -> None:
         """Run the stage's training in a child; its folder appears only when everything is in it."""
         config, parent = self.config(stage), self.parent(stage)
         preparation = self.prepare(stage)
+        if stage.needs_pool:
+            self.settle()
         inputs = self.inputs(stage, config)
         finished = self._making(
             stage.name, self.folder(stage), config, fingerprint, inputs, parent, preparation.seconds
@@ -255,6 +292,7 @@ class Chain:
         fingerprint = self.prints.fingerprint(f"prepare {stage.name}", part, inputs)
         folder = prepared_folder(self.run_dir, stage.name)
         if not is_current(folder, fingerprint):
+            self.settle()
             label = f"{stage.name}: data"
             with (
                 self._making(stage.name, folder, part, fingerprint, inputs, parent) as partial,
@@ -263,7 +301,8 @@ class Chain:
                 # What one filter makes may be the next one's source; until they all are done it lies here.
                 made = {name: str(partial / f"{name}.parquet") for name in made_between(config)}
                 model = self.folder(parent) / "checkpoint"
-                context = replace(self.context(stage, model, partial), sets={**self.sets, **made})
+                context = self.context(stage, model, partial, self.display.passing)
+                context = replace(context, sets={**self.sets, **made})
                 write_json(partial / "kept.json", stage.prepare(context))
         kept = read_json(folder / "kept.json")
         for name, counts in kept.items():
@@ -271,26 +310,34 @@ class Chain:
         manifest = Manifest.read(folder)
         return Preparation(kept, manifest.seconds if manifest else 0.0)
 
-    def evaluate(self, stage: Stage) -> dict[str, Any]:
-        """Held-out scores of a finished stage, measured unless they are there; {} without `eval`."""
-        cfg, folder = self.recipe.eval, self.folder(stage)
+    def evaluation(self, stage: Stage) -> str:
+        """Hash of what determines a finished stage's held-out scores; "" without `eval`."""
+        cfg = self.recipe.eval
         if cfg is None:
-            return {}
+            return ""
         inputs = {**self.prints.of_sources(cfg), "stage": identity(self.manifest(stage))}
-        fingerprint = self.prints.fingerprint("eval", cfg, inputs)
+        return self.prints.fingerprint("eval", cfg, inputs)
+
+    def evaluate(self, stage: Stage, fingerprint: str) -> dict[str, Any]:
+        """Held-out scores of a finished stage, measured unless they are there; {} without `eval`."""
+        folder = self.folder(stage)
+        if self.recipe.eval is None:
+            return {}
         if (folder / "eval.json").exists():
             known = read_json(folder / "eval.json")
             if known["fingerprint"] == fingerprint:
                 return known["scores"]
         started = time.monotonic()
-        with self.display.step(f"{stage.name}: evaluation"):
-            scores = stage.evaluate(self.context(stage, folder / "checkpoint", folder))
+        scores = stage.evaluate(self.context(stage, folder / "checkpoint", folder, self._show_evaluating))
         seconds = time.monotonic() - started
         write_json(folder / "eval.json", {"scores": scores, "seconds": seconds, "fingerprint": fingerprint})
         self.display.line(f"{stage.name}: {report.scores_text(scores)}  ({duration(seconds)})")
         return scores
 
-    def context(self, stage: Stage, model: Path, out: Path) -> Context:
+    def _show_evaluating(self, text: str) -> None:
+        self._evaluating = text
+
+    def context(self, stage: Stage, model: Path, out: Path, progress: Progress) -> Context:
         """What a stage's `prepare` and `evaluate` see."""
         return Context(
             recipe=self.recipe,
@@ -301,7 +348,7 @@ class Chain:
             sets=self.sets,
             folders=self._before(stage),
             pool=self.pool,
-            progress=self.display.passing,
+            progress=progress,
         )
 
     @contextmanager

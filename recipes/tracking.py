@@ -75,7 +75,7 @@ class Tracker:
                 tags=list(self.cfg.tags),
                 dir=env.get("WANDB_DIR") or str(self.run_dir),
                 mode=self.mode,
-                reinit="finish_previous",
+                reinit="create_new",
                 settings=settings,
             )
             run.define_metric("step")

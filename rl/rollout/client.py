@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,10 @@ from rl.rollout.server import MODEL_NAME
 
 BAN = -100.0
 """Logit bias of a banned token: the lowest that the API takes, e**-100 of any other token's probability."""
+
+TRIES = 3
+"""Of a request for completions, when its connection is lost."""
+RETRY_PAUSE_S = 0.2
 
 
 class RolloutError(RuntimeError):
@@ -174,12 +179,20 @@ class RolloutClient:
         futures = {url: self._threads.submit(self._post, url, path, body or {}) for url in self.urls}
         return {url: future.result() for url, future in futures.items()}
 
-    def _post(self, url: str, path: str, body: Mapping[str, Any]) -> dict:
+    def _post(self, url: str, path: str, body: Mapping[str, Any], tries: int = 1) -> dict:
+        """POST and return the reply; of several tries, all but the last may lose their connection.
+
+        A single try opens a connection of its own: the server may just be closing one that was kept alive.
+        """
         import requests
 
+        post = requests.post if tries == 1 else self._session.post
         try:
-            response = self._session.post(f"{url}/{path}", json=body, timeout=self.timeout_s)
+            response = post(f"{url}/{path}", json=body, timeout=self.timeout_s)
         except requests.RequestException as error:
+            if tries > 1 and isinstance(error, requests.ConnectionError):
+                time.sleep(RETRY_PAUSE_S)
+                return self._post(url, path, body, tries - 1)
             raise RolloutError(
                 f"{url}/{path}: no answer ({type(error).__name__}: {error}). Is the rollout server up? See its log."
             ) from error
@@ -201,7 +214,8 @@ class RolloutClient:
             "return_token_ids": True,
             "logit_bias": {str(token): BAN for token in self.core.banned_ids},
         }
-        reply = self._post(url, "v1/chat/completions", body)
+        # Asked again with the same seed, the server answers the same.
+        reply = self._post(url, "v1/chat/completions", body, tries=TRIES)
         return Answer(
             prompt_ids=reply["prompt_token_ids"],
             completions=[self._completion(choice) for choice in reply["choices"]],

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,17 +102,28 @@ class RolloutServer:
 @contextmanager
 def rollout_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[list[str]]:
     """Give the URLs of healthy rollout servers for `model`'s architecture; stop the ones we started at the end."""
-    if cfg.urls:
-        yield [url.rstrip("/") for url in cfg.urls]
-        return
+    with starting_pool(cfg, model, log_dir) as wait:
+        yield wait()
+
+
+@contextmanager
+def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Callable[[], list[str]]]:
+    """Start the servers, and give a function that waits until they are healthy and returns their URLs.
+
+    At the end of the block they are stopped; a thread that still waits for them then gets ServerFailed.
+    """
     servers: list[RolloutServer] = []
-    try:
-        for index in range(cfg.servers):
-            # One by one: should the second fail to start, the first must be known to be stopped.
-            servers.append(RolloutServer(cfg, model, log_dir / f"rollout-server-{index}.log", index))  # noqa: PERF401
+
+    def wait() -> list[str]:
         for server in servers:
             server.wait_until_healthy()
-        yield [server.url for server in servers]
+        return [server.url for server in servers] or [url.rstrip("/") for url in cfg.urls]
+
+    try:
+        for index in range(0 if cfg.urls else cfg.servers):
+            # One by one: should the second fail to start, the first must be known to be stopped.
+            servers.append(RolloutServer(cfg, model, log_dir / f"rollout-server-{index}.log", index))  # noqa: PERF401
+        yield wait
     finally:
         for server in servers:
             server.stop()
@@ -178,6 +189,8 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",  # also for the processes that vLLM starts: our packages have common names
         "VLLM_SERVER_DEV_MODE": "1",  # weight updates and cache resets
         "VLLM_NO_USAGE_STATS": "1",
+        # A connection that the server closes after its default of 5 idle seconds may be the client's next one.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the learner's core
     }

@@ -100,6 +100,8 @@ class Toy:
     prepared: list[str] = field(default_factory=list)
     pools: list[str] = field(default_factory=list)
     printed: str = ""
+    before_scores: Callable[[str], None] = lambda stage: None
+    """Called with a stage's name when its evaluation begins."""
 
     @property
     def recipe_dir(self) -> Path:
@@ -112,6 +114,7 @@ class Toy:
     @property
     def stages(self) -> tuple[Stage, ...]:
         def evaluate(context) -> dict:
+            self.before_scores(context.stage.name)
             self.evaluated.append(context.stage.name)
             sample = {"id": "a", "mode": "think", "question": "2+2?", "answer": "4", "completion": "4"}
             (context.out / "samples.jsonl").write_text(json.dumps({**sample, "correct": True}) + "\n")
@@ -132,7 +135,7 @@ class Toy:
     def open_pool(self, cfg, model, logs):
         self.pools.append(f"start with {model.parent.name}")
         try:
-            yield ["http://toy"]
+            yield lambda: ["http://toy"]
         finally:
             self.pools.append("stop")
 

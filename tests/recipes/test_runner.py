@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 
 import psutil
@@ -9,7 +10,9 @@ import pytest
 
 from core.artifacts import Manifest, read_json
 from core.strict import ConfigError
+from recipes import runner
 from recipes.launch import StageFailed, command, environment, last_lines, run_job
+from rl.rollout.client import RolloutError
 
 EVERYTHING = ["data", "core", "basic_sft", "rlvr"]
 
@@ -141,10 +144,44 @@ def test_until_stops_there_and_an_unknown_stage_names_the_nearest(toy):
 
 def test_one_pool_serves_the_chain_and_starts_only_when_needed(toy):
     toy.run(until="basic_sft")
-    assert toy.pools == []
+    assert toy.pools == ["start with core", "stop"]
+    toy.run(until="basic_sft")
+    assert len(toy.pools) == 2
     toy.run()
-    assert toy.pools == ["start with basic_sft", "stop"]
+    assert toy.pools[2:] == ["start with basic_sft", "stop"]
     assert json.loads((toy.run_dir / "rlvr" / "metrics.jsonl").read_text().splitlines()[0])["urls"] == 1
+
+
+def test_a_stage_is_evaluated_while_the_next_one_trains_unless_that_one_samples(toy, monkeypatch):
+    begun = []
+    real = runner.run_job
+
+    def run_job_of(job, *args, **options):
+        begun.append((job["stage"], list(toy.evaluated)))
+        if job["stage"] == "basic_sft":
+            trained.set()
+        real(job, *args, **options)
+
+    trained = threading.Event()
+    monkeypatch.setattr(runner, "run_job", run_job_of)
+    toy.before_scores = lambda stage: trained.wait(60) if stage == "core" else None
+    toy.run()
+    assert begun[2:] == [("basic_sft", []), ("rlvr", ["core", "basic_sft"])]
+
+
+def test_an_evaluation_that_fails_stops_the_chain_and_is_done_again_later(toy, monkeypatch):
+    def fail(stage):
+        raise RolloutError("the server is gone")
+
+    toy.before_scores = fail
+    with pytest.raises(RolloutError, match="the server is gone"):
+        toy.run()
+    assert toy.calls() == ["data", "core", "basic_sft"]
+    assert toy.pools[-1] == "stop"
+    toy.before_scores = lambda stage: None
+    toy.run()
+    assert toy.calls() == ["rlvr"]
+    assert toy.evaluated == ["core", "basic_sft", "rlvr"]
 
 
 def test_another_evaluation_scores_again_without_training(toy):

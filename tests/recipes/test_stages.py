@@ -74,7 +74,7 @@ def pool(tmp_path, events: list[str], **cfg) -> Pool:
     @contextmanager
     def open_pool(config, model, logs):
         events.append(f"start {model.name}")
-        yield ["http://a"]
+        yield lambda: ["http://a"]
         events.append("stop")
 
     return Pool(PoolConfig(max_model_tokens=64, **cfg), tmp_path / "logs", open_pool)

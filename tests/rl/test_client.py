@@ -17,6 +17,8 @@ class FakeServer:
 
     def __init__(self):
         self.requests, self.replies = [], {}
+        self.hang_ups = 0
+        """So many of the next requests are dropped without a reply."""
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -24,6 +26,9 @@ class FakeServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 path = self.path.lstrip("/")
                 fake.requests.append((path, body))
+                if fake.hang_ups:
+                    fake.hang_ups -= 1
+                    return
                 status, reply = fake.replies.get(path, (200, {}))
                 data = json.dumps(reply(body) if callable(reply) else reply).encode()
                 self.send_response(status)
@@ -116,6 +121,20 @@ def test_a_refusing_server_is_named_with_its_words(client, fakes):
     fakes[1].replies["v1/chat/completions"] = (200, reply([7]))
     with pytest.raises(RolloutError, match=rf"{fakes[0].url}.*HTTP 400.*max_tokens is too large"):
         ask(client)
+
+
+def test_a_lost_connection_costs_a_request_for_completions_nothing(client, fakes):
+    fakes[0].replies["v1/chat/completions"] = (200, reply([7]))
+    fakes[0].hang_ups = 2
+    assert ask(client, count=1)[0].completions[0].token_ids == [7]
+    assert [body for _, body in fakes[0].requests] == [fakes[0].requests[0][1]] * 3
+
+
+def test_a_weight_update_is_not_sent_twice(client, fakes):
+    fakes[1].hang_ups = 1
+    with pytest.raises(RolloutError, match="start_weight_update: no answer"):
+        client.load_files([])
+    assert [path for path, _ in fakes[1].requests] == ["start_weight_update"]
 
 
 def test_a_dead_server_is_named():
