@@ -18,7 +18,8 @@
             "direct": {...}
           },
           "train": {"steps": 40, "last": {"reward": 0.81, ...}},    each metric's last logged value
-          "prepare": {"pass_at_k": {"kept": 812, "dropped": {"never solved": 1185, "always solved": 3}}}
+          "prepare": {"pass_at_k": {"kept": 812, "dropped": {"never solved": 1185, "always solved": 3}}},
+          "alarms": [{"batch": 12, "name": "repeats", "text": "..."}]    signs of reward hacking; RL stages
         }
       ],
       "outdated": [],                      left out of stages: made from an earlier run of a stage before
@@ -49,6 +50,7 @@ from core.strict import ConfigError
 from recipes import soup
 from recipes.config import STAGE_NAMES
 from recipes.fingerprints import identity
+from rl.watch import ALARMS
 
 JSON, HTML = "report.json", "report.html"
 MODES = ("thinking", "direct")
@@ -75,6 +77,7 @@ class StageReport(BaseModel):
     eval: dict[str, ModeScores]
     train: dict[str, Any]
     prepare: dict[str, Any]
+    alarms: list[dict[str, Any]] = []
 
 
 class SoupReport(BaseModel):
@@ -222,6 +225,7 @@ def _stage(folder: Path, manifest: Manifest) -> StageReport:
         eval=scored.get("scores", {}),
         train=_train(read_jsonl(folder / "metrics.jsonl")),
         prepare=optional("prepare.json"),
+        alarms=read_jsonl(folder / ALARMS),
     )
 
 

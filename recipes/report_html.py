@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -39,6 +40,7 @@ CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
         True,
     ),
     ("Cut completions, share", ("rollout/truncated",), True),
+    ("Held-out watch, accuracy", ("watch/held_out_accuracy", "watch/held_out_accuracy_blanked"), True),
     ("Rollout against learner, log-probability", ("parity/max_logprob_difference",), True),
     ("Gradient norm", ("grad_norm",), True),
 )
@@ -130,6 +132,7 @@ def _stage(stage: StageReport, report: Report, folder: Path) -> str:
         f'<p class="soft">{escape(f"{origin}{duration(stage.seconds)}{steps}")}</p>',
     ]
     parts += [f"<p>{escape(_prepared(name, counts))}</p>" for name, counts in stage.prepare.items()]
+    parts += [_alarm(stage.alarms)] if stage.alarms else []
     if stage.name == "soup" and report.soup:
         parts.append(_soup(report.soup.ingredients, report.soup.merged))
     drawn = _charts(read_jsonl(folder / "metrics.jsonl"))
@@ -147,6 +150,16 @@ def _prepared(name: str, counts: Mapping[str, Any]) -> str:
     return f"{name}: kept {counts.get('kept')} rows, dropped {sum(dropped.values())}" + (
         f" ({why})" if why else ""
     )
+
+
+def _alarm(alarms: Sequence[Mapping[str, Any]]) -> str:
+    """The first alarm of each name, and how often it was raised."""
+    lines = []
+    for name, count in Counter(str(alarm["name"]) for alarm in alarms).items():
+        first = next(alarm for alarm in alarms if alarm["name"] == name)
+        told = f"{name}: raised {count} times, first in batch {first['batch']}: {first['text']}"
+        lines.append(f"<li>{escape(told)}</li>")
+    return f"<h3>Alarms</h3><ul>{''.join(lines)}</ul>"
 
 
 def _soup(ingredients: Sequence[Mapping[str, Any]], merged: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +39,7 @@ from recipes.pool import OpenPool, Pool
 from recipes.progress import Display, Tail, duration, metrics_text
 from recipes.stages import STAGES, Context, Progress, Stage, stage_named
 from recipes.tracking import StageTrack, Tracker
+from rl.watch import ALARMS
 
 DATA = "data"
 
@@ -202,7 +203,7 @@ class Chain:
             return
         with ExitStack() as tracking:
             track = tracking.enter_context(self.tracker.stage(stage.name, self._tracked(stage)))
-            self.train(stage, fingerprint, track.log)
+            self.train(stage, fingerprint, track)
             self.settle()
             if self.recipe.eval is not None:
                 self.pool.start(self.folder(stage) / "checkpoint")
@@ -226,7 +227,7 @@ class Chain:
             track.results(scores, self.folder(stage))
             report.write(self.run_dir)
 
-    def train(self, stage: Stage, fingerprint: str, on_metrics: Callable[[dict[str, Any]], None]) -> None:
+    def train(self, stage: Stage, fingerprint: str, track: StageTrack) -> None:
         """Run the stage's training in a child; its folder appears only when everything is in it."""
         config, parent = self.config(stage), self.parent(stage)
         preparation = self.prepare(stage)
@@ -239,13 +240,16 @@ class Chain:
         with finished as partial, self.display.step(stage.name):
             if preparation.kept:
                 write_json(partial / "prepare.json", preparation.kept)
-            tail, text = Tail(partial / "metrics.jsonl"), "starting"
+            tail, alarms, text = Tail(partial / "metrics.jsonl"), Tail(partial / ALARMS), "starting"
 
             def follow() -> None:
                 nonlocal text
                 for record in tail.new():
-                    on_metrics(record)
+                    track.log(record)
                     text = metrics_text(record)
+                for alarm in alarms.new():
+                    self.display.line(f"{stage.name}: ALARM {alarm['name']}: {alarm['text']}")
+                    track.alert(f"{stage.name}: {alarm['name']}", alarm["text"])
                 self.display.passing(text)
 
             processes, threads = stage.learner(self.recipe)

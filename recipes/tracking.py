@@ -96,6 +96,10 @@ class StageTrack:
         """Add one line of metrics.jsonl to the curves."""
         self._try(lambda run: run.log(dict(record)))
 
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert to whoever follows the project."""
+        self._try(lambda run: run.alert(title=title, text=text, level="WARN"))
+
     def results(self, scores: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         """Add a finished stage's held-out scores, and tables of completions with pictures and verdicts."""
 

@@ -11,6 +11,7 @@ from core.records import DataSource
 from core.strict import Strict
 
 Mode = Literal["think", "direct"]
+AlarmName = Literal["unscorable", "status", "jump", "repeats", "disagreement", "held_out", "blind"]
 
 
 class PoolConfig(Strict):
@@ -178,6 +179,36 @@ class Parity(Strict):
     """Largest absolute difference of a token's log-probability; above it the run stops."""
 
 
+class Watch(Strict):
+    """What is watched, and from where on it is an alarm. Rates and shares are in [0, 1]."""
+
+    stop_on: tuple[AlarmName, ...] = ("unscorable",)
+    """Alarms that end the run; the others are told."""
+    max_unscorable: float = Field(default=0.1, ge=0, le=1)
+    """Share of completions that no reward could judge, over the last `window` batches."""
+    window: int = Field(default=5, ge=1)
+    max_status: float = Field(default=0.5, ge=0, le=1)
+    """Share of one component's verdicts with the same status, other than correct and wrong."""
+    max_jump: float = Field(default=0.25, gt=0)
+    """Change of a component's mean against its last batches, if it is also six times their spread."""
+    max_repeats: float = Field(default=0.5, ge=0, le=1)
+    """Share of completions that also answer another prompt of the batch, word for word."""
+    repeat_tokens: int = Field(default=12, ge=1)
+    """Shorter completions are no repeats: honest short answers coincide."""
+    second_verifier: str | None = None
+    """A stricter reward, by name, that grades a sample of what the answer verifier called correct."""
+    second_params: dict[str, Any] = Field(default_factory=dict)
+    second_rows: int = Field(default=32, ge=1)
+    """Completions per batch that it grades."""
+    max_disagreement: float = Field(default=0.1, ge=0, le=1)
+    """Share of them that it does not call correct."""
+    held_out: DataSource | None = None
+    """Rows that no stage trains on and the final evaluation does not use. Their greedy accuracy is logged beside the
+    reward, with their images and with the images blanked."""
+    every: int = Field(default=10, ge=1)
+    """Rollout batches between two looks at them."""
+
+
 class RLConfig(Strict):
     """One RL stage."""
 
@@ -198,6 +229,7 @@ class RLConfig(Strict):
     """How far an update goes. How many rows it sees is mini_batch, how many there are follows from batches."""
     learner: LearnerConfig = LearnerConfig()
     parity: Parity
+    watch: Watch = Watch()
     log_completions_every: int = Field(default=1, ge=1)
     """Rollout batches between two records of completions with their verdicts."""
 

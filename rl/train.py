@@ -19,13 +19,16 @@ from core.learner import (
 )
 from rewards.answer import AnswerReward
 from rewards.length import SoftOverlong
+from rewards.registry import load_reward
 from rl.collect import Collector, Group, Sample
 from rl.config import PoolConfig, RLConfig
-from rl.data import PromptStream, load_rows, prompt_messages
+from rl.data import PromptStream, Record, load_rows, prompt_messages
+from rl.evaluate import judge
 from rl.reward import mixture_of
 from rl.rollout.client import CoreFacts, Prompt, RolloutClient
 from rl.rollout.parity import ParityGuard
 from rl.rollout.weights import NcclSync, SharedMemorySync, WeightSync
+from rl.watch import Watcher
 
 
 def train(
@@ -44,7 +47,8 @@ def train(
     Args:
         cfg: the stage.
         model: checkpoint folder of the policy to start from.
-        out: the stage's folder; takes checkpoint/, metrics.jsonl, completions.jsonl and record.jsonl.
+        out: the stage's folder; takes checkpoint/, metrics.jsonl, completions.jsonl, record.jsonl and
+            alarms.jsonl.
         seed: of prompts, completions and updates.
         sets: data set name -> Parquet file or folder.
         pool: configuration of the rollout pool behind `urls`.
@@ -72,6 +76,14 @@ def train(
     rank_0 = os.environ.get("RANK", "0") == "0"
     client = RolloutClient(urls, core, concurrency=pool.concurrency) if rank_0 else None
     log = RunLog(cfg, out)
+    watcher = _watcher(cfg, client, out, sets, folders, seed) if client else None
+
+    def on_batch(batch: Sequence[Group], sampled: Sequence[Group], metrics: Mapping[str, float]) -> None:
+        assert watcher is not None
+        seen, alarms = watcher.batch(sampled)
+        log.batch(batch, sampled, {**metrics, **seen}, with_completions=bool(alarms))
+        watcher.stop_for(alarms)
+
     trainer = RolloutTrainer(
         collector=_collector(cfg, client, PromptStream(records, seed), folders, seed) if client else None,
         sync=_sync(pool, client, len(urls), policy),
@@ -80,7 +92,7 @@ def train(
         probes=probes,
         banned_ids=core.banned_ids,
         servers=len(urls),
-        on_batch=log.batch,
+        on_batch=on_batch,
         model=policy,
         processing_class=processor,
         # TRL draws from this; RolloutTrainer puts collected prompts in its place.
@@ -147,7 +159,14 @@ class RunLog:
         self.pending: dict[str, float] = {}
         out.mkdir(parents=True, exist_ok=True)
 
-    def batch(self, batch: Sequence[Group], sampled: Sequence[Group], metrics: Mapping[str, float]) -> None:
+    def batch(
+        self,
+        batch: Sequence[Group],
+        sampled: Sequence[Group],
+        metrics: Mapping[str, float],
+        with_completions: bool = False,
+    ) -> None:
+        """Record one rollout batch; its completions when it is their turn, or on request."""
         self.pending |= metrics
         kept = {id(group) for group in batch}
         for group in sampled:
@@ -161,7 +180,7 @@ class RunLog:
                 "trained": id(group) in kept,
             }
             append_jsonl(self.out / "record.jsonl", line)
-        if self.batches % self.cfg.log_completions_every == 0:
+        if with_completions or self.batches % self.cfg.log_completions_every == 0:
             for group in batch:
                 for sample in group.samples:
                     append_jsonl(self.out / "completions.jsonl", self._completion(group, sample))
@@ -218,6 +237,27 @@ def _collector(
     if cfg.overlong:
         overlong = SoftOverlong(cfg.rollout.max_completion_tokens, cfg.overlong.cache_tokens)
     return Collector(cfg, client, stream, mixture_of(cfg.rewards, folders), AnswerReward(), overlong, seed)
+
+
+def _watcher(
+    cfg: RLConfig,
+    client: RolloutClient,
+    out: Path,
+    sets: Mapping[str, Path],
+    folders: Sequence[Path],
+    seed: int,
+) -> Watcher:
+    watch = cfg.watch
+    second = (
+        load_reward(watch.second_verifier, watch.second_params, folders) if watch.second_verifier else None
+    )
+    rows = load_rows([watch.held_out], sets, seed) if watch.held_out else []
+
+    def accuracy(records: Sequence[Record]) -> float:
+        judged = judge(records, client, cfg.rollout.max_completion_tokens)
+        return sum(row.correct for row in judged) / len(judged)
+
+    return Watcher(watch, out, second, rows, accuracy)
 
 
 def _sync(pool: PoolConfig, client: RolloutClient | None, servers: int, policy: Any) -> WeightSync:
