@@ -31,12 +31,18 @@ Batch = dict[str, "torch.Tensor"]
 
 
 def build(
-    out: Path, *, seed: int, reading_steps: int = 300, mixed_steps: int = 400, learning_rate: float = 1e-3
+    out: Path,
+    *,
+    seed: int,
+    reading_steps: int = 150,
+    mixed_steps: int = 250,
+    learning_rate: float = 2e-3,
+    warmup_steps: int = 20,
 ) -> Path:
     """Write a pre-trained tiny core to the folder `out`, and its curve to `metrics.jsonl` beside it; return `out`.
 
-    The rate is constant while reading and falls to 0 along a cosine in the mixed phase. The same seed, steps
-    and number of threads give the same weights.
+    The rate rises over the first `warmup_steps`, is constant while reading and falls to 0 along a cosine in the
+    mixed phase. The same seed, steps and number of threads give the same weights.
     """
     import torch
 
@@ -57,6 +63,7 @@ def build(
         for step, parts in enumerate(_batches(phases, processor, seed), start=1):
             mixed = max(0, step - reading_steps)
             rate = learning_rate * (1 + math.cos(math.pi * mixed / max(1, mixed_steps))) / 2
+            rate *= min(1.0, step / max(1, warmup_steps))
             losses.append(_update(model, optimizer, parts, rate))
             if step % LOG_EVERY == 0 or step == len(phases):
                 loss = float(torch.stack(losses).mean())
