@@ -68,7 +68,17 @@ def _core(job: Job) -> None:
     load(config["build"])(checkpoint, seed=job["seed"], **config["params"])
 
 
+def keep_engine_out() -> None:
+    """Make `import vllm` fail in this process.
+
+    TRL imports it wherever it is installed: three CPU-seconds, and vLLM changes classes of transformers that we are
+    about to train with.
+    """
+    sys.modules.setdefault("vllm", None)  # type: ignore[arg-type]
+
+
 def _sft(job: Job) -> None:
+    keep_engine_out()
     from recipes.config import SFTStage
     from sft.train import train
 
@@ -77,6 +87,7 @@ def _sft(job: Job) -> None:
 
 
 def _soup(job: Job) -> None:
+    keep_engine_out()
     from recipes.soup import cook
 
     cook(job)
@@ -84,6 +95,10 @@ def _soup(job: Job) -> None:
 
 def _rl(job: Job) -> None:
     from rl.config import PoolConfig, RLConfig
+
+    pool = parse(PoolConfig, job["pool"], "rollout")
+    if pool.weights != "nccl":  # vLLM's own communicator sends those
+        keep_engine_out()
     from rl.train import train
 
     train(
@@ -92,7 +107,7 @@ def _rl(job: Job) -> None:
         out=Path(job["out"]),
         seed=job["seed"],
         sets=_sets(job),
-        pool=parse(PoolConfig, job["pool"], "rollout"),
+        pool=pool,
         urls=job["urls"],
         folders=[Path(folder) for folder in job["folders"]],
     )
