@@ -20,6 +20,7 @@ from rewards.mix import Reward
 
 REWARDS = {
     "answer": "rewards.answer:AnswerReward",
+    "literal_answer": "rewards.literal:LiteralAnswer",
     "think_format": "rewards.format:ThinkFormat",
     "direct_format": "rewards.format:DirectFormat",
     "vision_judge": "rewards.judge:VisionJudge",
