@@ -1,0 +1,41 @@
+r"""A second, stricter opinion on answers: the gold as it is written, or nothing."""
+
+from dataclasses import dataclass
+
+from rewards.example import Example
+from rewards.extract import parse_direct, parse_thinking
+from rewards.normal import exact_number, plain_text, unwrapped
+from rewards.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class LiteralAnswer:
+    r"""1 if the answer is the gold as written, or the same plain number; no algebra, no tolerance, no options.
+
+    Too strict to train on: it refuses `x+1` for `1+x`. What the answer reward credits and this one does not is where
+    a hole in the answer reward would show (rl.watch).
+
+    >>> row = Example("row-1", "What is a half?", r"\frac{1}{2}", "think")
+    >>> [LiteralAnswer()(rf"<think>1 / 2</think> \boxed{{{a}}}", row).score for a in ("0.5", r"\dfrac12", r"\sin 30")]
+    [1.0, 1.0, 0.0]
+    """
+
+    thought_open: bool = False
+    """The chat template has already opened <think>: the completion starts inside the thought."""
+
+    def __call__(self, completion: str, example: Example) -> Verdict:
+        thinks = example.mode == "think"
+        parsed = parse_thinking(completion, self.thought_open) if thinks else parse_direct(completion)
+        if parsed.answer is None:
+            return Verdict.wrong(reason=parsed.problem, status=parsed.status)
+        golds = [example.answer, *map(str, example.meta.get("answers") or ())]
+        if any(_same(gold, parsed.answer) for gold in golds):
+            return Verdict.correct(parsed.answer)
+        return Verdict.wrong(parsed.answer, "not the gold as written")
+
+
+def _same(gold: str, answer: str) -> bool:
+    number, given = exact_number(gold), exact_number(answer)
+    if number and given:
+        return number.equals(given)
+    return unwrapped(gold) == unwrapped(answer) or plain_text(gold) == plain_text(answer)
