@@ -43,11 +43,9 @@ def pass_at_k(
     Always-solved prompts are dropped; never-solved ones too where reasoning is needed (report, section 4). The rate
     is kept in the rows' meta as `pass_rate`.
     """
-    source = cfg.source
-    rows = load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed)
     kept: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
-    for row, completions in _sampled(rows, client, cfg.samples, cfg.temperature, seed, max_tokens, progress):
+    for row, completions in _sampled(cfg, client, sets, seed, max_tokens, progress):
         rate = _pass_rate(row, completions)
         if rate is None:
             dropped["unscorable"] += 1
@@ -71,13 +69,11 @@ def harvest(
     progress: Progress = None,
 ) -> dict[str, Any]:
     """Write the served policy's own correct, well-formed chains to `out/<into>.parquet`, one per prompt at most."""
-    source = cfg.source
-    rows = load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed)
     answer, well_formed = AnswerReward(), ThinkFormat()
     kept: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     seen = set()
-    for row, completions in _sampled(rows, client, cfg.samples, cfg.temperature, seed, max_tokens, progress):
+    for row, completions in _sampled(cfg, client, sets, seed, max_tokens, progress):
         example = example_of(row)
         good = [c for c in completions if c.finished and well_formed(c.text, example).score == 1]
         right = [c for c in good if answer(c.text, example).score == 1]
@@ -129,16 +125,18 @@ def hard_cases(cfg: HardCases, records: Sequence[Record], record_file: Path, out
 
 
 def _sampled(
-    rows: Sequence[Record],
+    cfg: PassAtK | Harvest,
     client: RolloutClient,
-    samples: int,
-    temperature: float,
+    sets: Mapping[str, Path],
     seed: int,
     max_tokens: int,
     progress: Progress,
 ) -> list[tuple[Record, list[Completion]]]:
+    """The source's rows, each with `cfg.samples` completions of the served policy."""
+    source, samples = cfg.source, cfg.samples
+    rows = load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed)
     prompts = [Prompt(prompt_messages(row), seed=(seed << 32) + at * samples) for at, row in enumerate(rows)]
-    sampling = Sampling(max_tokens=max_tokens, n=samples, temperature=temperature)
+    sampling = Sampling(max_tokens=max_tokens, n=samples, temperature=cfg.temperature)
     report = (lambda done: progress(done, len(rows))) if progress else None
     answers = client.generate(prompts, sampling, report)
     return [(row, answer.completions) for row, answer in zip(rows, answers, strict=True)]
