@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rewards.example import Example
@@ -13,6 +14,7 @@ from rewards.mix import Graded, Mixture
 from rewards.verdict import Verdict
 from rl.config import RLConfig
 from rl.data import PromptStream, Record, example_of, prompt_messages
+from rl.ledger import Ledger
 from rl.rollout.client import Completion, Prompt, RolloutClient, Sampling
 
 GRADERS = 16
@@ -45,6 +47,10 @@ class Group:
     row: Record
     prompt_ids: list[int]
     samples: list[Sample]
+    version: int = 0
+    """Weight updates that the servers had received when it was sampled."""
+    staleness: int = 0
+    """Weight updates between then and the training on it."""
 
     @property
     def kind(self) -> str:
@@ -60,13 +66,23 @@ class Group:
         return "failed" if all(score == 0 for score in correct) else "flat"
 
 
+@dataclass
+class Batch:
+    """What one training step learns from, and what it took to get it."""
+
+    groups: list[Group]
+    sampled: list[Group]
+    """Every group sampled for it, the dropped and the carried ones included."""
+    metrics: dict[str, float]
+
+
 class Collector:
     """Samples and grades rollout batches. Lives on rank 0 alone; the other ranks receive its groups.
 
     Args:
         cfg: the stage's configuration.
         client: the rollout pool.
-        stream: prompts, drawn without repeats within an epoch.
+        rows: prompts, drawn without repeats within an epoch.
         mixture: the reward.
         answer: the answer verifier behind `Sample.correct`.
         overlong: punishment by completion length, or None.
@@ -78,41 +94,76 @@ class Collector:
         self,
         cfg: RLConfig,
         client: RolloutClient,
-        stream: PromptStream,
+        rows: Sequence[Record],
         mixture: Mixture,
         answer: Callable[[str, Example], Verdict],
         overlong: Callable[[int], float] | None,
         seed: int,
     ) -> None:
-        self.cfg, self.client, self.stream, self.mixture = cfg, client, stream, mixture
+        self.cfg, self.client, self.mixture = cfg, client, mixture
         self.answer, self.overlong, self.seed = answer, overlong, seed
+        self.ledger = Ledger(cfg.rollout.group_size)
+        self.stream = PromptStream(rows, seed, self._passes_over, cfg.dynamic_sampling.retry_share)
         # Judges answer over HTTP: many wait at once. Rewards that compute lose nothing by it.
         self._graders = ThreadPoolExecutor(GRADERS, thread_name_prefix="grade")
         self.drawn = 0
-        self.metrics: dict[str, float] = {}
+        self.version = 0
+        """Weight updates that the servers have received; whoever sends one counts it."""
+        self._waiting: list[Record] = []
+        self._carried: list[Group] = []
 
-    def collect(self) -> tuple[list[Group], list[Group]]:
-        """One batch of `prompts_per_batch` groups, and every group sampled for it (dropped ones included).
+    def collect(self) -> Batch:
+        """One batch of `prompts_per_batch` groups.
 
         Groups without spread are replaced for up to `dynamic_sampling.max_rounds` rounds; if some are still missing
         then, the latest such groups fill the batch (their advantage is 0), and the metrics count them.
         """
-        started = time.monotonic()
+        started, passed_over = time.monotonic(), self.stream.passed_over
         wanted = self.cfg.rollout.prompts_per_batch
-        kept: list[Group] = []
+        kept, too_old = self._young(self._carried)
+        carried = len(kept)
         spare: list[Group] = []
         sampled: list[Group] = []
         rounds = 0
         while len(kept) < wanted and rounds <= self.cfg.dynamic_sampling.max_rounds:
-            groups = self._sample(self.stream.take(wanted - len(kept)))
+            groups = self._sample(self._draw(wanted - len(kept)))
             sampled += groups
             kept += [group for group in groups if group.kind == "spread"]
             spare += [group for group in groups if group.kind != "spread"]
             rounds += 1
+        self._carried = kept[wanted:] if self.cfg.dynamic_sampling.carry else []
+        kept = kept[:wanted]
         filled = wanted - len(kept)
         batch = kept + spare[len(spare) - filled :]
-        self._measure(batch, sampled, rounds, filled, time.monotonic() - started)
-        return batch, sampled
+        metrics = {
+            "rollout/seconds": time.monotonic() - started,
+            "rollout/rounds": rounds,
+            "rollout/groups_without_spread_kept": filled,
+            "rollout/groups_carried": carried,
+            "rollout/groups_too_old": too_old,
+            "rollout/prompts_passed_over": self.stream.passed_over - passed_over,
+            **self._measures(sampled),
+        }
+        return Batch(batch, sampled, metrics)
+
+    def _young(self, groups: list[Group]) -> tuple[list[Group], int]:
+        """Of the carried groups those that may still be trained on, and how many may not."""
+        rollout = self.cfg.rollout
+        young = [g for g in groups if self.version - g.version + rollout.overlap <= rollout.max_staleness]
+        return young, len(groups) - len(young)
+
+    def _draw(self, missing: int) -> list[Record]:
+        """Prompts for one round: enough to expect `missing` groups with spread of them."""
+        cfg = self.cfg.dynamic_sampling
+        most = math.ceil(missing * cfg.oversample) if cfg.max_rounds else missing
+        self._waiting += self.stream.take(most - len(self._waiting))
+        count = max(missing, self.ledger.take([row["id"] for row in self._waiting[:most]], missing))
+        drawn, self._waiting = self._waiting[:count], self._waiting[count:]
+        return drawn
+
+    def _passes_over(self, prompt: str, epoch: int) -> bool:
+        cfg = self.cfg.dynamic_sampling
+        return cfg.max_rounds > 0 and self.ledger.settled(prompt, epoch=epoch, rest_epochs=cfg.rest_epochs)
 
     def _sample(self, rows: Sequence[Record]) -> list[Group]:
         rollout = self.cfg.rollout
@@ -132,10 +183,20 @@ class Collector:
         answers = self.client.generate(prompts, sampling)
         pairs = [(example_of(row), c) for row, a in zip(rows, answers, strict=True) for c in a.completions]
         samples = iter(self._graders.map(self._grade, pairs))
-        return [
-            Group(row, answer.prompt_ids, [next(samples) for _ in answer.completions])
+        groups = [
+            Group(row, answer.prompt_ids, [next(samples) for _ in answer.completions], self.version)
             for row, answer in zip(rows, answers, strict=True)
         ]
+        for group in groups:
+            scores = [s.correct.score for s in group.samples if s.correct.score is not None]
+            self.ledger.record(
+                group.row["id"],
+                correct=math.fsum(scores),
+                of=len(scores),
+                epoch=self.stream.epoch,
+                spread=group.kind == "spread",
+            )
+        return groups
 
     def _grade(self, pair: tuple[Example, Completion]) -> Sample:
         example, completion = pair
@@ -146,27 +207,63 @@ class Collector:
             correct=self.answer(completion.text, example),
         )
 
-    def _measure(
-        self, batch: list[Group], sampled: list[Group], rounds: int, filled: int, seconds: float
-    ) -> None:
+    def _measures(self, sampled: list[Group]) -> dict[str, float]:
+        """Figures of the groups sampled for one batch."""
         kinds = Counter(group.kind for group in sampled)
         samples = [sample for group in sampled for sample in group.samples]
-        self.metrics = {
-            "rollout/seconds": seconds,
-            "rollout/rounds": rounds,
+        figures: dict[str, float] = {
             "rollout/groups_sampled": len(sampled),
             **{
                 f"rollout/groups_{kind}": kinds[kind]
                 for kind in ("spread", "solved", "failed", "flat", "unscorable")
             },
-            "rollout/groups_without_spread_kept": filled,
-            "rollout/truncated": _mean(not sample.completion.finished for sample in samples),
-            "rollout/correct": _mean(sample.correct.score == 1 for sample in samples),
             "rollout/unscorable": sum(sample.reward is None for sample in samples),
             "rollout/prompt_epoch": self.stream.epoch,
         }
+        if samples:  # all of a batch may have been carried over
+            figures |= {
+                "rollout/useful_groups_per_1000": 1000 * kinds["spread"] / len(samples),
+                "rollout/truncated": _mean(not sample.completion.finished for sample in samples),
+                "rollout/correct": _mean(sample.correct.score == 1 for sample in samples),
+            }
+        return figures
 
 
-def _mean(values) -> float:
-    values = [float(value) for value in values]
-    return sum(values) / len(values)
+class Pipeline:
+    """Batches in turn; with overlap, the next one is sampled while the learner trains on this one.
+
+    Args:
+        collector: samples them.
+        batches: so many and no more, lest the last step samples for nothing.
+        overlap: sample ahead.
+    """
+
+    def __init__(self, collector: Collector, batches: int, overlap: bool) -> None:
+        self.collector, self.left, self.overlap = collector, batches, overlap
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="rollouts-ahead")
+        self._next: Future[Batch] | None = None
+
+    def settle(self) -> None:
+        """Wait for the batch under way: the servers' weights must not change while they sample."""
+        if self._next:
+            self._next.result()
+
+    def take(self) -> Batch:
+        """The next batch, with how stale it is."""
+        batch = self._next.result() if self._next else self.collector.collect()
+        self._next = None
+        self.left -= 1
+        for group in batch.groups:
+            group.staleness = self.collector.version - group.version
+        batch.metrics["rollout/staleness"] = _mean(group.staleness for group in batch.groups)
+        return batch
+
+    def sample_ahead(self) -> None:
+        """Begin the next batch, if there is to be one and it may overlap."""
+        if self.overlap and self.left > 0:
+            self._next = self._ahead.submit(self.collector.collect)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = [float(value) for value in values]
+    return sum(found) / len(found)

@@ -66,13 +66,30 @@ class Rollout(Strict):
     """A completion is cut there."""
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    overlap: bool = False
+    """Sample the next batch while the learner trains on this one, with weights one batch old."""
+    max_staleness: int = Field(default=1, ge=0)
+    """Weight updates between sampling a completion and training on it, at most. The importance-sampling correction
+    weighs what is stale; older groups are dropped, counted."""
 
 
 class DynamicSampling(Strict):
-    """DAPO's dynamic sampling (arXiv:2503.14476, section 3.2): groups without spread are replaced."""
+    """DAPO's dynamic sampling (arXiv:2503.14476, section 3.2): groups without spread are replaced.
+
+    With a ledger of the prompts' pass rates, so that fewer completions are sampled for nothing.
+    """
 
     max_rounds: int = Field(default=3, ge=0)
     """Rounds of replacement per batch; what has no spread after them stays, counted. 0 turns it off."""
+    oversample: float = Field(default=1.5, ge=1)
+    """A round asks for as many prompts as are expected to fill the batch, at most this many times what is missing.
+    1 asks for just what is missing, as DAPO does."""
+    carry: bool = True
+    """Groups with spread beyond the batch wait for the next one (within rollout.max_staleness)."""
+    rest_epochs: int = Field(default=1, ge=0)
+    """A prompt whose group was solved or failed throughout is passed over for so many epochs."""
+    retry_share: float = Field(default=0.1, ge=0, le=1)
+    """Of the prompts passed over, this share is asked all the same: policies forget, and they learn."""
 
 
 class Overlong(Strict):
@@ -265,6 +282,11 @@ class RLConfig(Strict):
             raise ValueError(
                 f"rollout.prompts_per_batch={self.rollout.prompts_per_batch} is not a multiple of "
                 f"learner.processes={ranks}: every rank takes whole groups"
+            )
+        if self.rollout.overlap and not self.rollout.max_staleness:
+            raise ValueError(
+                "rollout.overlap samples with weights one batch old, but rollout.max_staleness=0 allows none; "
+                "set it to 1, or turn overlap off"
             )
         self.optim.gradient_accumulation(ranks, self.mini_batch)
         if self.overlong and self.overlong.cache_tokens >= self.rollout.max_completion_tokens:

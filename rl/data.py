@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,27 @@ class PromptStream:
 
     One stream feeds a stage's batches and its replacements alike, so that a prompt that dynamic sampling drew is
     not drawn again until all others were.
+
+    Args:
+        rows: what is drawn from.
+        seed: of the order.
+        passes_over: told a row's id and the epoch; rows for which it is true are left out, but for a share of
+            `retry_share`. When that leaves nothing for a whole epoch, they are drawn all the same.
+        retry_share: share in [0, 1].
     """
 
-    def __init__(self, rows: Sequence[Record], seed: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Record],
+        seed: int,
+        passes_over: Callable[[str, int], bool] = lambda id_, epoch: False,
+        retry_share: float = 0.0,
+    ) -> None:
         if not rows:
             raise ValueError("no row to draw prompts from")
-        self.rows, self.epoch = rows, 0
-        self._rng = random.Random(seed)
+        self.rows, self.epoch, self.passed_over = rows, 0, 0
+        self.passes_over, self.retry_share = passes_over, retry_share
+        self._rng, self._retry = random.Random(seed), random.Random(f"{seed} retry")
         self._order: Iterator[int] = iter(())
 
     def take(self, count: int) -> list[Record]:
@@ -73,6 +87,14 @@ class PromptStream:
         return [self._next() for _ in range(count)]
 
     def _next(self) -> Record:
+        for _ in range(len(self.rows)):
+            row = self._draw()
+            if not self.passes_over(row["id"], self.epoch) or self._retry.random() < self.retry_share:
+                return row
+            self.passed_over += 1
+        return self._draw()
+
+    def _draw(self) -> Record:
         try:
             return self.rows[next(self._order)]
         except StopIteration:

@@ -20,9 +20,9 @@ from core.learner import (
 from rewards.answer import AnswerReward
 from rewards.length import SoftOverlong
 from rewards.registry import load_reward
-from rl.collect import Collector, Group, Sample
+from rl.collect import Collector, Group, Pipeline, Sample
 from rl.config import PoolConfig, RLConfig
-from rl.data import PromptStream, Record, load_rows, prompt_messages
+from rl.data import Record, load_rows, prompt_messages
 from rl.evaluate import judge
 from rl.reward import mixture_of
 from rl.rollout.client import CoreFacts, Prompt, RolloutClient
@@ -85,7 +85,7 @@ def train(
         watcher.stop_for(alarms)
 
     trainer = RolloutTrainer(
-        collector=_collector(cfg, client, PromptStream(records, seed), folders, seed) if client else None,
+        rollouts=_rollouts(cfg, client, records, folders, seed) if client else None,
         sync=_sync(pool, client, len(urls), policy),
         guard=guard,
         records=records,
@@ -197,6 +197,7 @@ class RunLog:
             "tokens": len(sample.completion.token_ids),
             "finished": sample.completion.finished,
             "reward": sample.reward,
+            "staleness": group.staleness,
             "verdicts": {name: verdict.to_dict() for name, verdict in sample.graded.verdicts.items()},
         }
 
@@ -230,13 +231,15 @@ def _probes(records: Sequence[Any], count: int) -> list[Any]:
     return sorted(records, key=lambda row: not row["images"])[:count]
 
 
-def _collector(
-    cfg: RLConfig, client: RolloutClient, stream: PromptStream, folders: Sequence[Path], seed: int
-) -> Collector:
+def _rollouts(
+    cfg: RLConfig, client: RolloutClient, records: Sequence[Record], folders: Sequence[Path], seed: int
+) -> Pipeline:
     overlong = None
     if cfg.overlong:
         overlong = SoftOverlong(cfg.rollout.max_completion_tokens, cfg.overlong.cache_tokens)
-    return Collector(cfg, client, stream, mixture_of(cfg.rewards, folders), AnswerReward(), overlong, seed)
+    mixture = mixture_of(cfg.rewards, folders)
+    collector = Collector(cfg, client, records, mixture, AnswerReward(), overlong, seed)
+    return Pipeline(collector, cfg.batches, cfg.rollout.overlap)
 
 
 def _watcher(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
-from rl.collect import Collector, Group
+from rl.collect import Group, Pipeline
 from rl.data import Record, prompt_messages
 from rl.rollout.client import Answer
 from rl.rollout.parity import ParityGuard
@@ -25,21 +25,21 @@ class RolloutTrainer(GRPOTrainer):
     relies on.
 
     Args:
-        collector: on rank 0, None elsewhere.
+        rollouts: batches, on rank 0; None elsewhere.
         sync: pushes weights to the pool.
         guard: parity guard.
         records: every record that the collector draws from, on every rank.
         probes: the records behind the guard's prompts, on every rank.
         banned_ids: tokens that sampling gives no probability; policy and reference give them none either.
         servers: servers in the pool.
-        on_batch: called on rank 0 with (batch, all sampled groups, metrics).
+        on_batch: called on rank 0 with a batch's groups, all groups sampled for it, and its metrics.
         **trl: arguments of GRPOTrainer.
     """
 
     def __init__(
         self,
         *,
-        collector: Collector | None,
+        rollouts: Pipeline | None,
         sync: WeightSync,
         guard: ParityGuard,
         records: Sequence[Record],
@@ -55,7 +55,7 @@ class RolloutTrainer(GRPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None:
                 ban_tokens(self.accelerator.unwrap_model(model), banned_ids)
-        self.collector, self.sync, self.guard, self.probes = collector, sync, guard, probes
+        self.rollouts, self.sync, self.guard, self.probes = rollouts, sync, guard, probes
         self.records = {record["id"]: record for record in records}
         self.servers, self.on_batch = servers, on_batch
         # TRL's branches for "completions come from vLLM": log-probabilities of the learner's own before the update,
@@ -97,9 +97,14 @@ class RolloutTrainer(GRPOTrainer):
         """Push the weights when they changed, then compare both sides. Every rank takes part."""
         if self.state.global_step == self._last_loaded_step:
             return {}
+        if self.rollouts:
+            self.rollouts.settle()
         self.sync.push(self.accelerator.unwrap_model(self.model))
         self._last_loaded_step = self.state.global_step
-        answers = self.guard.sample(self.collector.client) if self.collector else None
+        answers = None
+        if self.rollouts:
+            self.rollouts.collector.version += 1
+            answers = self.guard.sample(self.rollouts.collector.client)
         answers = _from_rank_0(answers)
         difference = self.guard.check(answers, self._score_probe, self.servers)
         return {"parity/max_logprob_difference": difference}
@@ -137,10 +142,11 @@ class RolloutTrainer(GRPOTrainer):
     def _collect(self, metrics: dict[str, float]) -> list[dict[str, Any]]:
         """The graded batch of all ranks, one row per completion, in groups."""
         flat = None
-        if self.collector:
-            batch, sampled = self.collector.collect()
-            flat = [row for group in batch for row in _trl_rows(group)]
-            self.on_batch(batch, sampled, self.collector.metrics | metrics)
+        if self.rollouts:
+            batch = self.rollouts.take()
+            flat = [row for group in batch.groups for row in _trl_rows(group)]
+            self.on_batch(batch.groups, batch.sampled, batch.metrics | metrics)
+            self.rollouts.sample_ahead()
         return _from_rank_0(flat)
 
 

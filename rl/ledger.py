@@ -1,0 +1,89 @@
+"""What a stage has learnt about its prompts, so that dynamic sampling asks few completions for nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PRIOR = 2.0
+"""Completions that the mean pass rate of all prompts counts for in a prompt's own."""
+UNKNOWN = 0.5
+"""Chance of spread of a prompt before anything is known of any."""
+LEAST = 0.05
+"""No prompt is counted for less: a round would ask for too many."""
+
+
+@dataclass
+class _Visit:
+    correct: float
+    of: int
+    epoch: int
+    uniform: bool
+
+
+class Ledger:
+    """Pass rates of the prompts that were asked, kept across epochs.
+
+    Args:
+        group_size: completions per prompt.
+
+    >>> ledger = Ledger(group_size=4)
+    >>> ledger.record("easy", correct=4, of=4, epoch=1, spread=False)
+    >>> ledger.record("hard", correct=1, of=4, epoch=1, spread=True)
+    >>> ledger.chance("easy") < ledger.chance("hard")
+    True
+    >>> ledger.settled("easy", epoch=2, rest_epochs=1), ledger.settled("easy", epoch=3, rest_epochs=1)
+    (True, False)
+    """
+
+    def __init__(self, group_size: int) -> None:
+        self.group_size = group_size
+        self._last: dict[str, _Visit] = {}
+        self._correct = self._of = 0.0
+        self._groups = self._spread = 0
+
+    def record(self, prompt: str, *, correct: float, of: int, epoch: int, spread: bool) -> None:
+        """Note a group: `correct` of `of` judged completions, and whether its rewards differ."""
+        uniform = not spread and of > 0 and correct in (0, of)
+        self._last[prompt] = _Visit(correct, of, epoch, uniform)
+        self._correct += correct
+        self._of += of
+        self._groups += 1
+        self._spread += spread
+
+    def chance(self, prompt: str) -> float:
+        """Probability in (0, 1] that a group of this prompt has spread.
+
+        For a prompt seen before, that of a beta-binomial whose prior is the mean pass rate of all prompts; for
+        another one, the share of groups with spread so far.
+        """
+        visit = self._last.get(prompt)
+        if visit is None or not visit.of:
+            return max(LEAST, (self._spread + UNKNOWN) / (self._groups + 1))
+        mean = self._correct / self._of
+        right = visit.correct + PRIOR * mean
+        wrong = visit.of - visit.correct + PRIOR * (1 - mean)
+        return max(
+            LEAST,
+            1 - _all(right, right + wrong, self.group_size) - _all(wrong, right + wrong, self.group_size),
+        )
+
+    def settled(self, prompt: str, *, epoch: int, rest_epochs: int) -> bool:
+        """Whether the prompt's last group was solved or failed throughout, at most `rest_epochs` epochs ago."""
+        visit = self._last.get(prompt)
+        return visit is not None and visit.uniform and epoch - visit.epoch <= rest_epochs
+
+    def take(self, prompts: Sequence[str], wanted: float) -> int:
+        """How many of the prompts, in their order, are expected to give `wanted` groups with spread."""
+        expected = 0.0
+        for count, prompt in enumerate(prompts, start=1):
+            expected += self.chance(prompt)
+            if expected >= wanted - 1e-9:
+                return count
+        return len(prompts)
+
+
+def _all(one: float, both: float, count: int) -> float:
+    """Chance that a beta-binomial draws `count` of the first kind in a row."""
+    return math.prod((one + drawn) / (both + drawn) for drawn in range(count))
