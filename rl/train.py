@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,13 +150,15 @@ def trl_config(cfg: RLConfig, out: Path, seed: int) -> Any:
 class RunLog:
     """The stage's files, written by rank 0.
 
-    metrics.jsonl: one line per optimizer update; completions.jsonl: graded completions with every verdict;
+    metrics.jsonl: one line per optimizer update, `elapsed` in seconds since the start; completions.jsonl: graded
+    completions with every verdict;
     record.jsonl: one line per sampled group with how many of its completions were correct (mixed RL's hard cases).
     """
 
     def __init__(self, cfg: RLConfig, out: Path) -> None:
         self.cfg, self.out = cfg, out
         self.batches = 0
+        self.started = time.monotonic()
         self.pending: dict[str, float] = {}
         out.mkdir(parents=True, exist_ok=True)
 
@@ -203,7 +206,8 @@ class RunLog:
 
     def metrics(self, step: int, logs: Mapping[str, Any]) -> None:
         numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
-        append_jsonl(self.out / "metrics.jsonl", {"step": step, **numbers, **self.pending})
+        line = {"step": step, "elapsed": time.monotonic() - self.started, **numbers, **self.pending}
+        append_jsonl(self.out / "metrics.jsonl", line)
         self.pending = {}
 
     def callback(self) -> Any:

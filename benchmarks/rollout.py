@@ -1,0 +1,405 @@
+"""The rollout side: our client against vLLM in one process, weight updates, overlap, and what dynamic sampling wastes.
+
+    python -P -m benchmarks.rollout [--quick]
+
+Client path: a server of our pool asked through RolloutClient, against `vllm.LLM.generate` in one process, on the same
+prompts with an image each and several completions; both must give the same tokens. Overlap: the same RL stage with
+`rollout.overlap` off and on. Dynamic sampling: the collector over simulated prompts of known pass rates, plain DAPO
+against the ledger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.common import alternate, emit, show
+
+PROMPTS, GROUP, TOKENS = 32, 8, 32
+TEMPERATURE = 0.7
+WORDS = ("compute", "A", "B", "plus", "minus", "digit", "cell")
+SIMULATED_PROMPTS = 1500
+"""Prompts of the simulated stage; their pass rates are drawn from Beta(0.6, 0.6): many solved, many failed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all parts; `--quick` does fewer repetitions."""
+    options = argparse.ArgumentParser(prog="benchmarks.rollout", description=__doc__.splitlines()[0])
+    options.add_argument("--quick", action="store_true", help="fewer repetitions, no overlap part")
+    options.add_argument("--raw", help=argparse.SUPPRESS)
+    options.add_argument("--train", help=argparse.SUPPRESS)
+    chosen = options.parse_args(arguments)
+    if chosen.raw:
+        _raw_engine(json.loads(chosen.raw))
+    elif chosen.train:
+        _train(json.loads(chosen.train))
+    else:
+        compare(chosen.quick)
+
+
+def compare(quick: bool) -> None:
+    """Run all parts and print them."""
+    from rl.config import PoolConfig
+    from rl.rollout.server import rollout_pool
+
+    repetitions = 3 if quick else 7
+    sampling = simulate_dynamic_sampling(batches=40)
+    with tempfile.TemporaryDirectory() as folder:
+        core = _core(Path(folder) / "core")
+        cfg = PoolConfig(max_model_tokens=256, max_sequences=PROMPTS * GROUP)
+        with rollout_pool(cfg, core, Path(folder) / "logs") as urls:
+            client = compare_client(core, urls, repetitions)
+            sync_s = time_weight_sync(core, urls, repetitions)
+            overlap = None if quick else compare_overlap(core, urls, cfg.model_dump_json(), Path(folder))
+    rows: list[Sequence[Any]] = [
+        ("client path, s", client["client"], "vLLM in one process", client["raw"], client["ratio"]),
+        ("weight update, s", sync_s, "", "", ""),
+        (
+            "useful groups per 1,000 completions",
+            sampling["ledger"],
+            "plain DAPO",
+            sampling["plain"],
+            sampling["ledger"] / sampling["plain"],
+        ),
+    ]
+    if overlap:
+        rows.append(
+            (
+                "RL step with overlap, s",
+                overlap["on"],
+                "without",
+                overlap["off"],
+                overlap["on"] / overlap["off"],
+            )
+        )
+    show(
+        f"Rollout side: {PROMPTS} prompts x {GROUP} completions x {TOKENS} tokens, tiny core",
+        ("", "ours", "against", "", "ratio"),
+        rows,
+    )
+    emit("rollout", ratio=client["ratio"], weight_sync_s=sync_s, overlap=overlap, dynamic_sampling=sampling)
+
+
+def simulate_dynamic_sampling(batches: int) -> dict[str, float]:
+    """Useful groups per 1,000 completions over `batches` batches, plain DAPO and with the ledger's defaults.
+
+    The policy improves as it would: a prompt's pass rate moves a little towards 1 with every batch. Both sides see the
+    same prompts and the same luck per prompt and visit.
+    """
+    return {
+        "plain": _simulate(batches, {"oversample": 1.0, "carry": False, "rest_epochs": 0}),
+        "ledger": _simulate(batches, {}),
+    }
+
+
+def _simulate(batches: int, sampling: dict[str, Any]) -> float:
+    from core.strict import parse
+    from rewards.mix import Mixture, Term
+    from rewards.verdict import Verdict
+    from rl.collect import Collector
+    from rl.config import RLConfig
+
+    rng = random.Random(0)
+    rows = [_record(number, image=False) for number in range(SIMULATED_PROMPTS // 3)]
+    rates = {row["question"]: rng.betavariate(0.6, 0.6) for row in rows}
+    policy = _SimulatedPolicy(rates)
+    stage = _stage(batches=batches, group=8, prompts=16) | {"dynamic_sampling": {"max_rounds": 4, **sampling}}
+
+    def grade(completion: str, example: object) -> Verdict:
+        return Verdict.correct() if completion == "right" else Verdict.wrong()
+
+    cfg = parse(RLConfig, stage, "simulation")
+    collector = Collector(cfg, policy, rows, Mixture([Term("answer", grade, 1.0)]), grade, None, seed=0)  # type: ignore[arg-type]
+    useful = completions = 0
+    for _ in range(batches):
+        batch = collector.collect()
+        useful += sum(group.kind == "spread" for group in batch.groups)
+        completions += sum(len(group.samples) for group in batch.sampled)
+        policy.improve()
+    return 1000 * useful / completions
+
+
+class _SimulatedPolicy:
+    """Answers right with each prompt's own rate; the n-th visit of a prompt has the same luck on both sides."""
+
+    def __init__(self, rates: dict[str, float]) -> None:
+        self.rates, self.visits = dict(rates), dict.fromkeys(rates, 0)
+
+    def improve(self) -> None:
+        self.rates = {prompt: rate + 0.01 * (1 - rate) for prompt, rate in self.rates.items()}
+
+    def generate(self, prompts: Sequence[Any], sampling: Any) -> list[Any]:
+        from rl.rollout.client import Answer, Completion
+
+        answers = []
+        for prompt in prompts:
+            text = prompt.messages[-1]["content"]
+            question = text if isinstance(text, str) else text[-1]["text"]
+            question = next(known for known in self.rates if question.startswith(known))
+            self.visits[question] += 1
+            luck = random.Random(f"{question} {self.visits[question]}")
+            found = ["right" if luck.random() < self.rates[question] else "wrong" for _ in range(sampling.n)]
+            answers.append(Answer([1], [Completion([1], [0.0], word, True) for word in found]))
+        return answers
+
+
+def compare_client(core: Path, urls: Sequence[str], repetitions: int) -> dict[str, float]:
+    """Median seconds for the same prompts through our client and in one process; both give the same tokens."""
+    from rl.data import prompt_messages
+    from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
+
+    facts = CoreFacts.of(core)
+    client = RolloutClient(urls, facts)
+    sampling = Sampling(max_tokens=TOKENS, n=GROUP, temperature=TEMPERATURE)
+    answers: dict[str, list[Any]] = {}
+
+    def ask_client(repetition: int) -> None:
+        rows = _rows(repetition)
+        prompts = [Prompt(prompt_messages(row), seed=GROUP * at) for at, row in enumerate(rows)]
+        found = client.generate(prompts, sampling)
+        answers["client"] = [[c.token_ids for c in answer.completions] for answer in found]
+
+    with _RawEngine(core, facts.banned_ids) as raw:
+
+        def ask_raw(repetition: int) -> None:
+            answers["raw"] = raw.ask(repetition)
+
+        for side in (ask_client, ask_raw):
+            side(99)
+        assert answers["client"] == answers["raw"], "client and engine sample different tokens"
+        seconds = alternate({"client": ask_client, "raw": ask_raw}, repetitions)
+    client.close()
+    return {**seconds, "ratio": seconds["client"] / seconds["raw"]}
+
+
+def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float:
+    """Median seconds from the learner's weights to servers that serve them, all caches forgotten."""
+    from core.learner import LearnerConfig, load_model
+    from rl.rollout.client import CoreFacts, RolloutClient
+    from rl.rollout.weights import SharedMemorySync
+
+    client = RolloutClient(urls, CoreFacts.of(core))
+    sync, model = SharedMemorySync(client), load_model(core, LearnerConfig())
+    seconds = alternate({"push": lambda repetition: sync.push(model)}, repetitions)
+    client.close()
+    return seconds["push"]
+
+
+def compare_overlap(core: Path, urls: Sequence[str], pool: str, folder: Path) -> dict[str, float]:
+    """Median seconds per batch of the same RL stage with overlap off and on."""
+    seconds: dict[str, list[float]] = {"off": [], "on": []}
+    data = folder / "rl.parquet"
+    _write_rows(data)
+    for turn in range(2):
+        for name in ("off", "on") if turn % 2 else ("on", "off"):
+            stage = _stage(batches=8, group=GROUP, prompts=16)
+            stage["rollout"]["overlap"] = name == "on"
+            out = folder / f"{name}-{turn}"
+            job = {
+                "stage": stage,
+                "model": str(core),
+                "out": str(out),
+                "data": str(data),
+                "urls": list(urls),
+                "pool": pool,
+            }
+            with (folder / "train.log").open("ab") as log:
+                subprocess.run(
+                    _command("--train", job), env=_environment(), check=True, stdout=log, stderr=log
+                )
+            elapsed = [
+                json.loads(line)["elapsed"] for line in (out / "metrics.jsonl").read_text().splitlines()
+            ]
+            # The first two batches hold the start: imports, first requests, and with overlap the batch in advance.
+            seconds[name] += [after - before for before, after in pairwise(elapsed[1:])]
+    return {name: median(found) for name, found in seconds.items()}
+
+
+def _train(job: dict[str, Any]) -> None:
+    from core.strict import parse
+    from recipes.worker import keep_engine_out
+    from rl.config import PoolConfig, RLConfig
+
+    keep_engine_out()
+    from rl.train import train
+
+    train(
+        parse(RLConfig, job["stage"], "benchmark"),
+        model=Path(job["model"]),
+        out=Path(job["out"]),
+        seed=0,
+        sets={"rl": Path(job["data"])},
+        pool=PoolConfig.model_validate_json(job["pool"]),
+        urls=job["urls"],
+    )
+
+
+class _RawEngine:
+    """`vllm.LLM` in a process of its own, asked by repetition number."""
+
+    def __init__(self, core: Path, banned: Sequence[int]) -> None:
+        self.process = subprocess.Popen(
+            _command("--raw", {"core": str(core), "banned": list(banned)}),
+            env=_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._read()
+
+    def __enter__(self) -> _RawEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def ask(self, repetition: int) -> list[list[list[int]]]:
+        """Token ids of every prompt's completions."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{repetition}\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the engine's process ended with code {self.process.wait()}")
+        return json.loads(line)
+
+
+def _raw_engine(job: dict[str, Any]) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever vLLM prints must not end up between the answers
+    from vllm import LLM, SamplingParams
+
+    from rl.data import prompt_messages
+
+    llm = LLM(
+        model=job["core"],
+        model_impl="transformers",
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=PROMPTS * GROUP,
+        max_num_batched_tokens=4096,
+        block_size=32,
+        enforce_eager=True,
+        enable_chunked_prefill=False,
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        distributed_executor_backend="uni",
+        limit_mm_per_prompt={"image": {"count": 1, "width": 112, "height": 112}},
+    )
+    processor = _processor(job["core"])
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        requests: list[Any] = []
+        params = []
+        for at, row in enumerate(_rows(int(line))):
+            text = processor.apply_chat_template(
+                prompt_messages(row), add_generation_prompt=True, tokenize=False
+            )
+            requests.append({"prompt": text, "multi_modal_data": {"image": row["images"]}})
+            params.append(
+                SamplingParams(
+                    n=GROUP,
+                    temperature=TEMPERATURE,
+                    max_tokens=TOKENS,
+                    seed=GROUP * at,
+                    logprobs=0,
+                    logit_bias=dict.fromkeys(job["banned"], -100.0),
+                )
+            )
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        found = [
+            [list(one.token_ids) for one in sorted(output.outputs, key=lambda o: o.index)]
+            for output in outputs
+        ]
+        print(json.dumps(found), file=answers, flush=True)
+
+
+def _processor(core: str) -> Any:
+    from core.learner import load_processor
+
+    return load_processor(Path(core))
+
+
+def _command(option: str, job: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-P", "-m", "benchmarks.rollout", option, json.dumps(job)]
+
+
+def _environment() -> dict[str, str]:
+    from recipes.launch import environment
+    from rl.config import PoolConfig
+    from rl.rollout.server import environment as server_environment
+
+    # What the server gets, so that the two differ in the way they are asked alone.
+    return environment(threads=1) | server_environment(PoolConfig(max_model_tokens=256))
+
+
+def _core(path: Path) -> Path:
+    from core.tiny import build_tiny
+
+    return build_tiny(path, words=WORDS, seed=0)
+
+
+def _rows(repetition: int) -> list[dict[str, Any]]:
+    """Prompts with a picture each that no other repetition has, so that no cache answers for the engine."""
+    return [_record(10_000 * (repetition + 1) + number) for number in range(PROMPTS)]
+
+
+def _record(number: int, image: bool = True) -> dict[str, Any]:
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(number).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+    return {
+        "id": f"row-{number}",
+        "images": [Image.fromarray(pixels)] if image else [],
+        "question": "compute A plus B" if image else f"question {number}.",
+        "answer": "7",
+        "chain": None,
+        "response": None,
+        "mode": "think" if image else "direct",
+        "verifier": "number",
+        "source": "benchmark",
+        "meta": {},
+    }
+
+
+def _write_rows(path: Path) -> None:
+    from core.records import write_records
+
+    write_records(path, [_record(number) for number in range(64)])
+
+
+def _stage(*, batches: int, group: int, prompts: int) -> dict[str, Any]:
+    return {
+        "data": [{"set": "rl"}],
+        "rewards": [{"name": "format", "use": "think_format", "weight": 1.0}],
+        "algorithm": {"clip_low": 0.2, "clip_high": 0.28},
+        "rollout": {"prompts_per_batch": prompts, "group_size": group, "max_completion_tokens": TOKENS},
+        "dynamic_sampling": {"max_rounds": 0},
+        "batches": batches,
+        "mini_batch": prompts * group,
+        "optim": {"learning_rate": 1e-5, "micro_batch_size": 64},
+        "parity": {"bound": 1e-3},
+        "watch": {"stop_on": []},
+    }
+
+
+if __name__ == "__main__":
+    main()
