@@ -24,11 +24,20 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import alternate, emit, show
+from benchmarks.workload import (
+    TEMPERATURE,
+    child,
+    environment,
+    random_core,
+    records,
+    rl_stage,
+    run_child,
+    train_rl,
+)
 
 PROMPTS, GROUP, TOKENS = 32, 8, 32
-TEMPERATURE = 0.7
-WORDS = ("compute", "A", "B", "plus", "minus", "digit", "cell")
-SIMULATED_PROMPTS = 1500
+MODULE = "benchmarks.rollout"
+SIMULATED_PROMPTS = 500
 """Prompts of the simulated stage; their pass rates are drawn from Beta(0.6, 0.6): many solved, many failed."""
 
 
@@ -42,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.raw:
         _raw_engine(json.loads(chosen.raw))
     elif chosen.train:
-        _train(json.loads(chosen.train))
+        train_rl(json.loads(chosen.train))
     else:
         compare(chosen.quick)
 
@@ -55,7 +64,7 @@ def compare(quick: bool) -> None:
     repetitions = 3 if quick else 7
     sampling = simulate_dynamic_sampling(batches=40)
     with tempfile.TemporaryDirectory() as folder:
-        core = _core(Path(folder) / "core")
+        core = random_core(Path(folder) / "core")
         cfg = PoolConfig(max_model_tokens=256, max_sequences=PROMPTS * GROUP)
         with rollout_pool(cfg, core, Path(folder) / "logs") as urls:
             client = compare_client(core, urls, repetitions)
@@ -110,10 +119,11 @@ def _simulate(batches: int, sampling: dict[str, Any]) -> float:
     from rl.config import RLConfig
 
     rng = random.Random(0)
-    rows = [_record(number, image=False) for number in range(SIMULATED_PROMPTS // 3)]
+    rows = records(SIMULATED_PROMPTS, images=0)
     rates = {row["question"]: rng.betavariate(0.6, 0.6) for row in rows}
     policy = _SimulatedPolicy(rates)
-    stage = _stage(batches=batches, group=8, prompts=16) | {"dynamic_sampling": {"max_rounds": 4, **sampling}}
+    stage = rl_stage(batches=batches, group=GROUP, prompts=16, tokens=TOKENS)
+    stage["dynamic_sampling"] = {"max_rounds": 4, **sampling}
 
     def grade(completion: str, example: object) -> Verdict:
         return Verdict.correct() if completion == "right" else Verdict.wrong()
@@ -143,9 +153,7 @@ class _SimulatedPolicy:
 
         answers = []
         for prompt in prompts:
-            text = prompt.messages[-1]["content"]
-            question = text if isinstance(text, str) else text[-1]["text"]
-            question = next(known for known in self.rates if question.startswith(known))
+            question = prompt.messages[-1]["content"][-1]["text"].splitlines()[0]
             self.visits[question] += 1
             luck = random.Random(f"{question} {self.visits[question]}")
             found = ["right" if luck.random() < self.rates[question] else "wrong" for _ in range(sampling.n)]
@@ -197,12 +205,14 @@ def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float
 
 def compare_overlap(core: Path, urls: Sequence[str], pool: str, folder: Path) -> dict[str, float]:
     """Median seconds per batch of the same RL stage with overlap off and on."""
+    from core.records import write_records
+
     seconds: dict[str, list[float]] = {"off": [], "on": []}
     data = folder / "rl.parquet"
-    _write_rows(data)
+    write_records(data, records(64))
     for turn in range(2):
         for name in ("off", "on") if turn % 2 else ("on", "off"):
-            stage = _stage(batches=8, group=GROUP, prompts=16)
+            stage = rl_stage(batches=8, group=GROUP, prompts=16, tokens=TOKENS)
             stage["rollout"]["overlap"] = name == "on"
             out = folder / f"{name}-{turn}"
             job = {
@@ -213,10 +223,7 @@ def compare_overlap(core: Path, urls: Sequence[str], pool: str, folder: Path) ->
                 "urls": list(urls),
                 "pool": pool,
             }
-            with (folder / "train.log").open("ab") as log:
-                subprocess.run(
-                    _command("--train", job), env=_environment(), check=True, stdout=log, stderr=log
-                )
+            run_child(child(MODULE, "--train", job), folder / "train.log")
             elapsed = [
                 json.loads(line)["elapsed"] for line in (out / "metrics.jsonl").read_text().splitlines()
             ]
@@ -225,32 +232,13 @@ def compare_overlap(core: Path, urls: Sequence[str], pool: str, folder: Path) ->
     return {name: median(found) for name, found in seconds.items()}
 
 
-def _train(job: dict[str, Any]) -> None:
-    from core.strict import parse
-    from recipes.worker import keep_engine_out
-    from rl.config import PoolConfig, RLConfig
-
-    keep_engine_out()
-    from rl.train import train
-
-    train(
-        parse(RLConfig, job["stage"], "benchmark"),
-        model=Path(job["model"]),
-        out=Path(job["out"]),
-        seed=0,
-        sets={"rl": Path(job["data"])},
-        pool=PoolConfig.model_validate_json(job["pool"]),
-        urls=job["urls"],
-    )
-
-
 class _RawEngine:
     """`vllm.LLM` in a process of its own, asked by repetition number."""
 
     def __init__(self, core: Path, banned: Sequence[int]) -> None:
         self.process = subprocess.Popen(
-            _command("--raw", {"core": str(core), "banned": list(banned)}),
-            env=_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"},
+            child(MODULE, "--raw", {"core": str(core), "banned": list(banned)}),
+            env=environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -286,6 +274,7 @@ def _raw_engine(job: dict[str, Any]) -> None:
     os.dup2(2, 1)  # whatever vLLM prints must not end up between the answers
     from vllm import LLM, SamplingParams
 
+    from core.learner import load_processor
     from rl.data import prompt_messages
 
     llm = LLM(
@@ -303,7 +292,7 @@ def _raw_engine(job: dict[str, Any]) -> None:
         distributed_executor_backend="uni",
         limit_mm_per_prompt={"image": {"count": 1, "width": 112, "height": 112}},
     )
-    processor = _processor(job["core"])
+    processor = load_processor(Path(job["core"]))
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         requests: list[Any] = []
@@ -331,74 +320,8 @@ def _raw_engine(job: dict[str, Any]) -> None:
         print(json.dumps(found), file=answers, flush=True)
 
 
-def _processor(core: str) -> Any:
-    from core.learner import load_processor
-
-    return load_processor(Path(core))
-
-
-def _command(option: str, job: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-P", "-m", "benchmarks.rollout", option, json.dumps(job)]
-
-
-def _environment() -> dict[str, str]:
-    from recipes.launch import environment
-    from rl.config import PoolConfig
-    from rl.rollout.server import environment as server_environment
-
-    # What the server gets, so that the two differ in the way they are asked alone.
-    return environment(threads=1) | server_environment(PoolConfig(max_model_tokens=256))
-
-
-def _core(path: Path) -> Path:
-    from core.tiny import build_tiny
-
-    return build_tiny(path, words=WORDS, seed=0)
-
-
 def _rows(repetition: int) -> list[dict[str, Any]]:
-    """Prompts with a picture each that no other repetition has, so that no cache answers for the engine."""
-    return [_record(10_000 * (repetition + 1) + number) for number in range(PROMPTS)]
-
-
-def _record(number: int, image: bool = True) -> dict[str, Any]:
-    import numpy as np
-    from PIL import Image
-
-    pixels = np.random.default_rng(number).integers(0, 255, (56, 56, 3), dtype=np.uint8)
-    return {
-        "id": f"row-{number}",
-        "images": [Image.fromarray(pixels)] if image else [],
-        "question": "compute A plus B" if image else f"question {number}.",
-        "answer": "7",
-        "chain": None,
-        "response": None,
-        "mode": "think" if image else "direct",
-        "verifier": "number",
-        "source": "benchmark",
-        "meta": {},
-    }
-
-
-def _write_rows(path: Path) -> None:
-    from core.records import write_records
-
-    write_records(path, [_record(number) for number in range(64)])
-
-
-def _stage(*, batches: int, group: int, prompts: int) -> dict[str, Any]:
-    return {
-        "data": [{"set": "rl"}],
-        "rewards": [{"name": "format", "use": "think_format", "weight": 1.0}],
-        "algorithm": {"clip_low": 0.2, "clip_high": 0.28},
-        "rollout": {"prompts_per_batch": prompts, "group_size": group, "max_completion_tokens": TOKENS},
-        "dynamic_sampling": {"max_rounds": 0},
-        "batches": batches,
-        "mini_batch": prompts * group,
-        "optim": {"learning_rate": 1e-5, "micro_batch_size": 64},
-        "parity": {"bound": 1e-3},
-        "watch": {"stop_on": []},
-    }
+    return records(PROMPTS, first=PROMPTS * (repetition + 1))
 
 
 if __name__ == "__main__":

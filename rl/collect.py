@@ -109,6 +109,7 @@ class Collector:
         self.drawn = 0
         self.version = 0
         """Weight updates that the servers have received; whoever sends one counts it."""
+        self._generating_s = self._grading_s = 0.0
         self._waiting: list[Record] = []
         self._carried: list[Group] = []
 
@@ -119,6 +120,7 @@ class Collector:
         then, the latest such groups fill the batch (their advantage is 0), and the metrics count them.
         """
         started, passed_over = time.monotonic(), self.stream.passed_over
+        self._generating_s = self._grading_s = 0.0
         wanted = self.cfg.rollout.prompts_per_batch
         kept, too_old = self._young(self._carried)
         carried = len(kept)
@@ -137,6 +139,8 @@ class Collector:
         batch = kept + spare[len(spare) - filled :]
         metrics = {
             "rollout/seconds": time.monotonic() - started,
+            "rollout/generating_seconds": self._generating_s,
+            "rollout/grading_seconds": self._grading_s,
             "rollout/rounds": rounds,
             "rollout/groups_without_spread_kept": filled,
             "rollout/groups_carried": carried,
@@ -180,13 +184,17 @@ class Collector:
                 Prompt(prompt_messages(row), seed=(self.seed << 32) + self.drawn * rollout.group_size)
             )
             self.drawn += 1
+        started = time.monotonic()
         answers = self.client.generate(prompts, sampling)
+        sampled = time.monotonic()
         pairs = [(example_of(row), c) for row, a in zip(rows, answers, strict=True) for c in a.completions]
         samples = iter(self._graders.map(self._grade, pairs))
         groups = [
             Group(row, answer.prompt_ids, [next(samples) for _ in answer.completions], self.version)
             for row, answer in zip(rows, answers, strict=True)
         ]
+        self._generating_s += sampled - started
+        self._grading_s += time.monotonic() - sampled
         for group in groups:
             scores = [s.correct.score for s in group.samples if s.correct.score is not None]
             self.ledger.record(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +100,9 @@ class RolloutTrainer(GRPOTrainer):
             return {}
         if self.rollouts:
             self.rollouts.settle()
+        started = time.monotonic()
         self.sync.push(self.accelerator.unwrap_model(self.model))
+        pushed_s = time.monotonic() - started
         self._last_loaded_step = self.state.global_step
         answers = None
         if self.rollouts:
@@ -107,7 +110,7 @@ class RolloutTrainer(GRPOTrainer):
             answers = self.guard.sample(self.rollouts.collector.client)
         answers = _from_rank_0(answers)
         difference = self.guard.check(answers, self._score_probe, self.servers)
-        return {"parity/max_logprob_difference": difference}
+        return {"parity/max_logprob_difference": difference, "sync/seconds": pushed_s}
 
     @torch.no_grad()
     def _score_probe(self, index: int, answer: Answer) -> list[float]:

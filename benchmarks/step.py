@@ -1,0 +1,209 @@
+"""A whole RL step: rollout, rewards, weight update and learner, against stock TRL with its own generation.
+
+    python -P -m benchmarks.step [--quick]
+
+Both sides train the same random core on the same prompts with the same reward, group size and completion length, each
+in processes of its own: ours samples from a vLLM server, TRL's GRPOTrainer with transformers' generate. Completions
+of a random core run to the end but by chance, so both sides work on the same number of tokens (checked to 5%).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from benchmarks.common import emit, show
+from benchmarks.workload import TEMPERATURE, child, random_core, records, rl_stage, run_child, train_rl
+
+MODULE = "benchmarks.step"
+GROUP = 8
+SHAPES: Mapping[str, Mapping[str, int]] = {
+    "tiny": {"prompts": 16, "tokens": 48, "side_px": 56, "rows_per_pass": 64},
+    "mid": {"prompts": 2, "tokens": 64, "side_px": 448, "rows_per_pass": 8},
+}
+"""Per core: prompts in a batch, completion length in tokens, side of the pictures, completions in one backward pass."""
+PARTS = ("rollout/generating_seconds", "rollout/grading_seconds", "sync/seconds")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare on the tiny and the mid-size core; `--quick` on the tiny one, with fewer steps."""
+    parser = argparse.ArgumentParser(prog=MODULE, description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the tiny core alone, fewer steps")
+    parser.add_argument("--ours", help=argparse.SUPPRESS)
+    parser.add_argument("--stock", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.ours:
+        train_rl(json.loads(chosen.ours))
+    elif chosen.stock:
+        _train_stock(json.loads(chosen.stock))
+    else:
+        compare(chosen.quick)
+
+
+def compare(quick: bool) -> None:
+    """Run all sizes and print them."""
+    found = {name: _compare(name, steps=4 if quick else 7) for name in (["tiny"] if quick else SHAPES)}
+    rows = [
+        (
+            name,
+            one["ours_s"],
+            one["stock_s"],
+            one["ratio"],
+            *(f"{share:.0%}" for share in one["shares"].values()),
+        )
+        for name, one in found.items()
+    ]
+    shares = next(iter(found.values()))["shares"]
+    show("One RL step, median seconds", ("core", "ours", "stock TRL", "times faster", *shares), rows)
+    emit("step", ratio={name: one["ratio"] for name, one in found.items()}, sizes=found)
+
+
+def _compare(name: str, steps: int) -> dict[str, Any]:
+    """Median seconds per step of both sides after the first two, in turns; and the parts of ours."""
+    from core.records import write_records
+    from rl.config import PoolConfig
+    from rl.rollout.server import rollout_pool
+
+    shape = SHAPES[name]
+    stage = rl_stage(
+        batches=steps + 2,
+        prompts=shape["prompts"],
+        group=GROUP,
+        tokens=shape["tokens"],
+        rows_per_pass=shape["rows_per_pass"],
+    )
+    seconds: dict[str, list[float]] = {"ours": [], "stock": []}
+    tokens: dict[str, float] = {}
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        core, data = random_core(folder / "core", name), folder / "rl.parquet"
+        write_records(data, records(shape["prompts"] * (steps + 2), side_px=shape["side_px"]))
+        pool = PoolConfig(max_model_tokens=512, max_sequences=128)
+        job = {"stage": stage, "model": str(core), "data": str(data), "pool": pool.model_dump_json()}
+        for turn in range(2):
+            for side in ("ours", "stock") if turn % 2 else ("stock", "ours"):
+                out = folder / f"{side}-{turn}"
+                if side == "ours":
+                    with rollout_pool(pool, core, folder / "logs") as urls:
+                        command = child(MODULE, "--ours", {**job, "out": str(out), "urls": urls})
+                        run_child(command, folder / "ours.log")
+                else:
+                    run_child(child(MODULE, "--stock", {**job, "out": str(out)}), folder / "stock.log")
+                logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+                seconds[side] += [
+                    after - before for before, after in pairwise([one["elapsed"] for one in logged[1:]])
+                ]
+                tokens[side] = fmean(one["completions/mean_length"] for one in logged)
+                lines += logged[2:] if side == "ours" else []
+    if abs(tokens["ours"] / tokens["stock"] - 1) > 0.05:
+        raise AssertionError(f"the two sides did not do the same work: {tokens} tokens per completion")
+    ours, stock = median(seconds["ours"]), median(seconds["stock"])
+    parts = {
+        name.split("/")[1].removesuffix("_seconds"): median(one[name] for one in lines) / ours
+        for name in PARTS
+    }
+    names = {"generating": "rollout", "grading": "rewards", "seconds": "sync"}
+    shares = {names[part]: share for part, share in parts.items()}
+    shares["learner"] = 1 - sum(shares.values())
+    return {
+        "ours_s": ours,
+        "stock_s": stock,
+        "ratio": stock / ours,
+        "shares": shares,
+        "tokens": tokens["ours"],
+    }
+
+
+def _train_stock(job: Mapping[str, Any]) -> None:
+    """TRL's GRPOTrainer as its documentation shows it, on the same prompts."""
+    import time
+
+    from recipes.worker import keep_engine_out
+
+    keep_engine_out()
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from core.artifacts import append_jsonl
+    from core.learner import LearnerConfig, load_model, load_processor
+    from core.records import load_records
+    from core.strict import parse
+    from rewards.answer import AnswerReward
+    from rl.config import RLConfig
+    from rl.data import example_of, prompt_messages
+    from rl.trainer import ban_tokens
+
+    cfg = parse(RLConfig, job["stage"], "benchmark")
+    rows = {row["id"]: row for row in load_records(Path(job["data"]))}
+    answer, out, started = AnswerReward(), Path(job["out"]), time.monotonic()
+
+    def correct(completions: list[Any], id: list[str], **_: Any) -> list[float | None]:
+        texts = [one[0]["content"] for one in completions]
+        return [answer(text, example_of(rows[row])).score for text, row in zip(texts, id, strict=True)]
+
+    class Log(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            if "train_runtime" not in logs:
+                line = {"elapsed": time.monotonic() - started, **logs}
+                append_jsonl(
+                    out / "metrics.jsonl", {k: v for k, v in line.items() if isinstance(v, int | float)}
+                )
+
+    out.mkdir(parents=True)
+    model = load_model(Path(job["model"]), LearnerConfig())
+    image_token = model.config.image_token_id
+    ban_tokens(model, [image_token])
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=load_processor(Path(job["model"])),
+        reward_funcs=correct,
+        train_dataset=Dataset.from_list(
+            [
+                {
+                    "id": row["id"],
+                    "prompt": [{"role": "user", "content": prompt_messages(row)[-1]["content"][-1]["text"]}],
+                    "images": row["images"],
+                }
+                for row in rows.values()
+            ]
+        ),
+        args=GRPOConfig(
+            output_dir=str(out / "trainer"),
+            max_steps=cfg.batches,
+            num_generations=GROUP,
+            per_device_train_batch_size=cfg.optim.micro_batch_size,
+            gradient_accumulation_steps=cfg.mini_batch // cfg.optim.micro_batch_size,
+            max_completion_length=cfg.rollout.max_completion_tokens,
+            temperature=TEMPERATURE,
+            learning_rate=cfg.optim.learning_rate,
+            loss_type="dapo",
+            epsilon=cfg.algorithm.clip_low,
+            epsilon_high=cfg.algorithm.clip_high,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=not _on_gpu(),
+            bf16=False,
+            disable_tqdm=True,
+        ),
+        callbacks=[Log()],
+    )
+    trainer.train()
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    main()
