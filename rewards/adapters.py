@@ -70,7 +70,9 @@ def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str)
             "log_extra": _ignore,
             "log_metric": _ignore,
         }
-        return columns if wants_all else {key: columns[key] for key in named if key in columns}
+        return {
+            key: value for key, value in columns.items() if (wants_all or key in named) and key not in rest
+        }
 
     # The parameters' names make both a batched reward.
     if form_of(bound).is_async:
@@ -111,7 +113,7 @@ def from_verl(function: Callable[..., Any], params: Mapping[str, Any], name: str
             "ground_truth": example.answer,
             "extra_info": {**example.meta, **row, "index": example.id},
         }
-        return given if wants_all else {key: value for key, value in given.items() if key in named}
+        return {key: value for key, value in given.items() if wants_all or key in named}
 
     if form_of(bound).is_async:
 
@@ -246,7 +248,7 @@ def _bound(function: Any, params: dict[str, Any], name: str, needed: str) -> Any
         named, _ = _arguments(function)
         for key in params:  # **kwargs is there for columns, no reason to let a typo through
             if key not in named:
-                known = ["scale", *(word for word in named if word not in needed)]
+                known = ["scale", *(word for word in named if word != needed)]
                 raise ValueError(f"reward {name!r}: unknown parameter {key!r}; {nearest(key, known)}")
         bound = functools.partial(function, **params) if params else function
     named, wants_all = _arguments(bound)
