@@ -25,6 +25,7 @@ class ThinkFormat:
     """The chat template has already opened <think>: the completion starts inside the thought."""
 
     self_test: ClassVar[str] = "form"
+    contract_of: ClassVar[str] = "think"
 
     def __call__(self, completion: str, example: Example) -> Verdict:
         parsed = parse_thinking(completion, self.thought_open)
@@ -46,6 +47,7 @@ class DirectFormat:
     """
 
     self_test: ClassVar[str] = "form"
+    contract_of: ClassVar[str] = "direct"
 
     def __call__(self, completion: str, example: Example) -> Verdict:
         return _judge(parse_direct(completion))

@@ -12,7 +12,8 @@ unclosed thought. A reward says which of them are its business by its attribute 
 | "skip" | not asked | | | judges: they cost requests, and are measured by `posttrain judge-audit` |
 
 A reward without the attribute is held to "answer" when it is tested on its own, and to "runs" as a term of a
-mixture. Of a mixture the total is tested too: on a row with an "answer" term the gold must earn more than
+mixture. One that has an attribute `contract_of`, "think" or "direct", is on its own tested on rows of that
+mode alone. Of a mixture the total is tested too: on a row with an "answer" term the gold must earn more than
 anything corrupted. Rows that no rule can grade (verifier judge or none) are asked of "answer" terms no more
 than of anybody else: gold and corrupted alike may be unscored there.
 """
@@ -87,11 +88,14 @@ def self_test(
     row 0 ('row-1'): kind: empty: expected 0, got 1 (correct); the completion: ''
 
     Does not raise where the reward does: that is a failure of its own. Raises ValueError for an unknown
-    `self_test` attribute, or a row that no term of the mixture grades.
+    `self_test` attribute, no row at all, or a row that no term of the mixture grades.
     """
-    chosen: Sequence[int] = range(len(examples))
-    if rows is not None and rows < len(examples):
-        chosen = sorted(random.Random(seed).sample(range(len(examples)), rows))
+    mode = getattr(reward, "contract_of", None)
+    chosen: Sequence[int] = [row for row, one in enumerate(examples) if mode in (None, one.mode)]
+    if not chosen:
+        raise ValueError(f"reward {name!r}: no row{f' of mode {mode!r}' if mode else ''} to test it on")
+    if rows is not None and rows < len(chosen):
+        chosen = sorted(random.Random(seed).sample(chosen, rows))
     caller = Caller()
     failures: list[Failure] = []
     for start in range(0, len(chosen), _CHUNK):
