@@ -173,12 +173,12 @@ def _call_problem(reward: Any) -> str:
     form = form_of(reward)
     if not callable(form.call):
         return f"its instances ({type(reward).__name__}) have no __call__"
+    signature = inspect.signature(form.call)
     try:
-        signature = inspect.signature(form.call)
         signature.bind("completion", "example")
     except TypeError as error:
         hint = "; is it verl's compute_score? then write verl: before its name"
-        return f"{error}{hint if 'solution_str' in str(error) or 'data_source' in str(error) else ''}"
+        return f"{error}{hint if 'solution_str' in signature.parameters else ''}"
     first = next(iter(signature.parameters), "")
     if not form.batched and first in ("completions", "prompts"):
         return (

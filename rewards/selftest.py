@@ -26,7 +26,7 @@ from fractions import Fraction
 from typing import Any
 
 from rewards import normal
-from rewards.calls import Caller, Reward, RewardError
+from rewards.calls import Caller, Reward, RewardError, problem_text
 from rewards.example import Example
 from rewards.extract import CHAT_TOKEN, CLOSE, OPEN
 from rewards.mix import Mixture, cell_of
@@ -91,7 +91,9 @@ def self_test(
     `self_test` attribute, no row at all, or a row that no term of the mixture grades.
     """
     mode = getattr(reward, "contract_of", None)
-    chosen: Sequence[int] = [row for row, one in enumerate(examples) if mode in (None, one.mode)]
+    chosen: Sequence[int] = range(len(examples))
+    if mode:
+        chosen = [row for row, example in enumerate(examples) if example.mode == mode]
     if not chosen:
         raise ValueError(f"reward {name!r}: no row{f' of mode {mode!r}' if mode else ''} to test it on")
     if rows is not None and rows < len(chosen):
@@ -105,7 +107,8 @@ def self_test(
         else:
             level = _level(reward, "answer")
             # Named on its own, even a judge is asked.
-            failures += _test_term(reward, name, "form" if level == "skip" else level, part, caller)[0]
+            level = "form" if level == "skip" else level
+            failures += _test_term(reward, name, level, part, caller, _opens_the_thought(reward))[0]
     return sorted(failures, key=lambda failure: failure.row)
 
 
@@ -147,16 +150,24 @@ def _level(reward: Any, otherwise: str) -> str:
     return level
 
 
+def _opens_the_thought(reward: Any) -> bool:
+    return bool(getattr(reward, "thought_open", False))
+
+
 Scores = dict[tuple[int, str], float | None]
 """By row and case."""
 
 
 def _test_term(
-    reward: Reward, name: str, level: str, rows: Sequence[tuple[int, Example]], caller: Caller
+    reward: Reward,
+    name: str,
+    level: str,
+    rows: Sequence[tuple[int, Example]],
+    caller: Caller,
+    thought_open: bool,
 ) -> tuple[list[Failure], Scores]:
     if level == "skip":
         return [], {}
-    thought_open = bool(getattr(reward, "thought_open", False))
     asked = [
         (row, example, case, completion)
         for row, example in rows
@@ -194,7 +205,7 @@ def _met(expected: str, result: Verdict | RewardError) -> bool:
 
 def _found(result: Verdict | RewardError) -> str:
     if isinstance(result, RewardError):
-        return str(result.__cause__ or result)
+        return problem_text(result.__cause__ or result)
     score = "no score" if result.score is None else f"{result.score:g}"
     return f"{score} ({result.status.value}{f': {result.reason}' if result.reason else ''})"
 
@@ -202,11 +213,13 @@ def _found(result: Verdict | RewardError) -> str:
 def _test_mixture(mixture: Mixture, rows: Sequence[tuple[int, Example]], caller: Caller) -> list[Failure]:
     failures: list[Failure] = []
     scores: dict[str, Scores] = {}
+    # One template writes for all terms: if one of them knows that it opens the thought, all had better.
+    thought_open = any(_opens_the_thought(term.reward) for term in mixture.terms)
     for term in mixture.terms:
         own = [(row, example) for row, example in rows if term in mixture.terms_of(example)]
         if own:
             level = _level(term.reward, "runs")
-            found, scores[term.name] = _test_term(term.reward, term.name, level, own, caller)
+            found, scores[term.name] = _test_term(term.reward, term.name, level, own, caller, thought_open)
             failures += found
     failed = {failure.row for failure in failures}  # their totals say nothing new
     return failures + _test_totals(mixture, [one for one in rows if one[0] not in failed], scores)
