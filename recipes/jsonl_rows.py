@@ -20,6 +20,7 @@ completions.jsonl of an RL stage has these names.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -147,7 +148,7 @@ class Pictures(Sequence[Any]):
 
         if isinstance(index, slice):
             return Pictures(self.paths[index], self.folder)
-        return Image.open(self.folder / self.paths[index])
+        return Image.open(io.BytesIO((self.folder / self.paths[index]).read_bytes()))
 
 
 def printable(text: str, chars: int = 80) -> str:

@@ -93,10 +93,13 @@ def run(
     mode: str | None,
     split: str,
 ) -> None:
-    """The command. Raises SelfTestFailed if anything did not earn what it should."""
+    """The command. Raises SelfTestFailed if anything did not earn what it should, ConfigError if nothing was tested."""
     reward = load(name, params, [Path.cwd()])
     examples = load_examples(data, split, rows, seed, mode)
-    failures = self_test(reward, examples, rows, seed, name)
+    try:
+        failures = self_test(reward, examples, rows, seed, name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     for failure in failures[:SHOWN]:
         print(f"{data}: {_line(failure, examples.numbers)}")
     if len(failures) > SHOWN:
