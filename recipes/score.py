@@ -102,15 +102,20 @@ def score(
     started = time.monotonic()
     summary = Summary(statuses={name: Counter() for name in rewards})
     caller = Caller(workers)
-    waiting: _Chunk | None = None
+    begun: list[_Chunk] = []
     with _draft(target) as file:
-        for lines in _chunks(source):
-            begun = _Chunk.begin(lines, source.parent, rewards, caller, mode)
-            if waiting:  # the next chunk is under way while this one's last completions are waited for
-                waiting.write(file, summary, on_bytes)
-            waiting = begun
-        if waiting:
-            waiting.write(file, summary, on_bytes)
+        try:
+            for lines in _chunks(source):
+                begun.append(_Chunk.begin(lines, source.parent, rewards, caller, mode))
+                if (
+                    len(begun) > 1
+                ):  # one is under way while the last completions of the one before are waited for
+                    begun.pop(0).write(file, summary, on_bytes)
+            for chunk in begun:
+                chunk.write(file, summary, on_bytes)
+        finally:
+            for chunk in begun:
+                chunk.cancel()
     summary.seconds = time.monotonic() - started
     return summary
 
@@ -146,6 +151,11 @@ class _Chunk:
                 name: caller.start(reward, name, completions, examples) for name, reward in rewards.items()
             }
         return cls(lines, problems, pending)
+
+    def cancel(self) -> None:
+        """Drop what has not begun."""
+        for pending in self.pending.values():
+            pending.cancel()
 
     def write(self, file: IO[str], summary: Summary, on_bytes: Any) -> None:
         graded = {name: iter(pending.results()) for name, pending in self.pending.items()}

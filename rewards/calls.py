@@ -70,8 +70,15 @@ class Pending:
         self._futures, self._whole = futures, whole
 
     def results(self) -> list[Verdict | RewardError]:
-        """One verdict per completion, or the error that stands in its place; waits for them."""
-        results = [future.result() for future in self._futures]
+        """One verdict per completion, or the error that stands in its place; waits for them.
+
+        Interrupted, it drops what has not begun: the interpreter would wait for all of it before it ends.
+        """
+        try:
+            results = [future.result() for future in self._futures]
+        except BaseException:
+            self.cancel()
+            raise
         return results[0] if self._whole else results
 
     def cancel(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 
 import pytest
 
@@ -259,6 +260,27 @@ def test_what_was_there_stays_when_scoring_is_interrupted(work):
         )
     assert (work / "out.jsonl").read_text() == "before"
     assert sorted(path.name for path in work.iterdir()) == ["out.jsonl", "rows.jsonl"]
+
+
+def test_an_interrupt_drops_what_has_not_begun(work, monkeypatch):
+    monkeypatch.setattr(score, "CHUNK_ROWS", 5)
+    (work / "rows.jsonl").write_text('{"completion": "4", "gold": "4"}\n' * 15)
+    go_on, calls, before = threading.Event(), [], set(threading.enumerate())
+
+    def reward(completion, example):
+        calls.append(example.id)
+        assert len(calls) <= 5 or go_on.wait(30)
+        return 1.0
+
+    def interrupt(size):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score.score(work / "rows.jsonl", work / "out.jsonl", {"mine": reward}, 1, on_bytes=interrupt)
+    go_on.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+    assert len(calls) <= 6  # the first chunk, and perhaps the one completion that was under way
 
 
 def test_a_file_may_be_scored_into_itself(work):
