@@ -95,6 +95,11 @@ class Records(Sequence[Record]):
     def __init__(self, table: Any, indices: Sequence[int], dropped: Mapping[str, int]) -> None:
         self._table, self._indices, self.dropped = table, indices, dict(dropped)
 
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Each record's row number in the file, from 0."""
+        return self._indices
+
     def __len__(self) -> int:
         return len(self._indices)
 

@@ -17,6 +17,9 @@ Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML file
   posttrain run recipes/demo --from rlvr --set rlvr.rollout.group_size=16
   posttrain eval runs/demo/rlvr/checkpoint          score a checkpoint on the held-out set
   posttrain report runs/demo                        write report.json and report.html again
+  posttrain rewards test answer data/held.parquet   gold answers must earn 1, corrupted ones 0
+  posttrain score --rewards answer,format --input rows.jsonl --output scored.jsonl
+  posttrain diff yesterday.jsonl scored.jsonl       which verdicts changed
 """
 OURS = ("core", "recipes", "rewards", "rl", "sft")
 STAGES_HELP = (
@@ -85,6 +88,45 @@ def parser() -> argparse.ArgumentParser:
     _shared_options(server)
 
     _command(commands, "stages", _stages, "list the stages and their short names")
+
+    rewards = _command(commands, "rewards", None, "try rewards on data")
+    tests = rewards.add_subparsers(metavar="COMMAND", required=True, help="what to do with a reward")
+    test = _command(
+        tests, "test", _rewards_test, "check that a data set's gold answers earn 1, corrupted ones 0"
+    )
+    test.add_argument("reward", help="a built-in name, package.module:Name or file.py:Name")
+    test.add_argument(
+        "data", help="records (Parquet file, folder, hub id), or JSONL rows as `score` reads them"
+    )
+    test.add_argument(
+        "--param", metavar="KEY=VALUE", action="append", default=[], help="a reward's parameter"
+    )
+    test.add_argument("--rows", type=_count, help="a random sample of so many; default: every row")
+    test.add_argument("--seed", type=int, default=0, help="of the sample; default: %(default)s")
+    test.add_argument("--mode", choices=("think", "direct"), help="ask every row under this contract")
+    test.add_argument("--split", default="train", help="of a data set; default: %(default)s")
+
+    score = _command(commands, "score", _score, "score stored completions, a JSONL row each, without a model")
+    score.add_argument("--rewards", required=True, help="names separated by commas; shown=name shows it so")
+    score.add_argument(
+        "--input", type=Path, required=True, help="JSONL: completion, gold, prompt, kind, mode, ..."
+    )
+    score.add_argument("--output", type=Path, required=True, help="the rows with their verdicts, in order")
+    score.add_argument(
+        "--param",
+        metavar="REWARD.KEY=VALUE",
+        action="append",
+        default=[],
+        help="a reward's parameter, e.g. answer.tolerance=0.1",
+    )
+    score.add_argument("--workers", type=_count, default=8, help="graded at once; default: %(default)s")
+    score.add_argument("--mode", choices=("think", "direct"), help="of rows that do not name theirs")
+
+    diff = _command(commands, "diff", _diff, "show the verdicts that changed between two scored files")
+    diff.add_argument("before", type=Path, help="output of `posttrain score`")
+    diff.add_argument("after", type=Path, help="output of `posttrain score` for the same rows")
+    diff.add_argument("--limit", type=int, default=20, help="changes to show; default: %(default)s")
+    diff.add_argument("--json", action="store_true", help="for programs: totals and every change")
     return top
 
 
@@ -180,6 +222,62 @@ def _stages(options: argparse.Namespace) -> None:
     for stage in STAGES:
         short = [alias for alias, name in ALIASES.items() if name == stage.name]
         print(f"{stage.name:13} {stage.title}" + (f" ({', '.join(short)})" if short else ""))
+
+
+def _rewards_test(options: argparse.Namespace) -> None:
+    from recipes import reward_test
+
+    params = dict(_assigned(text) for text in options.param)
+    reward_test.run(
+        options.reward,
+        options.data,
+        params,
+        rows=options.rows,
+        seed=options.seed,
+        mode=options.mode,
+        split=options.split,
+    )
+
+
+def _score(options: argparse.Namespace) -> None:
+    from core.strict import ConfigError
+    from recipes import score
+
+    params: dict[str, dict[str, Any]] = {}
+    for text in options.param:
+        key, value = _assigned(text)
+        reward, dot, name = key.rpartition(".")
+        if not dot:
+            raise ConfigError(f"--param {text}: say whose it is, as in answer.{key}=...")
+        params.setdefault(reward, {})[name] = value
+    score.run(options.input, options.output, options.rewards, params, options.workers, options.mode)
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from recipes.diff import run
+
+    run(options.before, options.after, options.limit, options.json)
+
+
+def _assigned(text: str) -> tuple[str, Any]:
+    """`key=value`, the value read as YAML."""
+    import yaml
+
+    from core.strict import ConfigError
+
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ConfigError(f"--param {text!r}: write KEY=VALUE")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--param {text!r}: {value!r} is no YAML value ({error})") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 def _has_words(error: Exception) -> bool:

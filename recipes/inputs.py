@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from recipes.config import STAGE_NAMES, Recipe, made_between, split_import
+from rewards.registry import split_adapter
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -41,7 +42,7 @@ def is_hub_id(text: str) -> bool:
 
 def code_file(import_string: str) -> Path | None:
     """The source file of a `package.module:name`, found without importing it; None if there is none."""
-    module, _ = split_import(import_string)
+    module, _ = split_import(split_adapter(import_string)[1])
     if module.endswith(".py"):
         return Path(module) if Path(module).is_file() else None
     try:

@@ -5,11 +5,14 @@
 | verdict, example | what a reward returns, and what it sees |
 | extract | the format contract: where the answer is, or why there is none |
 | answer | is it the gold answer? (normal, equality, mathcheck, mathworker stand behind it) |
-| format, length | is the completion well-formed; is it too long |
+| format, length, repetition, language | is it well-formed; too long; does it go in circles; in which script |
 | judge | a vision-language model scores the thought |
-| mix, registry | weighted terms; rewards by name |
+| mix, components | weighted terms and their gates; how each term does over a batch |
+| calls | a reward in any form: plain, async, batched |
+| registry, adapters | rewards by name; reward functions of TRL and verl |
+| selftest | gold answers must earn full marks, corrupted ones none |
 
-A reward is any callable `(completion, example) -> Verdict | float | bool | None`.
+A reward is any callable `(completion, example) -> Verdict | float | bool | None`, or one of the forms in calls.
 """
 
 from rewards.example import Example

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import ClassVar
 
 from rewards import normal
 from rewards.equality import Outcome, is_plain, quick
@@ -46,6 +47,8 @@ class AnswerReward:
     """Largest absolute difference at which a `number` answer is still right."""
     thought_open: bool = False
     """The chat template has already opened <think>: the completion starts inside the thought."""
+
+    self_test: ClassVar[str] = "answer"
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < math.inf:

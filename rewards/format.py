@@ -1,6 +1,7 @@
 """Format rewards: 1 if the completion keeps its mode's contract, else 0 with the breach as the reason."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rewards.example import Example
 from rewards.extract import Parsed, parse_direct, parse_thinking
@@ -23,8 +24,15 @@ class ThinkFormat:
     thought_open: bool = False
     """The chat template has already opened <think>: the completion starts inside the thought."""
 
+    self_test: ClassVar[str] = "form"
+    contract_of: ClassVar[str] = "think"
+
     def __call__(self, completion: str, example: Example) -> Verdict:
-        return _judge(parse_thinking(completion, self.thought_open))
+        parsed = parse_thinking(completion, self.thought_open)
+        # White space that str.strip does not know, or a lone dot, would make a thought of nothing.
+        if parsed.well_formed and not any(letter.isalnum() for letter in parsed.thought or ""):
+            return Verdict.wrong(reason="the thought has no letter or digit")
+        return _judge(parsed)
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,30 @@ class DirectFormat:
     (1.0, 0.0)
     """
 
+    self_test: ClassVar[str] = "form"
+    contract_of: ClassVar[str] = "direct"
+
     def __call__(self, completion: str, example: Example) -> Verdict:
         return _judge(parse_direct(completion))
+
+
+@dataclass(frozen=True)
+class Format:
+    r"""The contract of the row's own mode: ThinkFormat for think rows, DirectFormat for direct ones.
+
+    >>> think, direct = (Example("row-1", "What is 2 + 2?", "4", mode) for mode in ("think", "direct"))
+    >>> Format()("4", think).score, Format()("4", direct).score
+    (0.0, 1.0)
+    """
+
+    thought_open: bool = False
+    """The chat template has already opened <think>: a think row's completion starts inside the thought."""
+
+    self_test: ClassVar[str] = "form"
+
+    def __call__(self, completion: str, example: Example) -> Verdict:
+        reward = ThinkFormat(self.thought_open) if example.mode == "think" else DirectFormat()
+        return reward(completion, example)
 
 
 def _judge(parsed: Parsed) -> Verdict:

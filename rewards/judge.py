@@ -12,7 +12,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rewards.example import Example
 from rewards.extract import parse_thinking
@@ -78,6 +78,8 @@ class VisionJudge:
     """Name of the environment variable that holds the key; None sends none that matters."""
     thought_open: bool = False
     """The chat template has already opened <think>: the completion starts inside the thought."""
+
+    self_test: ClassVar[str] = "skip"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "criteria", tuple(self.criteria))

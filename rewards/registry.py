@@ -1,9 +1,9 @@
 """Rewards by name: built-in ones, and users' own as `package.module:Name` or `file.py:Name`.
 
-Adding a built-in reward takes its class, its line in REWARDS and its test. A user's own needs no line.
+Adding a built-in reward takes its class, its line in REWARDS and its test. A user's own needs no line. A
+reward function written for TRL or verl runs as it is: `trl:package.module:fn`, `verl:file.py:compute_score`.
 """
 
-import difflib
 import functools
 import hashlib
 import importlib
@@ -16,16 +16,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.mix import Reward
+from rewards.calls import Reward, form_of
+from rewards.names import nearest
 
 REWARDS = {
     "answer": "rewards.answer:AnswerReward",
     "literal_answer": "rewards.literal:LiteralAnswer",
     "think_format": "rewards.format:ThinkFormat",
     "direct_format": "rewards.format:DirectFormat",
+    "format": "rewards.format:Format",
+    "repetition": "rewards.repetition:Repetition",
+    "language": "rewards.language:Language",
     "vision_judge": "rewards.judge:VisionJudge",
 }
 """Built-in name -> where it lives; imported when it is asked for."""
+FOREIGN = {"trl": "rewards.adapters:from_trl", "verl": "rewards.adapters:from_verl"}
+"""Prefix of a reward function of another library -> what makes a reward of it."""
 
 
 class UnknownReward(LookupError, ValueError):
@@ -35,10 +41,11 @@ class UnknownReward(LookupError, ValueError):
 def load_reward(
     name: str, params: Mapping[str, Any] | None = None, folders: Sequence[str | os.PathLike[str]] = ()
 ) -> Reward:
-    """The reward of that name: a callable `(completion, example)`.
+    """The reward of that name, in one of the forms of rewards.calls.
 
     Args:
-        name: a built-in name, `package.module:Name`, or `path/to/file.py:Name`.
+        name: a built-in name, `package.module:Name`, or `path/to/file.py:Name`; with `trl:` or `verl:` before
+            it, a reward function of that library (rewards.adapters).
         params: fields of the class, or keyword arguments of the function.
         folders: where users' modules and files are looked for, after everything installed.
 
@@ -48,7 +55,10 @@ def load_reward(
     Raises UnknownReward if there is no such reward, ValueError for unknown, missing or bad parameters,
     TypeError if it cannot be called with a completion and an example.
     """
-    found = _find(REWARDS.get(name, name), name, folders)
+    adapter, place = split_adapter(name)
+    found = _find(REWARDS.get(place, place), name, folders)
+    if adapter:
+        return _find(FOREIGN[adapter], name, ())(found, dict(params or {}), name)
     reward = _with_params(found, dict(params or {}), name)
     problem = _call_problem(reward)
     if problem:
@@ -59,11 +69,21 @@ def load_reward(
     return reward
 
 
+def split_adapter(name: str) -> tuple[str, str]:
+    """The prefix of another library's reward function, "" if there is none, and the rest of the name.
+
+    >>> split_adapter("trl:trl.rewards:accuracy_reward"), split_adapter("mine:Short")
+    (('trl', 'trl.rewards:accuracy_reward'), ('', 'mine:Short'))
+    """
+    prefix, _, rest = name.partition(":")
+    return (prefix, rest) if prefix in FOREIGN and ":" in rest else ("", name)
+
+
 def _find(place: str, name: str, folders: Sequence[str | os.PathLike[str]]) -> Any:
     where, colon, attribute = place.rpartition(":")
     if not colon or not where or not attribute:
         raise UnknownReward(
-            f"unknown reward {name!r}; {_nearest(name, REWARDS)}, or package.module:Name, or file.py:Name"
+            f"unknown reward {name!r}; {nearest(name, REWARDS)}, or package.module:Name, or file.py:Name"
         )
     places = _search(folders)
     module = _from_file(where, places, name) if where.endswith(".py") else _from_path(where, name)
@@ -72,7 +92,7 @@ def _find(place: str, name: str, folders: Sequence[str | os.PathLike[str]]) -> A
     except AttributeError:
         known = [word for word in vars(module) if not word.startswith("_")]
         raise UnknownReward(
-            f"reward {name!r}: {module.__file__} has no {attribute!r}; {_nearest(attribute, known)}"
+            f"reward {name!r}: {module.__file__} has no {attribute!r}; {nearest(attribute, known)}"
         ) from None
 
 
@@ -131,7 +151,7 @@ def _with_params(found: Any, params: dict[str, Any], name: str) -> Any:
     known = _parameters(found, taken=0 if is_class else 2)
     for key in params:
         if known is not None and key not in known:
-            raise ValueError(f"reward {name!r}: unknown parameter {key!r}; {_nearest(key, known)}")
+            raise ValueError(f"reward {name!r}: unknown parameter {key!r}; {nearest(key, known)}")
     if not is_class:
         return functools.partial(found, **params)
     try:
@@ -151,17 +171,18 @@ def _parameters(found: Any, taken: int) -> list[str] | None:
 
 
 def _call_problem(reward: Any) -> str:
-    if not callable(reward):
+    form = form_of(reward)
+    if not callable(form.call):
         return f"its instances ({type(reward).__name__}) have no __call__"
+    signature = inspect.signature(form.call)
     try:
-        inspect.signature(reward).bind("completion", "example")
+        signature.bind("completion", "example")
     except TypeError as error:
-        return str(error)
+        hint = "; is it verl's compute_score? then write verl: before its name"
+        return f"{error}{hint if 'solution_str' in signature.parameters else ''}"
+    first = next(iter(signature.parameters), "")
+    if not form.batched and first in ("completions", "prompts"):
+        return (
+            f"its first parameter is {first!r}; is it a TRL reward function? then write trl: before its name"
+        )
     return ""
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    words = sorted(known)
-    close = difflib.get_close_matches(word, words, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}Known: {', '.join(words) or 'none'}"

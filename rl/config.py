@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from core.learner import LearnerConfig, Optim
 from core.records import DataSource
 from core.strict import Strict
+from rewards.mix import check_terms
 
 Mode = Literal["think", "direct"]
 AlarmName = Literal["unscorable", "status", "jump", "repeats", "disagreement", "held_out", "blind"]
@@ -130,10 +131,18 @@ class RewardTerm(Strict):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     use: str
-    """A built-in reward (rewards.registry.REWARDS), `package.module:Name` or `file.py:Name`."""
+    """A built-in reward (rewards.registry.REWARDS), `package.module:Name` or `file.py:Name`; with `trl:` or
+    `verl:` before it, a reward function written for that library."""
     weight: float = Field(gt=0, le=1)
     modes: tuple[Mode, ...] = ("think", "direct")
-    """Modes of the rows that it grades. Per mode the weights sum to 1."""
+    """Modes of the rows that it grades."""
+    graded: tuple[Literal["verifiable", "judged"], ...] = ("verifiable", "judged")
+    """Whether it grades rows that a rule can check, rows that only a judge can (verifier judge or none), or both.
+    Per mode and kind the weights sum to 1."""
+    gate: str | None = None
+    """Name of another term: only where that one scores 1 is this one asked, elsewhere it scores 0."""
+    on_error: Literal["stop", "unscorable"] = "stop"
+    """When the reward raises: stop the run, or count it and leave the row unscorable."""
     params: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -297,16 +306,11 @@ class RLConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _weights_sum_to_one(self) -> RLConfig:
-        names = [term.name for term in self.rewards]
-        if len(set(names)) != len(names):
-            raise ValueError(f"rewards: names must differ, got {names}")
-        for mode in ("think", "direct"):
-            weights = {term.name: term.weight for term in self.rewards if mode in term.modes}
-            if weights and abs(sum(weights.values()) - 1) > 1e-6:
-                raise ValueError(
-                    f"rewards: weights for mode {mode!r} sum to {sum(weights.values()):g}, not 1: {weights}"
-                )
+    def _rewards_make_a_mixture(self) -> RLConfig:
+        try:
+            check_terms(self.rewards)
+        except ValueError as error:
+            raise ValueError(f"rewards: {error}") from None
         return self
 
 

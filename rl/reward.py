@@ -19,7 +19,15 @@ def mixture_of(terms: Iterable[RewardTerm], folders: Sequence[Path] = ()) -> Mix
     """
     return Mixture(
         [
-            Term(term.name, load_reward(term.use, term.params, folders), term.weight, frozenset(term.modes))
+            Term(
+                name=term.name,
+                reward=load_reward(term.use, term.params, folders),
+                weight=term.weight,
+                modes=frozenset(term.modes),
+                graded=frozenset(term.graded),
+                gate=term.gate,
+                on_error=term.on_error,
+            )
             for term in terms
         ]
     )

@@ -105,3 +105,13 @@ def test_the_plan_for_programs_holds_the_resolved_recipe(toy):
     found = as_json(recipe, plans)
     assert found["recipe"]["rlvr"]["dynamic_sampling"]["max_rounds"] == 3  # a default, resolved
     assert [stage["name"] for stage in found["stages"]] == ["core", "basic_sft", "rlvr"]
+
+
+def test_a_reward_of_another_library_is_looked_for_behind_its_prefix(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs.py").write_text("def compute_score(solution_str):\n    return 1.0\n")
+    for use in ("trl:trl.rewards:accuracy_reward", "verl:theirs.py:compute_score"):
+        recipe, _ = planned(toy, f"rlvr.rewards.0.use={use}")
+        assert recipe.rlvr.rewards[0].use == use
+    with pytest.raises(ConfigError, match=r"'verl:gone.py:compute_score': no such module or file"):
+        planned(toy, "rlvr.rewards.0.use=verl:gone.py:compute_score")

@@ -96,3 +96,126 @@ def test_numpy_scores_are_scores():
 def test_a_verdict_is_taken_as_it_is():
     verdict = Verdict.wrong("3", "too small")
     assert Mixture([term("mine", 1.0, verdict)]).grade("", THINK).verdicts["mine"] is verdict
+
+
+JUDGED = Example("j", "q", "", "think", "judge")
+
+
+def test_each_cell_has_its_own_weights():
+    rule = Term("rule", lambda c, e: 1.0, 0.8, graded=frozenset({"verifiable"}))
+    judge = Term("judge", lambda c, e: 0.5, 0.8, graded=frozenset({"judged"}))
+    mixture = Mixture([rule, judge, term("format", 0.2, 1.0)])
+    assert mixture.grade("", THINK).total == pytest.approx(0.8 * 1 + 0.2)
+    assert mixture.grade("", JUDGED).total == pytest.approx(0.8 * 0.5 + 0.2)
+    assert list(mixture.grade("", JUDGED).verdicts) == ["judge", "format"]
+
+
+def test_a_row_whose_cell_nobody_grades_is_an_error():
+    mixture = Mixture([Term("rule", lambda c, e: 1.0, 1.0, graded=frozenset({"verifiable"}))])
+    with pytest.raises(ValueError, match="row 'j': no reward grades mode 'think', judged rows"):
+        mixture.grade("", JUDGED)
+
+
+@pytest.mark.parametrize(
+    ("terms", "says"),
+    [
+        (
+            [{"name": "a", "weight": 0.8, "graded": frozenset({"judged"})}, {"name": "b", "weight": 0.2}],
+            "mode 'think', verifiable rows, sum to 0.2, not 1: b 0.2",
+        ),
+        (
+            [{"name": "answer", "weight": 1.0}, {"name": "b", "weight": 0.0, "gate": "anser"}],
+            "did you mean answer",
+        ),
+        ([{"name": "a", "weight": 1.0, "gate": "a"}], "in a circle: a behind a"),
+        (
+            [{"name": "a", "weight": 0.5, "gate": "b"}, {"name": "b", "weight": 0.5, "gate": "a"}],
+            "in a circle: a behind b, b behind a",
+        ),
+        (
+            [
+                {"name": "a", "weight": 1.0, "graded": frozenset({"verifiable"})},
+                {"name": "b", "weight": 1.0, "graded": frozenset({"judged"})},
+                {"name": "c", "weight": 0.0, "gate": "a"},
+            ],
+            "'c': gate='a' does not grade mode 'think', judged rows",
+        ),
+        ([{"name": "a", "weight": 1.0, "on_error": "unscoreable"}], "did you mean unscorable"),
+        ([{"name": "a", "weight": 1.0, "graded": frozenset({"rules"})}], "graded=\\['rules'\\]"),
+    ],
+)
+def test_cells_and_gates_that_make_no_sense_are_refused(terms, says):
+    with pytest.raises(ValueError, match=says):
+        Mixture([Term(reward=lambda c, e: 1.0, **one) for one in terms])
+
+
+def gated(score):
+    asked = []
+    mixture = Mixture(
+        [
+            Term("thinking", lambda c, e: asked.append(c) or 1.0, 0.4, gate="answer"),
+            Term("answer", lambda c, e: score, 0.6),
+        ]
+    )
+    return mixture.grade("text", THINK), asked
+
+
+def test_behind_an_open_gate_a_term_earns_its_own_score():
+    graded, asked = gated(1.0)
+    assert (graded.total, asked) == (1.0, ["text"])
+    assert list(graded.verdicts) == ["thinking", "answer"]
+
+
+@pytest.mark.parametrize("score", [0.0, 0.99])
+def test_behind_a_closed_gate_a_term_earns_nothing_and_costs_nothing(score):
+    graded, asked = gated(score)
+    assert graded.total == pytest.approx(0.6 * score)
+    assert asked == []
+    assert graded.verdicts["thinking"].reason == f"gated: 'answer' scored {score:g}, not 1"
+
+
+def test_behind_an_unscored_gate_a_term_is_unscored():
+    graded, asked = gated(Verdict.unscored("ours was late", Status.TIMEOUT))
+    assert (graded.total, asked) == (None, [])
+    verdict = graded.verdicts["thinking"]
+    assert (verdict.score, verdict.status) == (None, Status.TIMEOUT)
+    assert verdict.reason == "its gate 'answer' is unscored: ours was late"
+
+
+def test_gates_stand_behind_one_another_and_only_open_rows_are_asked():
+    asked = []
+
+    def batch(completions, examples):
+        asked.append(list(completions))
+        return [1.0] * len(completions)
+
+    terms = [
+        Term("c", batch, 0.5, gate="b"),
+        Term("b", lambda c, e: c != "no b", 0.5, gate="a"),
+        Term("a", lambda c, e: c != "no a", 0.0),
+    ]
+    graded = Mixture(terms).grade_batch(["yes", "no a", "no b", "oui"], [THINK] * 4)
+    assert [one.total for one in graded] == [1.0, 0.0, 0.0, 1.0]
+    assert asked == [["yes", "oui"]]
+
+
+def test_by_policy_an_error_is_counted_and_its_reason_kept():
+    def fails(completion, example):
+        if completion == "bad":
+            raise KeyError("scene")
+        return 1.0
+
+    mixture = Mixture([Term("mine", fails, 1.0, on_error="unscorable")])
+    graded = mixture.grade_batch(["good", "bad", "bad"], [THINK] * 3)
+    assert [one.total for one in graded] == [1.0, None, None]
+    assert graded[1].verdicts["mine"].reason == "KeyError: 'scene'"
+    assert mixture.errors == {"mine": 2}
+
+
+def test_completions_and_examples_come_in_pairs():
+    with pytest.raises(ValueError, match="2 completions and 1 examples"):
+        Mixture([term("a", 1.0, 1.0)]).grade_batch(["", ""], [THINK])
+
+
+def test_an_empty_batch_is_graded_to_nothing():
+    assert Mixture([term("a", 1.0, 1.0)]).grade_batch([], []) == []

@@ -1,0 +1,313 @@
+"""Reward functions of other libraries as rewards of ours, unchanged, and ours as theirs.
+
+In a recipe: `use: "trl:package.module:fn"` or `use: "verl:file.py:compute_score"`. They see a row as their
+own trainer would show it:
+
+| row | TRL, keyword arguments | verl |
+|---|---|---|
+| completion | completions: `[{"role": "assistant", "content": ...}]` each | solution_str |
+| question | prompts: `[{"role": "user", "content": ...}]` each, question | extra_info["question"] |
+| gold answer | answer, solution | ground_truth |
+| source | source | data_source |
+| id, mode, verifier, images, chain | columns of these names | extra_info |
+| meta | a column per key | extra_info |
+
+A score outside [0, 1] is an error unless the parameter `scale: [low, high]` says from where to where it goes.
+What they compute runs here as it is: no deadline and no memory limit stands between it and the completion.
+"""
+
+import functools
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from rewards.calls import Caller, Reward, form_of
+from rewards.example import MODES, Example
+from rewards.names import nearest
+from rewards.verdict import Status, Verdict
+
+ROUNDING = 1e-6
+"""A score may miss its range by so much of the range's width."""
+_ROW_FIELDS = ("id", "question", "answer", "mode", "verifier", "images", "chain", "source")
+_SHOWN_CHARS = 200
+
+
+def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str) -> Reward:
+    """A TRL reward function `fn(prompts, completions, **columns) -> list[float | None]` as a batched reward.
+
+    Args:
+        function: plain or async. A class is made an object of, with the parameters.
+        params: `scale`: [low, high] of its scores; `conversational`: false passes prompts and completions as
+            plain text, not as messages; every other one goes to the function.
+        name: for messages.
+
+    TRL's `log_extra` and `log_metric` are there and do nothing. Token ids and the trainer's state are not to
+    be had here. Raises ValueError for unknown parameters, TypeError if the function needs what is not there.
+    """
+    own, rest = _own_params(params, name, ("scale", "conversational"))
+    read, chat = _Scale.of(own.get("scale"), name), own.get("conversational", True)
+    bound = _bound(function, rest, name, "completions")
+    named, wants_all = _arguments(bound)
+    for argument in ("completion_ids", "trainer_state"):
+        if named.get(argument):
+            raise TypeError(
+                f"reward {name!r} needs {argument}, which rewards do not see here; "
+                "a penalty for length is the stage's `overlong`"
+            )
+
+    def arguments(completions: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
+        columns: dict[str, Any] = {}
+        for key in dict.fromkeys(key for example in examples for key in example.meta):
+            columns[key] = [example.meta.get(key) for example in examples]
+        columns |= {key: [getattr(example, key) for example in examples] for key in _ROW_FIELDS}
+        columns.setdefault("solution", columns["answer"])
+        columns |= {
+            "prompts": [_said("user", example.question, chat) for example in examples],
+            "completions": [_said("assistant", completion, chat) for completion in completions],
+            "log_extra": _ignore,
+            "log_metric": _ignore,
+        }
+        return {
+            key: value for key, value in columns.items() if (wants_all or key in named) and key not in rest
+        }
+
+    # The parameters' names make both a batched reward.
+    if form_of(bound).is_async:
+
+        async def later(completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
+            return read.all(await bound(**arguments(completions, examples)))
+
+        return later
+
+    def now(completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
+        return read.all(bound(**arguments(completions, examples)))
+
+    return now
+
+
+def from_verl(function: Callable[..., Any], params: Mapping[str, Any], name: str) -> Reward:
+    """verl's `compute_score(data_source, solution_str, ground_truth, extra_info)` as a reward.
+
+    Args:
+        function: plain or async; returns a number, a dict with "score", or a sequence that begins with it. It
+            may leave out some of the four arguments. "pred" of the dict becomes the verdict's answer, the rest
+            its reason.
+        params: `scale`: [low, high] of its scores; every other one goes to the function.
+        name: for messages.
+
+    Raises ValueError for unknown parameters, TypeError if the function takes no solution_str.
+    """
+    own, rest = _own_params(params, name, ("scale",))
+    read = _Scale.of(own.get("scale"), name)
+    bound = _bound(function, rest, name, "solution_str")
+    named, wants_all = _arguments(bound)
+
+    def arguments(completion: str, example: Example) -> dict[str, Any]:
+        row = {key: getattr(example, key) for key in _ROW_FIELDS if key not in ("answer", "source")}
+        given = {
+            "data_source": example.source,
+            "solution_str": completion,
+            "ground_truth": example.answer,
+            "extra_info": {**example.meta, **row, "index": example.id},
+        }
+        return {key: value for key, value in given.items() if wants_all or key in named}
+
+    if form_of(bound).is_async:
+
+        async def later(completion: str, example: Example) -> Verdict:
+            return read.one(await bound(**arguments(completion, example)))
+
+        return later
+
+    def now(completion: str, example: Example) -> Verdict:
+        return read.one(bound(**arguments(completion, example)))
+
+    return now
+
+
+def as_trl(reward: Reward, name: str = "", mode: str = "think", verifier: str = "math") -> Callable[..., Any]:
+    """A reward of ours as a TRL reward function, for `GRPOTrainer(reward_funcs=[...])`.
+
+    The data set's columns become the row: `answer`, or else `solution` or `ground_truth`, is the gold answer,
+    the last user message the question; `id`, `mode`, `verifier`, `images`, `chain`, `source` and `meta` (a
+    mapping, or JSON text) are themselves.
+
+    Args:
+        reward: in any form of rewards.calls.
+        name: of the function, as TRL's metrics show it; "" takes the reward's own.
+        mode: of rows without a column `mode`.
+        verifier: of rows without a column `verifier`.
+
+    >>> from rewards.answer import AnswerReward
+    >>> score = as_trl(AnswerReward(), "answer", mode="direct")
+    >>> score(prompts=["2 + 2?", "2 + 3?"], completions=["4", "6"], answer=["4", "5"])
+    [1.0, 0.0]
+
+    The function returns None for a row that cannot be graded, raises RewardError if the reward raises, and
+    ValueError if there is no gold answer.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: {nearest(mode, MODES)}")
+    caller = Caller()
+    shown = name or str(getattr(reward, "__name__", type(reward).__name__))
+
+    def score(*, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        texts = [_text(completion) for completion in completions]
+        examples = [
+            _example(
+                prompt,
+                {k: v[row] for k, v in columns.items() if _is_column(v, len(texts))},
+                row,
+                mode,
+                verifier,
+            )
+            for row, prompt in enumerate(prompts)
+        ]
+        scores: list[float | None] = []
+        for result in caller.start(reward, shown, texts, examples).results():
+            if not isinstance(result, Verdict):
+                raise result
+            scores.append(result.score)
+        return scores
+
+    score.__name__ = shown
+    return score
+
+
+class _Scale:
+    """Reads what a foreign function returned, its scores brought to [0, 1]."""
+
+    def __init__(self, low: float, high: float, given: bool, name: str) -> None:
+        self.low, self.high, self.given, self.name = low, high, given, name
+
+    @classmethod
+    def of(cls, scale: Any, name: str) -> "_Scale":
+        if scale is None:
+            return cls(0.0, 1.0, False, name)
+        numbers = isinstance(scale, list | tuple) and len(scale) == 2 and all(map(_is_number, scale))
+        if not numbers or not scale[0] < scale[1]:
+            raise ValueError(
+                f"reward {name!r}: scale={scale!r}: write [low, high], two finite numbers, low < high"
+            )
+        return cls(float(scale[0]), float(scale[1]), True, name)
+
+    def all(self, values: Any) -> list[Verdict]:
+        if hasattr(values, "tolist"):
+            values = values.tolist()
+        if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+            raise TypeError(f"it returned {type(values).__name__}, not a list with a score per completion")
+        return [self.one(value) for value in values]
+
+    def one(self, value: Any) -> Verdict:
+        """A number, a mapping with "score", or a sequence that begins with the score; None and NaN are unscored."""
+        answer, reason = None, ""
+        if isinstance(value, Mapping):
+            if "score" not in value:
+                raise ValueError(f'it returned a mapping without "score": {", ".join(map(str, value))}')
+            answer = None if value.get("pred") is None else str(value["pred"])[:_SHOWN_CHARS]
+            others = (f"{key} {other!r:.60}" for key, other in value.items() if key not in ("score", "pred"))
+            reason, value = ", ".join(others)[:_SHOWN_CHARS], value["score"]
+        elif isinstance(value, list | tuple) and value:
+            value = value[0]
+        if hasattr(value, "item"):  # a number of numpy's or torch's
+            value = value.item()
+        if value is None or (isinstance(value, Real) and math.isnan(value)):
+            return Verdict.unscored(reason or f"{self.name} gave no score", answer=answer)
+        if not isinstance(value, Real):
+            raise TypeError(f"it returned {value!r:.80} as a score, not a number")
+        score = (float(value) - self.low) / (self.high - self.low)
+        if not -ROUNDING <= score <= 1 + ROUNDING:
+            remedy = "correct scale" if self.given else "say its range with params: {scale: [low, high]}"
+            raise ValueError(f"its score {float(value):g} is outside [{self.low:g}, {self.high:g}]; {remedy}")
+        score = min(max(score, 0.0), 1.0)
+        return Verdict(score, Status.CORRECT if score == 1 else Status.WRONG, answer, reason)
+
+
+def _own_params(
+    params: Mapping[str, Any], name: str, known: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    own = {key: value for key, value in params.items() if key in known}
+    if not isinstance(own.get("conversational", True), bool):
+        raise ValueError(f"reward {name!r}: conversational={own['conversational']!r}: true or false")
+    return own, {key: value for key, value in params.items() if key not in known}
+
+
+def _bound(function: Any, params: dict[str, Any], name: str, needed: str) -> Any:
+    """The function with its parameters in place; it must take what is needed."""
+    if not callable(function):
+        raise TypeError(f"reward {name!r} is a {type(function).__name__}, not a function")
+    if inspect.isclass(function):
+        try:
+            bound = function(**params)
+        except TypeError as error:
+            raise ValueError(f"reward {name!r}: {error}") from None
+    else:
+        named, _ = _arguments(function)
+        for key in params:  # **kwargs is there for columns, no reason to let a typo through
+            if key not in named:
+                known = ["scale", *(word for word in named if word != needed)]
+                raise ValueError(f"reward {name!r}: unknown parameter {key!r}; {nearest(key, known)}")
+        bound = functools.partial(function, **params) if params else function
+    named, wants_all = _arguments(bound)
+    if needed not in named and not wants_all:
+        raise TypeError(
+            f"reward {name!r} takes no {needed!r}; see rewards.adapters for what it is called with, by name"
+        )
+    return bound
+
+
+def _arguments(function: Any) -> tuple[dict[str, bool], bool]:
+    """Arguments that a function names -> whether it must have them; and whether it takes any others."""
+    parameters = inspect.signature(function).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {one.name: one.default is one.empty for one in parameters if one.kind not in variable}
+    return named, any(one.kind == inspect.Parameter.VAR_KEYWORD for one in parameters)
+
+
+def _said(role: str, text: str, chat: bool) -> Any:
+    return [{"role": role, "content": text}] if chat else text
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_column(value: Any, rows: int) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) == rows
+
+
+def _text(said: Any, role: str = "") -> str:
+    """The text of a prompt or completion: itself, or that of its last message (of a role)."""
+    if isinstance(said, str):
+        return said
+    messages = [message for message in said if not role or message["role"] == role]
+    content = messages[-1]["content"] if messages else ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content or ())
+
+
+def _example(prompt: Any, row: Mapping[str, Any], number: int, mode: str, verifier: str) -> Example:
+    golds = [row[key] for key in ("answer", "solution", "ground_truth") if row.get(key) is not None]
+    if not golds:
+        raise ValueError(f"row {number}: no column answer, solution or ground_truth holds a gold answer")
+    meta = row.get("meta") or {}
+    images = row.get("images") or ()
+    return Example(
+        id=str(row.get("id", number)),
+        question=_text(prompt, "user"),
+        answer=str(golds[0]),
+        mode=row.get("mode") or mode,
+        verifier=row.get("verifier") or verifier,
+        images=tuple(images),
+        chain=row.get("chain"),
+        source=row.get("source") or "",
+        meta=json.loads(meta) if isinstance(meta, str) else meta,
+    )

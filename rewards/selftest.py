@@ -1,0 +1,276 @@
+r"""A reward tested on its own data before anything learns from it: the cheapest audit of both.
+
+Every row's gold answer is rendered as a completion under the row's contract, and as completions that must
+earn nothing: empty, the answer dropped, another answer, no box, two boxes, the box inside the thought, an
+unclosed thought. A reward says which of them are its business by its attribute `self_test`:
+
+| self_test | gold | empty | corrupted | who |
+|---|---|---|---|---|
+| "answer" | earns 1 | earns 0 | earn 0 | rewards that check the answer |
+| "form" | earns 1 | earns 0 | not asked | format rewards |
+| "runs" | gets a verdict | | | rewards with a taste of their own: length, language, a rubric |
+| "skip" | not asked | | | judges: they cost requests, and are measured by `posttrain judge-audit` |
+
+A reward without the attribute is held to "answer" when it is tested on its own, and to "runs" as a term of a
+mixture. One that has an attribute `contract_of`, "think" or "direct", is on its own tested on rows of that
+mode alone. Of a mixture the total is tested too: on a row with an "answer" term the gold must earn more than
+anything corrupted. Rows that no rule can grade (verifier judge or none) are asked of "answer" terms no more
+than of anybody else: gold and corrupted alike may be unscored there.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from rewards import normal
+from rewards.calls import Caller, Reward, RewardError, problem_text
+from rewards.example import Example
+from rewards.extract import CHAT_TOKEN, CLOSE, OPEN
+from rewards.mix import Mixture, cell_of
+from rewards.verdict import Verdict
+
+LEVELS = ("answer", "form", "runs", "skip")
+NONSENSE = "blimp zorn wuff"
+"""No row's answer."""
+_CHUNK = 256
+_MARKS = re.compile(r"</?think>|\\boxed|[{}]")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A completion that did not earn what it should."""
+
+    row: int
+    """Index into the examples given."""
+    id: str
+    """The row's."""
+    reward: str
+    """Term name, or "total"."""
+    case: str
+    """What the completion is: gold, empty, another answer, ..."""
+    completion: str
+    expected: str
+    """In words: "1", "0", "a verdict", "less than the gold's 0.9"."""
+    found: str
+    """The verdict, or the error, in words."""
+
+    def __str__(self) -> str:
+        shown = self.completion if len(self.completion) <= 120 else f"{self.completion[:117]}..."
+        return (
+            f"row {self.row} ({self.id!r}): {self.reward}: {self.case}: expected {self.expected}, got {self.found}; "
+            f"the completion: {shown!r}"
+        )
+
+
+def self_test(
+    reward: Reward | Mixture,
+    examples: Sequence[Example],
+    rows: int | None = None,
+    seed: int = 0,
+    name: str = "reward",
+) -> list[Failure]:
+    r"""What a reward, or a mixture, does wrong on gold and corrupted answers; [] if nothing.
+
+    Args:
+        examples: rows with gold answers.
+        rows: test a random sample of so many; None tests all.
+        seed: of the sample.
+        name: of a single reward, for messages.
+
+    >>> rows = [Example("row-1", "2 + 2?", "4", "think")]
+    >>> from rewards.answer import AnswerReward
+    >>> self_test(AnswerReward(), rows)
+    []
+    >>> print(self_test(lambda completion, example: 1.0, rows, name="kind")[0])
+    row 0 ('row-1'): kind: empty: expected 0, got 1 (correct); the completion: ''
+
+    Does not raise where the reward does: that is a failure of its own. Raises ValueError for an unknown
+    `self_test` attribute, no row at all, or a row that no term of the mixture grades.
+    """
+    mode = getattr(reward, "contract_of", None)
+    chosen: Sequence[int] = range(len(examples))
+    if mode:
+        chosen = [row for row, example in enumerate(examples) if example.mode == mode]
+    if not chosen:
+        raise ValueError(f"reward {name!r}: no row{f' of mode {mode!r}' if mode else ''} to test it on")
+    if rows is not None and rows < len(chosen):
+        chosen = sorted(random.Random(seed).sample(chosen, rows))
+    caller = Caller()
+    failures: list[Failure] = []
+    for start in range(0, len(chosen), _CHUNK):
+        part = [(row, examples[row]) for row in chosen[start : start + _CHUNK]]
+        if isinstance(reward, Mixture):
+            failures += _test_mixture(reward, part, caller)
+        else:
+            level = _level(reward, "answer")
+            # Named on its own, even a judge is asked.
+            level = "form" if level == "skip" else level
+            failures += _test_term(reward, name, level, part, caller, _opens_the_thought(reward))[0]
+    return sorted(failures, key=lambda failure: failure.row)
+
+
+def cases(example: Example, thought_open: bool = False) -> Iterator[tuple[str, str]]:
+    r"""(what it is, completion) for a row: first the gold, then the empty one, then the corrupted.
+
+    >>> for case, completion in cases(Example("row-1", "2 + 2?", "4", "direct")):
+    ...     print(case, repr(completion))
+    gold '4'
+    empty ''
+    another answer '1012'
+    nonsense 'blimp zorn wuff'
+    two boxes '\\boxed{1012} \\boxed{4}'
+    """
+    gold, wrong = example.answer, _another(example)
+    if example.mode == "direct":
+        yield from (("gold", gold), ("empty", ""), ("another answer", wrong), ("nonsense", NONSENSE))
+        yield "two boxes", rf"\boxed{{{wrong}}} \boxed{{{gold}}}"
+        return
+    thought = _thought(example)
+    start = "" if thought_open else OPEN
+    opened = f"{start}{thought}{CLOSE}"
+    yield "gold", rf"{opened} \boxed{{{gold}}}"
+    yield "empty", ""
+    yield "another answer", rf"{opened} \boxed{{{wrong}}}"
+    yield "nonsense", rf"{opened} \boxed{{{NONSENSE}}}"
+    yield "answer dropped", opened
+    yield "no box", f"{opened} {gold}"
+    yield "an empty box", rf"{opened} \boxed{{}}"
+    yield "two boxes", rf"{opened} \boxed{{{wrong}}} \boxed{{{gold}}}"
+    yield "box inside the thought", rf"{start}{thought} \boxed{{{gold}}}{CLOSE}"
+    yield "unclosed thought", rf"{start}{thought} \boxed{{{gold}}}"
+
+
+def _level(reward: Any, otherwise: str) -> str:
+    level = getattr(reward, "self_test", otherwise)
+    if level not in LEVELS:
+        raise ValueError(f"{type(reward).__name__}.self_test = {level!r}: one of {', '.join(LEVELS)}")
+    return level
+
+
+def _opens_the_thought(reward: Any) -> bool:
+    return bool(getattr(reward, "thought_open", False))
+
+
+Scores = dict[tuple[int, str], float | None]
+"""By row and case."""
+
+
+def _test_term(
+    reward: Reward,
+    name: str,
+    level: str,
+    rows: Sequence[tuple[int, Example]],
+    caller: Caller,
+    thought_open: bool,
+) -> tuple[list[Failure], Scores]:
+    if level == "skip":
+        return [], {}
+    asked = [
+        (row, example, case, completion)
+        for row, example in rows
+        for case, completion in cases(example, thought_open)
+    ]
+    results = caller.start(reward, name, [one[3] for one in asked], [one[1] for one in asked]).results()
+    failures: list[Failure] = []
+    scores: Scores = {}
+    for (row, example, case, completion), result in zip(asked, results, strict=True):
+        if isinstance(result, Verdict):
+            scores[row, case] = result.score
+        expected = _expected(level, case, example)
+        if not _met(expected, result):
+            failures.append(Failure(row, example.id, name, case, completion, expected, _found(result)))
+    return failures, scores
+
+
+def _expected(level: str, case: str, example: Example) -> str:
+    if level == "answer" and cell_of(example)[1] == "judged":
+        level = "runs"
+    if case == "gold" and level in ("answer", "form"):
+        return "1"
+    if level == "answer" or (level == "form" and case == "empty"):
+        return "0"
+    return "a verdict"
+
+
+def _met(expected: str, result: Verdict | RewardError) -> bool:
+    if isinstance(result, RewardError):
+        return False
+    if expected == "a verdict":
+        return True
+    return result.score == float(expected)
+
+
+def _found(result: Verdict | RewardError) -> str:
+    if isinstance(result, RewardError):
+        return problem_text(result.__cause__ or result)
+    score = "no score" if result.score is None else f"{result.score:g}"
+    return f"{score} ({result.status.value}{f': {result.reason}' if result.reason else ''})"
+
+
+def _test_mixture(mixture: Mixture, rows: Sequence[tuple[int, Example]], caller: Caller) -> list[Failure]:
+    failures: list[Failure] = []
+    scores: dict[str, Scores] = {}
+    # One template writes for all terms: if one of them knows that it opens the thought, all had better.
+    thought_open = any(_opens_the_thought(term.reward) for term in mixture.terms)
+    for term in mixture.terms:
+        own = [(row, example) for row, example in rows if term in mixture.terms_of(example)]
+        if own:
+            level = _level(term.reward, "runs")
+            found, scores[term.name] = _test_term(term.reward, term.name, level, own, caller, thought_open)
+            failures += found
+    failed = {failure.row for failure in failures}  # their totals say nothing new
+    return failures + _test_totals(mixture, [one for one in rows if one[0] not in failed], scores)
+
+
+def _test_totals(
+    mixture: Mixture, rows: Sequence[tuple[int, Example]], scores: dict[str, Scores]
+) -> list[Failure]:
+    """Where corrupted answers earn as much as the gold, over the terms that were asked, their gates shut or not."""
+    failures = []
+    for row, example in rows:
+        terms = [term for term in mixture.terms_of(example) if term.weight > 0]
+        judged = cell_of(example)[1] == "judged"
+        if judged or not any(_level(term.reward, "runs") == "answer" for term in terms):
+            continue
+        totals: dict[str, float] = {}
+        made = dict(cases(example))
+        for case in made:
+            totals[case] = sum(term.weight * (scores[term.name].get((row, case)) or 0.0) for term in terms)
+        gold = totals.pop("gold")
+        for case, total in totals.items():
+            if total >= gold:
+                expected, found = f"less than the gold's {gold:g}", f"{total:g}"
+                failures.append(Failure(row, example.id, "total", case, made[case], expected, found))
+    return failures
+
+
+def _thought(example: Example) -> str:
+    """The row's own chain where it keeps the contract, else a sentence about the question, in its language."""
+    chain = (example.chain or "").strip()
+    if chain and not _MARKS.search(chain) and not CHAT_TOKEN.search(chain):
+        return chain
+    question = CHAT_TOKEN.sub(" ", _MARKS.sub(" ", example.question)).strip()
+    return question if any(letter.isalnum() for letter in question) else "1 + 1 = 2"
+
+
+def _another(example: Example) -> str:
+    """An answer that is not the gold under any tolerance: another letter, a number far away, or nonsense."""
+    options = normal.options_of(example.meta.get("choices") or ()) if _choices_are_listed(example) else {}
+    letter = normal.option_letter(example.answer, options)
+    if example.verifier in ("choice", "auto") and letter:
+        return next(other for other in (*options, "A", "B") if other != letter)
+    number = normal.exact_number(example.answer)
+    if number:
+        return _plain(3 * number.value + (1000 if number.value >= 0 else -1000))
+    return f"{NONSENSE} {NONSENSE}"
+
+
+def _choices_are_listed(example: Example) -> bool:
+    return isinstance(example.meta.get("choices") or (), list | tuple | dict)
+
+
+def _plain(value: Fraction) -> str:
+    return str(value.numerator) if value.denominator == 1 else f"{float(value):.6f}"
