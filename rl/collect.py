@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from rewards.components import component_metrics
 from rewards.example import Example
-from rewards.mix import Graded, Mixture
+from rewards.mix import Graded, Mixture, Term
 from rewards.verdict import Verdict
 from rl.config import RLConfig
 from rl.data import PromptStream, Record, example_of, prompt_messages
 from rl.ledger import Ledger
-from rl.rollout.client import Completion, Prompt, RolloutClient, Sampling
+from rl.rollout.client import Answer, Completion, Prompt, RolloutClient, Sampling
 
-GRADERS = 16
-"""Completions that are graded at once."""
 SPREAD = 1e-6
 """Rewards of a group that differ by less carry no advantage."""
 
@@ -101,11 +100,10 @@ class Collector:
         seed: int,
     ) -> None:
         self.cfg, self.client, self.mixture = cfg, client, mixture
-        self.answer, self.overlong, self.seed = answer, overlong, seed
+        self.answer = Mixture([Term("answer", answer, 1.0)])
+        self.overlong, self.seed = overlong, seed
         self.ledger = Ledger(cfg.rollout.group_size)
         self.stream = PromptStream(rows, seed, self._passes_over, cfg.dynamic_sampling.retry_share)
-        # Judges answer over HTTP: many wait at once. Rewards that compute lose nothing by it.
-        self._graders = ThreadPoolExecutor(GRADERS, thread_name_prefix="grade")
         self.drawn = 0
         self.version = 0
         """Weight updates that the servers have received; whoever sends one counts it."""
@@ -187,8 +185,7 @@ class Collector:
         started = time.monotonic()
         answers = self.client.generate(prompts, sampling)
         sampled = time.monotonic()
-        pairs = [(example_of(row), c) for row, a in zip(rows, answers, strict=True) for c in a.completions]
-        samples = iter(self._graders.map(self._grade, pairs))
+        samples = iter(self._grade(rows, answers))
         groups = [
             Group(row, answer.prompt_ids, [next(samples) for _ in answer.completions], self.version)
             for row, answer in zip(rows, answers, strict=True)
@@ -206,14 +203,25 @@ class Collector:
             )
         return groups
 
-    def _grade(self, pair: tuple[Example, Completion]) -> Sample:
-        example, completion = pair
-        return Sample(
-            completion=completion,
-            graded=self.mixture.grade(completion.text, example),
-            penalty=self.overlong(len(completion.token_ids)) if self.overlong else 0.0,
-            correct=self.answer(completion.text, example),
-        )
+    def _grade(self, rows: Sequence[Record], answers: Sequence[Answer]) -> list[Sample]:
+        completions = [completion for answer in answers for completion in answer.completions]
+        texts = [completion.text for completion in completions]
+        examples = [
+            example
+            for row, answer in zip(rows, answers, strict=True)
+            for example in [example_of(row)] * len(answer.completions)
+        ]
+        graded = self.mixture.grade_batch(texts, examples)
+        correct = self.answer.grade_batch(texts, examples)
+        return [
+            Sample(
+                completion=completion,
+                graded=reward,
+                penalty=self.overlong(len(completion.token_ids)) if self.overlong else 0.0,
+                correct=verdicts.verdicts["answer"],
+            )
+            for completion, reward, verdicts in zip(completions, graded, correct, strict=True)
+        ]
 
     def _measures(self, sampled: list[Group]) -> dict[str, float]:
         """Figures of the groups sampled for one batch."""
@@ -227,6 +235,8 @@ class Collector:
             },
             "rollout/unscorable": sum(sample.reward is None for sample in samples),
             "rollout/prompt_epoch": self.stream.epoch,
+            **component_metrics([[sample.graded for sample in group.samples] for group in sampled]),
+            **{f"reward/{name}/errors": count for name, count in self.mixture.errors.items()},
         }
         if samples:  # all of a batch may have been carried over
             figures |= {

@@ -255,6 +255,8 @@ class RLConfig(Strict):
     """How far an update goes. How many rows it sees is mini_batch, how many there are follows from batches."""
     learner: LearnerConfig = LearnerConfig()
     parity: Parity
+    self_test_rows: int = Field(default=64, ge=0)
+    """Rows on which the rewards are tried with gold and corrupted answers before training; 0 leaves it out."""
     watch: Watch = Watch()
     log_completions_every: int = Field(default=1, ge=1)
     """Rollout batches between two records of completions with their verdicts."""

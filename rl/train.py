@@ -20,10 +20,12 @@ from core.learner import (
 )
 from rewards.answer import AnswerReward
 from rewards.length import SoftOverlong
+from rewards.mix import Mixture
 from rewards.registry import load_reward
+from rewards.selftest import self_test
 from rl.collect import Collector, Group, Pipeline, Sample
 from rl.config import PoolConfig, RLConfig
-from rl.data import Record, load_rows, prompt_messages
+from rl.data import Record, example_of, load_rows, prompt_messages
 from rl.evaluate import judge
 from rl.reward import mixture_of
 from rl.rollout.client import CoreFacts, Prompt, RolloutClient
@@ -196,6 +198,8 @@ class RunLog:
             "mode": group.row["mode"],
             "question": group.row["question"],
             "answer": group.row["answer"],
+            "verifier": group.row["verifier"],
+            "meta": group.row["meta"],
             "completion": sample.completion.text,
             "tokens": len(sample.completion.token_ids),
             "finished": sample.completion.finished,
@@ -242,8 +246,29 @@ def _rollouts(
     if cfg.overlong:
         overlong = SoftOverlong(cfg.rollout.max_completion_tokens, cfg.overlong.cache_tokens)
     mixture = mixture_of(cfg.rewards, folders)
+    check_rewards(mixture, records, cfg.self_test_rows, seed)
     collector = Collector(cfg, client, records, mixture, AnswerReward(), overlong, seed)
     return Pipeline(collector, cfg.batches, cfg.rollout.overlap)
+
+
+class RewardsFail(RuntimeError):
+    """The stage's rewards do not do on its own rows what rewards must."""
+
+
+def check_rewards(mixture: Mixture, records: Sequence[Record], rows: int, seed: int) -> None:
+    """Refuse to train if a row has no reward, or if on a sample of `rows` a gold answer earns too little or a
+    corrupted one too much (rewards.selftest). Raises ValueError or RewardsFail.
+    """
+    examples = [example_of(record) for record in records]
+    for example in examples:
+        mixture.terms_of(example)
+    failures = self_test(mixture, examples, rows=rows, seed=seed) if rows else []
+    if failures:
+        shown = "\n".join(f"  {failure}" for failure in failures[:5])
+        raise RewardsFail(
+            f"{len(failures)} failures in the rewards' self-test on {min(rows, len(examples))} of the stage's rows:\n"
+            f"{shown}\ncorrect the rows or the rewards (`posttrain rewards test` shows all), or set self_test_rows=0"
+        )
 
 
 def _watcher(

@@ -8,7 +8,7 @@ import pytest
 from core.strict import parse
 from rewards.mix import Graded
 from rewards.verdict import Verdict
-from rl.collect import Group, Sample
+from rl.collect import Batch, Group, Pipeline, Sample
 from rl.config import RLConfig
 from rl.rollout.client import Completion
 
@@ -57,11 +57,10 @@ def setup(tiny_core, tmp_path):
         groups = scripted(model, processor, rows, sampler_shift)
 
         class Collected:
-            def __init__(self):
-                self.client, self.metrics = None, {}
+            client, version = None, 0
 
             def collect(self):
-                return groups, groups
+                return Batch(groups, groups, {})
 
         class Quiet:
             def push(self, model):
@@ -74,7 +73,7 @@ def setup(tiny_core, tmp_path):
                 return 0.0
 
         trainer = RolloutTrainer(
-            collector=Collected(),
+            rollouts=Pipeline(Collected(), batches=1, overlap=False),
             sync=Quiet(),
             guard=Quiet(),
             records=rows,
