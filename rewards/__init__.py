@@ -6,7 +6,8 @@
 | extract | the format contract: where the answer is, or why there is none |
 | answer | is it the gold answer? (normal, equality, mathcheck, mathworker stand behind it) |
 | format, length | is the completion well-formed; is it too long |
-| judge | a vision-language model scores the thought |
+| judge | a vision-language model scores the thought, the answer, the choice to think |
+| judge_client, judge_cache, judge_text, judge_canaries | its connections, replies on disk, quoting, start-up check |
 | mix, registry | weighted terms; rewards by name |
 
 A reward is any callable `(completion, example) -> Verdict | float | bool | None`.

@@ -23,6 +23,8 @@ REWARDS = {
     "think_format": "rewards.format:ThinkFormat",
     "direct_format": "rewards.format:DirectFormat",
     "vision_judge": "rewards.judge:VisionJudge",
+    "answer_judge": "rewards.judge:AnswerJudge",
+    "judging": "rewards.judge:JudgingReward",
 }
 """Built-in name -> where it lives; imported when it is asked for."""
 
