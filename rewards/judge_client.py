@@ -224,7 +224,9 @@ def ask(
         if limits.run_s is not None:
             deadline = min(deadline, now + limits.run_s - meter.to_dict()["seconds"])
         keys = [_key(endpoint.model, question) for question in questions]
-        first = {name: place for place, name in reversed(list(enumerate(keys)))}
+        first: dict[str, int] = {}
+        for place, name in enumerate(keys):
+            first.setdefault(name, place)
         settled: dict[str, Reply | Failure] = {}
         if cache is not None:
             for name, choice in cache.get(list(first)).items():
