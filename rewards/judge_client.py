@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 from rewards.judge_cache import ReplyCache
 
 if TYPE_CHECKING:
-    import httpx
+    import aiohttp
 
 log = logging.getLogger(__name__)
 
@@ -401,16 +401,10 @@ class _Engine:
     """Connections to one server, and the thread whose event loop runs them."""
 
     def __init__(self, base_url: str, key: str) -> None:
-        import httpx
+        import aiohttp
 
-        url = base_url.rstrip("/")
-        self.url = f"{url}/chat/completions"
-        self.client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"},
-            timeout=None,  # each request has a deadline as a whole: a server may drip
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            trust_env=urlsplit(url).hostname not in _LOOPBACK,  # no proxy between us and ourselves
-        )
+        self.url, self.key = f"{base_url.rstrip('/')}/chat/completions", key
+        self.session: aiohttp.ClientSession | None = None
         self.constrained = True
         """Sends vLLM's structured_outputs, until the server refuses the field."""
         self.breaker, self.slots = Breaker(), _Slots()
@@ -448,10 +442,24 @@ class _Engine:
         for task in asyncio.all_tasks():
             if task is not mine:
                 task.cancel()
-        await self.client.aclose()
+        if self.session is not None:
+            await self.session.close()
         await self.loop.shutdown_default_executor()
 
+    def _open(self) -> "aiohttp.ClientSession":
+        import aiohttp
+
+        return aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {self.key}", "Accept-Encoding": "identity"},
+            # vLLM hangs up on connections that were idle for 5 s; one that is reused then fails.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
+            timeout=aiohttp.ClientTimeout(total=None),  # each request as a whole has one: a server may drip
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=urlsplit(self.url).hostname not in _LOOPBACK,  # no proxy between us and ourselves
+        )
+
     async def _run(self, step: _Step) -> None:
+        self.session = self.session or self._open()
         began = time.monotonic()
         todo = iter(step.questions.items())
         workers = min(step.limits.max_concurrency, len(step.questions))
@@ -512,30 +520,32 @@ class _Engine:
         return longest * self.jitter.uniform(0.5, 1)
 
     async def _attempt(self, step: _Step, question: Question) -> "Reply | _Problem":
-        import httpx
+        import aiohttp
 
+        assert self.session is not None
         step.called()
         try:
-            async with asyncio.timeout(min(step.limits.timeout_s, max(0.0, step.left_s()))):
+            async with asyncio.timeout(step.limits.timeout_s):
                 # Pictures are encoded and the request written out in a thread: the loop serves others meanwhile.
                 body = await asyncio.to_thread(_body, step.model, question, self.constrained)
-                async with self.client.stream(
-                    "POST", self.url, content=body, headers={"Content-Type": "application/json"}
+                async with self.session.post(
+                    self.url,
+                    data=io.BytesIO(body),
+                    headers={"Content-Type": "application/json"},
+                    allow_redirects=False,
                 ) as response:
                     content = await _content(response)
         except TimeoutError:
             return _Problem("timeout", f"no reply in {step.limits.timeout_s:g} s")
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             return _Problem("connection", f"{type(error).__name__}: {error}")
-        if response.status_code == 200:
+        if response.status == 200:
             return _parsed(content, question, step)
         words = content[:300].decode("utf-8", "replace")
-        if self.constrained and response.status_code in (400, 422) and "structured_outputs" in words:
+        if self.constrained and response.status in (400, 422) and "structured_outputs" in words:
             self.constrained = False
             return await self._attempt(step, question)
-        return _Problem(
-            _cause_of(response.status_code), f"HTTP {response.status_code}: {words}", _wait_s(response)
-        )
+        return _Problem(_cause_of(response.status), f"HTTP {response.status}: {words}", _wait_s(response))
 
 
 @dataclass(frozen=True)
@@ -553,7 +563,7 @@ def _cause_of(status: int) -> str:
     return "http_5xx" if status >= 500 or status in (408, 425) else "http_4xx"
 
 
-def _wait_s(response: "httpx.Response") -> float:
+def _wait_s(response: "aiohttp.ClientResponse") -> float:
     """Seconds that Retry-After asks for, as a number or a date; 0 if it does not."""
     asked = response.headers.get("Retry-After", "").strip()
     if asked.isascii() and asked.isdecimal():
@@ -564,10 +574,10 @@ def _wait_s(response: "httpx.Response") -> float:
         return 0.0
 
 
-async def _content(response: "httpx.Response") -> bytes:
+async def _content(response: "aiohttp.ClientResponse") -> bytes:
     """The body, or as much of it as any chat completion has."""
     content = b""
-    async for chunk in response.aiter_bytes():
+    async for chunk in response.content.iter_any():
         content += chunk
         if len(content) > _MAX_REPLY_BYTES:
             break

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import pickle
+import random
 import re
 import threading
 
@@ -70,6 +71,14 @@ def test_one_constrained_request_per_criterion_with_the_image(server):
         assert "\n| What is A + A?\n" in material(request)
 
 
+def test_a_large_picture_arrives_whole(server):
+    large = Image.frombytes("RGB", (800, 800), random.Random(0).randbytes(800 * 800 * 3))
+    reward = judge(server, criteria=["factual_grounding"])
+    assert reward(COMPLETION, Example("r", "q", "4", "think", images=(large,))).score == 1
+    data = server.requests[0]["messages"][1]["content"][0]["image_url"]["url"].partition(",")[2]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).tobytes() == large.tobytes()
+
+
 def test_a_chosen_criterion_alone_is_asked_in_the_order_chosen(server):
     reward = judge(server, criteria=["logical_soundness"], choices=["no", "yes"])
     assert reward(COMPLETION, row()).score == 1
@@ -104,7 +113,7 @@ def test_the_completion_cannot_forge_marks_or_turns(server):
         ((200, b'{"unexpected": 1}'), "no_chat", "KeyError"),
         ((200, b"[" * 100_000), "no_chat", "RecursionError|JSONDecodeError"),
         ((200, b"<html>"), "no_chat", "JSONDecodeError"),
-        (None, "connection", "RemoteProtocolError"),
+        (None, "connection", "ServerDisconnectedError"),
         ((302, b"", {"Location": "http://127.0.0.1:9/"}), "http_4xx", "HTTP 302"),
     ],
 )
@@ -127,7 +136,7 @@ def test_a_word_is_a_word_in_any_dress(server, word):
 def test_a_judge_that_is_down_leaves_the_row_unscored():
     verdict = VisionJudge("http://127.0.0.1:9/v1", "m", max_retries=0, canaries=False)(COMPLETION, row())
     assert verdict.score is None
-    assert "connection: http://127.0.0.1:9/v1/chat/completions: ConnectError" in verdict.reason
+    assert "connection: http://127.0.0.1:9/v1/chat/completions: ClientConnectorError" in verdict.reason
 
 
 def test_a_judge_that_hangs_leaves_the_row_unscored(server):
