@@ -4,6 +4,7 @@ Only real replies are kept, never failures. A cache that cannot be read or writt
 first error is logged, all are counted, and judging goes on without it.
 """
 
+import ctypes
 import logging
 import os
 import sqlite3
@@ -101,8 +102,6 @@ class ReplyCache:
 
 _caches: dict[str, ReplyCache] = {}
 _lock = threading.Lock()
-_abandoned: list[object] = []
-"""A parent's connections in a forked child: neither used nor closed, as SQLite demands."""
 
 
 def cache_at(path: str | os.PathLike[str]) -> ReplyCache:
@@ -114,9 +113,17 @@ def cache_at(path: str | os.PathLike[str]) -> ReplyCache:
         return _caches[whole]
 
 
+def keep_for_ever(thing: object) -> None:
+    """Never let go of an object: for connections of the parent's in a forked child, which must not close them.
+
+    Not even when the interpreter ends: a socket taken off the event loop's epoll there is off the parent's too.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
 def _after_fork() -> None:
     global _caches, _lock
-    _abandoned.append(_caches)
+    keep_for_ever(_caches)  # SQLite: neither use nor close a parent's connection
     _caches, _lock = {}, threading.Lock()
 
 

@@ -24,13 +24,14 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rewards.judge_cache import ReplyCache
+from rewards.judge_cache import ReplyCache, keep_for_ever
 
 if TYPE_CHECKING:
     import aiohttp
@@ -418,7 +419,7 @@ class _Engine:
         future = asyncio.run_coroutine_threadsafe(self._run(step), self.loop)
         try:
             future.result(max(0.0, step.left_s()) + _GRACE_S)
-        except TimeoutError:
+        except (TimeoutError, CancelledError):  # cancelled: the engine is being closed
             future.cancel()
             step.outcomes = dict(step.outcomes)  # the engine may still be filling the other one
         except BaseException:
@@ -630,8 +631,6 @@ def _data_url(picture: Picture) -> str:
 
 _engines: dict[tuple[str, str], _Engine] = {}
 _lock = threading.Lock()
-_abandoned: list[object] = []
-"""A parent's engines in a forked child: closing one would reach into the parent's connections."""
 
 
 def _engine(base_url: str, key: str) -> _Engine:
@@ -643,7 +642,7 @@ def _engine(base_url: str, key: str) -> _Engine:
 
 def _after_fork() -> None:
     global _engines, _lock
-    _abandoned.append(_engines)
+    keep_for_ever(_engines)
     _engines, _lock = {}, threading.Lock()
 
 

@@ -291,6 +291,37 @@ def test_a_forked_child_asks_on_connections_of_its_own(server):
     assert len(server.requests) == 9
 
 
+FORK = """
+import gc, os, sys, weakref
+from rewards import judge_client
+from rewards.judge_cache import cache_at
+from rewards.judge_client import Endpoint, Limits, Meter, Question, Reply, ask
+def put(material):
+    (reply,) = ask(Endpoint(sys.argv[1], "m"), [Question("system", material, "Right?")],
+                   Limits(max_retries=0), Meter(), cache_at(sys.argv[2]))
+    assert isinstance(reply, Reply), reply
+put("before")
+session = weakref.ref(next(iter(judge_client._engines.values())).session)
+pid = os.fork()
+if not pid:
+    put("child")
+    judge_client.close()
+    vars(judge_client).clear()  # as the interpreter does when it ends
+    gc.collect()
+    os._exit(0 if session() else 3)  # were it let go of, it would close what is the parent's
+assert os.waitpid(pid, 0)[1] == 0
+put("after")
+"""
+
+
+def test_a_forked_child_that_ends_leaves_the_parents_connections_alone(server, tmp_path):
+    path = tmp_path / "judge.sqlite3"
+    command = [sys.executable, "-P", "-X", "dev", "-W", "error", "-c", FORK, server.url, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(server.requests) == 3
+
+
 def test_event_loops_and_threads_may_ask_at_once(server):
     async def loop(n):
         inside = put(server, questions(n + 1)[n:])  # blocks this loop, and works
