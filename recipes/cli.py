@@ -16,6 +16,7 @@ Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML file
   posttrain run recipes/demo                        the whole chain; finished stages are skipped
   posttrain run recipes/demo --from rlvr --set rlvr.rollout.group_size=16
   posttrain eval runs/demo/rlvr/checkpoint          score a checkpoint on the held-out set
+  posttrain judge-audit rows.jsonl --base-url http://127.0.0.1:8100/v1 --model judge
   posttrain report runs/demo                        write report.json and report.html again
 """
 OURS = ("core", "recipes", "rewards", "rl", "sft")

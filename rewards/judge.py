@@ -269,11 +269,9 @@ class Judge(ABC):
         with _lock:
             return _meters.setdefault((self.kind, self.base_url, self.model), Meter())
 
-    def _question(
-        self, system: str, blocks: Mapping[str, str], asked: str, images: Sequence[Picture]
-    ) -> Question:
+    def _question(self, system: str, material: str, asked: str, images: Sequence[Picture]) -> Question:
         offer = f"{asked} Answer {' or '.join(self.choices)}."
-        return Question(system, quoted(blocks), offer, tuple(images), self.choices)
+        return Question(system, material, offer, tuple(images), self.choices)
 
     def _too_long(self, text: str) -> Verdict | None:
         if len(text) <= self.max_chars:
@@ -318,9 +316,9 @@ class VisionJudge(Judge):
             if not parsed.thought:
                 reason = f"nothing to judge: {parsed.problem}"
                 return Verdict.wrong(reason=reason, status=Status.NO_ANSWER)
-        blocks = {"question": example.question, "response": completion}
+        material = quoted({"question": example.question, "response": completion})
         shown = images.of(example)
-        return Plan({name: self._question(SYSTEM, blocks, CRITERIA[name], shown) for name in self.criteria})
+        return Plan({name: self._question(SYSTEM, material, CRITERIA[name], shown) for name in self.criteria})
 
     def _conclude(self, yes: Mapping[str, bool], plan: Plan) -> Verdict:
         reason = ", ".join(f"{name} {'yes' if said else 'no'}" for name, said in yes.items())
@@ -384,7 +382,7 @@ class AnswerJudge(Judge):
             "answer": parsed.answer,
         }
         shown = images.of(example) if self.show_images else ()
-        question = self._question(ANSWER_SYSTEM, blocks, ANSWER_ASKED, shown)
+        question = self._question(ANSWER_SYSTEM, quoted(blocks), ANSWER_ASKED, shown)
         return Plan({"equivalent": question}, answer=parsed.answer[:MAX_BOX_CHARS])
 
     def _conclude(self, yes: Mapping[str, bool], plan: Plan) -> Verdict:
@@ -423,8 +421,8 @@ class JudgingReward(Judge):
         known = example.meta.get("needs_thinking")
         if isinstance(known, bool):
             return _judging(known, thought)
-        blocks = {"question": example.question}
-        question = self._question(NEED_SYSTEM, blocks, NEED_ASKED, images.of(example))
+        material = quoted({"question": example.question})
+        question = self._question(NEED_SYSTEM, material, NEED_ASKED, images.of(example))
         return Plan({"needed": question}, thought=thought)
 
     def _conclude(self, yes: Mapping[str, bool], plan: Plan) -> Verdict:

@@ -25,7 +25,6 @@ _BRACKETS = {
     **dict.fromkeys("／⁄∕⧸", "/"),
 }
 _FLATTEN = str.maketrans(_BRACKETS)
-_LOOKALIKE = re.compile(f"[{''.join(_BRACKETS)}]")
 # A bracket that a tag could begin with: `<` before a letter, /, |, ! or ?, also with spaces between.
 _TAG = re.compile(r"<(?= {0,8}[/|!?<]|[^\W\d])|\[(?= {0,8}/? {0,8}[A-Za-z_]{2,20} {0,8}\])")
 _DISARMED = {"<": "‹", "[": "［"}
@@ -48,15 +47,10 @@ def disarm(text: str) -> str:
     '‹/response>'
     """
     text = _LINE_ENDS.sub("\n", text)
+    letters = set(text) - {"\n", "\t"}
+    text = text.translate({ord(x): None for x in letters if unicodedata.category(x) in _UNSEEN})
     if not text.isascii():
-        text = _UNSEEN_LETTERS.sub("", text)
-        text = "".join(
-            letter for letter in text if letter in "\n\t" or unicodedata.category(letter) not in _UNSEEN
-        )
-        text = text.translate(_FLATTEN) if _LOOKALIKE.search(text) else text
-        text = _ON_BRACKET.sub("", text)
-    else:
-        text = "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())
+        text = _ON_BRACKET.sub("", _UNSEEN_LETTERS.sub("", text).translate(_FLATTEN))
     text = _TAG.sub(lambda found: _DISARMED[found[0]], text)
     return _ENCODED.sub(_without_code, text)
 
