@@ -16,6 +16,7 @@ Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML file
   posttrain run recipes/demo                        the whole chain; finished stages are skipped
   posttrain run recipes/demo --from rlvr --set rlvr.rollout.group_size=16
   posttrain eval runs/demo/rlvr/checkpoint          score a checkpoint on the held-out set
+  posttrain judge-audit rows.jsonl --base-url http://127.0.0.1:8100/v1 --model judge
   posttrain report runs/demo                        write report.json and report.html again
   posttrain rewards test answer data/held.parquet   gold answers must earn 1, corrupted ones 0
   posttrain score --rewards answer,format --input rows.jsonl --output scored.jsonl
@@ -86,6 +87,19 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("model", type=Path, help="checkpoint folder")
     server.add_argument("--recipe", type=Path, default=Path("recipes/demo"), help="default: %(default)s")
     _shared_options(server)
+
+    judged = _command(commands, "judge-audit", _judge_audit, "measure a judge against labelled thoughts")
+    judged.add_argument(
+        "data", type=Path, help='records with meta["label"], or JSONL with label, good or wrong'
+    )
+    judged.add_argument("--base-url", required=True, help="the judge's API root, ending in /v1 for vLLM")
+    judged.add_argument("--model", required=True, help="its name on that server")
+    judged.add_argument("--criteria", nargs="+", metavar="NAME", help="default: all three")
+    judged.add_argument("--out", type=Path, default=Path("judge-audit"), help="default: %(default)s")
+    judged.add_argument("--rows", type=int, help="only the first so many rows")
+    judged.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key")
+    judged.add_argument("--max-concurrency", type=int, default=16, help="default: %(default)s")
+    judged.add_argument("--timeout-s", type=float, default=60, help="for one request; default: %(default)s")
 
     _command(commands, "stages", _stages, "list the stages and their short names")
 
@@ -213,6 +227,31 @@ def _rollout_server(options: argparse.Namespace) -> None:
     from recipes.evaluation import serve
 
     serve(_load(options), options.model, options.runs_dir)
+
+
+def _judge_audit(options: argparse.Namespace) -> None:
+    from core.strict import ConfigError
+    from recipes import judge_audit
+    from recipes.progress import new_console
+    from rewards.judge import CRITERIA, VisionJudge
+
+    console = new_console()
+    try:
+        judge = VisionJudge(
+            options.base_url,
+            options.model,
+            criteria=tuple(options.criteria or CRITERIA),
+            api_key_env=options.api_key_env,
+            max_concurrency=options.max_concurrency,
+            timeout_s=options.timeout_s,
+            budget_s=3600,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    with console.status("asking the judge") as status:
+        found = judge_audit.run(judge, options.data, options.out, options.rows, status.update)
+    console.print(judge_audit.table(found))
+    console.print(f"audit: {options.out / judge_audit.MARKDOWN}", markup=False, soft_wrap=True)
 
 
 def _stages(options: argparse.Namespace) -> None:

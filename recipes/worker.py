@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -99,6 +100,8 @@ def _rl(job: Job) -> None:
     pool = parse(PoolConfig, job["pool"], "rollout")
     if pool.weights != "nccl":  # vLLM's own communicator sends those
         keep_engine_out()
+    # One cache of the judges' replies for the whole run: a stage that starts again pays for nothing twice.
+    os.environ.setdefault("POSTTRAIN_JUDGE_CACHE", str(Path(job["out"]).parent / "judge.sqlite3"))
     from rl.train import train
 
     train(

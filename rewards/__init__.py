@@ -6,7 +6,9 @@
 | extract | the format contract: where the answer is, or why there is none |
 | answer | is it the gold answer? (normal, equality, mathcheck, mathworker stand behind it) |
 | format, length, repetition, language | is it well-formed; too long; does it go in circles; in which script |
-| judge | a vision-language model scores the thought |
+| literal | a second, stricter opinion on the answer |
+| judge | a vision-language model scores the thought, the answer, the choice to think |
+| judge_client, judge_cache, judge_text, judge_canaries | its connections, replies on disk, quoting, start-up check |
 | mix, components | weighted terms and their gates; how each term does over a batch |
 | calls | a reward in any form: plain, async, batched |
 | registry, adapters | rewards by name; reward functions of TRL and verl |

@@ -44,7 +44,8 @@ class Term:
     gate: str | None = None
     """Another term: only where that one scores 1 is this one asked, elsewhere it scores 0."""
     on_error: str = "stop"
-    """When the reward raises: stop with a RewardError, or count it and leave the row unscorable."""
+    """When the reward raises: stop with a RewardError, or count it and leave the row unscorable. An exception whose
+    class has a true `always_stops` stops either way: a judge that is not to be believed."""
 
     def __post_init__(self) -> None:
         for name, known in (("modes", MODES), ("graded", GRADED)):
@@ -167,7 +168,7 @@ class Mixture:
     def _settled(self, term: Term, result: Verdict | RewardError) -> Verdict:
         if isinstance(result, Verdict):
             return result
-        if term.on_error == "stop":
+        if term.on_error == "stop" or getattr(result.__cause__, "always_stops", False):
             raise result
         with self._counting:
             self.errors[term.name] += 1

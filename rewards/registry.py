@@ -28,6 +28,8 @@ REWARDS = {
     "repetition": "rewards.repetition:Repetition",
     "language": "rewards.language:Language",
     "vision_judge": "rewards.judge:VisionJudge",
+    "answer_judge": "rewards.judge:AnswerJudge",
+    "judging": "rewards.judge:JudgingReward",
 }
 """Built-in name -> where it lives; imported when it is asked for."""
 FOREIGN = {"trl": "rewards.adapters:from_trl", "verl": "rewards.adapters:from_verl"}

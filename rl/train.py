@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from core.learner import (
     training_arguments,
 )
 from rewards.answer import AnswerReward
+from rewards.judge import Judge, statistics
 from rewards.length import SoftOverlong
 from rewards.mix import Mixture
 from rewards.registry import load_reward
@@ -32,6 +34,8 @@ from rl.rollout.client import CoreFacts, Prompt, RolloutClient
 from rl.rollout.parity import ParityGuard
 from rl.rollout.weights import NcclSync, SharedMemorySync, WeightSync
 from rl.watch import Watcher
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -78,13 +82,14 @@ def train(
     core = CoreFacts.of(model)
     rank_0 = os.environ.get("RANK", "0") == "0"
     client = RolloutClient(urls, core, concurrency=pool.concurrency) if rank_0 else None
-    log = RunLog(cfg, out)
+    record = RunLog(cfg, out)
     watcher = _watcher(cfg, client, out, sets, folders, seed) if client else None
 
     def on_batch(batch: Sequence[Group], sampled: Sequence[Group], metrics: Mapping[str, float]) -> None:
         assert watcher is not None
         seen, alarms = watcher.batch(sampled)
-        log.batch(batch, sampled, {**metrics, **seen}, with_completions=bool(alarms))
+        figures = {**metrics, **seen, **{f"judge/{name}": count for name, count in statistics().items()}}
+        record.batch(batch, sampled, figures, with_completions=bool(alarms))
         watcher.stop_for(alarms)
 
     trainer = RolloutTrainer(
@@ -105,7 +110,7 @@ def train(
         reward_funcs=[reward_function(name) for name in _columns(cfg)],
         args=arguments,
         peft_config=peft_config(cfg.learner),
-        callbacks=[log.callback()],
+        callbacks=[record.callback()],
     )
     try:
         trainer.train()
@@ -256,12 +261,23 @@ class RewardsFail(RuntimeError):
 
 
 def check_rewards(mixture: Mixture, records: Sequence[Record], rows: int, seed: int) -> None:
-    """Refuse to train if a row has no reward, or if on a sample of `rows` a gold answer earns too little or a
-    corrupted one too much (rewards.selftest). Raises ValueError or RewardsFail.
+    """Refuse to train if a row has no reward, if a judge can be talked round, or if on a sample of `rows` a gold
+    answer earns too little or a corrupted one too much (rewards.selftest).
+
+    Raises ValueError, rewards.judge_canaries.JudgeRefused or RewardsFail.
     """
     examples = [example_of(record) for record in records]
     for example in examples:
         mixture.terms_of(example)
+    for term in mixture.terms:
+        if isinstance(term.reward, Judge) and term.reward.canaries:
+            report = term.reward.check_canaries()
+            if not report.complete:
+                log.warning(
+                    "reward %s: the judge could not be checked yet (%s); its rows stay unscored until it can be",
+                    term.name,
+                    report.unanswered,
+                )
     failures = self_test(mixture, examples, rows=rows, seed=seed) if rows else []
     if failures:
         shown = "\n".join(f"  {failure}" for failure in failures[:5])

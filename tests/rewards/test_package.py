@@ -30,7 +30,7 @@ def test_grading_needs_no_trainer_and_imports_nothing_heavy():
         "PIL",
         "sympy",
         "math_verify",
-        "openai",
+        "aiohttp",
     )
     ours = ("core", "rl", "sft", "recipes")
     code = f"""

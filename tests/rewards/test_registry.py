@@ -10,7 +10,8 @@ from rewards.example import Example
 from rewards.registry import REWARDS, UnknownReward, load_reward
 
 ROW = Example("r", "q", "4", "direct")
-PARAMS = {"vision_judge": {"base_url": "http://127.0.0.1:1/v1", "model": "judge"}}
+JUDGE = {"base_url": "http://127.0.0.1:1/v1", "model": "judge"}
+PARAMS = dict.fromkeys(("vision_judge", "answer_judge", "judging"), JUDGE)
 MINE = '''
 from dataclasses import dataclass
 

@@ -1,0 +1,130 @@
+"""Judges' replies on disk, so that a resumed run pays nothing twice. One SQLite file, shared by processes.
+
+Only real replies are kept, never failures. A cache that cannot be read or written costs money, not rows: the
+first error is logged, all are counted, and judging goes on without it.
+"""
+
+import ctypes
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS replies (
+    key TEXT PRIMARY KEY, model TEXT NOT NULL, reply TEXT NOT NULL, tokens INTEGER NOT NULL, made REAL NOT NULL
+) WITHOUT ROWID
+"""
+_BUSY_S = 10.0
+"""How long one process waits for another's write."""
+_ASK_AT_ONCE = 500
+
+
+class ReplyCache:
+    """Replies by key. Safe from many threads and processes, and after a fork.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     cache = ReplyCache(Path(folder, "judge.sqlite3"))
+    ...     cache.put("key", "judge-7b", "yes", 12)
+    ...     cache.get(["key", "other"])
+    ...     cache.close()
+    {'key': 'yes'}
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.errors = 0
+        """Reads and writes that failed."""
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+
+    def get(self, keys: Sequence[str]) -> Mapping[str, str]:
+        """The replies that are there, by key."""
+        found: dict[str, str] = {}
+        for start in range(0, len(keys), _ASK_AT_ONCE):
+            some = list(keys[start : start + _ASK_AT_ONCE])
+            places = ",".join("?" * len(some))
+            rows = self._do(f"SELECT key, reply FROM replies WHERE key IN ({places})", some)
+            found.update((str(key), str(reply)) for key, reply in rows)
+        return found
+
+    def put(self, key: str, model: str, reply: str, tokens: int) -> None:
+        """Keep a reply; the first one under a key stays."""
+        row = (key, model, reply, tokens, time.time())
+        self._do("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)", row)
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _do(self, statement: str, values: Sequence[object]) -> list[tuple]:
+        try:
+            with self._lock:
+                if self._connection is None:
+                    self._connection = self._open()
+                return self._connection.execute(statement, values).fetchall()
+        except (sqlite3.Error, OSError) as error:
+            self.errors += 1
+            if self.errors == 1:
+                log.warning(
+                    "judge cache %s: %s: %s; judging goes on without it. It needs a local disk with room, "
+                    "and a file of its own",
+                    self.path,
+                    type(error).__name__,
+                    error,
+                )
+            return []
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Statements commit one by one: a killed run loses no reply that it paid for.
+        connection = sqlite3.connect(
+            self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+        )
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute(_SCHEMA)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+_caches: dict[str, ReplyCache] = {}
+_lock = threading.Lock()
+
+
+def cache_at(path: str | os.PathLike[str]) -> ReplyCache:
+    """This process's one cache of that file."""
+    whole = os.path.abspath(os.path.expanduser(path))
+    with _lock:
+        if whole not in _caches:
+            _caches[whole] = ReplyCache(Path(whole))
+        return _caches[whole]
+
+
+def keep_for_ever(thing: object) -> None:
+    """Never let go of an object: for connections of the parent's in a forked child, which must not close them.
+
+    Not even when the interpreter ends: a socket taken off the event loop's epoll there is off the parent's too.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _after_fork() -> None:
+    global _caches, _lock
+    keep_for_ever(_caches)  # SQLite: neither use nor close a parent's connection
+    _caches, _lock = {}, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
