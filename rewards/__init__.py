@@ -4,7 +4,7 @@
 |---|---|
 | verdict, example | what a reward returns, and what it sees |
 | extract | the format contract: where the answer is, or why there is none |
-| answer | is it the gold answer? (normal, equality, mathcheck, mathworker stand behind it) |
+| answer | is it the gold answer? (behind it: normal, equality, latex, mathcheck, mathpool, mathworker) |
 | format, length | is the completion well-formed; is it too long |
 | judge | a vision-language model scores the thought |
 | mix, registry | weighted terms; rewards by name |

@@ -327,7 +327,7 @@ class Pool:
             was_ready, status = keeper.ready, self._stop()
             self._failed_starts += not was_ready
             # A signal may be an accident, once or twice.
-            if not was_ready and (status >= 0 or self._failed_starts == FAILED_STARTS):
+            if not was_ready and (status >= 0 or self._failed_starts >= FAILED_STARTS):
                 self._fail(MathCheckError(f"the math checking process does not start: exit status {status}"))
 
     def _end_the_late(self) -> None:
@@ -371,7 +371,8 @@ class Pool:
         return keeper.end() if keeper else 0
 
     def _fail(self, error: BaseException) -> None:
-        """End all jobs in an error."""
+        """End all jobs in an error; the next one starts anew."""
+        self._failed_starts = 0
         with self._lock:
             jobs = [*self._again, *self._queue]
             self._again.clear()
