@@ -1,6 +1,7 @@
 """Worker processes that compare mathematical answers, and the one thread that hands them their jobs.
 
-A job belongs to one worker at a time and its clock starts when the worker does; the thread kills the worker at
+A worker does one job at a time, and the job's clock starts when the worker does; while many jobs wait, the next
+one already lies in the worker's socket, so that a busy machine does not let it idle. The thread kills the worker at
 the deadline through a pidfd, so a stopped keeper, a long C call or a worker that ignores signals changes
 nothing. A worker's death costs at most its own job: the job is tried once more on a fresh worker as long as its
 own deadline lasts, because most deaths come from outside (an out-of-memory killer, a `kill -9`), and one that a
@@ -51,7 +52,7 @@ class MathCheckError(RuntimeError):
 class Job:
     """A question in the pool; its future runs from the moment that a worker has it."""
 
-    __slots__ = ("deadline", "future", "packet", "tried")
+    __slots__ = ("_wanted", "deadline", "future", "packet", "tried")
 
     def __init__(self, gold: str, prediction: str | None) -> None:
         self.packet = json.dumps((gold, prediction)).encode()
@@ -60,9 +61,23 @@ class Job:
         """When its time is over (time.monotonic); set at its start."""
         self.tried = False
         """Whether it has lost a worker."""
+        self._wanted = True
 
-    def settle(self, outcome: Outcome) -> None:
-        self.future.set_result(outcome)
+    def begin(self, deadline_s: float) -> bool:
+        """Start its clock; returns whether anybody waits for it. No-op for one that has begun."""
+        if not self.deadline:
+            self.deadline = time.monotonic() + deadline_s
+            self._wanted = self.future.set_running_or_notify_cancel()
+        return self._wanted
+
+    def settle(self, outcome: Outcome | BaseException) -> None:
+        """End it, begun or not."""
+        if not self.begin(0):
+            return
+        if isinstance(outcome, Outcome):
+            self.future.set_result(outcome)
+        else:
+            self.future.set_exception(outcome)
 
     def fits(self) -> bool:
         """Whether a worker takes so long a text."""
@@ -74,14 +89,19 @@ class _Worker:
 
     def __init__(self, pid: int, pidfd: int, connection: socket.socket) -> None:
         self.pid, self._pidfd, self.connection = pid, pidfd, connection
-        self.job: Job | None = None
+        self.jobs: list[Job] = []
+        """The one it does and the one it does next, if there are any."""
         self._spent_s = 0.0
         """Computing time up to the start of its job."""
 
-    def start(self, job: Job) -> None:
-        self.job = job
-        with contextlib.suppress(OSError):  # it is dead: its connection is about to say so
+    def take(self, job: Job) -> bool:
+        """Whether it takes a job; it does not if it is dead, as its connection is about to say."""
+        try:
             self.connection.send(job.packet, socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        self.jobs.append(job)
+        return True
 
     def answer(self) -> tuple[Outcome, bool] | None:
         """The outcome of its job and whether it leaves after it; None if it is dead."""
@@ -222,7 +242,7 @@ class Pool:
         self._lock = threading.Lock()
         self._queue: deque[Job] = deque()
         self._again: list[Job] = []
-        """Jobs that have lost a worker, to be started before all others."""
+        """Jobs that have begun and have no worker any more, to be started before all others."""
         self._thread = None
         self._closing = False
         self._keeper: _Keeper | None = None
@@ -249,19 +269,20 @@ class Pool:
                 os.close(self._wake)
                 self._thread, self._closing = None, False
             for job in jobs:
-                if job.tried or job.future.set_running_or_notify_cancel():
-                    job.settle(Outcome.CRASHED)
+                job.settle(Outcome.CRASHED)
 
     def _hand_out(self) -> None:
-        """Start jobs on idle workers, and have more workers forked if there are jobs left."""
-        idle = [worker for worker in self._workers if not worker.job]
-        while idle and (self._again or self._queue):
-            job = self._again.pop(0) if self._again else self._queue.popleft()
-            if not job.tried:
-                if not job.future.set_running_or_notify_cancel():
-                    continue
-                job.deadline = time.monotonic() + self.deadline_s
-            idle.pop().start(job)
+        """Give jobs to the workers, and have more workers forked if there are jobs left."""
+        for worker in self._workers:
+            while not worker.jobs and (self._again or self._queue):
+                job = self._again.pop(0) if self._again else self._queue.popleft()
+                if job.begin(self.deadline_s) and not worker.take(job):
+                    self._again.append(job)
+                    break
+        for worker in self._workers:
+            # The last ones wait for the first worker that is free.
+            if len(worker.jobs) == 1 and len(self._queue) > self.size and worker.take(self._queue[0]):
+                self._queue.popleft()
         waiting = len(self._again) + len(self._queue)
         if not waiting:
             return
@@ -293,20 +314,36 @@ class Pool:
             self._hear_worker(worker)
 
     def _in_flight(self) -> list[Job]:
-        return [worker.job for worker in self._workers if worker.job] + self._again
+        return [worker.jobs[0] for worker in self._workers if worker.jobs] + self._again
 
     def _hear_worker(self, worker: _Worker) -> None:
         """Take a worker's answer, or its end."""
-        answer, job = worker.answer(), worker.job
-        worker.job = None
+        answer = worker.answer()
+        job = worker.jobs.pop(0) if worker.jobs else None
         if answer is None or answer[1]:
-            self._workers.remove(worker)
-            worker.end()
+            self._dismiss(worker)
+        elif worker.jobs:
+            worker.jobs[0].begin(self.deadline_s)
         if job and answer:
             job.settle(answer[0])
-        elif job and job.tried:
-            job.settle(Outcome.CRASHED)
         elif job:
+            self._lose(job)
+
+    def _dismiss(self, worker: _Worker) -> None:
+        """End a worker; what it has not begun is for the others."""
+        self._workers.remove(worker)
+        worker.end()
+        for job in reversed(worker.jobs):
+            if job.deadline:
+                self._again.append(job)
+            else:
+                self._queue.appendleft(job)
+
+    def _lose(self, job: Job) -> None:
+        """A job's worker has died: try it again, once."""
+        if job.tried:
+            job.settle(Outcome.CRASHED)
+        else:
             job.tried = True
             self._again.append(job)
 
@@ -333,13 +370,11 @@ class Pool:
     def _end_the_late(self) -> None:
         """Kill what has outlived its time."""
         now = time.monotonic()
-        for worker in [worker for worker in self._workers if worker.job and worker.job.deadline <= now]:
-            job, computed_s = worker.job, worker.computed_s()
-            self._workers.remove(worker)
-            worker.end()
-            if job:
-                own_fault = computed_s >= CPU_SHARE * self.deadline_s
-                job.settle(Outcome.OVER_TIME if own_fault else Outcome.TIMEOUT)
+        for worker in [worker for worker in self._workers if worker.jobs and worker.jobs[0].deadline <= now]:
+            job, computed_s = worker.jobs.pop(0), worker.computed_s()
+            self._dismiss(worker)
+            own_fault = computed_s >= CPU_SHARE * self.deadline_s
+            job.settle(Outcome.OVER_TIME if own_fault else Outcome.TIMEOUT)
         for job in [job for job in self._again if job.deadline <= now]:
             self._again.remove(job)
             job.settle(Outcome.CRASHED)
@@ -365,8 +400,7 @@ class Pool:
         for worker in list(self._workers):
             self._hear_worker(worker)
             if worker in self._workers:
-                self._workers.remove(worker)
-                worker.end()
+                self._dismiss(worker)
         keeper, self._keeper = self._keeper, None
         return keeper.end() if keeper else 0
 
@@ -378,5 +412,4 @@ class Pool:
             self._again.clear()
             self._queue.clear()
         for job in jobs:
-            if job.tried or job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
+            job.settle(error)
