@@ -53,7 +53,11 @@ WARM_UP = (
     (r"\int_0^1 x\,dx", r"\sum_{k=1}^{3}k"),
     (r"x=1\text{ or }x=2", r"\pm 2x"),
     (r"15\pi\text{ cm}^2", r"60^\circ"),
-    ("50%", r"\frac{x}{2}%"),
+    (r"4x^{\frac{3}{2}}", "4x^{3/2}"),
+    (r"3\ln(5)-2e^{-3x}", r"\ln(5) \cdot 3x"),
+    (r"(-3,\frac{9}{2})", "(4.5,y/2)"),
+    (r"\{3,-5,x\}", "-5,x,3"),
+    (r"\frac{2+4\sqrt{7}}{2}x", r"\frac{4\sqrt{7}}{2}x+1"),
 )
 """Pairs that a keeper compares before it forks: its workers inherit the grammar's tables and sympy's caches."""
 
