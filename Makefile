@@ -93,7 +93,7 @@ test-all: setup ## also the slow ones
 check: setup ## ruff, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy core rewards sft rl recipes
+	$(BIN)/mypy core rewards sft rl recipes benchmarks
 
 format: setup ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

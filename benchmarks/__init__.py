@@ -1,1 +1,1 @@
-"""Benchmarks: each compares side by side in one run and prints a table and one JSON line."""
+"""Claims about speed, each measured side by side with the stock path: `python -P -m benchmarks.<name>`."""

@@ -4,7 +4,7 @@
 |---|---|
 | verdict, example | what a reward returns, and what it sees |
 | extract | the format contract: where the answer is, or why there is none |
-| answer | is it the gold answer? (normal, equality, mathcheck, mathworker stand behind it) |
+| answer | is it the gold answer? (behind it: normal, equality, latex, mathcheck, mathpool, mathworker) |
 | format, length, repetition, language | is it well-formed; too long; does it go in circles; in which script |
 | literal | a second, stricter opinion on the answer |
 | judge | a vision-language model scores the thought, the answer, the choice to think |

@@ -15,6 +15,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
+from rewards.latex import to_sympy
 from rewards.normal import exact_number, plain_latex, plain_text, unwrapped
 
 
@@ -282,14 +283,14 @@ def _same_value(gold: Any, prediction: Any) -> bool:
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> Any:
     """sympy's expression of LaTeX, or None. Cached: the gold answer of a group is parsed once."""
-    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+    from latex2sympy2_extended import NormalizationConfig, normalize_latex
     from math_verify.grader import should_treat_as_complex
 
     config = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
     try:
         latex = normalize_latex(text, config=config)
         real = not should_treat_as_complex(latex)
-        return latex2sympy(latex, is_real=real, convert_degrees=False, normalization_config=None)
+        return to_sympy(latex, real)
     except MemoryError:
         raise
     except Exception:  # antlr, sympy and mpmath raise whatever they stumble over: it is no mathematics

@@ -1,173 +1,223 @@
-"""Compares mathematical answers in another process, so that no answer can hang, bloat or crash this one.
+"""Compares mathematical answers in other processes, so that no answer can hang, bloat or crash this one.
 
 math-verify's own timeouts are SIGALRM: useless off the main thread, deaf inside long C calls. Here a job that
-outlives its deadline costs its worker's life and nothing else. Works from any thread; after a fork each
-process starts a worker of its own; the processes end with this one.
+outlives its deadline costs its worker's life and nothing else (rewards.mathpool says how). Works from any
+thread and any event loop; after a fork each process starts workers of its own; the processes end with this one.
+Whatever is known is not computed again: outcomes are remembered, and equal questions asked at the same time
+are one.
 """
 
-import atexit
-import contextlib
-import json
+import asyncio
 import os
-import subprocess
-import sys
 import threading
 import weakref
 from collections import OrderedDict
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
 
-from rewards.equality import Outcome
-from rewards.mathworker import Lines
+from rewards.equality import Outcome, quick
+from rewards.mathpool import Job, MathCheckError, Pool
+
+__all__ = ["SHARED", "MathCheckError", "MathChecker"]
 
 DEADLINE_S = 2.0
 """The slowest honest comparison measured took 0.93 s."""
-START_S = 120.0
-"""Importing sympy takes a second, on a machine under load many."""
-GRACE_S = 5.0
-"""Beyond a job's deadline, before the keeper itself is given up."""
+QUEUE_S = 60.0
+"""The longest wait for a worker; the start of the first ones takes seconds."""
 CACHE_PAIRS = 1 << 16
-_WORKER = Path(__file__).with_name("mathworker.py")
+MAX_QUICK_CHARS = 2000
+"""What is longer is compared in a worker: this process parses nothing that could keep it."""
+WORKERS_VARIABLE = "POSTTRAIN_MATH_WORKERS"
+_NOT_FOUND_OUT = (Outcome.TIMEOUT, Outcome.CRASHED)
+
+_Key = tuple[str, str | None]
 
 
-class MathCheckError(RuntimeError):
-    """The checking process does not start: an installation is broken, no answer is to blame."""
+class _Question:
+    """What has been asked and not answered, by one caller or by many at once."""
+
+    def __init__(self, key: _Key, future: Future[Outcome]) -> None:
+        self.key, self.future, self.askers = key, future, 1
+
+    def begun(self) -> bool:
+        """Whether its answer is here, or cannot be farther away than the deadline."""
+        return self.future.running() or self.future.done()
 
 
 class MathChecker:
-    """One checking process, started at the first question and again after a death.
+    """Up to `workers` processes that compare; they start at the first question and again after a death.
+
+    Args:
+        deadline_s: what one comparison may take, from its start in a worker; a call ends at most 0.1 s later.
+        queue_s: what a comparison may wait for a worker, before it ends as TIMEOUT.
+        workers: processes; by default POSTTRAIN_MATH_WORKERS, else as many as cores, at most 4.
 
     >>> checker = MathChecker()
     >>> checker.compare("x^2 - 1", "(x - 1)(x + 1)")
     <Outcome.EQUAL: 'equal'>
+    >>> [outcome.value for outcome in checker.compare_many([("x+1", "1+x"), ("x+1", "x+2")])]
+    ['equal', 'different']
     >>> checker.close()
     """
 
-    _process: subprocess.Popen[bytes] | None
-    _answers: Lines | None
-
-    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
-        self.deadline_s = deadline_s
-        self._cache: OrderedDict[tuple[str, str | None], Outcome] = OrderedDict()
+    def __init__(
+        self, deadline_s: float = DEADLINE_S, queue_s: float = QUEUE_S, workers: int | None = None
+    ) -> None:
+        self.queue_s = queue_s
+        self._cache: OrderedDict[_Key, Outcome] = OrderedDict()
+        self._pool = Pool(workers or _workers(), deadline_s)
         self._forget()
         _CHECKERS.add(self)
+        weakref.finalize(self, self._pool.close)  # at the latest at the end of the program
 
     def compare(self, gold: str, prediction: str) -> Outcome:
         """How the two compare. TIMEOUT and CRASHED say that this was not found out.
 
-        Raises MathCheckError if the process does not start.
+        Raises MathCheckError if the processes do not start.
         """
-        return self._ask(gold, prediction)
+        return self._settle([self._ask((gold, prediction))], self.queue_s)[0]
+
+    def compare_many(self, pairs: Iterable[tuple[str, str]], timeout_s: float | None = None) -> list[Outcome]:
+        """How the (gold, prediction) pairs compare, in order, with all workers busy. Raises as `compare`.
+
+        Pairs that no worker has begun within `timeout_s` are TIMEOUT. By default that is `queue_s` and the
+        time in which all of them could be hostile.
+        """
+        asked = [self._ask(pair) for pair in pairs]
+        if timeout_s is None:
+            timeout_s = self.queue_s + len(asked) * self.deadline_s / self.workers
+        return self._settle(asked, timeout_s)
+
+    async def acompare(self, gold: str, prediction: str) -> Outcome:
+        """As `compare`, without holding up the event loop."""
+        asked = self._ask((gold, prediction))
+        if isinstance(asked, Outcome):
+            return asked
+        answer = asyncio.wrap_future(asked.future)
+        try:
+            await asyncio.wait([answer], timeout=self.queue_s)
+            begun = asked.begun()
+        finally:
+            self._leave(asked)
+        return await asyncio.shield(answer) if begun else Outcome.TIMEOUT
 
     def readable(self, gold: str) -> Outcome:
-        """EQUAL if the gold answer parses, else BAD_GOLD, TIMEOUT or CRASHED. Raises as `compare`."""
-        return self._ask(gold, None)
+        """EQUAL if the gold answer parses, else BAD_GOLD or what became of parsing it. Raises as `compare`."""
+        return self._settle([self._ask((gold, None))], self.queue_s)[0]
 
     def close(self) -> None:
-        """End the process; the next question starts another."""
-        with self._lock:
-            self._stop()
+        """End the processes; the next question starts others."""
+        self._pool.close()
+
+    @property
+    def deadline_s(self) -> float:
+        """What one comparison may take."""
+        return self._pool.deadline_s
+
+    @deadline_s.setter
+    def deadline_s(self, deadline_s: float) -> None:
+        self._pool.deadline_s = deadline_s
+
+    @property
+    def workers(self) -> int:
+        """Processes that compare at the same time, at most."""
+        return self._pool.size
 
     @property
     def pid(self) -> int | None:
-        """Process id of the keeper, the worker's parent; None while there is none."""
-        return self._process.pid if self._process else None
+        """Process id of the keeper, the workers' parent; None while there is none."""
+        return self._pool.pid
 
-    def _ask(self, gold: str, prediction: str | None) -> Outcome:
-        key = gold, prediction
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers there are."""
+        return self._pool.pids
+
+    def _ask(self, key: _Key) -> Outcome | _Question:
+        """The outcome if it shows at once, else the question, in a worker or on its way to one."""
+        gold, prediction = key
         with self._lock:
             known = self._cache.get(key)
             if known:
                 self._cache.move_to_end(key)
                 return known
-            try:
-                outcome = self._converse(gold, prediction)
-            except BaseException:  # an answer may still be on its way, to be taken for the next one's
-                self._stop()
-                raise
-            if outcome != Outcome.CRASHED:  # may be an accident; a timeout would only be waited for again
-                self._cache[key] = outcome
-                if len(self._cache) > CACHE_PAIRS:
-                    self._cache.popitem(last=False)
-            return outcome
+        if prediction is not None and max(len(gold), len(prediction)) <= MAX_QUICK_CHARS:
+            outcome = quick(gold, prediction)
+            if outcome:
+                return outcome
+        job = Job(gold, prediction)
+        if not job.fits():
+            return Outcome.BAD_GOLD if len(gold) > len(prediction or "") else Outcome.UNPARSEABLE
+        with self._lock:
+            question = self._open.get(key)
+            if question:
+                question.askers += 1
+                return question
+            question = self._open[key] = _Question(key, job.future)
+        job.future.add_done_callback(partial(self._answered, key))
+        self._pool.submit(job)
+        return question
 
-    def _converse(self, gold: str, prediction: str | None) -> Outcome:
-        process, answers = self._running()
-        job = {"gold": gold, "prediction": prediction, "deadline_s": self.deadline_s}
-        assert process.stdin is not None
+    def _settle(self, asked: Sequence[Outcome | _Question], timeout_s: float) -> list[Outcome]:
+        """The outcomes; TIMEOUT for questions that are not begun in time."""
+        questions = [one for one in asked if isinstance(one, _Question)]
         try:
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-        except BrokenPipeError:
-            self._stop()
-            return Outcome.CRASHED
-        answer = answers.read(self.deadline_s + GRACE_S)
-        if not answer:
-            self._stop()
-            return Outcome.TIMEOUT if answer is None else Outcome.CRASHED
-        return Outcome(json.loads(answer)["outcome"])
+            wait([question.future for question in questions], timeout_s)
+            begun = {question for question in questions if question.begun()}
+        finally:
+            for question in questions:
+                self._leave(question)
+        outcomes = []
+        for one in asked:
+            if isinstance(one, _Question):
+                outcomes.append(one.future.result() if one in begun else Outcome.TIMEOUT)
+            else:
+                outcomes.append(one)
+        return outcomes
 
-    def _running(self) -> tuple[subprocess.Popen[bytes], Lines]:
-        if self._process and self._answers:
-            return self._process, self._answers
-        # -P: no folder of the user's stands in for a module. Its own session: Ctrl-C is for this process.
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-        self._process, self._answers = process, Lines(process.stdout.fileno())
-        first = self._answers.read(START_S)
-        hello = json.loads(first) if first else {}
-        if "ready" not in hello:
-            self._stop()
-            reason = hello.get("error") or f"it said {first!r} within {START_S:g} s"
-            raise MathCheckError(
-                f"the math checking process does not start: {reason}; is math-verify installed?"
-            )
-        return process, self._answers
+    def _leave(self, question: _Question) -> None:
+        """Stop asking; what nobody asks any more is not begun."""
+        with self._lock:
+            question.askers -= 1
+            if not question.askers and question.future.cancel():
+                del self._open[question.key]
 
-    def _stop(self) -> None:
-        process = self._process
-        self._process = self._answers = None
-        if not process:
+    def _answered(self, key: _Key, future: Future[Outcome]) -> None:
+        if future.cancelled():
             return
-        for pipe in (process.stdin, process.stdout):
-            if pipe:
-                pipe.close()
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()  # its worker dies with it
-        process.wait()
+        with self._lock:
+            self._open.pop(key, None)
+            if future.exception() or future.result() in _NOT_FOUND_OUT:
+                return  # another time it may be
+            self._cache[key] = future.result()
+            if len(self._cache) > CACHE_PAIRS:
+                self._cache.popitem(last=False)
 
     def _forget(self) -> None:
-        """Without a process: at the start, and in a forked child, where the process is the parent's."""
+        """Without processes and open questions: at the start, and in a forked child, where they are the parent's."""
         self._lock = threading.Lock()
-        self._process = self._answers = None
+        self._open: dict[_Key, _Question] = {}
 
 
-_CHECKERS: weakref.WeakSet[MathChecker] = weakref.WeakSet()
+def _workers() -> int:
+    """How many workers the environment asks for, else one for each core that this process may use, at most 4."""
+    asked = os.environ.get(WORKERS_VARIABLE)
+    if not asked:
+        return min(4, len(os.sched_getaffinity(0)))
+    if not asked.isdecimal() or not int(asked):
+        raise ValueError(f"{WORKERS_VARIABLE}={asked!r}: how many processes compare answers, 1 or more")
+    return int(asked)
 
 
 def _after_fork_in_child() -> None:
     for checker in list(_CHECKERS):
-        process = checker._process
         checker._forget()
-        if process:  # close our copies, or the parent's end would not be the end for its worker
-            for pipe in (process.stdin, process.stdout):
-                if pipe:
-                    pipe.close()
-            process.returncode = 0  # not ours to wait for
+        checker._pool.forget()
 
 
-def _close_all() -> None:
-    for checker in list(_CHECKERS):
-        checker.close()
-
-
+_CHECKERS: weakref.WeakSet[MathChecker] = weakref.WeakSet()
 os.register_at_fork(after_in_child=_after_fork_in_child)
-atexit.register(_close_all)
 
 SHARED = MathChecker()
 """The checker behind every AnswerReward of this process."""

@@ -222,13 +222,13 @@ class RunLog:
     def callback(self) -> Any:
         from transformers import TrainerCallback
 
-        log = self
+        record = self
 
         class WriteMetrics(TrainerCallback):
             def on_log(self, args, state, control, logs=None, **_):
                 # The closing line sums the run up in other units; it is no step.
                 if state.is_world_process_zero and "train_runtime" not in logs:
-                    log.metrics(state.global_step, logs)
+                    record.metrics(state.global_step, logs)
 
         return WriteMetrics()
 

@@ -163,6 +163,8 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
     }
     if cfg.device == "cpu":
         args["--block-size"] = 32  # CPU attention takes multiples of 32
+        # One worker needs no process of its own: passing it every step's batch costs a core half of what a step does.
+        args["--distributed-executor-backend"] = "uni"
         args["--max-num-batched-tokens"] = max(4096, cfg.max_model_tokens)
     else:
         args["--tensor-parallel-size"] = cfg.gpus_per_server
@@ -201,6 +203,9 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
             "OMP_NUM_THREADS": str(cfg.threads),
             # Part of the sampler compiles even under --enforce-eager: 2 to 19 s at the first request.
             "TORCH_COMPILE_DISABLE": "1",
+            # Unless it is told this, vLLM gives a CPU engine's only worker a process of its own, to set its threads
+            # there. We have set them; passing every step's batch between two processes costs half of what a step does.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
     else:
         first = cfg.first_gpu + index * cfg.gpus_per_server

@@ -97,13 +97,14 @@ def test_rows_that_no_rule_grades_load(kind):
     validate_gold(example("a fine day", kind=kind))
 
 
-def test_a_completion_that_burns_the_deadline_is_unscored(monkeypatch):
-    from rewards import answer
+def test_a_completion_that_burns_the_deadline_is_wrong(monkeypatch):
+    from rewards import answer, mathpool
     from rewards.mathcheck import MathChecker
 
-    checker = MathChecker(deadline_s=0.2)
+    monkeypatch.setattr(mathpool, "CPU_SHARE", 0.01)  # however busy the machine is
+    checker = MathChecker(deadline_s=0.5)
     monkeypatch.setattr(answer, "SHARED", checker)
     verdict = boxed("9^{9^{9^{9}}}", "3x")
     checker.close()
-    assert (verdict.score, verdict.status) == (None, Status.TIMEOUT)
-    assert "over 0.2 s" in verdict.reason
+    assert (verdict.score, verdict.status) == (0, Status.TIMEOUT)
+    assert "over 0.5 s" in verdict.reason

@@ -1,123 +1,369 @@
-"""The checking process: whatever it is asked, whoever kills it, one job is lost and the next is answered."""
+"""The checking processes: whatever they are asked, whoever kills or stops them, the others' answers come."""
 
+import asyncio
+import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
-from rewards import mathcheck
+from rewards import equality, mathcheck, mathpool, mathworker
 from rewards.equality import Outcome
 from rewards.mathcheck import MathChecker
 
-HANGS = ("3x", "9^{9^{9^{9}}}")
 EASY = ("(x+1)^2", "x^2+2x+1")
+NUMBERS = itertools.count(2)
+NOT_IN_TIME = (Outcome.OVER_TIME, Outcome.TIMEOUT)
+"""Whose fault it is depends on how busy the machine is."""
+
+HOSTILE = {
+    "power tower": "9^{9^{9^{9}}}",
+    "tower of variables": "x^{x^{x^{x^{x^{9^{9^{9}}}}}}}",
+    "factorial": r"\left(10^{10}\right)!",
+    "factorial of a factorial": "((9!)!)!",
+    "binomial": r"\binom{10^{12}}{5\cdot 10^{11}}",
+    "long product": "(x+1)^{4000}(x+2)^{4000}(x+3)^{4000}",
+    "high degree": "+".join(f"{n}x^{{{n}}}" for n in range(1, 90)) + "=7",
+    "sparse degree": "x^{1000000000}-1",
+    "determinant": r"\det\begin{pmatrix}"
+    + r"\\".join("&".join(f"a_{{{row}{column}}}" for column in range(9)) for row in range(9))
+    + r"\end{pmatrix}",
+    "matrix power": r"\begin{pmatrix}a&b&c\\d&e&f\\g&h&i\end{pmatrix}^{90}",
+    "sum": r"\sum_{k=1}^{10^{9}} \frac{1}{k^3+k}",
+    "integral": r"3x+\int_0^1 \frac{\sin(t^{t^t})}{\ln(t+e^{t})} dt",
+    "deep brackets": "(" * 500 + "x" + ")" * 500,
+    "deep fractions": r"\frac{1}{1+" * 120 + "x" + "}" * 120,
+    "deep roots": r"\sqrt{1+" * 150 + "x" + "}" * 150,
+    "unclosed boxes": r"\boxed{" * 3000,
+    "unclosed brackets": "(" * 5000,
+    "many minus signs": "-" * 5000 + "x",
+    "many primes": "f" + "'" * 3000 + "(x)",
+    "huge decimal": "0." + "1" * 3000 + "x",
+    "many symbols": "+".join(f"x_{{{n}}}^{{{n}}}" for n in range(300)),
+    "nested functions": r"\sin(\cos(" * 60 + "x" + "))" * 60,
+    "long equation chain": "=".join("x" * 3 for _ in range(300)),
+}
 
 
 @pytest.fixture
-def checker():
-    checker = MathChecker(deadline_s=30)  # a shared machine may make an honest job wait
+def make():
+    """Makes checkers, and closes them."""
+    made: list[MathChecker] = []
+
+    def make(**settings) -> MathChecker:
+        # a shared machine may make an honest job wait
+        made.append(MathChecker(**{"deadline_s": 30, "workers": 1, **settings}))
+        return made[-1]
+
+    yield make
+    for checker in made:
+        checker.close()
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """One checker for the tests that do it no harm."""
+    checker = MathChecker(deadline_s=30, workers=2)
     yield checker
     checker.close()
 
 
-def worker_of(keeper: int) -> int:
-    """The keeper's one child."""
-    (child,) = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-    return int(child)
+@pytest.fixture(scope="module")
+def one_worker():
+    return MathChecker(workers=1)
 
 
-def gone(pid: int, within_s: float = 20) -> bool:
-    """Whether the process ends (a zombie has)."""
+@pytest.fixture
+def single(one_worker):
+    """One checker with one worker for the tests that let it live; a keeper takes a second to start."""
+    one_worker.deadline_s, one_worker.queue_s = 30, 60
+    yield one_worker
+    for worker in one_worker.worker_pids:
+        os.kill(worker, signal.SIGCONT)
+
+
+@pytest.fixture
+def threads():
+    """Threads for calls that are to wait; the checkers must be let go before they are joined."""
+    with ThreadPoolExecutor(32) as threads:
+        yield threads
+
+
+def until(condition: Callable[[], object], within_s: float = 60) -> None:
+    """Wait for a condition."""
     end = time.monotonic() + within_s
-    while time.monotonic() < end:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.02)
-    return False
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not happen"
+        time.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that a parent outside this test has not buried yet has."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def run(code: str, *args: str, returncode: int = 0, **where) -> str:
     """What the code prints in an interpreter of its own."""
     command = [sys.executable, "-P", "-c", code, *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **where)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **where)
     assert done.returncode == returncode, done.stderr
     return done.stdout
 
 
-def test_a_hung_job_times_out_and_its_process_is_replaced(checker):
-    assert checker.compare("x", "2x") == Outcome.DIFFERENT
-    keeper, worker = checker.pid, worker_of(checker.pid)
-    checker.deadline_s = 0.2
-    assert checker.compare(*HANGS) == Outcome.TIMEOUT
-    checker.deadline_s = 30
-    assert checker.compare(*EASY) == Outcome.EQUAL
+def new() -> tuple[str, str]:
+    """Two equal answers that no checker has seen."""
+    n = next(NUMBERS)
+    return f"(y+{n})^2", f"y^2+{2 * n}y+{n * n}"
+
+
+def hanging() -> tuple[str, str]:
+    """A question that no deadline is enough for and no checker has seen."""
+    return "3x", f"9^{{9^{{9^{{{next(NUMBERS) + 9}}}}}}}"
+
+
+def started(checker: MathChecker) -> int:
+    """The one worker of a checker that has answered."""
+    checker.compare(*new())
+    (worker,) = checker.worker_pids
+    return worker
+
+
+def begun(checker: MathChecker) -> bool:
+    """Whether a worker has a question."""
+    return any(question.future.running() for question in list(checker._open.values()))
+
+
+def test_a_hung_job_is_the_predictions_fault_and_its_worker_is_replaced(single, monkeypatch):
+    monkeypatch.setattr(mathpool, "CPU_SHARE", 0.01)  # however busy the machine is
+    worker, keeper = started(single), single.pid
+    single.deadline_s = 0.5
+    assert single.compare(*hanging()) == Outcome.OVER_TIME
+    single.deadline_s = 30
+    assert single.compare(*new()) == Outcome.EQUAL
+    until(lambda: gone(worker))
+    assert single.pid == keeper
+    assert single.worker_pids != [worker]
+
+
+def test_a_stopped_worker_is_nobodys_fault(single):
+    worker = started(single)
+    os.kill(worker, signal.SIGSTOP)
+    pair = new()
+    single.deadline_s = 0.2
+    assert single.compare(*pair) == Outcome.TIMEOUT
+    single.deadline_s = 30
+    until(lambda: gone(worker))
+    assert single.compare(*pair) == Outcome.EQUAL  # not remembered
+
+
+def test_the_job_of_a_killed_worker_is_done_by_another(single, threads):
+    worker = started(single)
+    os.kill(worker, signal.SIGSTOP)
+    answer = threads.submit(single.compare, *new())
+    until(lambda: begun(single))
+    os.kill(worker, signal.SIGKILL)
+    assert answer.result() == Outcome.EQUAL
+
+
+def test_a_job_that_loses_two_workers_is_crashed_and_not_remembered(single, threads):
+    first = started(single)
+    answer = threads.submit(single.compare, *hanging())
+    until(lambda: begun(single))
+    os.kill(first, signal.SIGKILL)
+    until(lambda: single.worker_pids not in ([], [first]))
+    os.kill(single.worker_pids[0], signal.SIGKILL)
+    assert answer.result() == Outcome.CRASHED
+    assert single.compare(*new()) == Outcome.EQUAL
+    single.deadline_s = 0.2
+    assert single.compare(*hanging()) in NOT_IN_TIME
+
+
+def test_workers_killed_in_mid_batch_cost_their_own_jobs_at_most(make):
+    checker = make(workers=2)
+    started(checker)
+    pairs = [(f"(x+{n})^2", f"x^2+{2 * n}x+{n * n + n % 2}") for n in range(1, 61)]
+    killed = 0
+
+    def kill() -> None:
+        nonlocal killed
+        draw = random.Random(1)
+        while not done.wait(0.2) or not killed:
+            for worker in draw.sample(checker.worker_pids, len(checker.worker_pids))[:1]:
+                os.kill(worker, signal.SIGKILL)
+                killed += 1
+
+    done = threading.Event()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcomes = checker.compare_many(pairs)
+    done.set()
+    killer.join()
+    right = [Outcome.DIFFERENT if n % 2 else Outcome.EQUAL for n in range(1, 61)]
+    lost = [found for found, wanted in zip(outcomes, right, strict=True) if found != wanted]
+    assert set(lost) <= {Outcome.CRASHED}
+    assert len(lost) <= killed / 2
+
+
+def test_a_killed_keeper_leaves_no_worker_and_is_replaced(single, threads):
+    worker = started(single)
+    keeper = single.pid
+    os.kill(worker, signal.SIGSTOP)
+    answer = threads.submit(single.compare, *new())
+    until(lambda: begun(single))
+    os.kill(keeper, signal.SIGKILL)
+    assert answer.result() == Outcome.EQUAL
+    assert gone(keeper)
     assert gone(worker)
-    assert checker.pid == keeper
-    assert worker_of(keeper) != worker
+    assert single.pid != keeper
 
 
-def test_a_killed_worker_costs_one_job(checker):
-    checker.compare("x", "2x")
-    worker = worker_of(checker.pid)
-    threading.Timer(0.3, os.kill, (worker, signal.SIGKILL)).start()
-    assert checker.compare(*HANGS) == Outcome.CRASHED
-    assert checker.compare(*EASY) == Outcome.EQUAL
+def test_a_stopped_keeper_holds_up_no_deadline_and_is_replaced(single, monkeypatch):
+    monkeypatch.setattr(mathpool, "FORK_S", 1)
+    started(single)
+    keeper = single.pid
+    os.kill(keeper, signal.SIGSTOP)
+    single.deadline_s = 0.2
+    assert single.compare(*hanging()) in NOT_IN_TIME
+    single.deadline_s = 30
+    assert single.compare(*new()) == Outcome.EQUAL
+    assert gone(keeper)
 
 
-def test_a_killed_keeper_costs_one_job_and_leaves_no_worker(checker):
-    checker.compare("x", "2x")
-    keeper, worker = checker.pid, worker_of(checker.pid)
-    threading.Timer(0.3, os.kill, (keeper, signal.SIGKILL)).start()
-    assert checker.compare(*HANGS) == Outcome.CRASHED
-    assert gone(worker)
-    assert checker.compare(*EASY) == Outcome.EQUAL
-
-
-def test_memory_is_limited(checker):
-    checker.compare("x", "2x")
-    limits = Path(f"/proc/{worker_of(checker.pid)}/limits").read_text()
+def test_memory_is_limited(single):
+    limits = Path(f"/proc/{started(single)}/limits").read_text()
     (line,) = (line for line in limits.splitlines() if line.startswith("Max address space"))
     assert line.split()[3] == str(2 << 30)
 
 
-def test_answers_are_remembered_without_the_process(checker):
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (MemoryError, Outcome.OVER_MEMORY),
+        (RecursionError, Outcome.UNPARSEABLE),
+        (OverflowError, Outcome.UNPARSEABLE),
+    ],
+)
+def test_what_the_algebra_stumbles_over_is_the_predictions_fault(error, outcome, monkeypatch):
+    def stumble(*texts):
+        raise error
+
+    monkeypatch.setattr(equality, "compare", stumble)
+    assert mathworker._answer("x", "y") == outcome
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_predictions_settle(shared, name):
+    shared.deadline_s = 0.5
+    assert shared.compare("3x", HOSTILE[name]) not in (Outcome.EQUAL, Outcome.CRASHED)
+    shared.deadline_s = 30
+    assert shared.compare(*new()) == Outcome.EQUAL
+
+
+def test_a_batch_is_in_order_and_answers_repeat(shared):
+    pairs = [EASY, ("x+1", "x+2"), ("1/2", "0.5"), EASY, ("x", r"\frac{")]
+    different, not_read = Outcome.DIFFERENT, Outcome.UNPARSEABLE
+    assert shared.compare_many(pairs) == [Outcome.EQUAL, different, Outcome.EQUAL, Outcome.EQUAL, not_read]
+    assert shared.compare_many([]) == []
+
+
+def test_answers_are_remembered_without_the_processes(make):
+    checker = make()
     assert checker.compare(*EASY) == Outcome.EQUAL
     checker.close()
-    assert checker.pid is None
+    assert (checker.pid, checker.worker_pids) == (None, [])
     assert checker.compare(*EASY) == Outcome.EQUAL
     assert checker.pid is None
 
 
-def test_it_works_off_the_main_thread_and_from_many(checker):
-    found = {}
+def test_memory_of_answers_is_bounded(make, monkeypatch):
+    monkeypatch.setattr(mathcheck, "CACHE_PAIRS", 3)
+    checker = make()
+    checker.compare_many([("3x", f"{n}x") for n in range(4, 12)])
+    assert len(checker._cache) == 3
 
-    def ask(n):
-        found[n] = checker.compare(f"x+{n}", f"{n}+x"), checker.compare(f"x+{n}", f"{n}-x")
 
-    threads = [threading.Thread(target=ask, args=(n,)) for n in range(1, 9)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == dict.fromkeys(range(1, 9), (Outcome.EQUAL, Outcome.DIFFERENT))
+def test_golds_are_readable_or_not(shared):
+    found = [shared.readable(gold) for gold in ("x^2", r"\frac{", "Tuesday")]
+    assert found == [Outcome.EQUAL, Outcome.BAD_GOLD, Outcome.EQUAL]
+
+
+def test_32_threads_ask_at_once(shared, threads):
+    start = threading.Barrier(32)
+
+    def ask(n: int) -> tuple[Outcome, Outcome]:
+        start.wait()
+        return shared.compare(f"x+{n}y", f"{n}y+x"), shared.compare(f"x+{n}y", f"{n}y-x")
+
+    assert set(threads.map(ask, range(2, 34))) == {(Outcome.EQUAL, Outcome.DIFFERENT)}
+
+
+def test_equal_questions_at_the_same_time_are_one(single, threads, monkeypatch):
+    worker = started(single)
+    jobs = []
+    submit = single._pool.submit
+    monkeypatch.setattr(single._pool, "submit", lambda job: (jobs.append(job), submit(job)))
+    os.kill(worker, signal.SIGSTOP)
+    pair = new()
+    answers = [threads.submit(single.compare, *pair) for _ in range(16)]
+    until(lambda: [question.askers for question in single._open.values()] == [16])
+    os.kill(worker, signal.SIGCONT)
+    assert {answer.result() for answer in answers} == {Outcome.EQUAL}
+    assert len(jobs) == 1
+
+
+def test_who_waits_too_long_for_a_worker_is_told_so(single, threads):
+    worker = started(single)
+    os.kill(worker, signal.SIGSTOP)
+    first = threads.submit(single.compare, *new())
+    until(lambda: begun(single))
+    single.queue_s = 0.1
+    assert single.compare("y+1", "1+y") == Outcome.TIMEOUT
+    assert asyncio.run(single.acompare("y+1", "1+y")) == Outcome.TIMEOUT
+    assert single.compare_many([("y+2", "2+y"), ("1", "2")], timeout_s=0) == [
+        Outcome.TIMEOUT,
+        Outcome.DIFFERENT,
+    ]
+    assert len(single._open) == 1  # what nobody waits for is not begun
+    os.kill(worker, signal.SIGCONT)
+    assert first.result() == Outcome.EQUAL
+
+
+def test_an_event_loop_waits_for_many(shared):
+    async def ask() -> list[Outcome]:
+        cancelled = asyncio.create_task(shared.acompare("z+1", "1+z"))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        found = await asyncio.gather(*(shared.acompare(f"z+{n}", f"{n}+z") for n in range(1, 40)))
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        return found
+
+    assert asyncio.run(ask()) == [Outcome.EQUAL] * 39
 
 
 FORKED = """
-import os
+import os, threading
 from rewards.mathcheck import SHARED
 SHARED.compare("x", "2x")
-keeper = SHARED.pid
+keeper, workers = SHARED.pid, SHARED.worker_pids
+SHARED.deadline_s = 30
+waiting = threading.Thread(target=SHARED.compare, args=("3x", "9^{9^{9^{9}}}"), daemon=True)
+waiting.start()  # a question is open at the fork
 child = os.fork()
 if child == 0:
-    assert SHARED.pid is None
+    assert (SHARED.pid, SHARED.worker_pids) == (None, [])
     assert SHARED.compare("x+1", "1+x") == "equal"
     assert SHARED.pid != keeper
     raise SystemExit(0)
@@ -127,24 +373,82 @@ assert SHARED.pid == keeper
 """
 
 
-def test_a_forked_child_starts_a_process_of_its_own():
-    run(FORKED)
+def test_a_forked_child_starts_processes_of_its_own():
+    run(FORKED, env={**os.environ, "POSTTRAIN_MATH_WORKERS": "2"})
 
 
-ORPHAN = """
-import os, sys
-from rewards.mathcheck import SHARED
-SHARED.compare("x", "2x")
-print(SHARED.pid, flush=True)
-if sys.argv[1] == "killed":
-    os.kill(os.getpid(), 9)
+SPAWNED = """
+import multiprocessing, os
+
+def ask(n):
+    from rewards.mathcheck import SHARED
+    return SHARED.compare(f"x+{n}", f"{n}+x"), SHARED.pid
+
+if __name__ == "__main__":
+    from rewards.mathcheck import SHARED
+    SHARED.compare("x", "2x")
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        outcomes, keepers = zip(*pool.map(ask, range(1, 9), chunksize=1))
+        assert set(outcomes) == {"equal"} and SHARED.pid not in keepers
+        print(SHARED.pid, *set(keepers))
 """
 
 
-@pytest.mark.parametrize("way", ["killed", "finished"])
+def test_spawned_processes_start_their_own_and_leave_none(tmp_path):
+    script = tmp_path / "spawned.py"
+    script.write_text(SPAWNED)
+    said = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    until(lambda: all(map(gone, map(int, said.stdout.split()))))
+
+
+ORPHAN = """
+import os, signal, sys, threading, time
+from rewards.mathcheck import SHARED
+SHARED.compare("x", "2x")
+hangs = threading.Thread(target=SHARED.compare, args=("3x", "9^{9^{9^{9}}}"), daemon=True)
+hangs.start()
+while not any(question.future.running() for question in SHARED._open.values()):
+    time.sleep(0.01)
+print(SHARED.pid, *SHARED.worker_pids, flush=True)
+if "stopped" in sys.argv[1]:
+    os.kill(SHARED.pid, signal.SIGSTOP)
+if "killed" in sys.argv[1]:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("way", ["killed", "killed, keeper stopped", "finished"])
 def test_no_process_outlives_its_caller(way):
-    said = run(ORPHAN, way, returncode=-signal.SIGKILL if way == "killed" else 0)
-    assert gone(int(said))
+    said = run(ORPHAN, way, returncode=-signal.SIGKILL if "killed" in way else 0)
+    pids = [int(pid) for pid in said.split()]
+    assert len(pids) > 1
+    until(lambda: all(map(gone, pids)))
+
+
+def test_no_orphan_and_no_zombie_is_left_behind(make):
+    me = psutil.Process()
+    before = set(me.children(recursive=True))
+    checker = make(workers=2)
+    started(checker)
+    checker.deadline_s = 0.2
+    checker.compare_many([hanging() for _ in range(4)])
+    checker.deadline_s = 30
+    assert checker.compare(*EASY) == Outcome.EQUAL
+    mine = set(me.children(recursive=True)) - before
+    assert {process.pid for process in mine} >= {checker.pid, *checker.worker_pids}
+    assert len(mine) <= 1 + 2
+    assert not [process for process in mine if process.status() == psutil.STATUS_ZOMBIE]
+    checker.close()
+    until(lambda: not set(me.children(recursive=True)) - before)
+
+
+def test_closing_ends_what_is_waited_for(single, threads):
+    started(single)
+    answers = [threads.submit(single.compare, *hanging()) for _ in range(2)]
+    until(lambda: len(single._open) == 2 and begun(single))
+    single.close()
+    assert {answer.result() for answer in answers} == {Outcome.CRASHED}
 
 
 SHADOWED = """
@@ -160,18 +464,47 @@ def test_a_folder_named_rewards_where_one_works_is_not_ours(tmp_path):
     run(SHADOWED, cwd=tmp_path)
 
 
-def test_a_process_that_cannot_start_says_why(checker, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("import socket; socket.socket(fileno=0).send(b'error ImportError: no algebra')", "no algebra"),
+        ("raise SystemExit(3)", "exit status 3"),
+        ("import os; os.kill(os.getpid(), 9)", "exit status -9"),
+    ],
+)
+def test_a_process_that_cannot_start_says_why(make, tmp_path, monkeypatch, code, says):
+    checker = make()
     broken = tmp_path / "broken.py"
-    broken.write_text("""print('{"error": "ImportError: no algebra"}')""")
-    monkeypatch.setattr(mathcheck, "_WORKER", broken)
-    with pytest.raises(mathcheck.MathCheckError, match="ImportError: no algebra"):
-        checker.compare(*EASY)
-    monkeypatch.undo()
+    broken.write_text(code)
+    with monkeypatch.context() as patch:
+        patch.setattr(mathpool, "_WORKER", broken)
+        with pytest.raises(mathcheck.MathCheckError, match=says):
+            checker.compare(*EASY)
+        with pytest.raises(mathcheck.MathCheckError, match=says):
+            asyncio.run(checker.acompare(*EASY))
     assert checker.compare(*EASY) == Outcome.EQUAL
 
 
-def test_text_that_is_no_text_is_answered(checker):
+def test_text_that_is_no_text_is_answered(shared):
     # a lone surrogate, a line break, a null: none may break the protocol
     for odd in ("\ud800x", "x\n+1", "x\0"):
-        assert checker.compare("x+y", odd) in (Outcome.DIFFERENT, Outcome.UNPARSEABLE)
-    assert checker.compare(*EASY) == Outcome.EQUAL
+        assert shared.compare("x+y", odd) in (Outcome.DIFFERENT, Outcome.UNPARSEABLE)
+    assert shared.compare(*EASY) == Outcome.EQUAL
+
+
+def test_text_beyond_all_measure_goes_to_no_worker(make):
+    checker = make()
+    pages = "x+" * 100_000
+    assert checker.compare("x", pages) == Outcome.UNPARSEABLE
+    assert checker.readable(pages) == Outcome.BAD_GOLD
+    assert checker.pid is None
+
+
+def test_the_environment_says_how_many_workers(monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_MATH_WORKERS", "7")
+    assert MathChecker().workers == 7
+    monkeypatch.setenv("POSTTRAIN_MATH_WORKERS", "none")
+    with pytest.raises(ValueError, match=r"'none': .* 1 or more"):
+        MathChecker()
+    monkeypatch.delenv("POSTTRAIN_MATH_WORKERS")
+    assert 1 <= MathChecker().workers <= 4
