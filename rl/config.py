@@ -178,6 +178,16 @@ class Parity(Strict):
     """Largest absolute difference of a token's log-probability; above it the run stops."""
 
 
+class RLLearner(LearnerConfig):
+    """The learner of an RL stage."""
+
+    prefix: Literal["shared", "stock"] = "shared"
+    """shared: each prompt and image is computed once per group; stock: TRL's passes, once per completion."""
+    token_budget: int | None = Field(default=None, ge=1)
+    """Tokens of one packed forward-backward pass of a rank (prefix=shared); a single row may exceed it. None: as many
+    as TRL's pass over optim.micro_batch_size padded rows would hold."""
+
+
 class RLConfig(Strict):
     """One RL stage."""
 
@@ -196,7 +206,7 @@ class RLConfig(Strict):
     """Passes over the mini-batches of one rollout batch."""
     optim: Optim
     """How far an update goes. How many rows it sees is mini_batch, how many there are follows from batches."""
-    learner: LearnerConfig = LearnerConfig()
+    learner: RLLearner = RLLearner()
     parity: Parity
     log_completions_every: int = Field(default=1, ge=1)
     """Rollout batches between two records of completions with their verdicts."""

@@ -14,9 +14,10 @@ from rl.data import Record, prompt_messages
 from rl.rollout.client import Answer
 from rl.rollout.parity import ParityGuard
 from rl.rollout.weights import WeightSync
+from rl.shared_prefix import SharedPrefixTrainer
 
 
-class RolloutTrainer(GRPOTrainer):
+class RolloutTrainer(SharedPrefixTrainer):
     """GRPO on batches that rank 0 collects from the rollout pool.
 
     Overrides one private method of TRL, `_generate_and_score_completions`: it swaps TRL's prompts for a collected
@@ -33,7 +34,7 @@ class RolloutTrainer(GRPOTrainer):
         banned_ids: tokens that sampling gives no probability; policy and reference give them none either.
         servers: servers in the pool.
         on_batch: called on rank 0 with (batch, all sampled groups, metrics).
-        **trl: arguments of GRPOTrainer.
+        **trl: arguments of SharedPrefixTrainer and GRPOTrainer.
     """
 
     def __init__(
