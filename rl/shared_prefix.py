@@ -254,6 +254,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         **trl: Any,
     ) -> None:
         super().__init__(**trl)
+        self._buffered_inputs: Any = None
         self.prefix, self.token_budget = prefix, token_budget
         self.budget_rows = budget_rows or self.args.per_device_train_batch_size
         self._tiles: TileStore | None = None
@@ -281,7 +282,8 @@ class SharedPrefixTrainer(GRPOTrainer):
         """TRL's, but groups are shuffled, not rows, so that those of a group land in the same mini-batch."""
         if self.prefix == "stock" or not self.model.training:  # type: ignore[union-attr]
             return super()._prepare_inputs(generation_batch)
-        parts = self.args.steps_per_generation
+        arguments: Any = self.args
+        parts = arguments.steps_per_generation
         if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
             order = _shuffled_groups(self._rows(batch))
@@ -398,7 +400,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         """No tile, which runs a blank one: beside images in this batch as TRL's pass does, or on another rank's."""
         if not cut_from_images and self.accelerator.num_processes == 1:
             return {}
-        size = self.model.config.vision_config.image_size  # type: ignore[union-attr]
+        size = _core_of(self.accelerator.unwrap_model(self.model)).config.vision_config.image_size
         return {"pixel_values": torch.empty((0, 3, size, size), device=device)}
 
     def _frozen_tower(self) -> bool:
