@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -144,6 +145,7 @@ def rows_of(shape: Shape, size: Size, processor: Any) -> list[dict[str, Any]]:
     image = [processor.image_token_id] * size.tile_tokens
     start, end = token_id(tokenizer, IMAGE_START), token_id(tokenizer, IMAGE_END)
     letter = token_id(tokenizer, "A")
+    typical = -math.log(size.vocabulary)
     noise, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     rows = []
     for _ in range(shape.groups):
@@ -163,7 +165,7 @@ def rows_of(shape: Shape, size: Size, processor: Any) -> list[dict[str, Any]]:
                     "images": images,
                     "prompt_ids": prompt,
                     "completion_ids": completion,
-                    "logprobs": (torch.randn(shape.completion, generator=generator) - 6).tolist(),
+                    "logprobs": (torch.randn(shape.completion, generator=generator) / 4 + typical).tolist(),
                     "score": float(torch.rand((), generator=generator)),
                 }
             )
@@ -204,6 +206,7 @@ def trainer_of(
             bf16=gpu,
             dataloader_pin_memory=False,
             gradient_checkpointing=False,
+            vllm_importance_sampling_mode="token_truncate",  # TRL's default drops whole rows as made up as these
             report_to="none",
             disable_tqdm=True,
         ),
