@@ -62,6 +62,8 @@ class RolloutTrainer(SharedPrefixTrainer):
         # TRL's branches for "completions come from vLLM": log-probabilities of the learner's own before the update,
         # and the importance-sampling correction. Its own vLLM client is not built, as it cannot reach CPU servers.
         self.use_vllm = True
+        # It gathers pictures from ranks that have some only: with a text-only rank the others would wait for it.
+        self.log_multimodal = False
         self._last_loaded_step = -1
         self._batch: list[dict[str, Any]] = []
         self._probe_inputs: dict[int, Any] = {}

@@ -77,7 +77,8 @@ def main(core, out, learner):
         "rollout": {"prompts_per_batch": 4, "group_size": 4, "max_completion_tokens": 16, "temperature": 0.7},
         "batches": 2,
         "mini_batch": 16,
-        "optim": {"learning_rate": 1e-3, "micro_batch_size": 8, "schedule": "constant"},
+        # This epsilon makes AdamW's step proportional to the gradient: signs of rounding noise move nothing.
+        "optim": {"learning_rate": 0.1, "epsilon": 1.0, "micro_batch_size": 8, "schedule": "constant"},
         "parity": {"bound": 1e-3},
         "learner": learner,
     }

@@ -36,10 +36,9 @@ def assert_same_policy(core, ours, stock):
     start = load_file(core / "model.safetensors")
     assert ours[0] == pytest.approx(stock[0], abs=1e-4)
     moved = max((stock[1][name] - start[name]).abs().max().item() for name in start)
-    assert moved > 1e-3  # two updates at 1e-3: AdamW moves a weight by about the rate each time
+    assert moved > 1e-3
     for name in start:
-        # Adam divides by the gradient's own size, so sums in another order show up far above float32's epsilon.
-        assert (ours[1][name] - stock[1][name]).abs().max().item() <= moved * 0.02, name
+        assert (ours[1][name] - stock[1][name]).abs().max().item() <= moved * 1e-3, name
 
 
 @pytest.fixture(scope="module")
