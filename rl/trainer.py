@@ -157,6 +157,10 @@ def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
     head = model.get_output_embeddings()
     bias = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
     bias[list(token_ids)] = -1e4  # finite: 0 x -inf would make the entropy NaN
+    if hasattr(head.weight, "ds_status"):  # ZeRO-3: TRL asks weight and bias whether they are gathered
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        bias.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
     del head.bias
     head.register_buffer("bias", bias, persistent=False)
 
