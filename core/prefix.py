@@ -33,7 +33,7 @@ class PrefixLayout:
 
     >>> layout = PrefixLayout((PrefixGroup(5, (2, 3)), PrefixGroup(4, (1,))))
     >>> layout.tokens, list(layout.segments()), list(layout.shared())
-    (15, [(0, 5), (5, 7), (7, 10), (10, 14), (14, 15)], [(0, 5, 10), (10, 14, 15)])
+    (15, [(0, 5), (5, 7), (7, 10), (10, 15)], [(0, 5, 10)])
     """
 
     groups: tuple[PrefixGroup, ...]
@@ -44,21 +44,22 @@ class PrefixLayout:
         return sum(group.prompt + sum(group.completions) for group in self.groups)
 
     def segments(self) -> Iterator[tuple[int, int]]:
-        """(start, end) of every prompt and completion: causal within itself."""
+        """(start, end) of what is causal within itself: prompts and completions; a prompt's only one joins it."""
         start = 0
         for group in self.groups:
-            for length in (group.prompt, *group.completions):
-                if length:
-                    yield start, start + length
+            lengths = [length for length in group.completions if length]
+            parts = [group.prompt + sum(lengths)] if len(lengths) == 1 else [group.prompt, *lengths]
+            for length in parts:
+                yield start, start + length
                 start += length
 
     def shared(self) -> Iterator[tuple[int, int, int]]:
-        """(prompt start, prompt end, end of its last completion) of every group that has completion tokens."""
+        """(prompt start, prompt end, end of its last completion) of every group of several completions."""
         start = 0
         for group in self.groups:
             middle = start + group.prompt
             end = middle + sum(group.completions)
-            if end > middle:
+            if sum(length > 0 for length in group.completions) > 1:
                 yield start, middle, end
             start = end
 
