@@ -1,7 +1,8 @@
 """The SAIL-VL2 model as a composition of what transformers has: InternVL around an AIMv2 tower and a Qwen3.
 
 What is added to InternVL: contiguous features before the pixel shuffle, the router's output of a
-mixture-of-experts text model (for its balancing loss), and several completions per row of several tiles.
+mixture-of-experts text model (for its balancing loss), several completions per row of several tiles, and what
+the shared-prefix learner needs (`tower_features`, `keep`).
 """
 
 from dataclasses import dataclass
@@ -51,14 +52,29 @@ class SailVL2Model(InternVLModel):
         """
         return super().pixel_shuffle(vision_features.contiguous(), scale_factor)
 
-    def _features_of_nothing(self, no_tiles: torch.Tensor) -> torch.Tensor:
-        """Zero, by way of the tower and the adapter on a blank tile.
+    def tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the tower sees of tiles, folded by the pixel shuffle: (tiles, image_seq_length, 4 x vision hidden).
+
+        The adapter's input. With a frozen tower it is the same in every pass over a tile.
+        """
+        layer = self.config.vision_feature_layer
+        seen = self.vision_tower(
+            pixel_values=pixel_values.to(self.dtype), return_dict=True, output_hidden_states=layer != -1
+        )
+        features = seen.last_hidden_state if layer == -1 else seen.hidden_states[layer]
+        tiles, patches, hidden = features.shape
+        side = int(patches**0.5)
+        folded = self.pixel_shuffle(features.reshape(tiles, side, side, hidden), self.config.downsample_ratio)
+        return folded.reshape(tiles, -1, folded.shape[-1])
+
+    def _features_of_nothing(self, nothing: torch.Tensor, of_tower: bool) -> torch.Tensor:
+        """Zero, by way of the tower (unless `nothing` comes from there) and the adapter on a blank tile.
 
         DeepSpeed gathers weights and reduces gradients rank by rank in step: a rank without images that left the
         tower out would keep the others waiting.
         """
-        blank = no_tiles.new_zeros((1, *no_tiles.shape[1:]))
-        return self.get_image_features(pixel_values=blank, return_dict=True).pooler_output.sum() * 0
+        blank = nothing.new_zeros((1, *nothing.shape[1:]))
+        return self.multi_modal_projector(blank if of_tower else self.tower_features(blank)).sum() * 0
 
     @can_return_tuple
     def forward(
@@ -71,32 +87,45 @@ class SailVL2Model(InternVLModel):
         inputs_embeds: torch.FloatTensor | None = None,
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
+        tower_features: torch.Tensor | None = None,
+        keep: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SailVL2ModelOutput:
         """Hidden states (rows, tokens, hidden) of rows in which image tokens stand for `pixel_values`.
 
         Differs from InternVLModel in handing on `router_logits`, and in taking `pixel_values` of no tile (a
-        micro-batch of text-only rows cut from a mixed batch). Raises ValueError if the image tokens in
-        `input_ids` and the tiles in `pixel_values` disagree.
+        micro-batch of text-only rows cut from a mixed batch), `tower_features` (what the method of that name
+        returned) in their place, and `keep` (positions,): the only positions that come back. Raises ValueError
+        if the image tokens in `input_ids` and the tiles disagree, or both kinds of tiles are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if pixel_values is not None and tower_features is not None:
+            raise ValueError("give either pixel_values or tower_features")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
-        if pixel_values is not None and not len(pixel_values):
-            nothing: Any = self._features_of_nothing(pixel_values).to(inputs_embeds.device)
-            inputs_embeds = inputs_embeds + nothing
+        tiles = pixel_values if tower_features is None else tower_features
+        if tiles is not None and not len(tiles):
+            nothing: Any = self._features_of_nothing(tiles, tower_features is not None)
+            inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device)
+        elif tower_features is not None:
+            image_features = self.multi_modal_projector(tower_features)
         elif pixel_values is not None:
             image_features = self.get_image_features(
                 pixel_values=pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 return_dict=True,
-            ).pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            ).pooler_output
+        if image_features is not None:
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             embeds: Any = inputs_embeds  # the annotations of transformers and torch disagree here
             mask = self.get_placeholder_mask(input_ids, embeds, image_features)  # type: ignore[arg-type]
             inputs_embeds = embeds.masked_scatter(mask, image_features)
+        if kwargs.get("prefix") is not None:
+            # The layout says who sees whom. Four axes: transformers takes the mask for a finished one.
+            attention_mask = inputs_embeds.new_ones((1, 1, 1, 1))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -105,7 +134,9 @@ class SailVL2Model(InternVLModel):
             **kwargs,
         )
         return SailVL2ModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=outputs.last_hidden_state
+            if keep is None
+            else outputs.last_hidden_state[:, keep],
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -235,6 +235,16 @@ class Watch(Strict):
     """Rollout batches between two looks at them."""
 
 
+class RLLearner(LearnerConfig):
+    """The learner of an RL stage."""
+
+    prefix: Literal["shared", "stock"] = "shared"
+    """shared: each prompt and image is computed once per group; stock: TRL's passes, once per completion."""
+    token_budget: int | None = Field(default=None, ge=1)
+    """Tokens of one packed forward-backward pass of a rank (prefix=shared); a single row may exceed it. None: as many
+    as TRL's pass over optim.micro_batch_size padded rows would hold."""
+
+
 class RLConfig(Strict):
     """One RL stage."""
 
@@ -253,7 +263,7 @@ class RLConfig(Strict):
     """Passes over the mini-batches of one rollout batch."""
     optim: Optim
     """How far an update goes. How many rows it sees is mini_batch, how many there are follows from batches."""
-    learner: LearnerConfig = LearnerConfig()
+    learner: RLLearner = RLLearner()
     parity: Parity
     self_test_rows: int = Field(default=64, ge=0)
     """Rows on which the rewards are tried with gold and corrupted answers before training; 0 leaves it out."""

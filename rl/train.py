@@ -109,6 +109,9 @@ def train(
         ),
         reward_funcs=[reward_function(name) for name in _columns(cfg)],
         args=arguments,
+        prefix=cfg.learner.prefix,
+        token_budget=cfg.learner.token_budget,
+        budget_rows=cfg.optim.micro_batch_size,
         peft_config=peft_config(cfg.learner),
         callbacks=[record.callback()],
     )
@@ -125,9 +128,11 @@ def trl_config(cfg: RLConfig, out: Path, seed: int) -> Any:
     from trl import GRPOConfig
 
     algorithm, rollout, correction = cfg.algorithm, cfg.rollout, cfg.algorithm.importance_sampling
-    per_pass = cfg.optim.micro_batch_size * cfg.learner.processes
+    shared = cfg.learner.prefix == "shared"  # an update's rows come at once and are cut by tokens
+    per_pass = cfg.mini_batch if shared else cfg.optim.micro_batch_size * cfg.learner.processes
     return GRPOConfig(
-        **training_arguments(cfg.optim, cfg.learner, seed=seed),
+        **training_arguments(cfg.optim, cfg.learner, seed=seed)
+        | {"per_device_train_batch_size": per_pass // cfg.learner.processes},
         output_dir=str(out / "trainer"),
         max_steps=cfg.max_steps,
         num_generations=rollout.group_size,

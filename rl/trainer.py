@@ -15,9 +15,10 @@ from rl.data import Record, prompt_messages
 from rl.rollout.client import Answer
 from rl.rollout.parity import ParityGuard
 from rl.rollout.weights import WeightSync
+from rl.shared_prefix import SharedPrefixTrainer
 
 
-class RolloutTrainer(GRPOTrainer):
+class RolloutTrainer(SharedPrefixTrainer):
     """GRPO on batches that rank 0 collects from the rollout pool.
 
     Overrides one private method of TRL, `_generate_and_score_completions`: it swaps TRL's prompts for a collected
@@ -34,7 +35,7 @@ class RolloutTrainer(GRPOTrainer):
         banned_ids: tokens that sampling gives no probability; policy and reference give them none either.
         servers: servers in the pool.
         on_batch: called on rank 0 with a batch's groups, all groups sampled for it, and its metrics.
-        **trl: arguments of GRPOTrainer.
+        **trl: arguments of SharedPrefixTrainer and GRPOTrainer.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class RolloutTrainer(GRPOTrainer):
         # TRL's branches for "completions come from vLLM": log-probabilities of the learner's own before the update,
         # and the importance-sampling correction. Its own vLLM client is not built, as it cannot reach CPU servers.
         self.use_vllm = True
+        # It gathers pictures from ranks that have some only: with a text-only rank the others would wait for it.
+        self.log_multimodal = False
         self._last_loaded_step = -1
         self._batch: list[dict[str, Any]] = []
         self._probe_inputs: dict[int, Any] = {}
@@ -163,6 +166,10 @@ def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
     head = model.get_output_embeddings()
     bias = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
     bias[list(token_ids)] = -1e4  # finite: 0 x -inf would make the entropy NaN
+    if hasattr(head.weight, "ds_status"):  # ZeRO-3: TRL asks weight and bias whether they are gathered
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        bias.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
     del head.bias
     head.register_buffer("bias", bias, persistent=False)
 

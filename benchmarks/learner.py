@@ -1,0 +1,379 @@
+"""Our GRPO learner step against stock TRL's, on the same model, batch and completions.
+
+    python -P -m benchmarks.learner [--quick]
+
+A step is the pass for old log-probabilities and the loss with its backward pass; no optimizer, as it is the same. All
+completions of a shape have the same length, so that nothing is gained from padding. Before anything is timed, loss
+and gradients of both sides are compared. Both sides run in one process, in alternating order, one CPU thread (or one
+GPU, bf16, SAIL-VL2-2B's shapes with random weights); peak memory comes from a process of its own per side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+REPEATS = 5
+SIDES = ("stock", "shared")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Groups of one prompt and equally long completions."""
+
+    name: str
+    group_size: int
+    images: int
+    """Tiles in the prompt, each of the size's tokens."""
+    text: int
+    """Other tokens of the prompt."""
+    completion: int
+    groups: int = 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """A core; `vision` and `text` are (hidden, layers, heads, mlp)."""
+
+    image_px: int
+    vision: tuple[int, int, int, int]
+    text: tuple[int, int, int, int]
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    @property
+    def tile_tokens(self) -> int:
+        return (self.image_px // 28) ** 2
+
+
+SMALL = Size(112, (128, 4, 4, 256), (192, 4, 4, 576), 2, 48, 2048)
+PROOF = Size(448, (128, 6, 4, 256), (192, 6, 4, 576), 2, 48, 2048)
+QUICK = Size(112, (96, 2, 4, 192), (128, 3, 4, 256), 2, 32, 512)
+SAIL_2B = Size(448, (1536, 24, 12, 4096), (2048, 28, 16, 6144), 8, 128, 151_936)
+
+PROOF_SHAPE = Shape("proof", 8, images=2, text=43, completion=128, groups=1)
+RATIOS = {  # prompt : completion, with 16 tokens per image
+    "8:1": (12, 64, 32),
+    "4:1": (12, 64, 64),
+    "1:1": (6, 32, 128),
+    "1:4": (2, 32, 256),
+}
+SHAPES = (
+    *(
+        Shape(f"{ratio} x{group}", group, images, text, completion, groups=2)
+        for ratio, (images, text, completion) in RATIOS.items()
+        for group in (4, 8, 16)
+    ),
+    Shape("no groups", 1, images=2, text=32, completion=256, groups=8),  # nothing to share
+)
+GPU_SHAPES = tuple(
+    Shape(f"{ratio} x{group}", group, images, text, completion, groups=1)
+    for ratio, (images, text, completion) in {
+        "8:1": (8, 0, 256),
+        "4:1": (8, 0, 512),
+        "1:1": (4, 0, 1024),
+        "1:4": (1, 0, 1024),
+    }.items()
+    for group in (4, 8, 16)
+)
+
+
+def cases(quick: bool, gpu: bool) -> list[tuple[Size, Shape]]:
+    """What is measured, the headline first."""
+    if gpu:
+        return [(SAIL_2B, shape) for shape in (PROOF_SHAPE, *(GPU_SHAPES[1:2] if quick else GPU_SHAPES))]
+    if quick:
+        few = [shape for shape in SHAPES if shape.name in ("8:1 x8", "1:4 x4", "no groups")]
+        return [(QUICK, shape) for shape in few]
+    return [(PROOF, PROOF_SHAPE), *((SMALL, shape) for shape in SHAPES)]
+
+
+def build_core(size: Size) -> tuple[Any, Any]:
+    """A random core in memory, and its processor."""
+    import torch
+
+    from core import SailVL2ForConditionalGeneration, TinySize, register
+    from core.tiny import tiny_config, tiny_processor
+    from core.tokenizer import build_word_tokenizer
+
+    register()
+    (vision_hidden, vision_layers, vision_heads, vision_mlp) = size.vision
+    (text_hidden, text_layers, text_heads, text_mlp) = size.text
+    tiny = TinySize(
+        vision_hidden=vision_hidden,
+        vision_layers=vision_layers,
+        vision_heads=vision_heads,
+        vision_mlp=vision_mlp,
+        image_px=size.image_px,
+        text_hidden=text_hidden,
+        text_layers=text_layers,
+        text_heads=text_heads,
+        text_kv_heads=size.kv_heads,
+        text_head_dim=size.head_dim,
+        text_mlp=text_mlp,
+        max_tokens=8192,
+        initializer_range=0.02,
+    )
+    tokenizer = build_word_tokenizer(["A"])
+    config = tiny_config(tokenizer, tiny)
+    config.text_config.vocab_size = size.vocabulary
+    gpu = torch.cuda.is_available()
+    torch.manual_seed(0)
+    with torch.device("cuda" if gpu else "cpu"):
+        model = SailVL2ForConditionalGeneration(config)
+    return (model.bfloat16() if gpu else model.float()), tiny_processor(tokenizer, tiny)
+
+
+def rows_of(shape: Shape, size: Size, processor: Any) -> list[dict[str, Any]]:
+    """TRL's rows: pictures of noise, random tokens, made-up rewards and sampler log-probabilities."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from core.tokenizer import IMAGE_END, IMAGE_START, token_id
+
+    tokenizer = processor.tokenizer
+    image = [processor.image_token_id] * size.tile_tokens
+    start, end = token_id(tokenizer, IMAGE_START), token_id(tokenizer, IMAGE_END)
+    letter = token_id(tokenizer, "A")
+    typical = -math.log(size.vocabulary)
+    noise, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(shape.groups):
+        side = size.image_px
+        images = [
+            Image.fromarray(noise.integers(0, 255, (side, side, 3), dtype=np.uint8))
+            for _ in range(shape.images)
+        ]
+        text = [letter] * max(0, shape.text - 2 * shape.images)
+        prompt = [token for _ in images for token in (start, *image, end)] + text
+        for _ in range(shape.group_size):
+            completion = torch.randint(letter, letter + 8, (shape.completion,), generator=generator).tolist()
+            completion[-1] = tokenizer.eos_token_id
+            rows.append(
+                {
+                    "prompt": [{"role": "user", "content": "A"}],
+                    "images": images,
+                    "prompt_ids": prompt,
+                    "completion_ids": completion,
+                    "logprobs": (torch.randn(shape.completion, generator=generator) / 4 + typical).tolist(),
+                    "score": float(torch.rand((), generator=generator)),
+                }
+            )
+    return rows
+
+
+def trainer_of(
+    side: str, model: Any, processor: Any, rows: Sequence[dict[str, Any]], folder: str
+) -> tuple[Any, Any]:
+    """TRL's or our trainer of this model, and the batch that it makes of the rows."""
+    import torch
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rl.shared_prefix import SharedPrefixTrainer
+
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    gpu = torch.cuda.is_available()
+
+    def hand_over(prompts, trainer):
+        return {name: [row[name] for row in rows] for name in ("prompt_ids", "completion_ids", "logprobs")}
+
+    def score(score, **_):
+        return score
+
+    trainer: Any = (GRPOTrainer if side == "stock" else SharedPrefixTrainer)(
+        model=model,
+        processing_class=processor,
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * len(rows)}),
+        reward_funcs=[score],
+        rollout_func=hand_over,
+        args=GRPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=len(rows),
+            num_generations=2,
+            max_completion_length=len(rows[0]["completion_ids"]),
+            use_cpu=not gpu,
+            bf16=gpu,
+            dataloader_pin_memory=False,
+            gradient_checkpointing=False,
+            vllm_importance_sampling_mode="token_truncate",  # TRL's default drops whole rows as made up as these
+            report_to="none",
+            disable_tqdm=True,
+        ),
+    )
+    trainer.use_vllm, trainer._last_loaded_step = True, 0  # completions that were sampled elsewhere
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    return trainer, trainer._generate_and_score_completions(list(rows))
+
+
+def step(trainer: Any, inputs: dict[str, Any]) -> float:
+    """Old log-probabilities, loss and gradients; returns the loss."""
+    import torch
+
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    images = {name: inputs[name] for name in ("pixel_values", "num_images", "num_tiles") if name in inputs}
+    trainer.model.zero_grad()
+    with torch.no_grad():
+        trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, inputs["completion_ids"].shape[1], batch_size=len(ids), **images
+        )
+    with trainer.accelerator.autocast():
+        loss = trainer._compute_loss(trainer.model, inputs)
+    trainer.accelerator.backward(loss)
+    return float(loss.detach())
+
+
+def synchronise() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], Any]) -> float:
+    synchronise()
+    start = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def compare(size: Size, shape: Shape, folder: str) -> dict[str, Any]:
+    """Assert that both sides agree, then time them in turn."""
+    import torch
+
+    model, processor = build_core(size)
+    rows = rows_of(shape, size, processor)
+    sides = {}
+    for (
+        side
+    ) in SIDES:  # one model: the second trainer's fused head wraps the first's, which both then call alike
+        sides[side] = trainer_of(side, model, processor, rows, folder)
+    results = {}
+    for side, (trainer, inputs) in sides.items():
+        loss = step(trainer, inputs)
+        results[side] = loss, [p.grad.float().cpu() for p in model.parameters() if p.grad is not None]
+    (stock_loss, stock), (shared_loss, shared) = results["stock"], results["shared"]
+    difference = sum(float((a - b).square().sum()) for a, b in zip(shared, stock, strict=True)) ** 0.5
+    difference /= sum(float(b.square().sum()) for b in stock) ** 0.5
+    bound = 5e-2 if torch.cuda.is_available() else 1e-5  # bf16 rounds at 4e-3 in every operation
+    if not difference <= bound or abs(shared_loss - stock_loss) > bound:
+        raise AssertionError(
+            f"{shape.name}: gradients differ by {difference:.1e}, losses {shared_loss} {stock_loss}"
+        )
+    del results, stock, shared
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    for repeat in range(REPEATS + 1):
+        for side in SIDES if repeat % 2 else SIDES[::-1]:
+            seconds = timed(partial(step, *sides[side]))
+            if repeat:
+                times[side].append(seconds)
+    medians = {side: statistics.median(values) for side, values in times.items()}
+    return {
+        **asdict(shape),
+        "prompt": len(rows[0]["prompt_ids"]),
+        **{f"{side}_s": round(seconds, 4) for side, seconds in medians.items()},
+        "ratio": round(medians["stock"] / medians["shared"], 2),
+        "grad_rel_diff": difference,
+    }
+
+
+def peak_mib(side: str, size: Size, shape: Shape) -> float:
+    """Peak memory of one step above what was held before it, MiB. For a process of its own."""
+    import torch
+
+    model, processor = build_core(size)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, inputs = trainer_of(side, model, processor, rows_of(shape, size, processor), folder)
+        if torch.cuda.is_available():
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step(trainer, inputs)
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the high-water mark starts again from what is resident now
+        before_kib = _status_kib("VmRSS")
+        step(trainer, inputs)
+        return (_status_kib("VmHWM") - before_kib) / 2**10
+
+
+def _status_kib(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
+
+
+def measured_memory(side: str, index: int, quick: bool) -> float:
+    """`peak_mib` of case number `index` in a child process."""
+    command = [sys.executable, "-P", "-m", "benchmarks.learner", "--memory", side, "--case", str(index)]
+    done = subprocess.run(
+        command + (["--quick"] if quick else []), capture_output=True, text=True, timeout=600, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"measuring {side}'s memory failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])["peak_mib"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a small core and three shapes: within a minute")
+    parser.add_argument("--memory", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
+    import torch
+
+    torch.set_num_threads(1)
+    gpu = torch.cuda.is_available()
+    chosen = cases(options.quick, gpu)
+    if options.memory:
+        print(json.dumps({"peak_mib": peak_mib(options.memory, *chosen[options.case])}))
+        return
+    lines = []
+    print("shape      group prompt compl.  stock s   ours s  ratio grad diff")
+    for size, shape in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            line = compare(size, shape, folder)
+        lines.append(line)
+        print(
+            f"{line['name']:<10} {line['group_size']:>5} {line['prompt']:>6} {line['completion']:>6} "
+            f"{line['stock_s']:>8.3f} {line['shared_s']:>8.3f} {line['ratio']:>6.2f} {line['grad_rel_diff']:>9.1e}",
+            flush=True,
+        )
+    # the headline, and the shape with the least to share
+    for index in {0, min(range(len(lines)), key=lambda i: lines[i]["ratio"])}:
+        peaks = {side: round(measured_memory(side, index, options.quick)) for side in SIDES}
+        lines[index]["peak_mib"] = peaks
+        print(
+            f"{lines[index]['name']}: peak memory of a step, MiB: stock {peaks['stock']}, ours {peaks['shared']}"
+        )
+    result = {
+        "bench": "learner",
+        "ratio": lines[0]["ratio"],
+        "lowest": min(line["ratio"] for line in lines),
+        "grad_rel_diff": max(line["grad_rel_diff"] for line in lines),
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "quick": options.quick,
+        "shapes": lines,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""One rank that trains two updates on scripted groups and saves its policy; run by test_shared_prefix_ranks.py.
+
+    python -P rank_worker.py CORE OUT JSON, the JSON being the stage's `learner`
+
+Four groups of four: those of the first half have images, the others none, so that of two ranks one has no image.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from core.learner import (
+    apply_freeze,
+    join_process_group,
+    load_model,
+    load_processor,
+    peft_config,
+    save_checkpoint,
+)
+from core.strict import parse
+from rewards.mix import Graded
+from rewards.verdict import Verdict
+from rl.collect import Group, Sample
+from rl.config import RLConfig
+from rl.data import prompt_messages
+from rl.rollout.client import Completion, CoreFacts
+from rl.train import trl_config
+from rl.trainer import RolloutTrainer, reward_function
+
+LENGTHS = (5, 12, 7, 3)
+
+
+def record(number, images):
+    noise = np.random.default_rng(number)
+    return {
+        "id": f"row-{number}",
+        "images": [
+            Image.fromarray(noise.integers(0, 255, (56, 56, 3), dtype=np.uint8)) for _ in range(images)
+        ],
+        "question": "compute A plus B",
+        "answer": "7",
+        "mode": "think" if number % 2 else "direct",
+    }
+
+
+def scripted(processor, rows):
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for row in rows:
+        prompt = processor.apply_chat_template(
+            [prompt_messages(row)], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"][0]
+        samples = []
+        for index, length in enumerate(LENGTHS):
+            ids = [
+                *torch.randint(15, 40, (length - 1,), generator=generator).tolist(),
+                processor.tokenizer.eos_token_id,
+            ]
+            logps = (0.2 * torch.randn(length, generator=generator) - 4).tolist()
+            verdict = Verdict(index / 3, "correct")
+            graded = Graded(total=index / 3, verdicts={"answer": verdict})
+            samples.append(Sample(Completion(ids, logps, "", True), graded, 0.0, verdict))
+        groups.append(Group(row, list(prompt), samples))
+    return groups
+
+
+def main(core, out, learner):
+    stage = {
+        "data": [{"set": "rl"}],
+        "rewards": [{"name": "answer", "use": "answer", "weight": 1.0}],
+        "algorithm": {"clip_low": 0.2, "clip_high": 0.28},
+        "rollout": {"prompts_per_batch": 4, "group_size": 4, "max_completion_tokens": 16, "temperature": 0.7},
+        "batches": 2,
+        "mini_batch": 16,
+        # This epsilon makes AdamW's step proportional to the gradient: signs of rounding noise move nothing.
+        "optim": {"learning_rate": 0.1, "epsilon": 1.0, "micro_batch_size": 8, "schedule": "constant"},
+        "parity": {"bound": 1e-3},
+        "learner": learner,
+    }
+    cfg = parse(RLConfig, stage, "test")
+    join_process_group(cfg.learner)
+    processor = load_processor(core)
+    rows = [record(0, 1), record(1, 2), record(2, 0), record(3, 0)]
+    groups = scripted(processor, rows)
+    arguments = trl_config(cfg, out, seed=0)  # before the model, as rl.train does
+    policy = load_model(core, cfg.learner)
+    apply_freeze(policy, cfg.learner.freeze)
+
+    class Collected:
+        client, metrics = None, {}
+
+        def collect(self):
+            return groups, groups
+
+    class Quiet:
+        def push(self, model):
+            pass
+
+        def sample(self, client):
+            return []
+
+        def check(self, *_):
+            return 0.0
+
+    trainer = RolloutTrainer(
+        collector=Collected() if arguments.process_index == 0 else None,
+        sync=Quiet(),
+        guard=Quiet(),
+        records=rows,
+        probes=[],
+        banned_ids=CoreFacts.of(core).banned_ids,
+        servers=1,
+        on_batch=lambda *_: None,
+        model=policy,
+        processing_class=processor,
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * 16}),
+        reward_funcs=[reward_function("answer")],
+        args=arguments,
+        peft_config=peft_config(cfg.learner),
+        prefix=cfg.learner.prefix,
+        token_budget=cfg.learner.token_budget,
+        budget_rows=cfg.optim.micro_batch_size,
+    )
+    trainer.train()
+    save_checkpoint(trainer, processor, out / "checkpoint")
+    if arguments.process_index == 0:
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        (out / "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,0 +1,222 @@
+"""The shared-prefix learner against stock TRL on the same batch: log-probabilities, loss, statistics, gradients."""
+
+import pytest
+
+from .conftest import WORDS
+from .learners import Scripted, backward, learner, relative_difference
+
+GROUPS = (Scripted(0, (1,), (5, 3, 7, 4)), Scripted(1, (2,), (6, 2, 5, 7)))
+BATCHES = {
+    "two groups": GROUPS,
+    "unequal groups": (Scripted(0, (1,), (9,) * 5), Scripted(1, (2,), (3, 4)), Scripted(3, (2,), (8,))),
+    "groups of one": tuple(Scripted(q, (s,), (4 + q,)) for q, s in ((0, 1), (1, 2), (2, 3), (3, 4))),
+    "several images": (
+        Scripted(0, (1, 2, 3), (4, 6)),
+        Scripted(1, (4,), (5, 5)),
+        Scripted(1, (5, 4), (6, 2)),
+    ),
+    "several tiles": (Scripted(0, (1, 2), (4, 6), wide=True), Scripted(1, (3,), (5, 5), wide=True)),
+    "text among images": (Scripted(2, (), (5, 1)), Scripted(0, (1,), (2, 7)), Scripted(1, (), (3, 3))),
+    "text only": (Scripted(2, (), (5, 1)), Scripted(0, (), (2, 7))),
+    "same question, other image": (Scripted(0, (1,), (5, 6)), Scripted(0, (2,), (4, 3))),
+    "truncated": (Scripted(0, (1,), (5, 3, 7, 4), cut=(1,)), Scripted(1, (2,), (6, 2), cut=(0, 1))),
+    "nothing scored": (Scripted(0, (1,), (5, 3), cut=(0, 1)), Scripted(1, (2,), (6, 2), cut=(0, 1))),
+}
+OBJECTIVES = {
+    "dapo": {},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "kl": {"beta": 0.1},
+    "sequence correction": {"vllm_importance_sampling_mode": "sequence_mask"},
+    "no correction": {"vllm_importance_sampling_correction": False},
+    "entropy bonus": {"entropy_coef": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def moe_core(tmp_path_factory):
+    from core.tiny import TinySize, build_tiny
+
+    folder = tmp_path_factory.mktemp("moe") / "tiny"
+    return build_tiny(folder, words=WORDS, seed=0, size=TinySize(experts=4, text_layers=2))
+
+
+def compare(core, groups, out, own=None, bound=1e-5, moved=True, **config):
+    """Both trainers on one batch. `moved` puts the old policy elsewhere, so that clipping takes part."""
+    import torch
+    from trl import GRPOTrainer
+
+    from rl.shared_prefix import SharedPrefixTrainer
+
+    ours, mine = learner(SharedPrefixTrainer, core, groups, out, own=own, **config)
+    stock, theirs = learner(GRPOTrainer, core, groups, out, **config)
+    mask = theirs["completion_mask"]
+    for name in ("old_per_token_logps", "ref_per_token_logps", "importance_sampling_ratio", "advantages"):
+        if name in theirs:
+            assert torch.allclose(mine[name], theirs[name], atol=1e-5), name
+    if moved:
+        shift = 0.3 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(1))
+        for inputs in (mine, theirs):
+            for name in {"old_per_token_logps", "ref_per_token_logps"} & inputs.keys():
+                inputs[name] = inputs[name] + shift
+    (loss, gradients), (expected, their_gradients) = backward(ours, mine), backward(stock, theirs)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    if all(float(gradient.norm()) == 0 for gradient in their_gradients.values()):
+        assert all(float(gradient.norm()) == 0 for gradient in gradients.values())
+        assert gradients.keys() == their_gradients.keys()
+    else:
+        assert relative_difference(gradients, their_gradients) <= bound
+    return ours, stock
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_batch_trains_as_in_stock_trl(tiny_core, tmp_path, batch):
+    compare(tiny_core, BATCHES[batch], tmp_path)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_objective_is_stock_trls_with_its_statistics(tiny_core, tmp_path, objective):
+    ours, stock = compare(tiny_core, GROUPS, tmp_path, **OBJECTIVES[objective])
+    assert ours._metrics["train"].keys() == stock._metrics["train"].keys()
+    for name, values in stock._metrics["train"].items():
+        assert ours._metrics["train"][name] == pytest.approx(values, abs=2e-5, nan_ok=True), name
+    assert ours._metrics["train"]["entropy"][0] > 1  # bans aside, a random core spreads over its 100 tokens
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(tiny_core, tmp_path, reentrant):
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    ours, _ = compare(tiny_core, GROUPS, tmp_path, **options)
+    assert ours.model.is_gradient_checkpointing
+
+
+def test_lora(tiny_core, tmp_path):
+    from core.learner import LearnerConfig, LoRAConfig, peft_config
+
+    ours, _ = compare(
+        tiny_core, GROUPS, tmp_path, lora=peft_config(LearnerConfig(lora=LoRAConfig(r=4))), beta=0.1
+    )
+    assert ours.ref_model is None  # the reference is the model without its adapters
+
+
+def test_a_mixture_of_experts(moe_core, tmp_path):
+    compare(moe_core, GROUPS, tmp_path, loss_type="grpo", importance_sampling_level="sequence")
+
+
+@pytest.mark.parametrize("batch", ["two groups", "truncated"])
+def test_the_load_balancing_loss_counts_prompts_as_often_as_trl(moe_core, tmp_path, batch):
+    ours, stock = compare(moe_core, BATCHES[batch], tmp_path, router_aux_loss_coef=0.1)
+    assert ours._metrics["train"]["aux_loss"] == pytest.approx(stock._metrics["train"]["aux_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["dapo", "gspo"])
+def test_packs_by_tokens_sum_up_to_the_whole(tiny_core, tmp_path, objective):
+    groups = (*GROUPS, Scripted(2, (), (5, 1)), Scripted(3, (3,), (4, 4)))
+    own = {"token_budget": 60}
+    ours, _ = compare(tiny_core, groups, tmp_path, own=own, **OBJECTIVES[objective])
+    assert len(ours._metrics["train"]["entropy"]) > 1  # one entry per pack
+
+
+def test_a_frozen_tower_sees_each_image_once_for_all_passes(tiny_core, tmp_path, monkeypatch):
+    from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
+
+    seen = []
+    forward = Aimv2VisionModel.forward
+    monkeypatch.setattr(
+        Aimv2VisionModel,
+        "forward",
+        lambda self, pixel_values, **kw: seen.append(len(pixel_values)) or forward(self, pixel_values, **kw),
+    )
+    from rl.shared_prefix import SharedPrefixTrainer
+
+    groups = (*GROUPS, Scripted(3, (2, 1), (4, 4)))
+    trainer, inputs = learner(
+        SharedPrefixTrainer, tiny_core, groups, tmp_path, beta=0.1, freeze=["model.vision_tower."]
+    )
+    backward(trainer, inputs)
+    # old, reference and policy; four pictures, as scripted groups do not hold the same objects
+    assert seen == [4]
+
+
+@pytest.mark.parametrize("batch", ["two groups", "text among images"])
+def test_a_frozen_tower_trains_as_in_stock_trl(tiny_core, tmp_path, batch):
+    compare(tiny_core, BATCHES[batch], tmp_path, beta=0.1, freeze=["model.vision_tower."])
+
+
+def test_images_are_processed_once_per_group(tiny_core, tmp_path):
+    from rl.shared_prefix import SharedPrefixTrainer
+
+    trainer, inputs = learner(SharedPrefixTrainer, tiny_core, BATCHES["several images"], tmp_path)
+    assert len(trainer._tiles._pixels) == 3 + 1 + 2
+    # groups of two rows with 3, 1 and 2 images
+    assert inputs["pixel_values"].flatten().tolist() == [0, 1, 2, 0, 1, 2, 3, 3, 4, 5, 4, 5]
+
+
+def test_bfloat16_is_no_further_from_float32_than_stock_is(tiny_core, tmp_path):
+    from trl import GRPOTrainer
+
+    from rl.shared_prefix import SharedPrefixTrainer
+
+    _, exact = backward(*learner(GRPOTrainer, tiny_core, GROUPS, tmp_path))
+    _, ours = backward(*learner(SharedPrefixTrainer, tiny_core, GROUPS, tmp_path, bf16=True))
+    _, stock = backward(*learner(GRPOTrainer, tiny_core, GROUPS, tmp_path, bf16=True))
+    # 10%: both are rounding noise, which falls as it may
+    assert relative_difference(ours, exact) <= 1.1 * relative_difference(stock, exact)
+
+
+def test_mini_batches_hold_whole_groups(tiny_core, tmp_path):
+    from rl.shared_prefix import SharedPrefixTrainer
+
+    groups = [Scripted(q, (q,), (4, 5)) for q in range(4)]
+    trainer, batch = learner(
+        SharedPrefixTrainer,
+        tiny_core,
+        groups,
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        steps_per_generation=2,
+    )
+    trainer._generate_and_score_completions = lambda rows: batch
+    halves = []
+    for step in range(2):
+        trainer._step = step
+        halves.append(trainer._rows(trainer._prepare_inputs([])))
+    assert [len({row.group for row in half}) for half in halves] == [2, 2]
+    assert len({row.group for half in halves for row in half}) == 4
+
+
+def test_the_two_attention_functions_agree_with_a_mask():
+    import torch
+
+    from core.prefix import PrefixGroup, PrefixLayout, _concatenated, _Merged
+
+    layout = PrefixLayout((PrefixGroup(7, (5, 1, 0, 9)), PrefixGroup(3, (4,)), PrefixGroup(6, ())))
+    allowed = torch.zeros(layout.tokens, layout.tokens, dtype=torch.bool)
+    for start, end in layout.segments():
+        allowed[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+    for start, middle, end in layout.shared():
+        allowed[middle:end, start:middle] = True
+
+    def masked(query, key, value):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, scale=0.3
+        )
+        return out.transpose(1, 2)
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, layout.tokens, 16, generator=generator) for _ in range(3)]
+    weights = torch.randn(1, layout.tokens, 2, 16, generator=generator)
+
+    def results(function):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        (out * weights).sum().backward()
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    expected = results(masked)
+    for function in (
+        lambda q, k, v: _Merged.apply(q, k, v, layout, 0.3),
+        lambda q, k, v: _concatenated(q, k, v, layout, 0.3),
+    ):
+        for ours, theirs in zip(results(function), expected, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
