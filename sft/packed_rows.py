@@ -114,5 +114,8 @@ def packed_sdpa(
         )
     lengths = cu_seq_lens_q.diff().tolist()
     # One split instead of a slice per sample: its backward pass joins the gradients once.
-    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in parts], dim=1), None
+    parts = (states.split(lengths, dim=2) for states in (query, key, value))
+    samples = [
+        sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(samples, dim=1), None

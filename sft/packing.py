@@ -56,8 +56,9 @@ class ByRows:
 
 @dataclass(frozen=True)
 class ByTokens:
-    """Updates of about `tokens` tokens over all ranks, out of a buffer of `buffer` rows.
+    """Updates of at most `tokens` tokens over all ranks, out of a buffer of `buffer` rows.
 
+    `tokens` is a multiple of ranks x budget (sft/config.py sees to it).
     A row that was passed over in `max_wait` updates goes before all others, so that none waits longer than
     `max_wait` plus buffer / packs per update.
     """
@@ -67,7 +68,7 @@ class ByTokens:
     max_wait: int = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan(Sequence[Pack]):
     """The packs of a run: by update, within it by accumulation step, within that by rank.
 
@@ -86,7 +87,7 @@ class Plan(Sequence[Pack]):
     seed: int
     epochs: float | None = None
     max_updates: int | None = None
-    _state: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.max_updates is None):
@@ -99,14 +100,6 @@ class Plan(Sequence[Pack]):
             raise PackingError(
                 f"row {longest} has {tokens[longest]} tokens, a packed micro-batch holds {self.budget}; raise "
                 f"packing.micro_batch_tokens to {tokens[longest]} or more, or lower max_tokens"
-            )
-        by = self.updates_by
-        if isinstance(by, ByTokens) and by.tokens % (self.ranks * self.budget):
-            whole = self.ranks * self.budget
-            raise ValueError(
-                f"update_tokens={by.tokens} is not a multiple of processes={self.ranks} x "
-                f"micro_batch_tokens={self.budget} = {whole}; nearest multiples: "
-                f"{max(whole, by.tokens // whole * whole)} and {(by.tokens // whole + 1) * whole}"
             )
 
     def __len__(self) -> int:
@@ -132,7 +125,11 @@ class Plan(Sequence[Pack]):
             return math.ceil(self.epochs * self._updates_in(0))
         whole = int(self.epochs)
         updates = sum(self._updates_in(epoch) for epoch in range(whole))
-        return updates + math.ceil((self.epochs - whole) * self._updates_in(whole)) if whole < self.epochs else updates
+        return (
+            updates + math.ceil((self.epochs - whole) * self._updates_in(whole))
+            if whole < self.epochs
+            else updates
+        )
 
     @cached_property
     def steps(self) -> int:
@@ -245,7 +242,13 @@ class Plan(Sequence[Pack]):
 
 
 def stream(
-    order: Sequence[int] | np.ndarray, tokens: np.ndarray, *, packs: int, budget: int, buffer: int, max_wait: int
+    order: Sequence[int] | np.ndarray,
+    tokens: np.ndarray,
+    *,
+    packs: int,
+    budget: int,
+    buffer: int,
+    max_wait: int,
 ) -> Iterator[list[Pack]]:
     """Updates of `packs` packs out of a buffer of at most `buffer` rows of the order; every row comes once.
 
@@ -272,9 +275,7 @@ def stream(
         yield bins
 
 
-def _fill(
-    rows: Sequence[int], tokens: np.ndarray, packs: int, budget: int
-) -> tuple[list[Pack], list[int]]:
+def _fill(rows: Sequence[int], tokens: np.ndarray, packs: int, budget: int) -> tuple[list[Pack], list[int]]:
     """Rows, in turn, each into the fullest pack that takes it; and the rows that none takes."""
     bins: list[Pack] = [[] for _ in range(packs)]
     room = [(budget, pack) for pack in range(packs)]  # sorted by room left
@@ -357,10 +358,10 @@ def exchange(
     """The pack of each item after exchanges of two, or moves of one, that bring the busiest carriers down.
 
     A carrier is what must not be busier than others: a pack, or a rank with its packs; `carrier_of` names the
-    one of each pack. Each of at most as many rounds as packs takes the exchange with the busiest carrier after which the busier of the two
-    is least busy; a carrier that no exchange helps is left alone from then on. With `step_of`, packs exchange
-    with packs of the same step only, and none grows beyond the largest of its step
-    times GIVE: the ranks wait for one another at each step.
+    one of each pack. Each round, of which there are at most as many as packs, takes the exchange with the
+    busiest carrier after which the busier of the two is least busy; a carrier that no exchange helps is left
+    alone from then on. With `step_of`, packs exchange with packs of the same step only, and none grows beyond
+    GIVE times the largest of its step: there the ranks wait for one another.
     """
     packs, carriers = len(carrier_of), int(carrier_of.max()) + 1
     # A phantom item of no size in each pack makes a move an exchange with it.
@@ -423,7 +424,7 @@ def placed(loads: np.ndarray, ranks: int) -> np.ndarray:
     for first in range(0, len(loads), ranks):
         free = list(range(ranks))
         for pack in order[first : first + ranks].tolist():
-            rank = min(free, key=lambda rank: (float((total[rank] + loads[pack]).max()), rank))  # noqa: B023
+            rank = min(free, key=lambda rank: (float((total[rank] + loads[pack]).max()), rank))
             free.remove(rank)
             total[rank] += loads[pack]
             places[pack] = first + rank
