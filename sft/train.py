@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from core.learner import (
     weights_hash,
 )
 from sft.config import Phase, SFTConfig, Variant
-from sft.data import Collator, Lessons, Mixture, blank_lesson, fit, load_mixture
+from sft.data import Collator, Lesson, Lessons, Mixture, blank_lesson, fit, load_mixture
 from sft.packed_rows import PackedCollator, attend_within_samples
 from sft.packing import ByRows, ByTokens, Plan
 from sft.soup import START
@@ -145,38 +145,13 @@ def run_phase(
     steps_before: int,
 ) -> int:
     """Train one phase with a fresh optimizer and write its checkpoint; returns its optimizer updates."""
-    from transformers import PrinterCallback
-    from trl import SFTTrainer
-
     phase, target = cfg.phases[number], phase_folder(cfg, out, number)
-    freeze = cfg.learner.freeze if phase.freeze is None else phase.freeze
     processor = load_processor(start)
-    args = trl_config(cfg, phase, plan, target.parent, seed)  # before the model: ZeRO-3 splits it as it loads
-    policy = load_model(start, cfg.learner)
-    if cfg.learner.lora is None:
-        apply_freeze(policy, freeze)
-    lessons = Lessons(mixture, processor)
-    sees = not {"tower", "adapter"} <= set(freeze)
-    collator: Collator | PackedCollator
-    if plan:
-        attend_within_samples(policy)
-        tile_px = processor.image_processor.size["height"] if sees else None
-        collator = PackedCollator(lessons, plan, processor.tokenizer.pad_token_id, tile_px)
-    else:
-        collator = Collator(
-            lessons, processor.tokenizer.pad_token_id, blank_lesson(processor) if sees else None
-        )
-    trainer = SFTTrainer(
-        model=policy,
-        args=args,
-        train_dataset=_numbers("pack", len(plan)) if plan else _numbers("row", len(lessons)),
-        data_collator=collator,
-        processing_class=processor,
-        peft_config=peft_config(cfg.learner),
-        callbacks=[_metrics_writer(out / "metrics.jsonl", phase.name, steps_before)],
+    trainer = phase_trainer(
+        cfg, phase, Lessons(mixture, processor), plan, start=start, folder=target.parent, seed=seed
     )
-    trainer.remove_callback(PrinterCallback)
-    log.info("phase %s: %d rows from %s", phase.name, len(lessons), start)
+    trainer.add_callback(_metrics_writer(out / "metrics.jsonl", phase.name, steps_before))
+    log.info("phase %s: %d rows from %s", phase.name, len(mixture), start)
     if plan:
         log.info("phase %s: packed: %s", phase.name, plan.summary())
     trainer.train()
@@ -186,6 +161,47 @@ def run_phase(
         write_json(target / START, {"weights": weights_hash(start), "phase": phase.name, "seed": seed})
     trainer.accelerator.free_memory()
     return steps
+
+
+def phase_trainer(
+    cfg: SFTConfig,
+    phase: Phase,
+    lessons: Sequence[Lesson],
+    plan: Plan | None,
+    *,
+    start: Path,
+    folder: Path,
+    seed: int,
+) -> Any:
+    """TRL's trainer of one phase, on packs where there is a plan and on padded batches where there is none."""
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    freeze = cfg.learner.freeze if phase.freeze is None else phase.freeze
+    processor = load_processor(start)
+    args = trl_config(cfg, phase, plan, folder, seed)  # before the model: ZeRO-3 splits it as it loads
+    policy = load_model(start, cfg.learner)
+    if cfg.learner.lora is None:
+        apply_freeze(policy, freeze)
+    sees = not {"tower", "adapter"} <= set(freeze)
+    collator: Collator | PackedCollator
+    if plan:
+        attend_within_samples(policy)
+        tile_px = processor.image_processor.size["height"] if sees else None
+        collator = PackedCollator(lessons, plan, processor.tokenizer.pad_token_id, tile_px)
+    else:
+        blank = blank_lesson(processor) if sees else None
+        collator = Collator(lessons, processor.tokenizer.pad_token_id, blank)
+    trainer = SFTTrainer(
+        model=policy,
+        args=args,
+        train_dataset=_numbers("pack", len(plan)) if plan else _numbers("row", len(lessons)),
+        data_collator=collator,
+        processing_class=processor,
+        peft_config=peft_config(cfg.learner),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def trl_config(cfg: SFTConfig, phase: Phase, plan: Plan | None, folder: Path, seed: int) -> Any:
