@@ -11,6 +11,20 @@ from core.records import DataSource
 from core.strict import Strict
 
 
+class Packing(Strict):
+    """Rows laid end to end in one row per micro-batch, without padding; see sft/packing.py."""
+
+    micro_batch_tokens: int | None = Field(default=None, ge=8)
+    """Most tokens in one forward-backward pass of one rank; None: micro_batch_size x max_tokens, the most that
+    the padded path's passes hold."""
+    update_tokens: int | None = Field(default=None, ge=8)
+    """Tokens per optimizer update over all ranks, for phases that leave out optim.global_batch_size."""
+    buffer: int = Field(default=1024, ge=1)
+    """Rows to choose from when updates go by tokens; more fill the packs better."""
+    max_wait: int = Field(default=4, ge=1)
+    """Updates that may pass a buffered row over before it goes first."""
+
+
 class Phase(Strict):
     """One step of a curriculum: its own data and hyper-parameters, from the weights of the phase before."""
 
@@ -25,10 +39,6 @@ class Phase(Strict):
     def _length_and_batch(self) -> Phase:
         if self.optim.epochs is None and self.optim.max_steps is None:
             raise ValueError(f"phase {self.name}: optim needs epochs or max_steps, e.g. epochs: 1")
-        if self.optim.global_batch_size is None:
-            raise ValueError(
-                f"phase {self.name}: optim.global_batch_size is missing: rows per update, e.g. 32"
-            )
         return self
 
 
@@ -44,6 +54,10 @@ class SFTConfig(Strict):
     on_bad: Literal["raise", "drop"] = "raise"
     """What happens to a row that breaks a rule of core.records: the stage stops, or the row is left out."""
     learner: LearnerConfig = LearnerConfig()
+    packing: Packing | Literal[False] = Packing()
+    """How rows share a micro-batch; `off` pads them into batches of micro_batch_size instead. Updates hold the
+    same rows either way, so the loss is the same (of a mixture of experts, up to its balancing loss, which is a
+    mean per micro-batch)."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
 
@@ -53,10 +67,48 @@ class SFTConfig(Strict):
         if len(set(names)) != len(names):
             raise ValueError(f"phases: names must differ, got {names}")
         for phase in self.phases:
-            phase.optim.gradient_accumulation(self.learner.processes)
+            self._check_batch(phase)
             freeze = self.learner.freeze if phase.freeze is None else phase.freeze
             self.learner.check_freeze(freeze)
         return self
+
+    def micro_batch_tokens(self, phase: Phase) -> int:
+        """Most tokens in a packed micro-batch of the phase."""
+        assert self.packing
+        return self.packing.micro_batch_tokens or phase.optim.micro_batch_size * self.max_tokens
+
+    def _check_batch(self, phase: Phase) -> None:
+        rows = phase.optim.global_batch_size
+        if not self.packing:
+            if rows is None:
+                raise ValueError(
+                    f"phase {phase.name}: optim.global_batch_size is missing: rows per update, e.g. 32"
+                )
+            phase.optim.gradient_accumulation(self.learner.processes)
+            return
+        tokens, budget = self.packing.update_tokens, self.micro_batch_tokens(phase)
+        if rows is None and tokens is None:
+            raise ValueError(
+                f"phase {phase.name}: optim.global_batch_size is missing: rows per update, e.g. 32 (or give "
+                "packing.update_tokens: tokens per update)"
+            )
+        if rows is not None and tokens is not None:
+            raise ValueError(
+                f"phase {phase.name}: optim.global_batch_size={rows} and packing.update_tokens={tokens}: an update "
+                "goes by rows or by tokens; give one of them"
+            )
+        if budget < self.max_tokens:
+            raise ValueError(
+                f"packing.micro_batch_tokens={budget} is less than max_tokens={self.max_tokens}, and a row is "
+                f"never cut; raise it to {self.max_tokens} or more"
+            )
+        whole = self.learner.processes * budget
+        if tokens is not None and tokens % whole:
+            raise ValueError(
+                f"packing.update_tokens={tokens} is not a multiple of processes={self.learner.processes} x "
+                f"micro_batch_tokens={budget} = {whole}; nearest multiples: "
+                f"{max(whole, tokens // whole * whole)} and {(tokens // whole + 1) * whole}"
+            )
 
 
 class Variant(Strict):

@@ -92,13 +92,14 @@ def render(record: Record, processor: Any) -> tuple[str, str]:
     return prompt, chat[len(prompt) :]
 
 
-def count_tokens(record: Record, processor: Any) -> int:
-    """Tokens of a record's lesson, image tokens included, without reading a pixel."""
+def count_tokens(record: Record, processor: Any) -> tuple[int, int]:
+    """Text tokens and image tokens of a record's lesson, without reading a pixel."""
     prompt, target = render(record, processor)
     text = sum(len(processor.tokenizer(part, **_PLAIN)["input_ids"]) for part in (prompt, target))
     sizes = [(image.height, image.width) for image in record["images"]]
     expanded = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
-    return text + sum(count - 1 for count in expanded)  # each replaces its one placeholder
+    # Each expansion, <img> and </img> included, replaces its one placeholder.
+    return text + len(expanded), sum(count - 2 for count in expanded)
 
 
 class Mixture(Sequence[Record]):
@@ -107,8 +108,11 @@ class Mixture(Sequence[Record]):
     `dropped` counts the rows left out so far, by the rule they broke.
     """
 
+    sizes: list[tuple[int, int]]
+    """Text tokens and image tokens of each row; `fit` counts them."""
+
     def __init__(self, places: Sequence[tuple[Sequence[Record], int]], dropped: Mapping[str, int]) -> None:
-        self._places, self.dropped = places, Counter(dropped)
+        self._places, self.dropped, self.sizes = places, Counter(dropped), []
 
     def __len__(self) -> int:
         return len(self._places)
@@ -151,15 +155,18 @@ def load_mixture(
 def fit(
     mixture: Mixture, processor: Any, max_tokens: int, overlong: Literal["refuse", "drop"] = "refuse"
 ) -> Mixture:
-    """The rows of at most `max_tokens`.
+    """The rows of at most `max_tokens`, with their sizes.
 
     Raises OverlongError naming the first longer one unless they are to be dropped, and ValueError if none is
     left.
     """
     long: set[int] = set()
+    sizes: list[tuple[int, int]] = []
     for row, record in enumerate(mixture):
-        tokens = count_tokens(record, processor)
+        size = count_tokens(record, processor)
+        tokens = sum(size)
         if tokens <= max_tokens:
+            sizes.append(size)
             continue
         if overlong == "refuse":
             raise OverlongError(
@@ -171,7 +178,9 @@ def fit(
         raise ValueError(f"none of the {len(mixture)} rows has at most max_tokens={max_tokens} tokens")
     if long:
         log.warning("dropped %d of %d rows longer than %d tokens", len(long), len(mixture), max_tokens)
-    return mixture.without(long, "tokens: longer than max_tokens") if long else mixture
+    fitting = mixture.without(long, "tokens: longer than max_tokens") if long else mixture
+    fitting.sizes = sizes
+    return fitting
 
 
 class Collator:

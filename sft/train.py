@@ -1,7 +1,8 @@
 """One SFT stage: a curriculum of phases, each on TRL's SFTTrainer, from the weights of the phase before.
 
 What differs from handing TRL the rows: they are prepared once instead of once per epoch (sft/data.py), and a
-row that is too long is refused instead of cut. Loss (token mean over the global batch) and loop are TRL's.
+row that is too long is refused instead of cut; and unless packing is off, a data set of packs and a collator
+take the place of padding (sft/packing.py). Loss (token mean over the global batch) and loop are TRL's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,9 @@ from core.learner import (
     weights_hash,
 )
 from sft.config import Phase, SFTConfig, Variant
-from sft.data import Collator, Lessons, Mixture, blank_lesson, fit, load_mixture
+from sft.data import Collator, Lesson, Lessons, Mixture, blank_lesson, fit, load_mixture
+from sft.packed_rows import PackedCollator, attend_within_samples
+from sft.packing import ByRows, ByTokens, Plan
 from sft.soup import START
 
 if TYPE_CHECKING:
@@ -48,21 +51,33 @@ METRICS = {
 def train(cfg: SFTConfig, *, model: Path, out: Path, seed: int, sets: Mapping[str, Path]) -> Path:
     """Run the phases from the core at `model`; returns `out/checkpoint`, the one the next stage starts from.
 
-    Writes `out/metrics.jsonl`, `out/data.json` (rows and dropped rows, by phase) and, for every phase but the
-    last, `out/phases/<number>_<name>`. Every rank calls it. `sets` maps the names in the configuration to
+    Writes `out/metrics.jsonl`, `out/data.json` (rows, dropped rows and packing, by phase) and, for every phase
+    but the last, `out/phases/<number>_<name>`. Every rank calls it. `sets` maps the names in the configuration to
     Parquet files, folders or hub ids.
     """
     out = Path(out)
     join_process_group(cfg.learner)
     # Bad data of the last phase stops the stage before the first one trains.
     data = [phase_data(cfg, number, model, sets, seed) for number in range(len(cfg.phases))]
+    plans = [phase_plan(cfg, *each, seed) for each in zip(cfg.phases, data, strict=True)]
     if int(os.environ.get("RANK", "0")) == 0:
-        counts = [{"rows": len(mixture), "dropped": dict(mixture.dropped)} for mixture in data]
-        write_json(out / "data.json", dict(zip([phase.name for phase in cfg.phases], counts, strict=True)))
+        write_json(
+            out / "data.json",
+            {
+                phase.name: {
+                    "rows": len(mixture),
+                    "dropped": dict(mixture.dropped),
+                    "packing": plan and plan.summary(),
+                }
+                for phase, mixture, plan in zip(cfg.phases, data, plans, strict=True)
+            },
+        )
     start, steps = Path(model), 0
     with _imports_set_aside():
-        for number, mixture in enumerate(data):
-            steps += run_phase(cfg, number, mixture, start=start, out=out, seed=seed, steps_before=steps)
+        for number, (mixture, plan) in enumerate(zip(data, plans, strict=True)):
+            steps += run_phase(
+                cfg, number, mixture, plan, start=start, out=out, seed=seed, steps_before=steps
+            )
             start = phase_folder(cfg, out, number)
             _release()
     return start
@@ -94,33 +109,51 @@ def phase_data(cfg: SFTConfig, number: int, model: Path, sets: Mapping[str, Path
     return fit(mixture, load_processor(model), cfg.max_tokens, cfg.overlong)
 
 
+def phase_plan(cfg: SFTConfig, phase: Phase, mixture: Mixture, seed: int) -> Plan | None:
+    """The packs of one phase, None where packing is off."""
+    if not cfg.packing:
+        return None
+    import numpy as np
+
+    optim, packing = phase.optim, cfg.packing
+    updates_by: ByRows | ByTokens
+    if packing.update_tokens:
+        updates_by = ByTokens(packing.update_tokens, packing.buffer, packing.max_wait)
+    else:
+        assert optim.global_batch_size
+        updates_by = ByRows(optim.global_batch_size)
+    return Plan(
+        np.array(mixture.sizes),
+        updates_by,
+        budget=cfg.micro_batch_tokens(phase),
+        ranks=cfg.learner.processes,
+        seed=seed,
+        epochs=optim.epochs,
+        max_updates=optim.max_steps,
+    )
+
+
 def run_phase(
-    cfg: SFTConfig, number: int, mixture: Mixture, *, start: Path, out: Path, seed: int, steps_before: int
+    cfg: SFTConfig,
+    number: int,
+    mixture: Mixture,
+    plan: Plan | None,
+    *,
+    start: Path,
+    out: Path,
+    seed: int,
+    steps_before: int,
 ) -> int:
     """Train one phase with a fresh optimizer and write its checkpoint; returns its optimizer updates."""
-    from transformers import PrinterCallback
-    from trl import SFTTrainer
-
     phase, target = cfg.phases[number], phase_folder(cfg, out, number)
-    freeze = cfg.learner.freeze if phase.freeze is None else phase.freeze
     processor = load_processor(start)
-    args = trl_config(cfg, phase, target.parent, seed)  # before the model: ZeRO-3 splits it as it loads
-    policy = load_model(start, cfg.learner)
-    if cfg.learner.lora is None:
-        apply_freeze(policy, freeze)
-    lessons = Lessons(mixture, processor)
-    blank = None if {"tower", "adapter"} <= set(freeze) else blank_lesson(processor)
-    trainer = SFTTrainer(
-        model=policy,
-        args=args,
-        train_dataset=_indices(len(lessons)),
-        data_collator=Collator(lessons, processor.tokenizer.pad_token_id, blank),
-        processing_class=processor,
-        peft_config=peft_config(cfg.learner),
-        callbacks=[_metrics_writer(out / "metrics.jsonl", phase.name, steps_before)],
+    trainer = phase_trainer(
+        cfg, phase, Lessons(mixture, processor), plan, start=start, folder=target.parent, seed=seed
     )
-    trainer.remove_callback(PrinterCallback)
-    log.info("phase %s: %d rows from %s", phase.name, len(lessons), start)
+    trainer.add_callback(_metrics_writer(out / "metrics.jsonl", phase.name, steps_before))
+    log.info("phase %s: %d rows from %s", phase.name, len(mixture), start)
+    if plan:
+        log.info("phase %s: packed: %s", phase.name, plan.summary())
     trainer.train()
     steps = trainer.state.global_step
     save_checkpoint(trainer, processor, target)
@@ -130,17 +163,73 @@ def run_phase(
     return steps
 
 
-def trl_config(cfg: SFTConfig, phase: Phase, folder: Path, seed: int) -> Any:
-    """TRL's configuration of one phase."""
+def phase_trainer(
+    cfg: SFTConfig,
+    phase: Phase,
+    lessons: Sequence[Lesson],
+    plan: Plan | None,
+    *,
+    start: Path,
+    folder: Path,
+    seed: int,
+) -> Any:
+    """TRL's trainer of one phase, on packs where there is a plan and on padded batches where there is none."""
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    freeze = cfg.learner.freeze if phase.freeze is None else phase.freeze
+    processor = load_processor(start)
+    args = trl_config(cfg, phase, plan, folder, seed)  # before the model: ZeRO-3 splits it as it loads
+    policy = load_model(start, cfg.learner)
+    if cfg.learner.lora is None:
+        apply_freeze(policy, freeze)
+    sees = not {"tower", "adapter"} <= set(freeze)
+    collator: Collator | PackedCollator
+    if plan:
+        attend_within_samples(policy)
+        tile_px = processor.image_processor.size["height"] if sees else None
+        collator = PackedCollator(lessons, plan, processor.tokenizer.pad_token_id, tile_px)
+    else:
+        blank = blank_lesson(processor) if sees else None
+        collator = Collator(lessons, processor.tokenizer.pad_token_id, blank)
+    trainer = SFTTrainer(
+        model=policy,
+        args=args,
+        train_dataset=_numbers("pack", len(plan)) if plan else _numbers("row", len(lessons)),
+        data_collator=collator,
+        processing_class=processor,
+        peft_config=peft_config(cfg.learner),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def trl_config(cfg: SFTConfig, phase: Phase, plan: Plan | None, folder: Path, seed: int) -> Any:
+    """TRL's configuration of one phase.
+
+    A plan is one epoch of TRL's, read in order: it has shuffled the rows, and repeats them, itself. Each
+    micro-batch is a data set's item, of which TRL deals rank after rank its own.
+    """
     from trl import SFTConfig as TRLConfig
 
     optim = phase.optim
+    arguments = training_arguments(optim, cfg.learner, seed=seed)
+    if plan:
+        arguments |= {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": plan.steps,
+            "max_steps": plan.updates,
+            "train_sampling_strategy": "sequential",
+        }
+    else:
+        arguments |= {
+            "gradient_accumulation_steps": optim.gradient_accumulation(cfg.learner.processes),
+            "num_train_epochs": optim.epochs or 1,
+            "max_steps": optim.max_steps or -1,
+        }
     return TRLConfig(
         output_dir=str(folder),
-        **training_arguments(optim, cfg.learner, seed=seed),
-        gradient_accumulation_steps=optim.gradient_accumulation(cfg.learner.processes),
-        num_train_epochs=optim.epochs or 1,
-        max_steps=optim.max_steps or -1,
+        **arguments,
         logging_steps=cfg.log_every,
         logging_first_step=True,
         max_length=None,  # `fit` has refused what is too long
@@ -149,11 +238,11 @@ def trl_config(cfg: SFTConfig, phase: Phase, folder: Path, seed: int) -> Any:
     )
 
 
-def _indices(rows: int) -> Any:
-    """The data set that TRL shuffles and splits over the ranks: row numbers, which the collator looks up."""
+def _numbers(name: str, count: int) -> Any:
+    """The data set that TRL deals to the ranks: numbers of rows or packs, which the collator looks up."""
     from datasets import Dataset
 
-    return Dataset.from_dict({"row": list(range(rows))})
+    return Dataset.from_dict({name: range(count)})
 
 
 def _metrics_writer(path: Path, phase: str, offset: int) -> TrainerCallback:

@@ -1,0 +1,283 @@
+"""Packed SFT against stock TRL with padding, on a documented mixture: `python -P -m benchmarks.packing [--quick]`.
+
+The mixture (ours; drawn so that its shape is that of image-text SFT data with dynamic tiling, SAIL-VL2's
+stages 1 to 4 together), at 256 tokens per tile:
+
+- images: 15% of rows have none. Of the others, half show one tile (an image of 448 px or less), 35% an image
+  cut in 2 to 12 tiles plus the thumbnail, 15% two to four images of one tile.
+- prompts: log-normal, median 45 tokens.
+- answers: 45% short (median 12 tokens), 35% descriptions (median 200), 20% long chains (median 1,000, at most
+  8,000).
+
+One CPU thread cannot train at that scale, so the timing uses lengths and tiles of one sixteenth of it (16
+tokens per tile of 112 px) and a core in which the tower has about a third of the language model's weights, as
+SAIL-VL2-2B has. Both paths train the same prepared rows in the same updates: what differs is the collator and
+the attention. Stock pads to the longest row of a micro-batch of 8, the default of TRL's configuration; smaller
+ones pad less, and keep a GPU busy less, which a CPU does not show. Imbalance is counted, not timed, at full
+scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TILE_TOKENS = 256
+SCALE = 16
+"""Real lengths are divided by it for the timing."""
+RANKS, GLOBAL_BATCH, PACK_TOKENS = 8, 1024, 32768
+"""Of the imbalance: the report's global batch (section 4) on eight ranks."""
+HEADLINE = 8
+"""Rows of stock's micro-batch in the ratio."""
+
+
+def mixture(rows: int, seed: int) -> dict[str, np.ndarray]:
+    """Prompt tokens, answer tokens and tiles of each row of the documented mixture, (rows,) each.
+
+    Tiles are those of all the row's images together.
+    """
+    draw = np.random.default_rng(seed)
+    prompt = np.clip(draw.lognormal(np.log(45), 0.6, rows), 12, 1000)
+    kind = draw.random(rows)
+    answer = np.select(
+        [kind < 0.45, kind < 0.80],
+        [draw.lognormal(np.log(12), 0.6, rows), draw.lognormal(np.log(200), 0.5, rows)],
+        draw.lognormal(np.log(1000), 0.7, rows),
+    )
+    look, cut = draw.random(rows), 1 + np.clip(1 + draw.geometric(0.25, rows), 2, 12)  # and the thumbnail
+    tiles = np.select(
+        [look < 0.15, look < 0.575, look < 0.8725],
+        [np.zeros(rows), np.ones(rows), cut],
+        draw.integers(2, 5, rows),
+    )
+    return {
+        "prompt": prompt.astype(np.int64),
+        "answer": np.clip(answer, 2, 8000).astype(np.int64),
+        "tiles": tiles.astype(np.int64),
+    }
+
+
+def full_scale_sizes(rows: int, seed: int) -> np.ndarray:
+    """Text and image tokens of the mixture's rows, (rows, 2)."""
+    parts = mixture(rows, seed)
+    return np.stack([parts["prompt"] + parts["answer"], parts["tiles"] * TILE_TOKENS], axis=1)
+
+
+def dealt_imbalance(sizes: np.ndarray) -> tuple[float, float]:
+    """Of whole updates on RANKS ranks: how far the busiest lies above the mean, in order and packed."""
+    from sft.packing import ByRows, Plan, imbalance
+
+    updates = len(sizes) // GLOBAL_BATCH
+    plan = Plan(sizes, ByRows(GLOBAL_BATCH), budget=PACK_TOKENS, ranks=RANKS, seed=0, max_updates=updates)
+    packed, stock = [], []
+    for update in range(updates):
+        packs = plan[update * plan.packs : (update + 1) * plan.packs]
+        loads = np.array([sizes[pack].sum(axis=0) for pack in packs])
+        packed.append(imbalance(loads.reshape(-1, RANKS, 2).sum(axis=0)))
+        order = plan.order(0)[update * GLOBAL_BATCH : (update + 1) * GLOBAL_BATCH]
+        stock.append(imbalance(sizes[order].reshape(-1, RANKS, 2).sum(axis=0)))
+    return max(stock), max(packed)
+
+
+def build_core(folder: Path) -> Path:
+    """A core of 3.7M weights, the tower about a third of the language model."""
+    from core.tiny import TinySize, build_tiny
+
+    size = TinySize(
+        vision_hidden=160,
+        vision_layers=3,
+        vision_heads=4,
+        vision_mlp=424,
+        image_px=112,
+        text_hidden=256,
+        text_layers=4,
+        text_heads=8,
+        text_kv_heads=4,
+        text_head_dim=32,
+        text_mlp=640,
+    )
+    return build_tiny(folder, words=["what", "is", "shown"], seed=0, size=size)
+
+
+def build_lessons(rows: int, processor: Any, seed: int) -> list[dict[str, Any]]:
+    """Rows of the scaled mixture: random tokens, noise for pixels."""
+    import torch
+
+    from sft.data import IGNORED
+
+    draw = torch.Generator().manual_seed(seed)
+    parts = mixture(rows, seed)
+    per_tile, side = processor.image_seq_length, processor.image_processor.size["height"]
+    ordinary = [
+        token for token in range(len(processor.tokenizer)) if token not in processor.tokenizer.all_special_ids
+    ]
+    ordinary = [token for token in ordinary if token not in processor.image_token_ids]
+    lessons = []
+    for prompt, answer, tiles in zip(*(parts[name].tolist() for name in parts), strict=True):
+        prompt, answer = max(2, prompt // SCALE), max(1, answer // SCALE)
+        chosen = torch.randint(len(ordinary), (prompt + answer,), generator=draw)
+        text = torch.tensor(ordinary)[chosen]
+        images = torch.full((tiles * per_tile,), processor.image_token_id)
+        ids = torch.cat([text[:1], images, text[1:]])
+        labels = torch.full_like(ids, IGNORED)
+        labels[-answer:] = ids[-answer:]
+        pixels = torch.randn(tiles, 3, side, side, generator=draw) if tiles else None
+        lessons.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
+    return lessons
+
+
+clock = time.process_time
+"""One thread computes, so its CPU time is what the wall clock shows on an idle machine, and on a busy one is not
+what its neighbours do."""
+
+
+class Bench:
+    """Trains the same rows padded and packed, and times the updates after the first."""
+
+    def __init__(self, folder: Path, updates: int, rows: int) -> None:
+        from core.learner import load_processor
+
+        self.folder, self.updates, self.rows = folder, updates, rows
+        self.core = build_core(folder / "core")
+        self.lessons = build_lessons(updates * rows, load_processor(self.core), seed=0)
+        image = load_processor(self.core).image_token_id
+        images = [int((lesson["input_ids"] == image).sum()) for lesson in self.lessons]
+        self.sizes = np.array(
+            [
+                (len(lesson["input_ids"]) - count, count)
+                for lesson, count in zip(self.lessons, images, strict=True)
+            ]
+        )
+        labels = (int((lesson["labels"] != -100).sum()) for lesson in self.lessons)
+        self.signal = sum(labels) * (updates - 1) / updates
+
+    def train(self, micro_batch: int, packed: bool) -> tuple[float, list[float]]:
+        """CPU seconds for all updates but the first, and each update's loss."""
+        from transformers import TrainerCallback
+
+        from sft.config import SFTConfig
+        from sft.packing import ByRows, Plan
+        from sft.train import phase_trainer
+
+        longest = int(self.sizes.sum(axis=1).max())
+        cfg = SFTConfig.model_validate(
+            {
+                "max_tokens": longest,
+                "log_every": 1,
+                "learner": {"deepspeed": None},
+                "packing": {} if packed else False,
+                "phases": [
+                    {
+                        "name": "bench",
+                        "data": [{"set": "bench"}],
+                        "optim": {
+                            "learning_rate": 1e-4,
+                            "max_steps": self.updates,
+                            "global_batch_size": self.rows,
+                            "micro_batch_size": micro_batch,
+                        },
+                    }
+                ],
+            }
+        )
+        plan = packed and Plan(
+            self.sizes,
+            ByRows(self.rows),
+            budget=cfg.micro_batch_tokens(cfg.phases[0]),
+            ranks=1,
+            seed=0,
+            max_updates=self.updates,
+        )
+        trainer = phase_trainer(
+            cfg, cfg.phases[0], self.lessons, plan or None, start=self.core, folder=self.folder, seed=0
+        )
+        ends: list[float] = []
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                ends.append(clock())
+
+        trainer.add_callback(Clock())
+        trainer.train()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        return ends[-1] - ends[0], losses
+
+    def compare(self, micro_batch: int, repetitions: int) -> dict[str, float]:
+        """Medians of both paths, taken in turns, with the order of the turns alternating."""
+        first = {
+            packed: self.train(micro_batch, packed)[1] for packed in (False, True)
+        }  # warm-up, and losses
+        differences = [abs(a - b) / abs(a) for a, b in zip(first[False], first[True], strict=True)]
+        assert max(differences) <= 1e-5, f"losses differ by {max(differences):.1e}: {first}"
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for repetition in range(repetitions):
+            for packed in (False, True) if repetition % 2 else (True, False):
+                seconds[packed].append(self.train(micro_batch, packed)[0])
+        stock, ours = (statistics.median(seconds[packed]) for packed in (False, True))
+        return {
+            "micro_batch": micro_batch,
+            "stock": self.signal / stock,
+            "packed": self.signal / ours,
+            "ratio": stock / ours,
+            "padding": self.padding(micro_batch),
+            "loss_diff": max(differences),
+        }
+
+    def padding(self, micro_batch: int) -> float:
+        """Share of the positions of stock's batches that hold padding."""
+        import torch
+
+        tokens = self.sizes.sum(axis=1)
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).numpy()
+        batches = tokens[order].reshape(-1, micro_batch)
+        return float(1 - tokens.sum() / (batches.max(axis=1).sum() * micro_batch))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="within a minute: one micro-batch size")
+    quick = parser.parse_args().quick
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    import torch
+
+    torch.set_num_threads(1)
+    stock_imbalance, packed_imbalance = dealt_imbalance(
+        full_scale_sizes((2 if quick else 16) * GLOBAL_BATCH, seed=0)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), updates=3 if quick else 5, rows=16 if quick else 64)
+        lines = [bench.compare(micro, 5) for micro in ((HEADLINE,) if quick else (1, 2, 4, 8, 16))]
+    print("tokens of signal per second, one CPU thread, medians of 5")
+    print(f"{'micro-batch':>12} {'stock':>8} {'packed':>8} {'ratio':>6} {'padding':>8} {'loss diff':>10}")
+    for line in lines:
+        print(
+            f"{line['micro_batch']:>12} {line['stock']:>8.0f} {line['packed']:>8.0f} {line['ratio']:>6.2f} "
+            f"{line['padding']:>8.0%} {line['loss_diff']:>10.1e}"
+        )
+    print(
+        f"busiest of {RANKS} ranks above the mean: stock {stock_imbalance:.1%}, packed {packed_imbalance:.1%}"
+    )
+    (headline,) = (line for line in lines if line["micro_batch"] == HEADLINE)
+    result = {
+        "bench": "packing",
+        "ratio": round(headline["ratio"], 3),
+        "loss_diff": max(line["loss_diff"] for line in lines),
+        "imbalance": round(packed_imbalance, 4),
+        "stock_imbalance": round(stock_imbalance, 4),
+        "ratios": {str(line["micro_batch"]): round(line["ratio"], 3) for line in lines},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
