@@ -11,6 +11,7 @@ FROM ?=
 UNTIL ?=
 SET ?=
 MODEL ?=
+QUICK ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -22,7 +23,7 @@ WITH := --runs-dir $(RUNS) $(if $(SEED),--seed $(SEED)) $(foreach assignment,$(S
 SPAN := $(if $(FROM),--from $(FROM)) $(if $(UNTIL),--until $(UNTIL))
 
 .PHONY: help setup demo smoke post-train plan data core sft soup longcot rlvr fusion mixed-rl eval report \
-        rollout-server test test-all check format clean
+        rollout-server test test-all bench check format clean
 
 help: ## list the targets
 	@echo "make <target> [RECIPE=recipes/demo] [SEED=1] [FROM=rlvr] [UNTIL=fusion] [SET=\"rlvr.rollout.group_size=16\"]"
@@ -89,6 +90,10 @@ test: setup ## the tests that CI runs, without a GPU or a network
 
 test-all: setup ## also the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest
+
+bench: setup ## the benchmarks, each a table and one JSON line; QUICK=1 for a minute each
+	@for bench in learner packing rollout step scaling rewards; do \
+	  $(BIN)/python -P -m benchmarks.$$bench $(if $(QUICK),--quick) || exit 1; done
 
 check: setup ## ruff, formatting, types
 	$(BIN)/ruff check .

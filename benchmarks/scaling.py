@@ -1,0 +1,157 @@
+"""How the learner's cost grows with group size, prompt length, images per prompt and completion length, and with ranks.
+
+    python -P -m benchmarks.scaling [--quick]
+
+One factor is doubled at a time, the others stay. Seconds of a step (benchmarks.learner) are fitted by
+seconds = a x factor^exponent; sharing shows as exponents near 0 for what a group has in common, where stock TRL's are
+near 1. Ranks share one batch, each with its own groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import emit, show
+from benchmarks.learner import QUICK, SIDES, SMALL, Shape, Size, build_core, rows_of, step, timed, trainer_of
+
+MODULE = "benchmarks.scaling"
+BASE = Shape("base", group_size=4, images=1, text=32, completion=64, groups=2)
+FACTORS: Mapping[str, Sequence[int]] = {
+    "group_size": (2, 4, 8, 16),
+    "text": (32, 128, 512),
+    "images": (1, 4, 16),
+    "completion": (32, 64, 128, 256),
+}
+"""Field of a shape -> its values; `text` are the prompt's tokens beside its images."""
+RANKS = (1, 2)
+RANK_GROUPS = 8
+"""Groups in the batch that the ranks share."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all factors and print the exponents; `--quick` on a smaller core with fewer repetitions."""
+    parser = argparse.ArgumentParser(prog=MODULE, description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="a smaller core, two values per factor, no ranks"
+    )
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.rank:
+        _rank(chosen.rank)
+    else:
+        measure(chosen.quick)
+
+
+def measure(quick: bool) -> None:
+    """Run everything in turn."""
+    import torch
+
+    torch.set_num_threads(1)
+    size, repeats = (QUICK, 3) if quick else (SMALL, 5)
+    rows: list[Sequence[Any]] = []
+    exponents: dict[str, dict[str, float]] = {}
+    for factor, values in FACTORS.items():
+        used = values[:: len(values) - 1] if quick else values
+        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        for value in used:
+            for side, found in _seconds(size, replace(BASE, **dict[str, Any]({factor: value})), repeats).items():
+                seconds[side].append(found)
+        exponents[factor] = {side: slope(used, seconds[side]) for side in SIDES}
+        for side in SIDES:
+            shown = "  ".join(
+                f"{value}: {found:.3f}" for value, found in zip(used, seconds[side], strict=True)
+            )
+            rows.append((factor, side, shown, exponents[factor][side]))
+    show("Seconds of a learner step", ("factor", "side", "seconds", "exponent"), rows)
+    ranks = {} if quick else {str(count): _with_ranks(count) for count in RANKS}
+    if ranks:
+        show(
+            f"{RANK_GROUPS} groups shared by ranks, one thread each",
+            ("ranks", "seconds", "times faster"),
+            [(count, found, ranks["1"] / found) for count, found in ranks.items()],
+        )
+    emit("scaling", exponents=exponents, ranks_s=ranks)
+
+
+def slope(values: Sequence[float], seconds: Sequence[float]) -> float:
+    """Exponent of the power law through the points, by least squares on logarithms.
+
+    >>> round(slope([1, 2, 4], [3, 6, 12]), 6)
+    1.0
+    """
+    xs, ys = [math.log(value) for value in values], [math.log(one) for one in seconds]
+    return statistics.linear_regression(xs, ys).slope
+
+
+def _seconds(size: Size, shape: Shape, repeats: int) -> dict[str, float]:
+    """Median seconds of both sides' steps, in turns after a warm-up."""
+    model, processor = build_core(size)
+    rows = rows_of(shape, size, processor)
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {side: trainer_of(side, model, processor, rows, folder) for side in SIDES}
+        for repeat in range(repeats + 1):
+            for side in SIDES if repeat % 2 else SIDES[::-1]:
+                seconds = timed(lambda side=side: step(*sides[side]))  # type: ignore[misc]
+                if repeat:
+                    times[side].append(seconds)
+    return {side: statistics.median(found) for side, found in times.items()}
+
+
+def _with_ranks(count: int) -> float:
+    """Median seconds of a step that `count` gloo ranks share."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "seconds.json"
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={count}",
+        ]
+        done = subprocess.run(
+            [*command, "-m", MODULE, "--rank", str(out)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{count} ranks failed:\n{done.stderr[-3000:]}")
+        return statistics.median(json.loads(out.read_text()))
+
+
+def _rank(out: Path) -> None:
+    """One rank: its share of the groups, gradients averaged by DDP."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    model, processor = build_core(SMALL)
+    shape = replace(BASE, group_size=8, groups=RANK_GROUPS // world)
+    rows = rows_of(shape, SMALL, processor)
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, inputs = trainer_of("shared", model, processor, rows, folder)
+        wrapped = trainer.accelerator.prepare_model(model)
+        trainer.model = trainer.model_wrapped = wrapped
+        for repeat in range(6):
+            torch.distributed.barrier()
+            found = timed(lambda: step(trainer, inputs))
+            if repeat:
+                seconds.append(found)
+    if rank == 0:
+        out.write_text(json.dumps(seconds))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
