@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from rewards.algebra import Value, difference, same, same_equation, value
 from rewards.matching import matches_all
 from rewards.normal import plain_latex, plain_number, plain_text, strange, unwrapped
-from rewards.quantity import same_unit_value, split
+from rewards.quantity import Unit, exact_value, same_unit_value, split
 
 
 class Outcome(StrEnum):
@@ -52,10 +52,10 @@ _JOINT = re.compile(
     rf" ?,? ?(?:{_TEXT.replace('[^{}]*', ' ?(?:and|or) ?')}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])) ?"
 )
 _SYMBOL = r"(?:\\[A-Za-z]+|[A-Za-z]+)(?:_\w|_\{\w+\})?(?:\([A-Za-z]\))?"
-_NAME = re.compile(rf"({_SYMBOL})(?:=|\\in(?![A-Za-z]) ?)")
+_NAME = re.compile(rf"({_SYMBOL}|\((?:[A-Za-z],)+[A-Za-z]\))(?:=|\\in(?![A-Za-z]) ?)")
 _NAME_LAST = re.compile(r"=((?:\\(?!pi)[A-Za-z]+|(?!i|e)[A-Za-z])(?:_\w|_\{\w+\})?)")
-_LESS = r"(?:<|\\l(?:eq?(?:slant)?|t)(?![A-Za-z]) ?|<=)"
-_MORE = r"(?:>|\\g(?:eq?(?:slant)?|t)(?![A-Za-z]) ?|>=)"
+_LESS = r"(?:<=?|\\l(?:eq?(?:slant)?|t)(?![A-Za-z]) ?)"
+_MORE = r"(?:>=?|\\g(?:eq?(?:slant)?|t)(?![A-Za-z]) ?)"
 _ONE_SIDED = re.compile(rf"(.+?)({_LESS}|{_MORE})(.+)")
 _TWO_SIDED = re.compile(rf"(.+?)({_LESS}|{_MORE})({_SYMBOL})({_LESS}|{_MORE})(.+)")
 _RELATION = re.compile(
@@ -63,7 +63,8 @@ _RELATION = re.compile(
     r"|[<>!]=|[=<>]"
 )
 _BASED = re.compile(r"\(?([0-9A-Za-z]+)\)? ?_ ?(?:\{ ?\(?([0-9]{1,2})\)? ?\}|([0-9]))")
-_OTHER_BASE = re.compile(r"[0-9)] ?_")
+_OTHER_BASE = re.compile(r"[0-9)] ?_|^[0-9][0-9A-Fa-f]+ ?_")
+_FREE_SPACE = re.compile(r" (?![0-9])|(?<![0-9]) ")
 _LETTER = re.compile(r"\\?[A-Za-z]+")
 _CLOCK = re.compile(r"[0-9] ?[apAP]\.?[mM]\.?$")
 _UNDONE = re.compile(
@@ -299,12 +300,13 @@ def restates(question: str, gold: str, prediction: str) -> bool:
     What the question offers, as in "which of x+1 and x-1 ...", its gold is part of as well.
     """
     asked, answer = _dense(question), _dense(prediction)
-    if len(answer) < 3 or answer not in asked or _dense(gold) in asked:
+    if len(answer) < 2 or answer not in asked or _dense(gold) in asked:
         return False
-    number = plain_number(plain_latex(prediction))
-    return number is None and re.search(r"[-+*/^(!]|\\[A-Za-z]", answer[1:]) is not None
+    worked_out = plain_number(plain_latex(prediction)) or re.fullmatch(r"[-+]?\\?[A-Za-z]+", answer)
+    return not worked_out and re.search(r"[-+*/^(!]|\\[A-Za-z]", answer.lstrip("+-")) is not None
 
 
+@lru_cache(maxsize=1024)
 def _dense(text: str) -> str:
     return plain_latex(text).replace(" ", "")
 
@@ -318,7 +320,7 @@ def _joined(text: str) -> str:
 
 
 def _is_plain_part(text: str) -> bool:
-    return plain_number(text) is not None or _is_text(text) or value(text) is not None
+    return _is_text(text) or exact_value(text) is not None
 
 
 def _decide(gold: str, prediction: str, slow: Slow | None, part: bool = False) -> Outcome | None:
@@ -330,8 +332,7 @@ def _decide(gold: str, prediction: str, slow: Slow | None, part: bool = False) -
         return regions
     if not part or _named(gold)[0] == _named(prediction)[0]:  # 2, 3 does not say that x=2, y=3
         gold, prediction = _without_names(gold, prediction)
-    gold, gold_unit = split(gold)
-    prediction, unit = split(prediction)
+    gold, gold_unit, prediction, unit = _without_units(gold, prediction)
     if gold_unit and unit and gold_unit != unit:
         if gold_unit.dimension != unit.dimension:
             return Outcome.DIFFERENT
@@ -350,6 +351,18 @@ def _decide(gold: str, prediction: str, slow: Slow | None, part: bool = False) -
     if unknown:
         return unknown
     return _compare_structures(gold, prediction, slow)
+
+
+def _without_units(gold: str, prediction: str) -> tuple[str, Unit | None, str, Unit | None]:
+    """Both numbers and units; where the one surely has a unit, a letter behind the other's number is one too."""
+    if _FREE_SPACE.sub("", gold) == _FREE_SPACE.sub("", prediction):
+        return gold, None, gold, None
+    (wanted, gold_unit), (given, unit) = split(gold), split(prediction)
+    if gold_unit and not unit and gold_unit.known:
+        given, unit = split(prediction, loose=True)
+    elif unit and not gold_unit and unit.known:
+        wanted, gold_unit = split(gold, loose=True)
+    return wanted, gold_unit, given, unit
 
 
 def _compare_texts(gold: str, prediction: str) -> Outcome:
@@ -408,7 +421,7 @@ def _compare_structures(gold: str, prediction: str, slow: Slow | None) -> Outcom
 def _compare_values(gold: str, prediction: str) -> Outcome | None:
     if len(gold) == len(prediction) == 1 and gold.casefold() == prediction.casefold():
         return Outcome.EQUAL  # a letter alone is a name, and a name's case is spelling
-    wanted, given = value(gold), value(prediction)
+    wanted, given = exact_value(gold), exact_value(prediction)
     if wanted is None or given is None:
         return None
     equal = same(wanted, given)
@@ -482,6 +495,8 @@ def _is_text(text: str) -> bool:
 
     math-verify reads words as products of letters, where "elbow" is "below", and 101_2 as 101.
     """
+    if any(letter.isalpha() and not letter.isascii() for letter in text):
+        return True
     if ":" in text or _OTHER_BASE.search(text) or _CLOCK.search(text):
         return True
     words = False

@@ -174,6 +174,7 @@ _NO_UNIT = frozenset(
         ),
     )
 )
+_CLOCK = frozenset(("am", "pm", "a.m", "p.m"))
 _BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
 _SEVERAL_WORDS = (
@@ -189,6 +190,7 @@ _QUOTIENT = re.compile(r"\\frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}")
 _START = re.compile(
     r"\\(?:text|textrm|mathrm|mbox|operatorname)\s?\{|°|\\mu(?![A-Za-z])|\\Omega(?![A-Za-z])"
     r"|(?<=[0-9}).μ]) ?(?![eE][-+]?[0-9])[A-Za-zμΩÅ¢]|(?<=\\pi) [A-Za-zμΩÅ¢]"
+    r"|(?:(?<=illion)|(?<=ousand)|(?<=hundred)|(?<=dozen)) [A-Za-zμΩÅ¢]"
 )
 _PART = re.compile(
     r"(?P<word>°[CF]?|[A-Za-zμΩÅ]+|[$€£¥¢])|(?P<power>\^(?:[0-9]|\{-?[0-9]\})|[23](?![0-9]))|(?P<mark>[/*()])|[ .]+"
@@ -232,7 +234,7 @@ def close(gold: Value, other: Value, tolerance: Fraction, relative: Fraction) ->
 
 def same_unit_value(gold: str, gold_unit: Unit, other: str, unit: Unit) -> bool | None:
     """Whether two numbers with units of one dimension are equal; None if algebra does not tell."""
-    wanted, given = _value(gold), _value(other)
+    wanted, given = _constant(gold), _constant(other)
     if wanted is None or given is None:
         return None
     converted = _converted(given, unit, gold_unit)
@@ -263,7 +265,7 @@ def split(text: str, loose: bool = False) -> tuple[str, Unit | None]:
         unit = unit_of(rest)
         if unit and (loose or rest[0] in "\\°" or _surely(rest, unit)):
             return number, unit
-        if unit or loose:
+        if unit:
             return text, None
     return text, None
 
@@ -284,7 +286,7 @@ def unit_of(text: str) -> Unit | None:
     text = re.sub(r"\s+", " ", text.replace("μ ", "μ").replace("{}", "")).strip(" .")
     for pattern, usual in _SEVERAL_WORDS:
         text = pattern.sub(usual, text)
-    if not text or len(text) > MAX_UNIT_CHARS:
+    if not text or len(text) > MAX_UNIT_CHARS or text.lower() in _CLOCK:
         return None
     scale = _SCALES.get(text, _SCALES.get(text.lower()))
     if scale:
@@ -294,7 +296,7 @@ def unit_of(text: str) -> Unit | None:
 
 def _of(text: str) -> Quantity | None:
     number, unit = split(text, loose=True)
-    known = _value(number)
+    known = _constant(number)
     return None if known is None else Quantity(known, unit)
 
 
@@ -319,12 +321,17 @@ def _sum_of(text: str) -> Quantity | None:
     return Quantity(Value({(): total} if total else {}, {(): Fraction(1)}), first.unit)
 
 
-def _value(text: str) -> Value | None:
+def exact_value(text: str) -> Value | None:
+    """The value of plain LaTeX, a plain number (a percentage as its share) or an expression; None if neither."""
     number = plain_number(text)
-    if number:
-        amount = number.value / 100 if number.percent else number.value
-        return Value({(): amount} if amount else {}, {(): Fraction(1)})
-    found = value(text)
+    if not number:
+        return value(text)
+    amount = number.value / 100 if number.percent else number.value
+    return Value({(): amount} if amount else {}, {(): Fraction(1)})
+
+
+def _constant(text: str) -> Value | None:
+    found = exact_value(text)
     return found if found and found.is_constant else None
 
 
@@ -345,7 +352,9 @@ def _surely(rest: str, unit: Unit) -> bool:
     spaced, word = rest.startswith(" "), re.match(r"[A-Za-zμΩÅ¢]+", rest.lstrip())
     if not word:
         return False
-    return (len(word[0]) > 1 and unit.known) or (spaced and len(word[0]) > 3)
+    if unit.known:
+        return len(word[0]) > 1 or (spaced and "/" in rest)
+    return spaced and len(word[0]) > 3
 
 
 class _Units:
