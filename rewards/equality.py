@@ -205,6 +205,8 @@ _COMMANDS = frozenset(
 )
 """What an answer may use; beyond it only what its gold uses. A parser may skip what it does not know."""
 _BRACKETS = {"(": ")", "[": "]"}
+MAX_CHARS = 4000
+"""Of a prediction; what is longer is looked at no further."""
 MAX_UNORDERED = 64
 """Elements of a list that are matched with each other; longer ones must be written alike."""
 
@@ -226,6 +228,8 @@ def quick(gold: str, prediction: str) -> Outcome | None:
     >>> [quick(r"\frac{1}{2}", p) for p in ("0.5", "1/3", r"\sin 30")]
     [<Outcome.EQUAL: 'equal'>, <Outcome.DIFFERENT: 'different'>, None]
     """
+    if len(prediction) > MAX_CHARS:
+        return Outcome.EQUAL if prediction == gold else Outcome.UNPARSEABLE
     return _decide(_joined(gold), _joined(prediction), None)
 
 
@@ -254,7 +258,9 @@ def is_words(text: str) -> bool:
 
 def compare(gold: str, prediction: str) -> Outcome:
     """Whether two answers are equal. May hang or crash on a hostile prediction: call it in the worker."""
-    return _decide(_joined(gold), _joined(prediction), _compare_expressions) or Outcome.DIFFERENT
+    if len(prediction) > MAX_CHARS:
+        return Outcome.EQUAL if prediction == gold else Outcome.UNPARSEABLE
+    return _decide(_joined(gold), _joined(prediction), compare_expressions) or Outcome.DIFFERENT
 
 
 def readable(gold: str) -> bool:
@@ -694,7 +700,8 @@ def _match(
     return Outcome.DIFFERENT
 
 
-def _compare_expressions(gold: str, prediction: str) -> Outcome:
+def compare_expressions(gold: str, prediction: str) -> Outcome:
+    """How two expressions compare by math-verify and the guards around it. May hang, as `compare`."""
     from math_verify import verify
 
     wanted, given = _parse(gold.replace("°", "")), _parse(prediction.replace("°", ""))

@@ -36,5 +36,5 @@ def test_bad_gold_answers_are_dropped_on_request_and_counted(sets, caplog):
 
 
 def test_a_set_without_a_usable_gold_answer_is_an_error_all_the_same(sets):
-    with pytest.raises(GoldError, match="bad.parquet: row 0"):
+    with pytest.raises(GoldError, match=r"bad\.parquet: row 0"):
         load_rows([DataSource(set="bad", on_bad_gold="drop")], sets, seed=0)
