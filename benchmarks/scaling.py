@@ -64,7 +64,9 @@ def measure(quick: bool) -> None:
         used = values[:: len(values) - 1] if quick else values
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         for value in used:
-            for side, found in _seconds(size, replace(BASE, **dict[str, Any]({factor: value})), repeats).items():
+            for side, found in _seconds(
+                size, replace(BASE, **dict[str, Any]({factor: value})), repeats
+            ).items():
                 seconds[side].append(found)
         exponents[factor] = {side: slope(used, seconds[side]) for side in SIDES}
         for side in SIDES:

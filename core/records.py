@@ -11,7 +11,7 @@ A record is a dict:
 | chain | str or None | the thought that leads to the answer, without tags |
 | response | str or None | the assistant's turn verbatim; as an SFT target it overrides chain and answer |
 | mode | "think", "direct" | which prompt contract the row is asked under |
-| verifier | "math", "exact", "number", "choice", "judge", "none" | how a completion is graded |
+| verifier | one of VERIFIERS | how a completion is graded: rewards.answer says what each means |
 | source | str | where the row comes from |
 | meta | JSON object | whatever a generator or a judge wants to keep; a JSON string in the file |
 
@@ -29,7 +29,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,7 +43,24 @@ log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 MODES = ("think", "direct")
-VERIFIERS = ("math", "exact", "number", "choice", "judge", "none")
+VERIFIERS = (
+    *(
+        "auto",
+        "math",
+        "integer",
+        "number",
+        "exact",
+        "choice",
+        "set",
+        "list",
+        "json",
+        "box",
+        "point",
+        "quantity",
+    ),
+    *("judge", "none"),
+)
+"""The kinds of rewards.answer."""
 DEFAULTS: Record = {"images": [], "chain": None, "response": None, "source": "", "meta": {}}
 """What a file may leave out."""
 REQUIRED = ("id", "question", "answer", "mode", "verifier")
@@ -67,6 +84,8 @@ class DataSource(Strict):
     """So many rows, drawn by the stage's seed; None takes all. More than the set has is an error."""
     split: str = "train"
     """Split of the set; a single Parquet file is its own."""
+    on_bad_gold: OnBad = "raise"
+    """RL only: a gold answer that cannot be graded against stops the load, or drops its row, counted in the log."""
 
 
 class RecordError(ValueError):
@@ -92,8 +111,19 @@ class Records(Sequence[Record]):
     `dropped` counts the rows left out, by the rule they broke ({} unless on_bad="drop").
     """
 
-    def __init__(self, table: Any, indices: Sequence[int], dropped: Mapping[str, int]) -> None:
-        self._table, self._indices, self.dropped = table, indices, dict(dropped)
+    def __init__(
+        self,
+        table: Any,
+        indices: Sequence[int],
+        dropped: Mapping[str, int],
+        locate: Callable[[int], tuple[str, int]],
+    ) -> None:
+        self._table, self._indices, self.dropped, self._locate = table, indices, dict(dropped), locate
+
+    def place(self, index: int) -> str:
+        """Where a record comes from, for messages: its file and its row there, from 0."""
+        file, row = self._locate(self._indices[index])
+        return f"{file}: row {row}"
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -155,7 +185,7 @@ def load_records(
         )
     if not good:
         raise RecordError(f"{source}: split {split!r} holds no usable row")
-    return Records(table, sorted(good), dropped)
+    return Records(table, sorted(good), dropped, locate)
 
 
 def write_records(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

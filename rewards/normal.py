@@ -7,28 +7,48 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
 MAX_DIGITS = 400
 
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_VULGAR = {
+    "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5",
+    "⅙": "1/6", "⅚": "5/6", "⅐": "1/7", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8", "⅑": "1/9", "⅒": "1/10",
+}  # fmt: skip
 _LOOKALIKES = {
-    **dict.fromkeys("−–‒﹣－", "-"),
-    **{
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "÷": "/",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "√": r"\sqrt ",
-        "°": r"^\circ ",
-    },
-    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "²": "^2", "³": "^3", "％": "%"},
-}
+    **dict.fromkeys("−–‒‐‑﹣", "-"),
+    **{"×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/", "∗": "*"},
+    **{"∞": r"\infty ", "∅": r"\emptyset ", "°": r"^\circ ", "º": r"^\circ ", "±": r"\pm ", "∓": r"\mp "},
+    **{"≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\neq ", "≈": r"\approx ", "≡": r"\equiv "},
+    **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∖": r"\setminus ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}"},
+    **{"→": r"\to ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "√": r"\sqrt ", "′": "'", "，": ",", "、": ","},
+    **{"㎡": "m^2", "㎠": "cm^2", "㎢": "km^2", "㎟": "mm^2", "㎥": "m^3", "㎤": "cm^3", "㎜": "mm", "㎝": "cm"},
+    **{"㎞": "km", "㎏": "kg", "℃": r"^\circ C", "℉": r"^\circ F", "Ω": "Ω", "µ": "μ"},
+    **{sign: rf"\frac{{{ratio.replace('/', '}{')}}}" for sign, ratio in _VULGAR.items()},
+    **{letter: rf"\{name} " for letter, name in zip(
+        "αβγδεζηθκλνξπρστφχψω",
+        ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "kappa", "lambda", "nu", "xi",
+         "pi", "rho", "sigma", "tau", "phi", "chi", "psi", "omega"),
+        strict=True,
+    )},
+}  # fmt: skip
 _TRANSLATE = str.maketrans(_LOOKALIKES)
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")
+_LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_ROOT_OF_NUMBER = re.compile(r"√\s?([0-9]+)")
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff\ufe0e\ufe0f]")
+"""Soft hyphen, zero-width spaces and joiners, direction marks, variation selectors: a reader sees nothing."""
+_READ_AS = ("<wide>", "<narrow>", "<font>", "<compat>", "<noBreak>")
+"""Unicode's kinds of letters that are other letters in another font; not superscripts, circles or fractions."""
 _TYPOGRAPHY = re.compile(
-    r"(?P<row>\\\\)|\\(?:left|right|displaystyle|limits|quad|qquad)(?![A-Za-z])|\\[ ,;:]|~|\\?\$"
-    r"|\^ ?\{? ?\\circ ?\}?|\\degree(?![A-Za-z])"
+    r"(?P<keep>\\\\)|\\(?:left|right|[bB]ig+[lr]?|displaystyle|textstyle|limits|quad|qquad)(?![A-Za-z])|\\[ ,;:>]|~|\$"
+    r"|(?P<dollar>\\\$)|(?P<degree>\^ ?\{? ?\\circ ?\}?|\\degree(?![A-Za-z])|\{\^ ?\\circ ?\})"
 )
+_LONE_DOLLAR = re.compile(r"\s*\$[^$]*")
+_FONT = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathnormal)\s*\{([^{}]*)\}")
 _SPELLINGS = (
     (r"\dfrac", r"\frac"),
     (r"\tfrac", r"\frac"),
@@ -49,7 +69,18 @@ _POWER = re.compile(r"\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?(?:\{([+-]?[0-9]{1,2}
 _RATIO = re.compile(
     r"([+-]?)(?:([0-9]+)\s?/\s?([0-9]+)|\\frac\s?(?:\{([+-]?[0-9]+)\}|([0-9]))\s?(?:\{([0-9]+)\}|([0-9])))"
 )
+_MIXED = re.compile(
+    r"([+-]?)([0-9]+)(?: ([0-9]+)/([0-9]+)|\\frac\s?(?:\{([0-9]+)\}|([0-9]))\s?(?:\{([0-9]+)\}|([0-9])))"
+)
+_SCALES = {
+    "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+}  # fmt: skip
+_SCALE = re.compile(
+    rf"(.*[0-9.}}])\s?(?:\\text\s?\{{)?\s?({'|'.join(_SCALES)}|percent)\s?\}}?", re.IGNORECASE | re.DOTALL
+)
+CURRENCIES = "$€£¥"
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
+_SAID = re.compile(r"^(?:option|choice|answer) ?:? ?(?=\(?[a-z]\)?(?:[).:]|$))")
 _LETTER_AND_TEXT = re.compile(r"\(?([A-Za-z])[).:]\s*(\S.*)", re.DOTALL)
 
 
@@ -67,13 +98,52 @@ class Number(NamedTuple):
         return min(abs(share.value - plain.value), abs(share.value / 100 - plain.value)) <= tolerance
 
 
+def cleaned(text: str) -> str:
+    r"""The text as a reader sees it: no invisible characters, letters and digits of other fonts and widths as usual.
+
+    >>> cleaned("４\u200b２ = 𝟒𝟐 = ٤٢"), cleaned("x²")
+    ('42 = 42 = 42', 'x²')
+
+    Direction overrides, control characters and invisible operators stay: see `strange`.
+    """
+    if text.isascii():
+        return text
+    text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+    return "".join(map(_usual, text))
+
+
+@lru_cache(maxsize=4096)
+def _usual(letter: str) -> str:
+    if letter.isascii() or letter in _LOOKALIKES:
+        return letter
+    if unicodedata.category(letter) == "Nd":
+        return str(unicodedata.decimal(letter))
+    if unicodedata.decomposition(letter).startswith(_READ_AS):
+        return unicodedata.normalize("NFKC", letter)
+    return letter
+
+
+def strange(text: str) -> bool:
+    r"""Whether a text holds what no mathematical answer does: control and override characters, marks, symbols.
+
+    >>> strange("\u202e24"), strange("4\u03382"), strange("42 ☺"), strange("42€ é 度")
+    (True, True, True, False)
+    """
+    if text.isascii():
+        return not text.isprintable()
+    return any(
+        not (letter.isprintable() and (letter.isalpha() or letter.isascii() or letter in "€£¥°"))
+        for letter in text
+    )
+
+
 def plain_text(text: str) -> str:
     r"""Text for comparison: one case, single spaces, no \text{}, no quotes or full stop around it.
 
     >>> plain_text(r" \text{Dark  Blue}. ")
     'dark blue'
     """
-    text = unicodedata.normalize("NFKC", unwrapped(text)).replace(r"\%", "%")
+    text = unwrapped(cleaned(text)).replace(r"\%", "%")
     text = _SPACE.sub(" ", text.casefold()).strip(" $\"'“”‘’`*")
     return text.removesuffix(".").strip(" $\"'“”‘’`*")
 
@@ -86,18 +156,39 @@ def unwrapped(text: str) -> str:
 def plain_latex(text: str) -> str:
     r"""LaTeX without what only changes its looks; two answers equal in this form are equal.
 
-    >>> plain_latex(r"$\left( \dfrac{1}{2} ,\, 3 \right)$.")
-    '(\\frac{1}{2},3)'
+    >>> plain_latex(r"$\left( \dfrac{1}{2} ,\, 3 \right)$."), plain_latex(r"x² = 90^{\circ}")
+    ('(\\frac{1}{2},3)', 'x^2=90°')
+
+    A dollar sign that is money stays.
     """
-    text = _SPACE.sub(" ", text.translate(_TRANSLATE))  # single spaces first: no regex below may backtrack
+    text = cleaned(text)
+    if not text.isascii():
+        text = _RAISED.sub(lambda found: _script("^", found[0].translate(_SUPERSCRIPTS)), text)
+        text = _LOWERED.sub(lambda found: _script("_", found[0].translate(_SUBSCRIPTS)), text)
+        text = _ROOT_OF_NUMBER.sub(r"\\sqrt{\1}", text).translate(_TRANSLATE)
+    text = _SPACE.sub(" ", text)  # single spaces first: no regex below may backtrack
     for spelling, usual in _SPELLINGS:
         text = text.replace(spelling, usual)
-    text = _TYPOGRAPHY.sub(lambda found: found["row"] or " ", text)
-    text = _SPACE.sub(" ", text).strip()
+    money = _LONE_DOLLAR.fullmatch(text) is not None
+    text = _TYPOGRAPHY.sub(_typography, text.replace("$", r"\$", 1) if money and r"\$" not in text else text)
+    text = _SPACE.sub(" ", _FONT.sub(r"\1", text)).strip()
     for opened, closed in ((r"\(", r"\)"), (r"\[", r"\]")):
-        if text.startswith(opened) and text.endswith(closed):
+        if text.startswith(opened) and text.endswith(closed) and len(text) >= 4:
             text = text[2:-2]
-    return _LOOSE_SPACE.sub("", text.strip().removesuffix("."))
+    text = _LOOSE_SPACE.sub("", text.strip())
+    return text if text.endswith("..") else text.removesuffix(".")
+
+
+def _script(mark: str, digits: str) -> str:
+    return f"{mark}{digits}" if len(digits) == 1 else f"{mark}{{{digits}}}"
+
+
+def _typography(found: re.Match[str]) -> str:
+    if found["keep"]:
+        return found["keep"]
+    if found["dollar"]:
+        return "$"
+    return "°" if found["degree"] else " "
 
 
 def too_many_digits(text: str) -> bool:
@@ -108,23 +199,41 @@ def too_many_digits(text: str) -> bool:
 def exact_number(text: str) -> Number | None:
     r"""The number that the whole text is, exactly; None if it is anything else.
 
-    Takes integers and decimals with thousands separators, a/b, \frac, scientific notation, a percent sign, a
-    currency sign.
+    Takes integers and decimals with thousands separators, a/b, \frac, mixed numbers, scientific notation, a percent
+    sign, a degree sign, a currency sign, "million" and its like.
 
-    >>> [exact_number(n).value for n in ("-1,234.50", r"\frac{1}{2}", r"3 \times 10^{2}")]
-    [Fraction(-2469, 2), Fraction(1, 2), Fraction(300, 1)]
+    >>> [exact_number(n).value for n in ("-1,234.50", r"1\frac{1}{2}", r"3 \times 10^{2}", "2 million")]
+    [Fraction(-2469, 2), Fraction(3, 2), Fraction(300, 1), Fraction(2000000, 1)]
     >>> exact_number("4 or 5"), exact_number("100, 200")
     (None, None)
     """
     if len(text) > 2 * MAX_DIGITS:
         return None
-    text = plain_latex(text)
-    if text[:1] in "€£¥":
+    return plain_number(plain_latex(text))
+
+
+def plain_number(text: str) -> Number | None:
+    """As `exact_number`, of a text that is plain LaTeX already."""
+    if len(text) > 2 * MAX_DIGITS or not any(map(str.isdigit, text)) or not text.isprintable():
+        return None
+    whole = _WRAPPED.fullmatch(text)
+    text = whole[1].strip() if whole else text
+    negative = text[:1] == "-" and text[1:2] in tuple(CURRENCIES)
+    text = text[negative:]
+    if text[:1] in tuple(CURRENCIES):
         text = text[1:].lstrip()
-    percent = text.endswith("%")
-    text = text.removesuffix("%").rstrip()
-    value = _ratio(text) if "/" in text or "frac" in text else _decimal(text)
-    return None if value is None else Number(value, percent)
+        if text[:1] in ("-", "+"):
+            return None
+    factor, percent = 1, text.endswith("%")
+    scale = _SCALE.fullmatch(text) if text[-1:].isalpha() or text[-1:] == "}" else None
+    if scale:
+        text, factor = scale[1].removesuffix(r"\text{").rstrip(), _SCALES.get(scale[2].lower(), 1)
+        percent = factor == 1
+    text = text.removesuffix("%").removesuffix("°").rstrip()
+    value = _decimal(text)
+    if value is None and ("/" in text or "frac" in text):
+        value = _ratio(text)
+    return None if value is None else Number((-value if negative else value) * factor, percent)
 
 
 def _decimal(text: str) -> Fraction | None:
@@ -144,14 +253,22 @@ def _decimal(text: str) -> Fraction | None:
 
 
 def _ratio(text: str) -> Fraction | None:
-    found = _RATIO.fullmatch(text)
-    if not found or too_many_digits(text):
+    found, whole = _RATIO.fullmatch(text), 0
+    if too_many_digits(text):
         return None
-    sign, *parts = found.groups()
+    if found:
+        sign, *parts = found.groups()
+    else:
+        found = _MIXED.fullmatch(text)
+        if not found:
+            return None
+        sign, *parts = found.groups()
+        whole = int(parts.pop(0))
     above, below = (int(part) for part in parts if part is not None)
-    if not below:
+    if not below or (_MIXED is found.re and not 0 < above < below):
         return None
-    return Fraction(-above if sign == "-" else above, below)
+    value = whole + Fraction(above, below)
+    return -value if sign == "-" else value
 
 
 def options_of(choices: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
@@ -174,14 +291,15 @@ def option_letter(text: str, options: Mapping[str, str]) -> str | None:
 
     Without options any single letter will do.
     """
-    words = plain_text(text)
+    words = _SAID.sub("", plain_text(text))
+    letter = _LETTER.fullmatch(words)
+    if letter and (not options or letter[1].upper() in options):
+        return letter[1].upper()
     named = [letter for letter, option in options.items() if plain_text(option) == words]
+    if not named:
+        named = [letter for letter, option in options.items() if plain_latex(option) == plain_latex(text)]
     if len(named) == 1:
         return named[0]
-    letter = _LETTER.fullmatch(words)
-    if letter:
-        found = letter[1].upper()
-        return found if not options or found in options else None
     both = _LETTER_AND_TEXT.fullmatch(words)
     if both and plain_text(options.get(both[1].upper(), "")) == both[2]:
         return both[1].upper()

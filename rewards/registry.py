@@ -51,8 +51,8 @@ def load_reward(
         params: fields of the class, or keyword arguments of the function.
         folders: where users' modules and files are looked for, after everything installed.
 
-    >>> load_reward("answer", {"tolerance": 0.5})
-    AnswerReward(tolerance=0.5, thought_open=False)
+    >>> load_reward("answer", {"tolerance": 0.5}).tolerance
+    0.5
 
     Raises UnknownReward if there is no such reward, ValueError for unknown, missing or bad parameters,
     TypeError if it cannot be called with a completion and an example.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.prompts import messages
-from core.records import DataSource, load_records
-from rewards.answer import validate_gold
+from core.records import DataSource, Records, load_records
+from rewards.answer import GoldError, gold_problem
 from rewards.example import Example
+
+log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
@@ -18,11 +21,12 @@ Record = Mapping[str, Any]
 def load_rows(sources: Sequence[DataSource], sets: Mapping[str, Path], seed: int) -> list[dict[str, Any]]:
     """All records of the named sets, in their order.
 
-    Raises ValueError when an id is in two of the sets, or a gold answer could not be graded against.
+    Raises ValueError when an id is in two of the sets, a set is left without rows, or a gold answer could not be
+    graded against and its source does not say to drop such rows; names the file and the row.
     """
     rows: list[dict[str, Any]] = []
     for source in sources:
-        rows += load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed)
+        rows += _gradable(source, load_records(sets[source.set], source.split, source.rows, seed))
     seen: set[str] = set()
     for row in rows:
         if row["id"] in seen:
@@ -30,8 +34,29 @@ def load_rows(sources: Sequence[DataSource], sets: Mapping[str, Path], seed: int
                 f"id {row['id']!r} is in two of the sets {[s.set for s in sources]}; ids must be unique"
             )
         seen.add(row["id"])
-        validate_gold(example_of(row))
     return rows
+
+
+def _gradable(source: DataSource, records: Records) -> list[dict[str, Any]]:
+    """The records whose gold answers can be graded against."""
+    good, bad = [], []
+    for index, record in enumerate(records):
+        problem = gold_problem(example_of(record))
+        if problem:
+            bad.append(f"{records.place(index)} ({record['id']!r}): answer: {problem}")
+        else:
+            good.append(record)
+    if bad and (source.on_bad_gold == "raise" or not good):
+        more = f"\n... and {len(bad) - 1} more such rows" if len(bad) > 1 else ""
+        raise GoldError(
+            f"{bad[0]}{more}; or set on_bad_gold: drop for the set {source.set!r} to leave them out"
+        )
+    if bad:
+        log.warning(
+            "%s: dropped %d of %d rows whose gold answer cannot be graded against, the first: %s",
+            source.set, len(bad), len(bad) + len(good), bad[0],
+        )  # fmt: skip
+    return good
 
 
 def example_of(record: Record) -> Example:

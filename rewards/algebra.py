@@ -1,0 +1,421 @@
+r"""Exact values of everyday expressions, without computer algebra: microseconds instead of milliseconds.
+
+The fragment: rational numbers, variables, π, e, i, square roots of rationals, + - * / \frac, whole powers,
+parentheses. Its members are quotients of polynomials over the rationals whose unknowns are the variables and the
+square roots of primes (of -1 for i). Square roots of different primes are independent over the rationals and π and
+e are taken for variables, so two members are equal exactly if their canonical forms are: both answers of `same`
+are proofs. Whatever is not surely in the fragment has no value here; rewards.equality then asks sympy.
+"""
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+MAX_PRODUCTS = 2000
+"""Products of two terms that one value may cost: some milliseconds."""
+MAX_BITS = 1400
+MAX_EXPONENT = 64
+MAX_DEPTH = 30
+MAX_RADICAND = 10**6
+"""Square roots of larger numbers would take too long to factor."""
+
+Monomial = tuple[tuple[str, int], ...]
+Polynomial = dict[Monomial, Fraction]
+
+_ONE: Polynomial = {(): Fraction(1)}
+_ROOT = "√"
+_I = "√-1"
+_CONSTANTS = frozenset(("pi", "e"))
+_GREEK = frozenset(
+    (
+        *(
+            "alpha",
+            "beta",
+            "gamma",
+            "delta",
+            "epsilon",
+            "varepsilon",
+            "zeta",
+            "eta",
+            "theta",
+            "kappa",
+            "lambda",
+        ),
+        *("mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "pi"),
+        *("Gamma", "Delta", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega"),
+    )
+)
+_TOKEN = re.compile(
+    r"(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)|\\(?P<command>[A-Za-z]+)"
+    r"|(?P<letter>[A-Za-z](?:_(?:[A-Za-z0-9](?![0-9])|\{[A-Za-z0-9]{1,8}\}))?)|(?P<mark>[-+*/^(){}])|(?P<space> +)"
+)
+_APPLIED = frozenset("fghFGHPE")
+"""Letters that before a parenthesis name a function."""
+
+
+class Value(NamedTuple):
+    """A quotient of two polynomials, the lower one not zero."""
+
+    top: Polynomial
+    bottom: Polynomial
+
+    @property
+    def rational(self) -> Fraction | None:
+        """The number, if it is a rational one."""
+        if any(self.top.keys() - {()}) or any(self.bottom.keys() - {()}):
+            return None
+        return self.top.get((), Fraction(0)) / self.bottom[()]
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether there is no variable in it; e is none."""
+        return not any(
+            name not in _CONSTANTS and not name.startswith(_ROOT)
+            for side in self
+            for term in side
+            for name, _ in term
+        )
+
+
+class _OutsideError(Exception):
+    """The text is not in the fragment, or too expensive."""
+
+
+class _Token(NamedTuple):
+    kind: str
+    text: str
+
+
+@lru_cache(maxsize=4096)
+def value(text: str) -> Value | None:
+    r"""The value of an expression in plain LaTeX (normal.plain_latex); None if it is not in the fragment.
+
+    >>> value(r"\frac{3}{6}").rational
+    Fraction(1, 2)
+    >>> value(r"\sin x"), value("1/0"), value("x^{1000}")
+    (None, None, None)
+    """
+    try:
+        return _Parser(text).whole()
+    except _OutsideError:
+        return None
+
+
+def same(one: Value, other: Value) -> bool | None:
+    r"""Whether two values are equal; None if that is too expensive to find out.
+
+    >>> same(value(r"2\sqrt{3}"), value(r"\sqrt{12}")), same(value("(x-1)(x+1)"), value("x^2+1"))
+    (True, False)
+    """
+    if one.bottom == other.bottom:
+        return one.top == other.top
+    work = _Work()
+    try:
+        return work.times(one.top, other.bottom) == work.times(other.top, one.bottom)
+    except _OutsideError:
+        return None
+
+
+def same_equation(one: Value, other: Value) -> bool:
+    """Whether one = 0 says the same as other = 0: numerators that are multiples of each other, and not 0.
+
+    >>> same_equation(value("2x-2y"), value("y-x")), same_equation(value("x-x"), value("y-y"))
+    (True, False)
+    """
+    if not one.top or one.top.keys() != other.top.keys():
+        return False
+    return len({factor / other.top[term] for term, factor in one.top.items()}) == 1
+
+
+def difference(one: Value, other: Value) -> Value | None:
+    """One minus the other; None if that is too expensive."""
+    try:
+        return _Work().plus(one, _negative(other))
+    except _OutsideError:
+        return None
+
+
+class _Work:
+    """Arithmetic with a budget."""
+
+    def __init__(self) -> None:
+        self.products = 0
+
+    def times(self, one: Polynomial, other: Polynomial) -> Polynomial:
+        if one == _ONE:
+            return other
+        if other == _ONE:
+            return one
+        self.products += len(one) * len(other)
+        if self.products > MAX_PRODUCTS:
+            raise _OutsideError
+        result: Polynomial = {}
+        for term, factor in one.items():
+            for another, times in other.items():
+                whole, product = _joined(term, another)
+                _add_term(result, product, factor * times * whole)
+        return result
+
+    def multiplied(self, one: Value, other: Value) -> Value:
+        return Value(self.times(one.top, other.top), self.times(one.bottom, other.bottom))
+
+    def divided(self, one: Value, other: Value) -> Value:
+        if not other.top:
+            raise _OutsideError
+        rational = other.rational
+        if rational:  # the usual case: keep the lower polynomial 1
+            return self.multiplied(one, _number(1 / rational))
+        return self.multiplied(one, Value(other.bottom, other.top))
+
+    def plus(self, one: Value, other: Value) -> Value:
+        if one.bottom == other.bottom:
+            top = dict(one.top)
+            for term, factor in other.top.items():
+                _add_term(top, term, factor)
+            return Value(top, one.bottom)
+        top = self.times(one.top, other.bottom)
+        return self.plus(
+            Value(top, self.times(one.bottom, other.bottom)),
+            Value(self.times(other.top, one.bottom), self.times(one.bottom, other.bottom)),
+        )
+
+    def power(self, base: Value, exponent: Fraction) -> Value:
+        if exponent == Fraction(1, 2) and base.rational is not None:
+            return _root(base.rational)
+        if exponent.denominator != 1 or abs(exponent) > MAX_EXPONENT:
+            raise _OutsideError
+        if exponent <= 0 and not base.top:
+            raise _OutsideError
+        result = Value(_ONE, _ONE)
+        for _ in range(abs(int(exponent))):
+            result = self.multiplied(result, base)
+        return result if exponent >= 0 else self.divided(Value(_ONE, _ONE), result)
+
+
+def _add_term(polynomial: Polynomial, term: Monomial, factor: Fraction) -> None:
+    total = polynomial.get(term, 0) + factor
+    if max(total.numerator.bit_length(), total.denominator.bit_length()) > MAX_BITS:
+        raise _OutsideError
+    if total:
+        polynomial[term] = total
+    else:
+        polynomial.pop(term, None)
+
+
+def _joined(one: Monomial, other: Monomial) -> tuple[int, Monomial]:
+    """The product of two monomials: what squares of roots leave, and the rest."""
+    if not one or not other:
+        return 1, one or other
+    powers, whole = dict(one), 1
+    for name, exponent in other:
+        exponent += powers.get(name, 0)
+        if exponent == 2 and name.startswith(_ROOT):
+            whole *= int(name[len(_ROOT) :])
+            del powers[name]
+        else:
+            powers[name] = exponent
+    return whole, tuple(sorted(powers.items()))
+
+
+def _number(number: Fraction) -> Value:
+    return Value({(): number} if number else {}, _ONE)
+
+
+def _negative(one: Value) -> Value:
+    return Value({term: -factor for term, factor in one.top.items()}, one.bottom)
+
+
+def _root(square: Fraction) -> Value:
+    """The square root of a rational number; of a negative one i times its amount's."""
+    radicand = abs(square.numerator) * square.denominator
+    if radicand > MAX_RADICAND:
+        raise _OutsideError
+    factor, names = Fraction(1, square.denominator), [_I] if square < 0 else []
+    for prime, exponent in _primes(radicand):
+        factor *= prime ** (exponent // 2)
+        if exponent % 2:
+            names.append(f"{_ROOT}{prime}")
+    return Value({tuple(sorted((name, 1) for name in names)): factor} if square else {}, _ONE)
+
+
+def _primes(number: int) -> Iterator[tuple[int, int]]:
+    """Prime factors with their exponents; nothing for 0 and 1."""
+    candidate = 2
+    while candidate * candidate <= number:
+        exponent = 0
+        while number % candidate == 0:
+            number, exponent = number // candidate, exponent + 1
+        if exponent:
+            yield candidate, exponent
+        candidate += 1
+    if number > 1:
+        yield number, 1
+
+
+class _Parser:
+    """Recursive descent; raises _OutsideError wherever two readings are possible."""
+
+    def __init__(self, text: str) -> None:
+        self._tokens: list[_Token] = []
+        self._work, self._at, self._depth = _Work(), 0, 0
+        place = 0
+        while place < len(text):
+            found = _TOKEN.match(text, place)
+            if not found or not found.lastgroup:
+                raise _OutsideError
+            if found.lastgroup != "space":
+                self._tokens.append(_Token(found.lastgroup, found[found.lastgroup]))
+            elif self._tokens and self._tokens[-1].kind == "number" and text[found.end() :][:1].isdigit():
+                raise _OutsideError  # "2 3"
+            place = found.end()
+        self._tokens.append(_Token("end", ""))
+
+    def whole(self) -> Value:
+        result = self._sum()
+        if self._peek().kind != "end":
+            raise _OutsideError
+        return result
+
+    def _peek(self, ahead: int = 0) -> _Token:
+        return self._tokens[min(self._at + ahead, len(self._tokens) - 1)]
+
+    def _next(self) -> _Token:
+        token = self._peek()
+        self._at += 1
+        return token
+
+    def _take(self, mark: str) -> bool:
+        taken = self._peek() == _Token("mark", mark)
+        self._at += taken
+        return taken
+
+    def _sum(self) -> Value:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _OutsideError
+        negative = self._take("-")
+        if not negative:
+            self._take("+")
+        total = self._product()
+        total = _negative(total) if negative else total
+        while self._peek() in (_Token("mark", "+"), _Token("mark", "-")):
+            minus = self._next().text == "-"
+            term = self._product()
+            total = self._work.plus(total, _negative(term) if minus else term)
+        self._depth -= 1
+        return total
+
+    def _product(self) -> Value:
+        result, over = self._power(), False
+        while True:
+            token = self._peek()
+            if token == _Token("mark", "/") or token == _Token("command", "div"):
+                if over:
+                    raise _OutsideError  # "1/2/3"
+                self._at += 1
+                result, over = self._work.divided(result, self._power()), True
+            elif token == _Token("mark", "*") or token in (
+                _Token("command", "times"),
+                _Token("command", "cdot"),
+            ):
+                self._at += 1
+                result, over = self._work.multiplied(result, self._power()), False
+            elif token.kind in ("letter", "command") or token.text in ("(", "{"):
+                if over:
+                    raise _OutsideError  # "1/2x"
+                result = self._work.multiplied(result, self._power())
+            elif token.kind == "number":
+                raise _OutsideError  # "x2"
+            else:
+                return result
+
+    def _power(self) -> Value:
+        base = self._base()
+        if not self._take("^"):
+            return base
+        exponent = self._argument()
+        if self._peek() == _Token("mark", "^"):
+            raise _OutsideError
+        rational = exponent.rational
+        if rational is None:
+            raise _OutsideError
+        return self._work.power(base, rational)
+
+    def _base(self) -> Value:
+        token = self._next()
+        if token.kind == "number":
+            return self._mixed(_fraction(token.text))
+        if token.kind == "letter":
+            return self._variable(token.text)
+        if token.kind == "command":
+            return self._command(token.text)
+        if token.text in ("(", "{"):
+            result = self._sum()
+            if not self._take(")" if token.text == "(" else "}"):
+                raise _OutsideError
+            return result
+        raise _OutsideError
+
+    def _variable(self, name: str) -> Value:
+        if name in _APPLIED and self._peek() == _Token("mark", "("):
+            raise _OutsideError
+        if name == "i":
+            return Value({((_I, 1),): Fraction(1)}, _ONE)
+        return Value({((name.replace("{", "").replace("}", ""), 1),): Fraction(1)}, _ONE)
+
+    def _command(self, name: str) -> Value:
+        if name == "frac":
+            top = self._argument()
+            return self._work.divided(top, self._argument())
+        if name == "sqrt":
+            if self._peek().kind == "number" and len(self._peek().text) > 1:
+                raise _OutsideError  # \sqrt12 is for LaTeX the root of 1
+            square = self._argument().rational
+            if square is None:
+                raise _OutsideError
+            return _root(square)
+        if name in _GREEK:
+            return Value({((name, 1),): Fraction(1)}, _ONE)
+        raise _OutsideError
+
+    def _argument(self) -> Value:
+        """What is in the braces, or else the next digit or letter."""
+        if self._peek() == _Token("mark", "{"):
+            return self._base()
+        token = self._next()
+        if token.kind == "letter" and len(token.text) == 1:
+            return self._variable(token.text)
+        if token.kind != "number" or not token.text[0].isdigit():
+            raise _OutsideError
+        if len(token.text) > 1:
+            before = self._tokens[self._at - 2]
+            if before.text == "^":
+                raise _OutsideError  # 2^10 is for LaTeX 2^1 0
+            self._at -= 1
+            self._tokens[self._at] = _Token("number", token.text[1:])
+        return _number(Fraction(int(token.text[0])))
+
+    def _mixed(self, whole: Fraction) -> Value:
+        r"""A number; with the fraction after it, as in 3\frac{1}{2}, their sum."""
+        if self._peek() != _Token("command", "frac"):
+            return _number(whole)
+        start = self._at
+        self._at += 1
+        top, bottom = self._argument().rational, self._argument().rational
+        plain = top is not None and bottom is not None and top.denominator == bottom.denominator == 1
+        if not plain:  # 2\frac{x}{3} is a product
+            self._at = start
+            return _number(whole)
+        assert top is not None
+        assert bottom is not None
+        if whole.denominator != 1 or not 0 < top < bottom:
+            raise _OutsideError
+        return _number(whole + top / bottom)
+
+
+def _fraction(text: str) -> Fraction:
+    if len(text) > MAX_BITS // 4:
+        raise _OutsideError
+    return Fraction(text.removesuffix("."))
