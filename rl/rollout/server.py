@@ -22,6 +22,8 @@ from rl.config import PoolConfig
 from rl.rollout.shm_engine import BACKEND
 
 MODEL_NAME = "policy"
+TETHERED = (sys.executable, "-P", "-m", "rl.rollout.tethered")
+"""What makes a server end with this process, however this process ends."""
 PROFILE_IMAGE = {"width": 1792, "height": 1344}
 """What vLLM measures its memory with: four by three tiles of 448, the most that a released core cuts. Its own choice
 is 10,000 by 10,000 pixels, which takes ten seconds to resize at every start."""
@@ -48,7 +50,7 @@ class RolloutServer:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                command(cfg, model, self.port),
+                [*TETHERED, str(os.getpid()), *command(cfg, model, self.port)],
                 env=environment(cfg, index),
                 stdin=subprocess.DEVNULL,
                 stdout=out,

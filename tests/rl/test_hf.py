@@ -1,5 +1,11 @@
 """The rollout engine for machines without vLLM: same client, same guard."""
 
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
 import pytest
 
 from rl.config import Parity, PoolConfig
@@ -52,3 +58,26 @@ def test_a_server_that_does_not_start_fails_with_the_end_of_its_log(tmp_path):
     pool = rollout_pool(PoolConfig(engine="hf", max_model_tokens=256), tmp_path / "nothing", tmp_path)
     with pytest.raises(ServerFailed, match=r"rollout server ended with code 1\n(?s:.*)nothing"):
         pool.__enter__()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rl.config import PoolConfig
+from rl.rollout import server
+
+server.command = lambda *args: [sys.executable, "-P", "-c", "import time; time.sleep(600)"]
+started = server.RolloutServer(PoolConfig(max_model_tokens=64), Path("model"), Path(sys.argv[1]))
+print(started.process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_server_ends_with_a_runner_that_is_killed(tmp_path):
+    command = [sys.executable, "-P", "-c", KILLED, str(tmp_path / "log")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    server, end = int(done.stdout), time.monotonic() + 30
+    while psutil.pid_exists(server) and psutil.Process(server).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, "the server outlives the process that started it"
+        time.sleep(0.05)
