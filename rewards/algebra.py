@@ -4,7 +4,9 @@ The fragment: rational numbers, variables, π, e, i, square roots of rationals, 
 parentheses. Its members are quotients of polynomials over the rationals whose unknowns are the variables and the
 square roots of primes (of -1 for i). Square roots of different primes are independent over the rationals and π and
 e are taken for variables, so two members are equal exactly if their canonical forms are: both answers of `same`
-are proofs. Whatever is not surely in the fragment has no value here; rewards.equality then asks sympy.
+are proofs. A function or another power of members, as \sin(2x) or e^{x}, is taken whole, for a variable; of values
+that hold such only the equality is proved. Whatever is not surely in the fragment has no value here; rewards.equality
+then asks sympy.
 """
 
 import re
@@ -26,6 +28,8 @@ Polynomial = dict[Monomial, Fraction]
 
 _ONE: Polynomial = {(): Fraction(1)}
 _ROOT = "√"
+_WHOLE = "ƒ"
+"""Begins the name of a function taken whole."""
 _I = "√-1"
 _CONSTANTS = frozenset(("pi", "e"))
 _GREEK = frozenset(
@@ -45,6 +49,12 @@ _GREEK = frozenset(
         ),
         *("mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "pi"),
         *("Gamma", "Delta", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega"),
+    )
+)
+_FUNCTIONS = frozenset(
+    (
+        *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh"),
+        *("ln", "log", "exp"),
     )
 )
 _TOKEN = re.compile(
@@ -78,6 +88,11 @@ class Value(NamedTuple):
             for name, _ in term
         )
 
+    @property
+    def has_functions(self) -> bool:
+        """Whether a function or a power is taken whole in it: then other forms may be equal to it."""
+        return any(name.startswith(_WHOLE) for side in self for term in side for name, _ in term)
+
 
 class _OutsideError(Exception):
     """The text is not in the fragment, or too expensive."""
@@ -94,7 +109,7 @@ def value(text: str) -> Value | None:
 
     >>> value(r"\frac{3}{6}").rational
     Fraction(1, 2)
-    >>> value(r"\sin x"), value("1/0"), value("x^{1000}")
+    >>> value(r"\sin 2x"), value("1/0"), value("x^{1000}")
     (None, None, None)
     """
     try:
@@ -104,18 +119,21 @@ def value(text: str) -> Value | None:
 
 
 def same(one: Value, other: Value) -> bool | None:
-    r"""Whether two values are equal; None if that is too expensive to find out.
+    r"""Whether two values are equal; None if that is too expensive, or beyond this module, to find out.
 
     >>> same(value(r"2\sqrt{3}"), value(r"\sqrt{12}")), same(value("(x-1)(x+1)"), value("x^2+1"))
     (True, False)
     """
-    if one.bottom == other.bottom:
-        return one.top == other.top
     work = _Work()
     try:
-        return work.times(one.top, other.bottom) == work.times(other.top, one.bottom)
+        equal = (
+            one.top == other.top
+            if one.bottom == other.bottom
+            else work.times(one.top, other.bottom) == work.times(other.top, one.bottom)
+        )
     except _OutsideError:
         return None
+    return equal or (None if one.has_functions or other.has_functions else False)
 
 
 def same_equation(one: Value, other: Value) -> bool:
@@ -225,6 +243,14 @@ def _number(number: Fraction) -> Value:
 
 def _negative(one: Value) -> Value:
     return Value({term: -factor for term, factor in one.top.items()}, one.bottom)
+
+
+def _whole(name: str, *arguments: Value) -> Value:
+    """A function of values as a variable of its own, the same for equal polynomials."""
+    if any(argument.bottom != _ONE or len(argument.top) > 20 for argument in arguments):
+        raise _OutsideError
+    spelled = ";".join(repr(sorted(argument.top.items())) for argument in arguments)
+    return Value({((f"{_WHOLE}{name}({spelled})", 1),): Fraction(1)}, _ONE)
 
 
 def _root(square: Fraction) -> Value:
@@ -339,9 +365,10 @@ class _Parser:
         if self._peek() == _Token("mark", "^"):
             raise _OutsideError
         rational = exponent.rational
-        if rational is None:
-            raise _OutsideError
-        return self._work.power(base, rational)
+        half = rational is not None and rational == Fraction(1, 2) and base.rational is not None
+        if rational is not None and (rational.denominator == 1 or half):
+            return self._work.power(base, rational)
+        return _whole("pow", base, exponent)
 
     def _base(self) -> Value:
         token = self._next()
@@ -376,9 +403,45 @@ class _Parser:
             if square is None:
                 raise _OutsideError
             return _root(square)
+        if name in _FUNCTIONS:
+            return self._function(name)
         if name in _GREEK:
             return Value({((name, 1),): Fraction(1)}, _ONE)
         raise _OutsideError
+
+    def _function(self, name: str) -> Value:
+        power = self._argument().rational if self._take("^") else Fraction(1)
+        # \sin^{-1} may be the inverse; log_2 has its base between.
+        if power is None or power.denominator != 1 or not 1 <= power <= MAX_EXPONENT:
+            raise _OutsideError
+        token = self._peek()
+        if token.text in ("(", "{"):
+            argument = self._base()
+        else:
+            self._at += 1
+            if token.kind == "number":
+                argument = _number(_fraction(token.text))
+            elif token.kind == "letter":
+                argument = self._variable(token.text)
+            elif token.kind == "command" and token.text in _GREEK:
+                argument = self._command(token.text)
+            else:
+                raise _OutsideError
+            after = self._peek()
+            factor = after.kind in ("number", "letter") or after.text in (
+                "(",
+                "{",
+                "/",
+                "cdot",
+                "times",
+                "frac",
+                "sqrt",
+            )
+            if factor or after.text in _GREEK:
+                raise _OutsideError  # "\sin 2x"
+        if self._peek() == _Token("mark", "^"):
+            raise _OutsideError  # "\sin x^2"
+        return self._work.power(_whole(name, argument), power)
 
     def _argument(self) -> Value:
         """What is in the braces, or else the next digit or letter."""

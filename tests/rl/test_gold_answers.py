@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from core.records import DataSource, write_records
-from rewards.answer import GoldError
+from core.records import VERIFIERS, DataSource, write_records
+from rewards.answer import KINDS, GoldError
 from rl.data import load_rows
 
 
@@ -38,3 +38,7 @@ def test_bad_gold_answers_are_dropped_on_request_and_counted(sets, caplog):
 def test_a_set_without_a_usable_gold_answer_is_an_error_all_the_same(sets):
     with pytest.raises(GoldError, match=r"bad\.parquet: row 0"):
         load_rows([DataSource(set="bad", on_bad_gold="drop")], sets, seed=0)
+
+
+def test_a_record_may_name_every_kind_of_answer_there_is_and_no_other():
+    assert VERIFIERS == KINDS
