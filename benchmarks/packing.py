@@ -174,7 +174,7 @@ class Bench:
                 "max_tokens": longest,
                 "log_every": 1,
                 "learner": {"deepspeed": None},
-                "packing": {} if packed else False,
+                "packing": {} if packed else "off",
                 "phases": [
                     {
                         "name": "bench",
