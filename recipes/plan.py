@@ -204,7 +204,8 @@ def _phase(phase: Phase, states: _Sets) -> str:
         steps = math.ceil(rows / optim.global_batch_size) * optim.epochs
         updates = f"{rows} rows x {optim.epochs:g} epochs = {steps:.0f} updates"
     mixture = " + ".join(_amount(source) for source in phase.data)
-    return f"phase {phase.name}: {mixture}; {updates} of {optim.global_batch_size} rows; {_rate(optim)}"
+    size = f" of {optim.global_batch_size} rows" if optim.global_batch_size else ""
+    return f"phase {phase.name}: {mixture}; {updates}{size}; {_rate(optim)}"
 
 
 def _rl(config: RLConfig) -> list[str]:

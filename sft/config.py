@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from core.learner import LearnerConfig, Module, Optim
 from core.records import DataSource
@@ -54,12 +54,17 @@ class SFTConfig(Strict):
     on_bad: Literal["raise", "drop"] = "raise"
     """What happens to a row that breaks a rule of core.records: the stage stops, or the row is left out."""
     learner: LearnerConfig = LearnerConfig()
-    packing: Packing | Literal[False] = Packing()
+    packing: Packing | None = Packing()
     """How rows share a micro-batch; `off` pads them into batches of micro_batch_size instead. Updates hold the
     same rows either way, so the loss is the same (of a mixture of experts, up to its balancing loss, which is a
     mean per micro-batch)."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value == "off" else value
 
     @model_validator(mode="after")
     def _phases_fit(self) -> SFTConfig:

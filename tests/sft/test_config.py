@@ -24,16 +24,21 @@ def test_a_stage_with_one_phase_parses():
         ({"phases": [phase(max_steps=3)]}, r"phases\[0\].optim.*give one"),
         ({"phases": [phase(global_batch_size=None)]}, "global_batch_size is missing"),
         (
-            {"phases": [phase(micro_batch_size=3)], "packing": False},
+            {"phases": [phase(micro_batch_size=3)], "packing": "off"},
             "global_batch_size=8 is not a multiple.*6 and 9",
         ),
-        ({"phases": [phase(global_batch_size=None)], "packing": False}, "global_batch_size is missing"),
+        ({"phases": [phase(global_batch_size=None)], "packing": "off"}, "global_batch_size is missing"),
         ({"packing": {"update_tokens": 64}}, "by rows or by tokens"),
         ({"packing": {"micro_batch_tokens": 63}}, "is less than max_tokens=64.*raise it"),
         (
             {"phases": [phase(global_batch_size=None)], "packing": {"update_tokens": 100}},
             "multiples: 64 and 128",
         ),
+        (
+            {"packing": {"micro_batch_tokens": 3}},
+            r"packing.micro_batch_tokens = 3: .*greater than or equal to 8",
+        ),
+        ({"packing": "on"}, "packing = 'on'"),
         ({"packing": {"tokens": 64}}, "did you mean update_tokens"),
         ({"phases": [PHASE, PHASE]}, "names must differ.*'one', 'one'"),
         ({"phases": [{**PHASE, "data": []}]}, r"phases\[0\].data"),
@@ -58,3 +63,10 @@ def test_two_equal_variants_make_no_soup():
     variants = [{"seed_offset": 1}, {"seed_offset": 1}]
     with pytest.raises(ConfigError, match="two are the same fine-tuning"):
         parse(SoupConfig, {"variants": variants, "validation": {"set": "panels"}})
+
+
+def test_packing_is_on_unless_it_is_off():
+    assert (
+        parse(SFTConfig, STAGE).micro_batch_tokens(parse(SFTConfig, STAGE).phases[0]) == 64
+    )  # 1 x max_tokens
+    assert parse(SFTConfig, {**STAGE, "packing": "off"}).packing is None

@@ -136,7 +136,7 @@ def test_streamed_updates_are_even_as_well():
     plan = Plan(
         full_scale_sizes(4096, seed=7), ByTokens(8 * 4 * 32768), budget=32768, ranks=8, seed=0, epochs=1
     )
-    summary = plan.summary(updates=3)
+    summary = plan.summary(updates=2)  # the third drains the buffer
     assert summary["imbalance"] <= 0.05
     assert summary["fill"] > 0.9
 

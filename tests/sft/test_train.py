@@ -206,7 +206,7 @@ def relative_difference(one, other):
 @pytest.mark.parametrize("learner", [{}, {"gradient_checkpointing": True}, {"lora": {"r": 2, "alpha": 4}}])
 def test_training_packed_ends_where_training_padded_does(run, learner):
     # Two epochs of 10 + 10 + 4 rows; packs of at most 128 tokens, so several per update.
-    padded = run(stage({"optim": EPOCHS}, packing=False, learner=learner), "padded")
+    padded = run(stage({"optim": EPOCHS}, packing="off", learner=learner), "padded")
     packed = run(stage({"optim": EPOCHS}, packing={"micro_batch_tokens": 128}, learner=learner), "packed")
     one, other = (read_jsonl(checkpoint.parent / "metrics.jsonl") for checkpoint in (padded, packed))
     assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in other], rel=1e-5)
@@ -222,7 +222,7 @@ def test_packing_is_the_default_and_its_counts_lie_beside_the_checkpoint(run):
     assert packing["micro_batch_tokens"] == 2 * 64  # micro_batch_size x max_tokens
     same = run(stage({"optim": EPOCHS}, packing={"micro_batch_tokens": 128}), "same")
     assert weights_hash(checkpoint) == weights_hash(same)
-    padded = run(stage({"optim": EPOCHS}, packing=False), "padded")
+    padded = run(stage({"optim": EPOCHS}, packing="off"), "padded")
     assert read_json(padded.parent / "data.json")["phase0"]["packing"] is None
 
 
@@ -325,7 +325,7 @@ def test_bfloat16_under_deepspeed_saves_bfloat16_and_says_so(core_path, mixed_se
 @pytest.mark.parametrize("deepspeed", [None, {"zero_stage": 2}, {"zero_stage": 3}])
 def test_two_ranks_train_packed_as_one_trains_padded(run, core_path, mixed_set, tmp_path, deepspeed):
     # Packs of a row or two: in many steps one rank sees an image and the other does not.
-    padded = run(stage({"optim": EPOCHS}, packing=False))
+    padded = run(stage({"optim": EPOCHS}, packing="off"))
     learner = {"processes": 2, "deepspeed": deepspeed}
     cfg = stage({"optim": EPOCHS}, packing={"micro_batch_tokens": 64}, learner=learner)
     packed = in_processes(cfg, core_path, mixed_set, tmp_path / "ranks", ranks=2)
