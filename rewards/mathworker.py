@@ -71,10 +71,10 @@ def main() -> None:
     # Whatever is installed beside sympy: numbers of gmpy2 and flint abort the process where Python's raise.
     os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")
     try:
-        from rewards.equality import compare
+        from rewards.equality import compare_expressions
 
         for pair in WARM_UP:
-            compare(*pair)
+            compare_expressions(*pair)
     except Exception as error:
         control.send(f"error {type(error).__name__}: {error}"[:1000].encode())
         raise SystemExit(1) from error
