@@ -20,8 +20,8 @@ from rewards import equality, mathcheck, mathpool, mathworker
 from rewards.equality import Outcome
 from rewards.mathcheck import MathChecker
 
-EASY = (r"\sin(x+1)", r"\sin(1+x)")
-"""Equal, which only the algebra of a worker finds out."""
+EASY = (r"\sin^2 x", r"1-\cos^2 x")
+"""Needs sympy: rewards.equality.quick does not decide it."""
 NUMBERS = itertools.count(2)
 NOT_IN_TIME = (Outcome.OVER_TIME, Outcome.TIMEOUT)
 """Whose fault it is depends on how busy the machine is."""
@@ -126,7 +126,7 @@ def run(code: str, *args: str, returncode: int = 0, **where) -> str:
 def new() -> tuple[str, str]:
     """Two equal answers that no checker has seen."""
     n = next(NUMBERS)
-    return rf"\sin(y+{n})", rf"\sin({n}+y)"
+    return rf"\sin^2 y+{n}", rf"{n + 1}-\cos^2 y"
 
 
 def hanging() -> tuple[str, str]:
@@ -194,7 +194,7 @@ def test_a_job_that_loses_two_workers_is_crashed_and_not_remembered(single, thre
 def test_workers_killed_in_mid_batch_cost_their_own_jobs_at_most(make):
     checker = make(workers=2)
     started(checker)
-    pairs = [(rf"\sin(x+{n})", rf"\sin({n + n % 2}+x)") for n in range(1, 61)]
+    pairs = [(rf"\sin^2 x+{n}", rf"{n + 1 + n % 2}-\cos^2 x") for n in range(1, 61)]
     killed = 0
 
     def kill() -> None:
@@ -291,7 +291,7 @@ def test_answers_are_remembered_without_the_processes(make):
 def test_memory_of_answers_is_bounded(make, monkeypatch):
     monkeypatch.setattr(mathcheck, "CACHE_PAIRS", 3)
     checker = make()
-    checker.compare_many([(r"\sin(3x)", rf"\sin({n}x)") for n in range(4, 12)])
+    checker.compare_many([("3x", rf"{n}\sin x") for n in range(4, 12)])
     assert len(checker._cache) == 3
 
 
@@ -305,8 +305,8 @@ def test_32_threads_ask_at_once(shared, threads):
 
     def ask(n: int) -> tuple[Outcome, Outcome]:
         start.wait()
-        return shared.compare(rf"\sin(x+{n}y)", rf"\sin({n}y+x)"), shared.compare(
-            rf"\sin(x+{n}y)", rf"\sin({n}y-x)"
+        return shared.compare(rf"\sin^2 x+{n}y", rf"{n}y+1-\cos^2 x"), shared.compare(
+            rf"\sin x+{n}y", rf"{n}y-\sin x"
         )
 
     assert set(threads.map(ask, range(2, 34))) == {(Outcome.EQUAL, Outcome.DIFFERENT)}
@@ -332,9 +332,9 @@ def test_who_waits_too_long_for_a_worker_is_told_so(single, threads):
     first = threads.submit(single.compare, *new())
     until(lambda: begun(single))
     single.queue_s = 0.1
-    assert single.compare(r"\sin(y+1)", r"\sin(1+y)") == Outcome.TIMEOUT
-    assert asyncio.run(single.acompare("y+1", "1+y")) == Outcome.TIMEOUT
-    assert single.compare_many([("y+2", "2+y"), ("1", "2")], timeout_s=0) == [
+    assert single.compare("2^{y+1}+1", "1+2*2^y") == Outcome.TIMEOUT
+    assert asyncio.run(single.acompare("2^{y+1}+1", "1+2*2^y")) == Outcome.TIMEOUT
+    assert single.compare_many([("2^{y+1}+2", "2+2*2^y"), ("1", "2")], timeout_s=0) == [
         Outcome.TIMEOUT,
         Outcome.DIFFERENT,
     ]
@@ -345,12 +345,10 @@ def test_who_waits_too_long_for_a_worker_is_told_so(single, threads):
 
 def test_an_event_loop_waits_for_many(shared):
     async def ask() -> list[Outcome]:
-        cancelled = asyncio.create_task(shared.acompare(r"\sin(z+1)", r"\sin(1+z)"))
+        cancelled = asyncio.create_task(shared.acompare("2^{z+1}+1", "1+2*2^z"))
         await asyncio.sleep(0)
         cancelled.cancel()
-        found = await asyncio.gather(
-            *(shared.acompare(rf"\sin(z+{n})", rf"\sin({n}+z)") for n in range(1, 40))
-        )
+        found = await asyncio.gather(*(shared.acompare(f"2^{{z+1}}+{n}", f"{n}+2*2^z") for n in range(1, 40)))
         with pytest.raises(asyncio.CancelledError):
             await cancelled
         return found
@@ -358,10 +356,10 @@ def test_an_event_loop_waits_for_many(shared):
     assert asyncio.run(ask()) == [Outcome.EQUAL] * 39
 
 
-FORKED = r"""
+FORKED = """
 import os, threading
 from rewards.mathcheck import SHARED
-SHARED.compare(r"\sin x", r"\sin(2x)")
+SHARED.compare("x", "2^x")
 keeper, workers = SHARED.pid, SHARED.worker_pids
 SHARED.deadline_s = 30
 waiting = threading.Thread(target=SHARED.compare, args=("3x", "9^{9^{9^{9}}}"), daemon=True)
@@ -369,11 +367,11 @@ waiting.start()  # a question is open at the fork
 child = os.fork()
 if child == 0:
     assert (SHARED.pid, SHARED.worker_pids) == (None, [])
-    assert SHARED.compare(r"\sin(x+1)", r"\sin(1+x)") == "equal"
+    assert SHARED.compare("2^{x+1}+1", "1+2*2^x") == "equal"
     assert SHARED.pid != keeper
     raise SystemExit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert SHARED.compare(r"\sin(x+2)", r"\sin(2+x)") == "equal"
+assert SHARED.compare("2^{x+1}+2", "2+2*2^x") == "equal"
 assert SHARED.pid == keeper
 """
 
@@ -382,16 +380,16 @@ def test_a_forked_child_starts_processes_of_its_own():
     run(FORKED, env={**os.environ, "POSTTRAIN_MATH_WORKERS": "2"})
 
 
-SPAWNED = r"""
+SPAWNED = """
 import multiprocessing, os
 
 def ask(n):
     from rewards.mathcheck import SHARED
-    return SHARED.compare(rf"\sin(x+{n})", rf"\sin({n}+x)"), SHARED.pid
+    return SHARED.compare(f"2^{{x+1}}+{n}", f"{n}+2*2^x"), SHARED.pid
 
 if __name__ == "__main__":
     from rewards.mathcheck import SHARED
-    SHARED.compare(r"\sin x", r"\sin(2x)")
+    SHARED.compare("x", "2^x")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         outcomes, keepers = zip(*pool.map(ask, range(1, 9), chunksize=1))
         assert set(outcomes) == {"equal"} and SHARED.pid not in keepers
@@ -407,10 +405,10 @@ def test_spawned_processes_start_their_own_and_leave_none(tmp_path):
     until(lambda: all(map(gone, map(int, said.stdout.split()))))
 
 
-ORPHAN = r"""
+ORPHAN = """
 import os, signal, sys, threading, time
 from rewards.mathcheck import SHARED
-SHARED.compare(r"\sin x", r"\sin(2x)")
+SHARED.compare("x", "2^x")
 hangs = threading.Thread(target=SHARED.compare, args=("3x", "9^{9^{9^{9}}}"), daemon=True)
 hangs.start()
 while not any(question.future.running() for question in SHARED._open.values()):
@@ -456,9 +454,9 @@ def test_closing_ends_what_is_waited_for(single, threads):
     assert {answer.result() for answer in answers} == {Outcome.CRASHED}
 
 
-SHADOWED = r"""
+SHADOWED = """
 from rewards.mathcheck import SHARED
-assert SHARED.compare(r"\sin(x+1)", r"\sin(1+x)") == "equal"
+assert SHARED.compare("2^{x+1}+1", "1+2*2^x") == "equal"
 """
 
 
@@ -493,7 +491,7 @@ def test_a_process_that_cannot_start_says_why(make, tmp_path, monkeypatch, code,
 def test_text_that_is_no_text_is_answered(shared):
     # a lone surrogate, a line break, a null: none may break the protocol
     for odd in ("\ud800x", "x\n+1", "x\0"):
-        assert shared.compare("x+y", odd) in (Outcome.DIFFERENT, Outcome.UNPARSEABLE)
+        assert shared.compare("2^x", odd) in (Outcome.DIFFERENT, Outcome.UNPARSEABLE)
     assert shared.compare(*EASY) == Outcome.EQUAL
 
 
