@@ -48,7 +48,7 @@ def test_each_row_comes_back_with_every_rewards_verdict_in_order(work):
     assert [{key: row[key] for key in ("completion", "gold", "mine")} for row in out] == rows
     assert [row["rewards"]["answer"]["score"] for row in out] == [float(n == 4) for n in range(20)]
     assert out[4]["rewards"] == {
-        "answer": {"score": 1.0, "status": "correct", "answer": "4", "why": ""},
+        "answer": {"score": 1.0, "status": "correct", "answer": "4", "why": "auto took it for math"},
         "format": {"score": 1.0, "status": "correct", "answer": None, "why": ""},
     }
     assert out[5]["rewards"]["answer"] == {
