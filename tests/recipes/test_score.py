@@ -55,7 +55,7 @@ def test_each_row_comes_back_with_every_rewards_verdict_in_order(work):
         "score": 0.0,
         "status": "wrong",
         "answer": "5",
-        "why": "not the gold answer",
+        "why": "auto took it for math: not the gold answer",
     }
 
 
