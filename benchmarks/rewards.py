@@ -155,7 +155,8 @@ def measure(quick: bool) -> dict[str, Any]:
 
     mix, limit_s = hostile_mix(2, 1 if quick else 4), 8.0 if quick else 30.0
     checker = MathChecker(workers=WORKERS + 1)
-    checker.compare_many([("x+1", f"{n}+x") for n in range(2, 100)])  # starts the processes
+    # Starts the processes: only a worker finds out that these are different.
+    checker.compare_many([(r"\sin^2 x", rf"{n}-\cos^2 x") for n in range(2, 20)])
     calls = sorted(latencies(checker, mix))
     honest = sorted(latencies(checker, distinct(3, each)))
     checker.close()
