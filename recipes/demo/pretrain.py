@@ -1,4 +1,4 @@
-"""The tiny core's "pre-training": one to two minutes on a CPU core, so that the chain starts from a core that reads.
+"""The tiny core's "pre-training": about 75 seconds on a CPU core, so that the chain starts from a core that reads.
 
 Two phases, on pictures and texts drawn fresh for every step: *reading* teaches digits and sums, *mixed* adds
 captions and questions answered directly, as every stage asks them. Captions alone do not teach digits in so
