@@ -34,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from core.strict import ConfigError
 
     options = parser().parse_args(arguments)
-    # A user's own rewards are found where the command is given, after everything that is installed.
-    sys.path.append(str(Path.cwd()))
+    # A user's own rewards are found where the command is given, after everything that is installed: ourselves too,
+    # which an editable install would look for only after sys.path.
+    sys.path += [str(Path(__file__).resolve().parents[1]), str(Path.cwd())]
     # Ended from outside (CI's time limit, `kill`), the children and servers must be stopped as on Ctrl-C.
     signal.signal(signal.SIGTERM, _terminated)
     try:

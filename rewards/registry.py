@@ -36,6 +36,10 @@ FOREIGN = {"trl": "rewards.adapters:from_trl", "verl": "rewards.adapters:from_ve
 """Prefix of a reward function of another library -> what makes a reward of it."""
 
 
+_OURS = str(Path(__file__).resolve().parents[1])
+"""Where this package and its siblings lie."""
+
+
 class UnknownReward(LookupError, ValueError):
     """No reward has that name; the message names the nearest ones."""
 
@@ -104,8 +108,9 @@ def _search(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
     for place in places:
         if not place.is_dir():
             raise NotADirectoryError(f"{place}: no such folder; rewards were to be looked for there")
-        if str(place) not in sys.path:
-            sys.path.append(str(place))
+        for folder in (_OURS, str(place)):  # an editable install alone would be asked after sys.path
+            if folder not in sys.path:
+                sys.path.append(folder)
     return places
 
 

@@ -1,6 +1,7 @@
 """The console command answers fast, and its errors are words."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -106,3 +107,18 @@ def test_every_command_explains_itself():
     for action in parser()._subparsers._group_actions[0].choices.values():
         assert action.description
         assert all(argument.help for argument in action._actions)
+
+
+def test_folders_of_the_users_that_are_called_like_ours_hide_nothing(tmp_path):
+    for name in ("core", "rewards", "rl", "sft", "recipes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('a stranger')")
+    (tmp_path / "mine.py").write_text("def one(completion, example):\n    return 1.0\n")
+    (tmp_path / "rows.jsonl").write_text('{"completion": "4", "gold": "4"}\n')
+    # Without PYTHONPATH: an editable install is looked for only after sys.path, and where we stand is on it.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    score = ["score", "--rewards", "answer,mine:one", "--input", "rows.jsonl", "--output", "scored.jsonl"]
+    command = [sys.executable, "-P", "-m", "recipes.cli", *score]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert '"mine:one": {"score": 1.0' in (tmp_path / "scored.jsonl").read_text()
