@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 from rewards import grounding, normal, quantity, structured
 from rewards.equality import Outcome, bare, elements_of, is_plain, is_words, quick, quick_list, restates
 from rewards.example import Example
-from rewards.extract import MAX_BOX_CHARS, parse_direct, parse_thinking
+from rewards.extract import MAX_BOX_CHARS, parse
 from rewards.mathcheck import SHARED
 from rewards.verdict import Status, Verdict
 
@@ -85,10 +85,7 @@ class AnswerReward:
         kind = _kind(example)
         if kind in UNGRADED:
             return Verdict.unscored(f'verifier "{kind}": no rule grades this row; a judge may')
-        if example.mode == "think":
-            parsed = parse_thinking(completion, self.thought_open)
-        else:
-            parsed = parse_direct(completion)
+        parsed = parse(completion, example.mode, self.thought_open)
         if parsed.answer is None:
             return Verdict.wrong(reason=parsed.problem, status=parsed.status)
         verdict = _COMPARE[kind](parsed.answer, example, self)

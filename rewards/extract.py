@@ -51,6 +51,11 @@ class _Boxes:
     over_limit: bool = False
 
 
+def parse(completion: str, mode: str, thought_open: bool = False) -> Parsed:
+    """A completion taken apart under the contract of its row's mode, "think" or "direct"."""
+    return parse_thinking(completion, thought_open) if mode == "think" else parse_direct(completion)
+
+
 def parse_thinking(completion: str, thought_open: bool = False) -> Parsed:
     r"""A thinking completion, taken apart under the contract.
 

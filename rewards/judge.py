@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from rewards import judge_client
 from rewards.example import Example
-from rewards.extract import MAX_BOX_CHARS, parse_direct, parse_thinking
+from rewards.extract import MAX_BOX_CHARS, parse, parse_thinking
 from rewards.judge_cache import cache_at
 from rewards.judge_canaries import CanaryReport, Case, answer_cases, need_cases, thinking_cases
 from rewards.judge_client import Endpoint, Failure, Limits, Meter, Picture, Question, Reply
@@ -366,10 +366,7 @@ class AnswerJudge(Judge):
         golds = [str(gold) for gold in (example.answer, *others) if str(gold).strip()]
         if not golds:
             return Verdict.unscored("no gold answer to compare with; add one")
-        if example.mode == "think":
-            parsed = parse_thinking(completion, self.thought_open)
-        else:
-            parsed = parse_direct(completion)
+        parsed = parse(completion, example.mode, self.thought_open)
         if parsed.answer is None:
             return Verdict.wrong(reason=parsed.problem, status=parsed.status)
         too_long = self._too_long(parsed.answer)

@@ -3,7 +3,7 @@ r"""A second, stricter opinion on answers: the gold as it is written, or nothing
 from dataclasses import dataclass
 
 from rewards.example import Example
-from rewards.extract import parse_direct, parse_thinking
+from rewards.extract import parse
 from rewards.normal import exact_number, plain_text, unwrapped
 from rewards.verdict import Verdict
 
@@ -24,8 +24,7 @@ class LiteralAnswer:
     """The chat template has already opened <think>: the completion starts inside the thought."""
 
     def __call__(self, completion: str, example: Example) -> Verdict:
-        thinks = example.mode == "think"
-        parsed = parse_thinking(completion, self.thought_open) if thinks else parse_direct(completion)
+        parsed = parse(completion, example.mode, self.thought_open)
         if parsed.answer is None:
             return Verdict.wrong(reason=parsed.problem, status=parsed.status)
         golds = [example.answer, *map(str, example.meta.get("answers") or ())]
