@@ -25,7 +25,7 @@ from core.learner import (
 from core.strict import parse
 from rewards.mix import Graded
 from rewards.verdict import Verdict
-from rl.collect import Group, Sample
+from rl.collect import Batch, Group, Pipeline, Sample
 from rl.config import RLConfig
 from rl.data import prompt_messages
 from rl.rollout.client import Completion, CoreFacts
@@ -92,10 +92,10 @@ def main(core, out, learner):
     apply_freeze(policy, cfg.learner.freeze)
 
     class Collected:
-        client, metrics = None, {}
+        client, version = None, 0
 
         def collect(self):
-            return groups, groups
+            return Batch(groups, groups, {})
 
     class Quiet:
         def push(self, model):
@@ -108,7 +108,7 @@ def main(core, out, learner):
             return 0.0
 
     trainer = RolloutTrainer(
-        collector=Collected() if arguments.process_index == 0 else None,
+        rollouts=Pipeline(Collected(), cfg.batches, overlap=False) if arguments.process_index == 0 else None,
         sync=Quiet(),
         guard=Quiet(),
         records=rows,
