@@ -112,10 +112,14 @@ def test_a_users_folder_comes_last_and_shadows_nothing(tmp_path):
     (tmp_path / "theirs.py").write_text("def one(completion, example):\n    return 1.0\n")
     code = f"""
         import sys
+        from pathlib import Path
         before = list(sys.path)
+        from rewards import registry
         from rewards.registry import load_reward
         assert load_reward("theirs:one", None, [{str(tmp_path)!r}])("", None) == 1.0
-        assert sys.path == [*before, {str(tmp_path)!r}], sys.path
+        root = str(Path(registry.__file__).resolve().parents[1])
+        ours = [] if root in before else [root]  # an editable install, which must come before what the user has
+        assert sys.path == [*before, *ours, {str(tmp_path)!r}], sys.path
         assert load_reward("answer").__class__.__module__ == "rewards.answer"
     """
     command = [sys.executable, "-P", "-c", textwrap.dedent(code)]
