@@ -23,6 +23,8 @@ PACKED_SDPA = "packed_sdpa"
 class PackedCollator:
     """Packs by their place in the plan -> one row: input_ids, labels, position_ids (1, T), cu_seq_lens (S + 1).
 
+    `keep` (K,) are the positions that predict a labelled token and `shift_labels` (1, K) those tokens: only they
+    reach the output layer, which off the GPU scores every position it is given (TRL 1.16).
     `pixel_values` (tiles, 3, size, size) are those of all samples in order. A pack without an image gets a
     tensor of no tile when `tile_px` is given: the core then runs a blank tile times zero, so that the tower
     and the adapter get a gradient (of zeros) on every rank in every step, for which ZeRO-2 and ZeRO-3 wait.
@@ -56,12 +58,17 @@ def pack_rows(rows: Sequence[Lesson], pad_token_id: int, tile_px: int | None = N
     labels = [row["labels"].clone() for row in samples]
     for label in labels:
         label[0] = IGNORED  # else the last token of the sample before would be asked to predict it
+    joined = torch.cat(labels)
+    targets = (joined != IGNORED).nonzero()[:, 0]
+    keep = targets - 1 if len(targets) else torch.zeros(1, dtype=torch.long)  # one without a label: a loss of 0
     lengths = torch.tensor([len(row["input_ids"]) for row in samples])
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())
     batch: dict[str, Any] = {
         "input_ids": torch.cat([row["input_ids"] for row in samples])[None],
-        "labels": torch.cat(labels)[None],
+        "labels": joined[None],  # transformers' trainer wants some; it counts shift_labels
+        "keep": keep,
+        "shift_labels": joined[targets if len(targets) else keep][None],
         "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
