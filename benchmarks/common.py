@@ -12,21 +12,22 @@ from typing import Any
 
 
 def alternate(
-    sides: Mapping[str, Callable[[int], Any]], repetitions: int, warm_up: int = 1
+    sides: Mapping[str, Callable[[int], float | None]], repetitions: int, warm_up: int = 1
 ) -> dict[str, float]:
     """Median seconds per side over `repetitions`, after `warm_up` that do not count.
 
     The sides take turns and the order turns round every time, so that a machine that slows down or warms up favours
-    neither. Each side is called with the repetition's number.
+    neither. Each side is called with the repetition's number; what counts are the seconds that it returns, or else the
+    wall time of the call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repetition in range(-warm_up, repetitions):
         order = list(sides.items())
         for name, run in order if repetition % 2 else reversed(order):
             started = time.perf_counter()
-            run(repetition)
+            own = run(repetition)
             if repetition >= 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(time.perf_counter() - started if own is None else own)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
@@ -42,6 +43,19 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))
     Console(width=120).print(table)
+
+
+def bars(title: str, axis: str, values: Mapping[str, float]) -> str:
+    """A bar chart as a Mermaid block, which Markdown viewers draw."""
+    names = ", ".join(json.dumps(name) for name in values)
+    heights = ", ".join(f"{value:.2f}" for value in values.values())
+    lines = [
+        f"title {json.dumps(title)}",
+        f"x-axis [{names}]",
+        f"y-axis {json.dumps(axis)}",
+        f"bar [{heights}]",
+    ]
+    return "\n    ".join(["```mermaid\nxychart-beta", *lines]) + "\n```"
 
 
 def emit(bench: str, **results: Any) -> None:

@@ -5,7 +5,8 @@
 A step is the pass for old log-probabilities and the loss with its backward pass; no optimizer, as it is the same. All
 completions of a shape have the same length, so that nothing is gained from padding. Before anything is timed, loss
 and gradients of both sides are compared. Both sides run in one process, in alternating order, one CPU thread (or one
-GPU, bf16, SAIL-VL2-2B's shapes with random weights); peak memory comes from a process of its own per side.
+GPU, bf16, SAIL-VL2-2B's shapes with random weights); peak memory comes from a process of its own per side. On a GPU
+that is known, MFU is what the step needs when nothing is repeated, over what the GPU could do in the time.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
+
+from benchmarks.common import alternate, bars, emit, show
 
 REPEATS = 5
 SIDES = ("stock", "shared")
@@ -57,6 +57,25 @@ class Size:
     def tile_tokens(self) -> int:
         return (self.image_px // 28) ** 2
 
+    def step_flops(self, shape: Shape) -> float:
+        """Floating-point operations of a step with every prompt and image computed once.
+
+        Two for each weight that a token meets, in four passes: old log-probabilities, forward, and a backward that
+        counts twice. Attention: two products over the keys that each token sees. Norms and softmax are left out.
+        """
+        prompt = shape.images * (self.tile_tokens + 2) + max(0, shape.text - 2 * shape.images)
+        scored = shape.group_size * shape.completion
+        hidden, layers, heads, mlp = self.text
+        per_token = hidden * self.head_dim * 2 * (heads + self.kv_heads) + 3 * hidden * mlp
+        seen = prompt**2 / 2 + shape.group_size * (shape.completion * prompt + shape.completion**2 / 2)
+        text = layers * ((prompt + scored) * per_token + 2 * seen * heads * self.head_dim)
+        wide, blocks, _, narrow = self.vision
+        patches = 4 * self.tile_tokens
+        tower = blocks * (patches * (4 * wide**2 + 3 * wide * narrow) + 2 * patches**2 * wide)
+        adapter = self.tile_tokens * (4 * wide * hidden + hidden**2)
+        macs = text + scored * hidden * self.vocabulary + shape.images * (tower + adapter)
+        return 4 * 2 * macs * shape.groups
+
 
 SMALL = Size(112, (128, 4, 4, 256), (192, 4, 4, 576), 2, 48, 2048)
 PROOF = Size(448, (128, 6, 4, 256), (192, 6, 4, 576), 2, 48, 2048)
@@ -88,6 +107,10 @@ GPU_SHAPES = tuple(
     }.items()
     for group in (4, 8, 16)
 )
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+"""Dense bf16 operations per second of GPUs by a part of their name. Source: NVIDIA's data sheets (SXM forms)."""
 
 
 def cases(quick: bool, gpu: bool) -> list[tuple[Size, Shape]]:
@@ -238,19 +261,27 @@ def step(trainer: Any, inputs: dict[str, Any]) -> float:
     return float(loss.detach())
 
 
-def synchronise() -> None:
+def repeated(trainer: Any, inputs: dict[str, Any]) -> Callable[[int], None]:
+    """A side of `alternate`: the step, to its end on the device."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    def run(_: int) -> None:
+        step(trainer, inputs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
 
 
-def timed(work: Callable[[], Any]) -> float:
-    synchronise()
-    start = time.perf_counter()
-    work()
-    synchronise()
-    return time.perf_counter() - start
+def mfu(size: Size, shape: Shape, seconds: float) -> float | None:
+    """Share of the GPU's peak that a step of so many seconds used; None on a CPU or a GPU that is not listed."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return peak and size.step_flops(shape) / seconds / peak
 
 
 def compare(size: Size, shape: Shape, folder: str) -> dict[str, Any]:
@@ -260,9 +291,8 @@ def compare(size: Size, shape: Shape, folder: str) -> dict[str, Any]:
     model, processor = build_core(size)
     rows = rows_of(shape, size, processor)
     sides = {}
-    for (
-        side
-    ) in SIDES:  # one model: the second trainer's fused head wraps the first's, which both then call alike
+    for side in SIDES:
+        # One model: the second trainer's fused head wraps the first's, which both then call alike.
         sides[side] = trainer_of(side, model, processor, rows, folder)
     results = {}
     for side, (trainer, inputs) in sides.items():
@@ -277,19 +307,16 @@ def compare(size: Size, shape: Shape, folder: str) -> dict[str, Any]:
             f"{shape.name}: gradients differ by {difference:.1e}, losses {shared_loss} {stock_loss}"
         )
     del results, stock, shared
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
-    for repeat in range(REPEATS + 1):
-        for side in SIDES if repeat % 2 else SIDES[::-1]:
-            seconds = timed(partial(step, *sides[side]))
-            if repeat:
-                times[side].append(seconds)
-    medians = {side: statistics.median(values) for side, values in times.items()}
+    seconds = alternate({name: repeated(*side) for name, side in sides.items()}, REPEATS)
+    tokens = sum(len(row["completion_ids"]) for row in rows)
     return {
         **asdict(shape),
         "prompt": len(rows[0]["prompt_ids"]),
-        **{f"{side}_s": round(seconds, 4) for side, seconds in medians.items()},
-        "ratio": round(medians["stock"] / medians["shared"], 2),
+        **{f"{name}_s": round(found, 4) for name, found in seconds.items()},
+        "ratio": round(seconds["stock"] / seconds["shared"], 2),
         "grad_rel_diff": difference,
+        **{f"{name}_tokens_per_s": round(tokens / found) for name, found in seconds.items()},
+        **{f"{name}_mfu": mfu(size, shape, found) for name, found in seconds.items()},
     }
 
 
@@ -346,34 +373,37 @@ def main() -> None:
         print(json.dumps({"peak_mib": peak_mib(options.memory, *chosen[options.case])}))
         return
     lines = []
-    print("shape      group prompt compl.  stock s   ours s  ratio grad diff")
     for size, shape in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            line = compare(size, shape, folder)
-        lines.append(line)
-        print(
-            f"{line['name']:<10} {line['group_size']:>5} {line['prompt']:>6} {line['completion']:>6} "
-            f"{line['stock_s']:>8.3f} {line['shared_s']:>8.3f} {line['ratio']:>6.2f} {line['grad_rel_diff']:>9.1e}",
-            flush=True,
+            lines.append(compare(size, shape, folder))
+        print(f"{shape.name}: {lines[-1]['ratio']:.2f}", flush=True)
+    columns = ("group_size", "prompt", "completion", "stock_s", "shared_s", "ratio", "grad_rel_diff")
+    columns += ("stock_tokens_per_s", "shared_tokens_per_s", *(("stock_mfu", "shared_mfu") if gpu else ()))
+    show(
+        "A learner step: stock TRL and ours (shared); tokens are completion tokens",
+        ("shape", *(column.replace("_", " ") for column in columns)),
+        [(line["name"], *(line[column] for column in columns)) for line in lines],
+    )
+    print(
+        bars(
+            "Learner step, times faster than stock TRL", "ratio", {one["name"]: one["ratio"] for one in lines}
         )
+    )
     # the headline, and the shape that gained least
     lowest = min(range(len(lines)), key=lambda index: lines[index]["ratio"])
     for index in [0] if options.quick else sorted({0, lowest}):
         peaks = {side: round(measured_memory(side, index, options.quick)) for side in SIDES}
         lines[index]["peak_mib"] = peaks
-        print(
-            f"{lines[index]['name']}: peak memory of a step, MiB: stock {peaks['stock']}, ours {peaks['shared']}"
-        )
-    result = {
-        "bench": "learner",
-        "ratio": lines[0]["ratio"],
-        "lowest": min(line["ratio"] for line in lines),
-        "grad_rel_diff": max(line["grad_rel_diff"] for line in lines),
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "quick": options.quick,
-        "shapes": lines,
-    }
-    print(json.dumps(result))
+        print(f"{lines[index]['name']}: peak of a step, MiB: stock {peaks['stock']}, ours {peaks['shared']}")
+    emit(
+        "learner",
+        ratio=lines[0]["ratio"],
+        lowest=lines[lowest]["ratio"],
+        grad_rel_diff=max(line["grad_rel_diff"] for line in lines),
+        device=torch.cuda.get_device_name() if gpu else "cpu",
+        quick=options.quick,
+        shapes=lines,
+    )
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ Imbalance is counted, not timed, at full scale.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import statistics
 import tempfile
 import time
 import warnings
@@ -31,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.common import alternate, emit, show
 
 TILE_TOKENS = 256
 SCALE = 16
@@ -229,16 +229,19 @@ class Bench:
         }  # warm-up, and losses
         differences = [abs(a - b) / abs(a) for a, b in zip(first[False], first[True], strict=True)]
         assert max(differences) <= 1e-5, f"losses differ by {max(differences):.1e}: {first}"
-        seconds: dict[bool, list[float]] = {False: [], True: []}
-        for repetition in range(repetitions):
-            for packed in (False, True) if repetition % 2 else (True, False):
-                seconds[packed].append(self.train(micro_batch, packed)[0])
-        stock, ours = (statistics.median(seconds[packed]) for packed in (False, True))
+        seconds = alternate(
+            {
+                "stock": lambda _: self.train(micro_batch, False)[0],
+                "packed": lambda _: self.train(micro_batch, True)[0],
+            },
+            repetitions,
+            warm_up=0,  # the losses were
+        )
         return {
             "micro_batch": micro_batch,
-            "stock": self.signal / stock,
-            "packed": self.signal / ours,
-            "ratio": stock / ours,
+            "stock": self.signal / seconds["stock"],
+            "packed": self.signal / seconds["packed"],
+            "ratio": seconds["stock"] / seconds["packed"],
             "padding": self.padding(micro_batch),
             "loss_diff": max(differences),
         }
@@ -268,30 +271,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         # Few rows say little about a mixture with a tail: 512 are padded about as all of it is (64% and 65%).
         bench = Bench(Path(folder), updates=2 if quick else 8, rows=32 if quick else 64)
-        print("tokens of signal per second, one CPU thread, medians of 5")
-        print(f"{'micro-batch':>12} {'stock':>8} {'packed':>8} {'ratio':>6} {'padding':>8} {'loss diff':>10}")
-        lines = []
-        for micro_batch in (HEADLINE,) if quick else (1, 4, HEADLINE, 16):
-            line = bench.compare(micro_batch, 5)
-            lines.append(line)
-            print(
-                f"{line['micro_batch']:>12} {line['stock']:>8.0f} {line['packed']:>8.0f} {line['ratio']:>6.2f} "
-                f"{line['padding']:>8.0%} {line['loss_diff']:>10.1e}",
-                flush=True,
-            )
+        lines = [
+            bench.compare(micro_batch, 5) for micro_batch in ((HEADLINE,) if quick else (1, 4, HEADLINE, 16))
+        ]
+    columns = ("micro_batch", "stock", "packed", "ratio", "padding", "loss_diff")
+    show(
+        "Tokens of signal per second, one CPU thread, by the rows of stock's micro-batch",
+        [column.replace("_", " ") for column in columns],
+        [[line[column] for column in columns] for line in lines],
+    )
     print(
-        f"busiest of {RANKS} ranks above the mean: stock {stock_imbalance:.1%}, packed {packed_imbalance:.1%}"
+        f"Busiest of {RANKS} ranks above the mean: stock {stock_imbalance:.1%}, packed {packed_imbalance:.1%}"
     )
     (headline,) = (line for line in lines if line["micro_batch"] == HEADLINE)
-    result = {
-        "bench": "packing",
-        "ratio": round(headline["ratio"], 3),
-        "loss_diff": max(line["loss_diff"] for line in lines),
-        "imbalance": round(packed_imbalance, 4),
-        "stock_imbalance": round(stock_imbalance, 4),
-        "ratios": {str(line["micro_batch"]): round(line["ratio"], 3) for line in lines},
-    }
-    print(json.dumps(result))
+    emit(
+        "packing",
+        ratio=round(headline["ratio"], 3),
+        loss_diff=max(line["loss_diff"] for line in lines),
+        imbalance=round(packed_imbalance, 4),
+        stock_imbalance=round(stock_imbalance, 4),
+        ratios={str(line["micro_batch"]): round(line["ratio"], 3) for line in lines},
+        quick=quick,
+    )
 
 
 if __name__ == "__main__":

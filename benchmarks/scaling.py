@@ -21,8 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import emit, show
-from benchmarks.learner import QUICK, SIDES, SMALL, Shape, Size, build_core, rows_of, step, timed, trainer_of
+from benchmarks.common import alternate, emit, show
+from benchmarks.learner import QUICK, SIDES, SMALL, Shape, Size, build_core, repeated, rows_of, trainer_of
 
 MODULE = "benchmarks.scaling"
 BASE = Shape("base", group_size=4, images=1, text=32, completion=64, groups=2)
@@ -99,15 +99,9 @@ def _seconds(size: Size, shape: Shape, repeats: int) -> dict[str, float]:
     """Median seconds of both sides' steps, in turns after a warm-up."""
     model, processor = build_core(size)
     rows = rows_of(shape, size, processor)
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
-        sides = {side: trainer_of(side, model, processor, rows, folder) for side in SIDES}
-        for repeat in range(repeats + 1):
-            for side in SIDES if repeat % 2 else SIDES[::-1]:
-                seconds = timed(lambda side=side: step(*sides[side]))  # type: ignore[misc]
-                if repeat:
-                    times[side].append(seconds)
-    return {side: statistics.median(found) for side, found in times.items()}
+        sides = {side: repeated(*trainer_of(side, model, processor, rows, folder)) for side in SIDES}
+        return alternate(sides, repeats)
 
 
 def _with_ranks(count: int) -> float:
@@ -127,7 +121,7 @@ def _with_ranks(count: int) -> float:
         )
         if done.returncode:
             raise RuntimeError(f"{count} ranks failed:\n{done.stderr[-3000:]}")
-        return statistics.median(json.loads(out.read_text()))
+        return json.loads(out.read_text())
 
 
 def _rank(out: Path) -> None:
@@ -140,16 +134,16 @@ def _rank(out: Path) -> None:
     model, processor = build_core(SMALL)
     shape = replace(BASE, group_size=8, groups=RANK_GROUPS // world)
     rows = rows_of(shape, SMALL, processor)
-    seconds = []
     with tempfile.TemporaryDirectory() as folder:
         trainer, inputs = trainer_of("shared", model, processor, rows, folder)
-        wrapped = trainer.accelerator.prepare_model(model)
-        trainer.model = trainer.model_wrapped = wrapped
-        for repeat in range(6):
+        trainer.model = trainer.model_wrapped = trainer.accelerator.prepare_model(model)
+        run = repeated(trainer, inputs)
+
+        def together(number: int) -> None:
+            run(number)
             torch.distributed.barrier()
-            found = timed(lambda: step(trainer, inputs))
-            if repeat:
-                seconds.append(found)
+
+        seconds = alternate({"step": together}, 5)["step"]
     if rank == 0:
         out.write_text(json.dumps(seconds))
     torch.distributed.destroy_process_group()

@@ -26,15 +26,21 @@ def packed_model(core_path):
     return model
 
 
-def inputs_of(batch):
-    return {name: value for name, value in batch.items() if name != "labels"}
+def inputs_of(batch, without=()):
+    return {name: value for name, value in batch.items() if name not in ("labels", "shift_labels", *without)}
+
+
+def logits_of(model, batch):
+    """At every position, those without a label too."""
+    return model(**inputs_of(batch, without=["keep"])).logits[0]
 
 
 def loss_and_gradients(model, batch):
     """The sum of the label tokens' negative log-likelihoods, and the gradient of each weight."""
     model.zero_grad()
-    logps = model(**inputs_of(batch)).logits[:, :-1].log_softmax(-1)
-    labels = batch["labels"][:, 1:]
+    logps, labels = model(**inputs_of(batch)).logits.log_softmax(-1), batch.get("shift_labels")
+    if labels is None:
+        logps, labels = logps[:, :-1], batch["labels"][:, 1:]
     loss = -logps.gather(2, labels.clamp(min=0)[..., None])[..., 0][labels != IGNORED].sum()
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -60,16 +66,16 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(core_path, packed_mode
 
 
 def test_a_sample_sees_nothing_of_its_neighbours(packed_model, lessons):
-    alone = packed_model(**inputs_of(pack_rows([lessons[2]], 0))).logits[0]
+    alone = logits_of(packed_model, pack_rows([lessons[2]], 0))
     batch = pack_rows(lessons[:], 0)
     start, end = batch["cu_seq_lens_q"][2:4].tolist()
-    together = packed_model(**inputs_of(batch)).logits[0, start:end]
+    together = logits_of(packed_model, batch)[start:end]
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    changed = {**inputs_of(batch), "input_ids": batch["input_ids"].clone()}
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
     changed["input_ids"][0, 0] += 1  # the first sample's first token
-    logits = packed_model(**changed).logits[0]
+    logits = logits_of(packed_model, changed)
     assert torch.equal(logits[start:end], together)
-    assert not torch.allclose(logits[:start], packed_model(**inputs_of(batch)).logits[0, :start])
+    assert not torch.allclose(logits[:start], logits_of(packed_model, batch)[:start])
 
 
 def test_positions_restart_and_no_sample_predicts_the_next_ones_first_token(lessons):
@@ -81,6 +87,14 @@ def test_positions_restart_and_no_sample_predicts_the_next_ones_first_token(less
     starts = batch["cu_seq_lens_q"][:-1].long()
     assert (batch["labels"][0, starts] == IGNORED).all()
     assert batch["input_ids"].shape == batch["labels"].shape == (1, sum(lengths))
+
+
+def test_only_positions_that_predict_a_label_reach_the_output_layer(packed_model, lessons):
+    batch = pack_rows(lessons[:], 0)
+    assert batch["input_ids"][0, batch["keep"] + 1].tolist() == batch["shift_labels"][0].tolist()
+    assert len(batch["keep"]) == int((batch["labels"] != IGNORED).sum())
+    kept = packed_model(**inputs_of(batch)).logits[0]
+    torch.testing.assert_close(kept, logits_of(packed_model, batch)[batch["keep"]])
 
 
 def test_pixels_are_those_of_all_samples_in_order(lessons):
