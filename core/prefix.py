@@ -2,21 +2,26 @@
 
 The row is [prompt, its completions, next prompt, its completions, ...] without padding. A token sees its own
 segment up to itself and, in a completion, the whole prompt of its group. transformers calls the function here by
-the name `SHARED_PREFIX`; a forward pass without a `prefix` runs plain sdpa.
+the name `SHARED_PREFIX` (or `SHARED_PREFIX_FLEX`); a forward pass without a `prefix` runs plain sdpa.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 SHARED_PREFIX = "shared_prefix"
+SHARED_PREFIX_FLEX = "shared_prefix_flex"
+"""The same with torch's flex attention: one compiled kernel for the whole row. GPU only, as it has no backward on a
+CPU."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,24 @@ class PrefixLayout:
                 yield start, start + length
                 start += length
 
+    def sees(self, device: torch.device | str) -> Callable[..., torch.Tensor]:
+        """Whether a query sees a key, both by place in the row: flex attention's `mask_mod`."""
+        lengths = [length for group in self.groups for length in (group.prompt, *group.completions)]
+        # Numbers that a prompt and its completions share, and 0 for a prompt, else its completion's own.
+        group = [number for number, one in enumerate(self.groups) for _ in (0, *one.completions)]
+        own = [number for one in self.groups for number in range(len(one.completions) + 1)]
+
+        def per_token(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, device=device).repeat_interleave(torch.tensor(lengths, device=device))
+
+        groups, segments = per_token(group), per_token(own)
+
+        def mask(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            within = (segments[key] == 0) | (segments[key] == segments[query])
+            return (key <= query) & (groups[key] == groups[query]) & within
+
+        return mask
+
     def shared(self) -> Iterator[tuple[int, int, int]]:
         """(prompt start, prompt end, end of its last completion) of every group of several completions."""
         start = 0
@@ -84,24 +107,73 @@ def shared_prefix_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if dropout or kwargs.get("sliding_window"):
+    query, key, value, scale = _checked(query, key, value, scaling, dropout, kwargs)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if query.device.type == "cpu":
+        return _Merged.apply(query, key, value, prefix, scale), None
+    return _concatenated(query, key, value, prefix, scale), None
+
+
+def shared_prefix_flex(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    prefix: PrefixLayout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`shared_prefix_attention` by flex attention (arXiv:2412.05496), whose mask skips what no query sees."""
+    if prefix is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    query, key, value, scale = _checked(query, key, value, scaling, dropout, kwargs)
+    mask = _block_mask(prefix, query.device)
+    grouped = query.shape[1] != key.shape[1]
+    flex = _compiled(flex_attention)
+    return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2), None
+
+
+def _checked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """The states in the type that sdpa would compute in, and the scale of the scores."""
+    if dropout or options.get("sliding_window"):
         raise ValueError(
-            f"attention dropout {dropout}, sliding window {kwargs.get('sliding_window')}: the shared-prefix pass has "
+            f"attention dropout {dropout}, sliding window {options.get('sliding_window')}: the shared-prefix pass has "
             "neither; set learner.prefix=stock"
         )
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as sdpa under autocast does
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if device == "cpu":
-        return _Merged.apply(query, key, value, prefix, scale), None
-    return _concatenated(query, key, value, prefix, scale), None
+    return query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+@lru_cache(maxsize=2)
+def _block_mask(layout: PrefixLayout, device: torch.device) -> Any:
+    """Of one packed row, for all layers and passes over it."""
+    tokens = layout.tokens
+    return create_block_mask(layout.sees(device), None, None, tokens, tokens, device=str(device))
+
+
+@lru_cache(maxsize=1)
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=True)
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
-AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)
+AttentionInterface.register(SHARED_PREFIX_FLEX, shared_prefix_flex)
+for name in (SHARED_PREFIX, SHARED_PREFIX_FLEX):
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 
 class _Merged(torch.autograd.Function):

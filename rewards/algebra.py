@@ -32,31 +32,13 @@ _WHOLE = "ƒ"
 """Begins the name of a function taken whole."""
 _I = "√-1"
 _CONSTANTS = frozenset(("pi", "e"))
-_GREEK = frozenset(
+GREEK = frozenset(
     (
-        *(
-            "alpha",
-            "beta",
-            "gamma",
-            "delta",
-            "epsilon",
-            "varepsilon",
-            "zeta",
-            "eta",
-            "theta",
-            "kappa",
-            "lambda",
-        ),
-        *("mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "pi"),
-        *("Gamma", "Delta", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega"),
-    )
+        "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi "
+        "varphi chi psi omega pi Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
+    ).split()
 )
-_FUNCTIONS = frozenset(
-    (
-        *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh"),
-        *("ln", "log", "exp"),
-    )
-)
+FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp".split())
 _TOKEN = re.compile(
     r"(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)|\\(?P<command>[A-Za-z]+)"
     r"|(?P<letter>[A-Za-z](?:_(?:[A-Za-z0-9](?![0-9])|\{[A-Za-z0-9]{1,8}\}))?)|(?P<mark>[-+*/^(){}])|(?P<space> +)"
@@ -403,9 +385,9 @@ class _Parser:
             if square is None:
                 raise _OutsideError
             return _root(square)
-        if name in _FUNCTIONS:
+        if name in FUNCTIONS:
             return self._function(name)
-        if name in _GREEK:
+        if name in GREEK:
             return Value({((name, 1),): Fraction(1)}, _ONE)
         raise _OutsideError
 
@@ -423,7 +405,7 @@ class _Parser:
                 argument = _number(_fraction(token.text))
             elif token.kind == "letter":
                 argument = self._variable(token.text)
-            elif token.kind == "command" and token.text in _GREEK:
+            elif token.kind == "command" and token.text in GREEK:
                 argument = self._command(token.text)
             else:
                 raise _OutsideError
@@ -437,7 +419,7 @@ class _Parser:
                 "frac",
                 "sqrt",
             )
-            if factor or after.text in _GREEK:
+            if factor or after.text in GREEK:
                 raise _OutsideError  # "\sin 2x"
         if self._peek() == _Token("mark", "^"):
             raise _OutsideError  # "\sin x^2"

@@ -15,7 +15,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from rewards.algebra import Value, difference, same, same_equation, value
+from rewards.algebra import FUNCTIONS, GREEK, Value, difference, same, same_equation, value
 from rewards.latex import to_sympy
 from rewards.matching import matches_all
 from rewards.normal import plain_latex, plain_number, plain_text, strange, unwrapped
@@ -81,127 +81,18 @@ _ARITHMETIC = re.compile(
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}")
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z]) ?")
 _COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
-_COMMANDS = frozenset(
-    (
-        *(
-            "frac",
-            "sqrt",
-            "cdot",
-            "times",
-            "div",
-            "pm",
-            "mp",
-            "infty",
-            "emptyset",
-            "cup",
-            "cap",
-            "setminus",
-            "in",
-        ),
-        *(
-            "le",
-            "leq",
-            "leqslant",
-            "ge",
-            "geq",
-            "geqslant",
-            "lt",
-            "gt",
-            "ne",
-            "neq",
-            "begin",
-            "end",
-            "text",
-            "mathrm",
-        ),
-        *(
-            "textrm",
-            "mbox",
-            "operatorname",
-            "mathbb",
-            "binom",
-            "dbinom",
-            "tbinom",
-            "log",
-            "ln",
-            "lg",
-            "exp",
-            "sin",
-        ),
-        *(
-            "cos",
-            "tan",
-            "cot",
-            "sec",
-            "csc",
-            "arcsin",
-            "arccos",
-            "arctan",
-            "sinh",
-            "cosh",
-            "tanh",
-            "lfloor",
-            "rfloor",
-        ),
-        *(
-            "lceil",
-            "rceil",
-            "vert",
-            "lvert",
-            "rvert",
-            "langle",
-            "rangle",
-            "pi",
-            "notin",
-            "land",
-            "lor",
-            "hline",
-        ),
-        *(
-            "alpha",
-            "beta",
-            "gamma",
-            "delta",
-            "epsilon",
-            "varepsilon",
-            "zeta",
-            "eta",
-            "theta",
-            "vartheta",
-            "kappa",
-        ),
-        *(
-            "lambda",
-            "mu",
-            "nu",
-            "xi",
-            "rho",
-            "sigma",
-            "tau",
-            "phi",
-            "varphi",
-            "chi",
-            "psi",
-            "omega",
-            "Gamma",
-            "Delta",
-        ),
-        *(
-            "Theta",
-            "Lambda",
-            "Xi",
-            "Pi",
-            "Sigma",
-            "Phi",
-            "Psi",
-            "Omega",
-            "hat",
-            "bar",
-            "vec",
-            "overline",
-            "ell",
-        ),
-        *("{", "}", "\\", "|", "-", "/", "&", "_", "#"),
+_COMMANDS = (
+    GREEK
+    | FUNCTIONS
+    | frozenset(
+        (
+            *(
+                "frac sqrt cdot times div pm mp infty emptyset cup cap setminus in le leq leqslant ge geq geqslant lt "
+                "gt ne neq begin end text mathrm textrm mbox operatorname mathbb binom dbinom tbinom lg lfloor rfloor "
+                "lceil rceil vert lvert rvert langle rangle notin land lor hline vartheta Pi hat bar vec overline ell"
+            ).split(),
+            *r"{ } \ | - / & _ #".split(),
+        )
     )
 )
 """What an answer may use; beyond it only what its gold uses. A parser may skip what it does not know."""

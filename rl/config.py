@@ -238,11 +238,12 @@ class Watch(Strict):
 class RLLearner(LearnerConfig):
     """The learner of an RL stage."""
 
-    prefix: Literal["shared", "stock"] = "shared"
-    """shared: each prompt and image is computed once per group; stock: TRL's passes, once per completion."""
+    prefix: Literal["shared", "shared_flex", "stock"] = "shared"
+    """shared: each prompt and image is computed once per group; shared_flex: the same with torch's flex attention (GPU
+    only); stock: TRL's passes, once per completion."""
     token_budget: int | None = Field(default=None, ge=1)
-    """Tokens of one packed forward-backward pass of a rank (prefix=shared); a single row may exceed it. None: as many
-    as TRL's pass over optim.micro_batch_size padded rows would hold."""
+    """Tokens of one packed forward-backward pass of a rank, for all but prefix=stock; a single row may exceed it.
+    None: as many as TRL's pass over optim.micro_batch_size padded rows would hold."""
 
 
 class RLConfig(Strict):

@@ -18,7 +18,7 @@ from transformers import BatchFeature
 from trl import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-from core.prefix import SHARED_PREFIX, PrefixGroup, PrefixLayout
+from core.prefix import SHARED_PREFIX, SHARED_PREFIX_FLEX, PrefixGroup, PrefixLayout
 
 TILES_AT_ONCE = 16
 """Tiles in one pass of a frozen tower."""
@@ -239,7 +239,7 @@ class SharedPrefixTrainer(GRPOTrainer):
     this relies on.
 
     Args:
-        prefix: shared, or stock: TRL's own passes.
+        prefix: shared, shared_flex (with flex attention, on a GPU), or stock: TRL's own passes.
         token_budget: tokens of one pack; None takes what TRL's pass over `budget_rows` padded rows would hold.
         budget_rows: rows behind the default budget.
         **trl: arguments of GRPOTrainer.
@@ -248,7 +248,7 @@ class SharedPrefixTrainer(GRPOTrainer):
     def __init__(
         self,
         *,
-        prefix: Literal["shared", "stock"] = "shared",
+        prefix: Literal["shared", "shared_flex", "stock"] = "shared",
         token_budget: int | None = None,
         budget_rows: int | None = None,
         **trl: Any,
@@ -258,12 +258,17 @@ class SharedPrefixTrainer(GRPOTrainer):
         self.prefix, self.token_budget = prefix, token_budget
         self.budget_rows = budget_rows or self.args.per_device_train_batch_size
         self._tiles: TileStore | None = None
-        if prefix == "shared":
+        if prefix == "shared_flex" and self.accelerator.device.type != "cuda":
+            raise ValueError(
+                f"learner.prefix=shared_flex on {self.accelerator.device}: flex attention has a backward pass on GPUs "
+                "only; use prefix=shared"
+            )
+        if prefix != "stock":
+            attention = SHARED_PREFIX_FLEX if prefix == "shared_flex" else SHARED_PREFIX
             for model in (self.model, self.ref_model):
                 if model is not None:
-                    _core_of(
-                        self.accelerator.unwrap_model(model)
-                    ).config.text_config._attn_implementation = SHARED_PREFIX
+                    core = _core_of(self.accelerator.unwrap_model(model))
+                    core.config.text_config._attn_implementation = attention
 
     # Images and shuffling
 

@@ -128,7 +128,7 @@ def trl_config(cfg: RLConfig, out: Path, seed: int) -> Any:
     from trl import GRPOConfig
 
     algorithm, rollout, correction = cfg.algorithm, cfg.rollout, cfg.algorithm.importance_sampling
-    shared = cfg.learner.prefix == "shared"  # an update's rows come at once and are cut by tokens
+    shared = cfg.learner.prefix != "stock"  # an update's rows come at once and are cut by tokens
     per_pass = cfg.mini_batch if shared else cfg.optim.micro_batch_size * cfg.learner.processes
     return GRPOConfig(
         **training_arguments(cfg.optim, cfg.learner, seed=seed)

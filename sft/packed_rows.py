@@ -60,7 +60,8 @@ def pack_rows(rows: Sequence[Lesson], pad_token_id: int, tile_px: int | None = N
         label[0] = IGNORED  # else the last token of the sample before would be asked to predict it
     joined = torch.cat(labels)
     targets = (joined != IGNORED).nonzero()[:, 0]
-    keep = targets - 1 if len(targets) else torch.zeros(1, dtype=torch.long)  # one without a label: a loss of 0
+    # Where no label is, one position without a label: a loss of 0, with its gradients.
+    keep = targets - 1 if len(targets) else torch.zeros(1, dtype=torch.long)
     lengths = torch.tensor([len(row["input_ids"]) for row in samples])
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())

@@ -151,3 +151,30 @@ def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
     assert ours.keys() == theirs.keys()
     difference = sum(float((ours[name].float() - theirs[name].float()).square().sum()) for name in theirs)
     return (difference / sum(float(theirs[name].float().square().sum()) for name in theirs)) ** 0.5
+
+
+class Given:
+    """A collector that has one batch."""
+
+    client, version = None, 0
+
+    def __init__(self, groups: Sequence[Any]) -> None:
+        self.groups = list(groups)
+
+    def collect(self) -> Any:
+        from rl.collect import Batch
+
+        return Batch(self.groups, self.groups, {})
+
+
+class NoServers:
+    """A weight push and a parity guard where there are no servers."""
+
+    def push(self, model: Any) -> None:
+        """Goes nowhere."""
+
+    def sample(self, client: Any) -> list:
+        return []
+
+    def check(self, *_: Any) -> float:
+        return 0.0

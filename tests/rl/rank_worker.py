@@ -25,12 +25,15 @@ from core.learner import (
 from core.strict import parse
 from rewards.mix import Graded
 from rewards.verdict import Verdict
-from rl.collect import Batch, Group, Pipeline, Sample
+from rl.collect import Group, Pipeline, Sample
 from rl.config import RLConfig
 from rl.data import prompt_messages
 from rl.rollout.client import Completion, CoreFacts
 from rl.train import trl_config
 from rl.trainer import RolloutTrainer, reward_function
+
+sys.path.append(str(Path(__file__).parent))
+from learners import Given, NoServers
 
 LENGTHS = (5, 12, 7, 3)
 
@@ -91,26 +94,12 @@ def main(core, out, learner):
     policy = load_model(core, cfg.learner)
     apply_freeze(policy, cfg.learner.freeze)
 
-    class Collected:
-        client, version = None, 0
-
-        def collect(self):
-            return Batch(groups, groups, {})
-
-    class Quiet:
-        def push(self, model):
-            pass
-
-        def sample(self, client):
-            return []
-
-        def check(self, *_):
-            return 0.0
-
     trainer = RolloutTrainer(
-        rollouts=Pipeline(Collected(), cfg.batches, overlap=False) if arguments.process_index == 0 else None,
-        sync=Quiet(),
-        guard=Quiet(),
+        rollouts=Pipeline(Given(groups), cfg.batches, overlap=False)
+        if arguments.process_index == 0
+        else None,
+        sync=NoServers(),
+        guard=NoServers(),
         records=rows,
         probes=[],
         banned_ids=CoreFacts.of(core).banned_ids,

@@ -8,11 +8,12 @@ import pytest
 from core.strict import parse
 from rewards.mix import Graded
 from rewards.verdict import Verdict
-from rl.collect import Batch, Group, Pipeline, Sample
+from rl.collect import Group, Pipeline, Sample
 from rl.config import RLConfig
 from rl.rollout.client import Completion
 
 from .conftest import TEMPERATURE, plain_logprobs, record
+from .learners import Given, NoServers
 
 REWARDS = [[1.0, 0.0, 0.5, None], [0.0, 0.25, 1.0, 1.0]]
 LENGTHS = [[5, 3, 7, 4], [6, 2, 5, 7]]
@@ -56,26 +57,10 @@ def setup(tiny_core, tmp_path):
         rows = [record(1), record(2, image=False)]
         groups = scripted(model, processor, rows, sampler_shift)
 
-        class Collected:
-            client, version = None, 0
-
-            def collect(self):
-                return Batch(groups, groups, {})
-
-        class Quiet:
-            def push(self, model):
-                pass
-
-            def sample(self, client):
-                return []
-
-            def check(self, *args):
-                return 0.0
-
         trainer = RolloutTrainer(
-            rollouts=Pipeline(Collected(), batches=1, overlap=False),
-            sync=Quiet(),
-            guard=Quiet(),
+            rollouts=Pipeline(Given(groups), batches=1, overlap=False),
+            sync=NoServers(),
+            guard=NoServers(),
             records=rows,
             probes=[],
             banned_ids=CoreFacts.of(tiny_core).banned_ids,

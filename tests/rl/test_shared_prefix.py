@@ -185,10 +185,11 @@ def test_mini_batches_hold_whole_groups(tiny_core, tmp_path):
     assert len({row.group for half in halves for row in half}) == 4
 
 
-def test_the_two_attention_functions_agree_with_a_mask():
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_attention_functions_agree_with_a_mask(monkeypatch):
     import torch
 
-    from core.prefix import PrefixGroup, PrefixLayout, _concatenated, _Merged
+    from core.prefix import PrefixGroup, PrefixLayout, _concatenated, _Merged, shared_prefix_flex
 
     layout = PrefixLayout((PrefixGroup(7, (5, 1, 0, 9)), PrefixGroup(3, (4,)), PrefixGroup(6, ())))
     allowed = torch.zeros(layout.tokens, layout.tokens, dtype=torch.bool)
@@ -220,3 +221,11 @@ def test_the_two_attention_functions_agree_with_a_mask():
     ):
         for ours, theirs in zip(results(function), expected, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-5)
+
+    places = torch.arange(layout.tokens)
+    seen = layout.sees("cpu")(0, 0, places[:, None], places[None])
+    assert torch.equal(seen, allowed)
+    monkeypatch.setattr("core.prefix._compiled", lambda function: function)  # a minute of compiling
+    with torch.no_grad():  # it has no backward pass on a CPU
+        flexed, _ = shared_prefix_flex(torch.nn.Module(), *inputs, None, scaling=0.3, prefix=layout)
+    assert torch.allclose(flexed, expected[0], atol=1e-5)
