@@ -526,7 +526,7 @@ def _write_tokenizer(folder: Path) -> None:
             }
             for i, token in added.items()
         },
-        "additional_special_tokens": [token for token in SPECIAL_TOKENS[1:14]],
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:14]),
         "add_bos_token": False,
         "add_prefix_space": False,
         "bos_token": None,
