@@ -21,7 +21,9 @@ def add(commands: Any, command: Command) -> None:
 
 def _add_import(core: Any, command: Command) -> None:
     into = command(core, "import", _import, "turn a released SAIL-VL2 checkpoint into a native core")
-    into.add_argument("src", type=Path, metavar="SRC", help="folder with a release: config.json, *.safetensors")
+    into.add_argument(
+        "src", type=Path, metavar="SRC", help="folder with a release: config.json, *.safetensors"
+    )
     into.add_argument("dst", type=Path, metavar="DST", help="folder to write; must not exist")
     _shard_option(into)
 
