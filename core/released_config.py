@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from core.configuration import DEFAULT_VISION, SailVL2Config
+from core import configuration
+from core.configuration import SailVL2Config
 from core.released_names import RELEASED_HEAD
 from core.shards import Entry, LayoutError
 from core.strict import ConfigError, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    from core.image_tiles import SailVL2ImageProcessor
 
 Read = TypeVar("Read", bound=BaseModel)
 
@@ -31,17 +33,32 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_sailvl.SAILVLModel",
 }
 """Where the released code, which an export without `--like` has not, is looked for."""
+_VISION: dict[str, Any] = configuration.DEFAULT_VISION
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 _WITHOUT_MEANING = {
     *("_attn_implementation", "_attn_implementation_autoset", "add_cross_attention", "attn_implementation"),
-    *("auto_map", "cross_attention_hidden_size", "finetuning_task", "is_decoder", "model_type", "prefix"),
-    *("pruned_heads", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class"),
-    *("torch_dtype", "torchscript", "use_bfloat16"),
+    *("auto_map", "cross_attention_hidden_size", "finetuning_task", "is_decoder", "max_window_layers"),
+    *(
+        "model_type",
+        "prefix",
+        "pruned_heads",
+        "task_specific_params",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+    ),
+    *("tokenizer_class", "torch_dtype", "torchscript", "use_bfloat16"),
 }
 """What transformers wrote into every configuration at the time of the release, beside generation parameters."""
 _UNDERSTOOD_PREPROCESSOR = {
-    *("auto_map", "image_processor_type", "processor_class", "feature_extractor_type", "image_size", "patch_size"),
+    *(
+        "auto_map",
+        "image_processor_type",
+        "processor_class",
+        "feature_extractor_type",
+        "image_size",
+        "patch_size",
+    ),
     *("size", "crop_size", "do_resize", "do_center_crop", "do_convert_rgb"),
 }
 
@@ -68,14 +85,14 @@ class _Top(_Released):
 
 
 class _Vision(_Released):
-    hidden_size: PositiveInt = DEFAULT_VISION["hidden_size"]
-    intermediate_size: PositiveInt = DEFAULT_VISION["intermediate_size"]
-    num_hidden_layers: PositiveInt = DEFAULT_VISION["num_hidden_layers"]
-    num_attention_heads: PositiveInt = DEFAULT_VISION["num_attention_heads"]
+    hidden_size: PositiveInt = _VISION["hidden_size"]
+    intermediate_size: PositiveInt = _VISION["intermediate_size"]
+    num_hidden_layers: PositiveInt = _VISION["num_hidden_layers"]
+    num_attention_heads: PositiveInt = _VISION["num_attention_heads"]
     num_channels: Literal[3] = 3
-    image_size: PositiveInt = DEFAULT_VISION["image_size"]
-    patch_size: PositiveInt = DEFAULT_VISION["patch_size"]
-    rms_norm_eps: PositiveFloat = DEFAULT_VISION["rms_norm_eps"]
+    image_size: PositiveInt = _VISION["image_size"]
+    patch_size: PositiveInt = _VISION["patch_size"]
+    rms_norm_eps: PositiveFloat = _VISION["rms_norm_eps"]
     attention_dropout: float = 0.0
     qkv_bias: bool = False
     use_bias: bool = False
@@ -165,11 +182,9 @@ def native_config(
 
 def image_processor(
     released: Mapping[str, Any], preprocessor: Mapping[str, Any], config: SailVL2Config, notes: list[str]
-) -> GotOcr2ImageProcessorPil:
+) -> SailVL2ImageProcessor:
     """The native image processor of a released checkpoint; `preprocessor` is {} where none is shipped."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
-    from core.tiles import PlainTilesImageProcessorPil
+    from core.image_tiles import SailVL2ImageProcessor
 
     notes += [
         f"{key}: {preprocessor[key]} as {PREPROCESSOR} says; {CONFIG} says {released[key]}"
@@ -197,19 +212,19 @@ def image_processor(
     unused = sorted(set(preprocessor) - set(_Images.model_fields) - _UNDERSTOOD_PREPROCESSOR)
     if unused:
         notes.append(f"{PREPROCESSOR} keys that are not used: {', '.join(unused)}")
-    kind = GotOcr2ImageProcessorPil if images.use_thumbnail else PlainTilesImageProcessorPil
-    return kind(
+    return SailVL2ImageProcessor(
         size={"height": side, "width": side},
         crop_to_patches=images.dynamic_image_size,
         min_patches=images.min_dynamic_patch,
         max_patches=images.max_dynamic_patch,
+        use_thumbnail=images.use_thumbnail,
         image_mean=images.image_mean,
         image_std=images.image_std,
         rescale_factor=images.rescale_factor,
     )
 
 
-def released_config(config: SailVL2Config, images: GotOcr2ImageProcessorPil) -> dict[str, Any]:
+def released_config(config: SailVL2Config, images: SailVL2ImageProcessor) -> dict[str, Any]:
     """The released config.json of a native core, of which `images` is the image processor.
 
     Raises LayoutError for what the released layout cannot say.
@@ -234,7 +249,10 @@ def released_config(config: SailVL2Config, images: GotOcr2ImageProcessorPil) -> 
         "model_type": "sailvl",
         "pad2square": False,
         "ps_version": "v2",
-        "select_layer": _select_layer(config.vision_feature_layer, vision.num_hidden_layers),
+        "select_layer": _select_layer(
+            int(config.vision_feature_layer),  # type: ignore[arg-type]
+            vision.num_hidden_layers,
+        ),
         "torch_dtype": _dtype_name(config, config),
         "tie_word_embeddings": config.tie_word_embeddings,
         "vision_config": {
@@ -247,7 +265,7 @@ def released_config(config: SailVL2Config, images: GotOcr2ImageProcessorPil) -> 
     }
 
 
-def released_preprocessor(config: SailVL2Config, images: GotOcr2ImageProcessorPil) -> dict[str, Any]:
+def released_preprocessor(config: SailVL2Config, images: SailVL2ImageProcessor) -> dict[str, Any]:
     """The released preprocessor_config.json of a native image processor."""
     return {
         "image_size": config.vision_config.image_size,
@@ -259,14 +277,14 @@ def released_preprocessor(config: SailVL2Config, images: GotOcr2ImageProcessorPi
     }
 
 
-def same_values(one: Any, other: Any, path: str = "") -> list[str]:
+def different_keys(one: Any, other: Any, path: str = "") -> list[str]:
     """The keys, `llm_config.vocab_size`, at which two configurations differ."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = sorted({*one, *other})
         return [
             found
             for key in keys
-            for found in same_values(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+            for found in different_keys(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
         ]
     return [] if one == other else [path]
 
@@ -329,7 +347,11 @@ def _text_config(
     unused = sorted(top.llm_config.keys() - known)
     if unused:
         notes.append(f"llm_config keys without a meaning in {kind.__name__}: {', '.join(unused)}")
-    return {"model_type": kind.model_type, **given, "tie_word_embeddings": _tied(top, llm, entries, head_is_embedding, notes)}
+    return {
+        "model_type": kind.model_type,
+        **given,
+        "tie_word_embeddings": _tied(top, llm, entries, head_is_embedding, notes),
+    }
 
 
 def _tied(
@@ -403,13 +425,11 @@ def _released_text(text: PreTrainedConfig) -> dict[str, Any]:
     return {**given, "rope_theta": theta, "rope_scaling": scaling}
 
 
-def _released_tiling(images: GotOcr2ImageProcessorPil) -> dict[str, Any]:
-    from core.tiles import PlainTilesImageProcessorPil
-
+def _released_tiling(images: SailVL2ImageProcessor) -> dict[str, Any]:
     return {
         "min_dynamic_patch": images.min_patches,
         "max_dynamic_patch": images.max_patches,
-        "use_thumbnail": not isinstance(images, PlainTilesImageProcessorPil),
+        "use_thumbnail": images.use_thumbnail,
         "dynamic_image_size": images.crop_to_patches,
     }
 

@@ -48,9 +48,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         try:
             tokenizer = kind.from_pretrained(scratch, local_files_only=True)
         except Exception as error:  # tokenizers raises a bare Exception for a file it cannot parse
-            raise LayoutError(
-                f"{folder / needed[0]}: not a tokenizer ({error}); download it again"
-            ) from None
+            raise LayoutError(f"{folder / needed[0]}: not a tokenizer ({error}); download it again") from None
     for key in ("is_local", "local_files_only", "name_or_path"):  # where it was found is no property of it
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.name_or_path = ""
@@ -71,7 +69,9 @@ def native_template(folder: Path, tokenizer: PreTrainedTokenizerBase, notes: lis
     """
     shipped = _shipped_template(folder)
     if shipped is None:
-        notes.append("no chat template is shipped: the core gets ours, ChatML without a default system prompt")
+        notes.append(
+            "no chat template is shipped: the core gets ours, ChatML without a default system prompt"
+        )
         return chat_template()
     for placeholder in _PLACEHOLDERS:
         template = shipped.replace(placeholder, IMAGE_TOKEN)
@@ -119,10 +119,27 @@ def native_generation_config(
     dropped = sorted(shipped.keys() & {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
     if dropped:
         notes.append(
-            f"{GENERATION_CONFIG}: {', '.join(f'{key}={shipped[key]}' for key in dropped)} left out: servers would make "
-            "them the defaults of every request"
+            f"{GENERATION_CONFIG}: {', '.join(f'{key}={shipped[key]}' for key in dropped)} left out: servers would "
+            "make them the defaults of every request"
         )
     return GenerationConfig(eos_token_id=list(dict.fromkeys(named)), pad_token_id=pad[0])
+
+
+def released_text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, dict[str, Any]]:
+    """tokenizer_config.json and generation_config.json of a native core, as transformers 4 reads them.
+
+    tokenizer.json and the chat template of the core in `folder` go with them as they are.
+    """
+    described = read_object(folder / TOKENIZER_CONFIG)
+    for key in ("backend", "processor_class"):
+        described.pop(key, None)
+    described["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # A list under this name is transformers 5's; 4 expects a dictionary and fails.
+    described["additional_special_tokens"] = described.pop("extra_special_tokens", [])
+    described["chat_template"] = tokenizer.chat_template
+    generation = read_object(folder / GENERATION_CONFIG)
+    generation.pop("transformers_version", None)
+    return {TOKENIZER_CONFIG: described, GENERATION_CONFIG: generation}
 
 
 def _shipped_template(folder: Path) -> str | None:
@@ -138,8 +155,8 @@ def _shipped_template(folder: Path) -> str | None:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, template: str, images: int) -> str | None:
-    parts: list[dict[str, Any]] = [{"type": "image"}] * images
-    chat = [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
+    parts: list[Any] = [{"type": "image"}] * images
+    chat: Any = [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -151,7 +168,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str, images: int) -> s
 
 
 def _continues(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    chat = [
+    chat: Any = [
         {"role": "user", "content": [{"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "<think>a</think>b"}]},
     ]

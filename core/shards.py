@@ -145,7 +145,7 @@ def write_tensors(
     shards = _shards(source, targets, max_shard_bytes)
     names = [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
     total = sum(_nbytes(source, target) for target in targets)
-    done, weight_map = 0, {}
+    done, weight_map = 0, dict[str, str]()
     progress("weights", done, total)
     for file, shard in zip(names, shards, strict=True):
         with ExitStack() as stack:
@@ -209,6 +209,7 @@ class _Opened:
 
     def __init__(self, source: Tensors, stack: ExitStack) -> None:
         self._source, self._stack, self._files = source, stack, dict[str, Any]()
+        self._given: set[str] = set()
 
     def assemble(self, target: Target) -> Any:
         import torch
@@ -223,7 +224,13 @@ class _Opened:
         if file not in self._files:
             self._files[file] = self._stack.enter_context(safe_open(self._source.folder / file, "pt"))
         opened = self._files[file]
-        return opened.get_slice(piece.name)[piece.index] if piece.index else opened.get_tensor(piece.name)
+        if piece.index:
+            return opened.get_slice(piece.name)[piece.index]
+        tensor = opened.get_tensor(piece.name)
+        if piece.name in self._given:  # safetensors refuses to write one memory under two names
+            return tensor.clone()
+        self._given.add(piece.name)
+        return tensor
 
 
 def _nbytes(source: Tensors, target: Target) -> int:
