@@ -24,7 +24,7 @@ class SailVL2AnyResImageProcessor(Qwen2VLImageProcessorPil):
     image_std = IMAGENET_DEFAULT_STD
     temporal_patch_size = 1
 
-    def resize(
+    def resize(  # type: ignore[override]  # Qwen2-VL's argument, the size of a block
         self, image: np.ndarray, size: SizeDict, resample: Any, factor: int, **kwargs: Any
     ) -> np.ndarray:
         """The image (3, height, width) at its fitted size."""

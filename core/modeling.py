@@ -70,7 +70,8 @@ class SailVL2Model(InternVLModel):
         Of images of any resolution: (image tokens of all images, 4 x vision hidden). The adapter's input. With a
         frozen tower it is the same in every pass over a tile. `layer` defaults to the configuration's.
         """
-        layer = self.config.vision_feature_layer if layer is None else layer
+        if layer is None:
+            layer = self.config.vision_feature_layer  # type: ignore[assignment]  # InternVL's may be a list
         seen = self.vision_tower(
             pixel_values=pixel_values.to(self.dtype),
             **self._grids(image_grid_thw),
