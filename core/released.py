@@ -136,9 +136,9 @@ def import_released(
     source, notes = Tensors(src), list[str]()
     if any_resolution:
         released = {**released, "any_resolution": True}
-    elif "anyres" in src.name.lower() and not released.get("any_resolution"):
+    elif "anyres" in src.resolve().as_posix().lower() and not released.get("any_resolution"):
         notes.append(
-            "images are cut into tiles, although the folder's name says AnyRes; if they are to keep their size, give "
+            "images are cut into tiles, although its path says AnyRes; if they are to keep their size, give "
             "--any-resolution"
         )
     tokenizer = load_tokenizer(src)
@@ -311,8 +311,9 @@ def _changed(
     after = released_preprocessor(config, images)
     for key in different_keys(before, after):
         notes.append(f"{PREPROCESSOR}: {key}={after[key]}, the release has {before[key]}")
-        preprocessor[key] = after[key]
-        if key in now_is:
+        if seen:
+            preprocessor[key] = after[key]
+        if key in now_is or not seen:
             now_is[key] = after[key]
     files_now = {CONFIG: (was, now_is), PREPROCESSOR: (seen, preprocessor)}
     return {name: new for name, (old, new) in files_now.items() if new != old}

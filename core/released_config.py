@@ -40,27 +40,20 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 _WITHOUT_MEANING = {
     *("_attn_implementation", "_attn_implementation_autoset", "add_cross_attention", "attn_implementation"),
     *("auto_map", "cross_attention_hidden_size", "finetuning_task", "is_decoder", "max_window_layers"),
-    *(
-        "model_type",
-        "prefix",
-        "pruned_heads",
-        "task_specific_params",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-    ),
-    *("tokenizer_class", "torch_dtype", "torchscript", "use_bfloat16"),
+    *("model_type", "prefix", "pruned_heads", "task_specific_params", "tf_legacy_loss"),
+    *("tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "use_bfloat16"),
 }
 """What transformers wrote into every configuration at the time of the release, beside generation parameters."""
 _UNDERSTOOD_PREPROCESSOR = {
+    *("any_resolution", "auto_map", "crop_size", "do_center_crop", "do_convert_rgb", "do_resize"),
     *(
-        "auto_map",
-        "image_processor_type",
-        "processor_class",
         "feature_extractor_type",
+        "image_processor_type",
         "image_size",
         "patch_size",
+        "processor_class",
+        "size",
     ),
-    *("size", "crop_size", "do_resize", "do_center_crop", "do_convert_rgb", "any_resolution"),
 }
 
 
@@ -203,7 +196,8 @@ def image_processor(
         key: value for key, value in preprocessor.items() if value is not None
     }
     images = _read(_Images, given, PREPROCESSOR if preprocessor else CONFIG)
-    missing = [key for key in (*_TILING, "image_mean", "image_std") if key not in given]
+    needed = ("image_mean", "image_std") if config.any_resolution else (*_TILING, "image_mean", "image_std")
+    missing = [key for key in needed if key not in given]
     if missing:
         assumed = ", ".join(f"{key}={getattr(images, key)}" for key in missing)
         notes.append(f"the checkpoint does not say: {assumed} is assumed")

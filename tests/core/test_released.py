@@ -128,7 +128,7 @@ def test_an_any_resolution_release_is_read_as_one_where_the_user_says_so(tmp_pat
 
     there = write_released(tmp_path / "SAIL-VL2-AnyRes-2B")
     told = import_released(there, tmp_path / "tiles").text()
-    assert "the folder's name says AnyRes" in told
+    assert "its path says AnyRes" in told
     with pytest.raises(LayoutError, match="from other files"):
         import_released(there, tmp_path / "tiles", any_resolution=True)
     told = import_released(there, tmp_path / "native", any_resolution=True).text()
