@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from core.configuration import SailVL2Config
+    from core.image_tiles import SailVL2ImageProcessor
     from core.modeling import SailVL2ForConditionalGeneration, SailVL2Model
     from core.processing import SailVL2Processor
     from core.tiny import TinySize, build_tiny
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SailVL2Config",
     "SailVL2ForConditionalGeneration",
+    "SailVL2ImageProcessor",
     "SailVL2Model",
     "SailVL2Processor",
     "TinySize",
@@ -27,6 +29,7 @@ __all__ = [
 _HOMES = {
     "SailVL2Config": "core.configuration",
     "SailVL2ForConditionalGeneration": "core.modeling",
+    "SailVL2ImageProcessor": "core.image_tiles",
     "SailVL2Model": "core.modeling",
     "SailVL2Processor": "core.processing",
     "TinySize": "core.tiny",
@@ -48,7 +51,11 @@ def register() -> None:
     """
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+    # Not from `transformers`: without torchvision that name is a placeholder which raises.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
     from core.configuration import SailVL2Config
+    from core.image_tiles import SailVL2ImageProcessor
     from core.modeling import SailVL2ForConditionalGeneration, SailVL2Model
     from core.processing import SailVL2Processor
 
@@ -56,6 +63,12 @@ def register() -> None:
     AutoModel.register(SailVL2Config, SailVL2Model, exist_ok=True)
     AutoModelForImageTextToText.register(SailVL2Config, SailVL2ForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(SailVL2Config, SailVL2Processor, exist_ok=True)
+    # Under both names: transformers prefers "torchvision" where it is installed.
+    AutoImageProcessor.register(
+        SailVL2Config,
+        image_processor_classes={"pil": SailVL2ImageProcessor, "torchvision": SailVL2ImageProcessor},
+        exist_ok=True,
+    )
     for module in _transformers_modules():
         for cls in (SailVL2Config, SailVL2ForConditionalGeneration, SailVL2Model, SailVL2Processor):
             setattr(module, cls.__name__, cls)

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.processing_utils import MultiModalData
 
+from core.image_tiles import SailVL2ImageProcessor
 from core.tokenizer import IMAGE_END, IMAGE_START, IMAGE_TOKEN, token_id
 
 
@@ -14,13 +14,13 @@ class SailVL2Processor(ProcessorMixin):
     """Image processor and tokenizer of a core in one call.
 
     `image_seq_length` is the number of language-model tokens per tile (`config.image_seq_length`). Images are
-    cut into tiles by InternVL's rule (GotOcr2ImageProcessorPil, bicubic), by the PIL backend everywhere: the
-    same pixels on a machine with torchvision and on one without, in the trainer and in vLLM.
+    cut into tiles by InternVL's rule (core/image_tiles.py), by Pillow everywhere: the same pixels on a machine
+    with torchvision and on one without, in the trainer and in vLLM.
     """
 
     def __init__(
         self,
-        image_processor: GotOcr2ImageProcessorPil | None = None,
+        image_processor: SailVL2ImageProcessor | None = None,
         tokenizer: Any = None,
         image_seq_length: int = 256,
         chat_template: str | None = None,
@@ -103,9 +103,8 @@ class SailVL2Processor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
-        # AutoImageProcessor takes torchvision's backend where there is one, whose resize gives other pixels.
         folder, subfolder = pretrained_model_name_or_path, kwargs.pop("subfolder", "")
-        image_processor = GotOcr2ImageProcessorPil.from_pretrained(folder, subfolder=subfolder, **kwargs)
+        image_processor = SailVL2ImageProcessor.from_pretrained(folder, subfolder=subfolder, **kwargs)
         tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", folder, subfolder=subfolder, **kwargs)
         for key in ("is_local", "local_files_only"):  # where it was found is no property of the tokenizer
             tokenizer.init_kwargs.pop(key, None)

@@ -139,13 +139,11 @@ def tiny_config(tokenizer: "PreTrainedTokenizerBase", size: TinySize) -> "SailVL
 
 def tiny_processor(tokenizer: "PreTrainedTokenizerBase", size: TinySize) -> "SailVL2Processor":
     """The processor of a tiny core: one tile per image, ImageNet mean and standard deviation."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
+    from core.image_tiles import SailVL2ImageProcessor
     from core.processing import SailVL2Processor
 
-    image_processor = GotOcr2ImageProcessorPil(
+    image_processor = SailVL2ImageProcessor(
         size={"height": size.image_px, "width": size.image_px},
-        crop_to_patches=True,
         min_patches=1,
         max_patches=1,
         image_mean=list(IMAGENET_MEAN),

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes import core_commands
+
 DESCRIPTION = """\
 Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML files.
 
@@ -22,6 +24,7 @@ Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML file
   posttrain rewards test answer data/held.parquet   gold answers must earn 1, corrupted ones 0
   posttrain score --rewards answer,format --input rows.jsonl --output scored.jsonl
   posttrain diff yesterday.jsonl scored.jsonl       which verdicts changed
+  posttrain core import SAIL-VL2-2B cores/2b        a released checkpoint as a native core; `core export` back
 """
 OURS = ("core", "recipes", "rewards", "rl", "sft")
 STAGES_HELP = (
@@ -105,6 +108,8 @@ def parser() -> argparse.ArgumentParser:
     judged.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key")
     judged.add_argument("--max-concurrency", type=int, default=16, help="default: %(default)s")
     judged.add_argument("--timeout-s", type=float, default=60, help="for one request; default: %(default)s")
+
+    core_commands.add(commands, _command)
 
     _command(commands, "stages", _stages, "list the stages and their short names")
 

@@ -1,0 +1,31 @@
+"""A picture as every part of the suite sees it: eight bits of red, green and blue, as they are stored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def as_rgb(image: Image) -> Image:
+    """The image in mode RGB, by Pillow's conversion: transparency is dropped, not composited.
+
+    An EXIF orientation is not applied: who opens a file decides on that. What InternVL's and the released
+    SAIL-VL2 code do with a file. Raises ValueError where that conversion loses the picture: more than eight
+    bits per channel are clipped at 255, not scaled.
+    """
+    if not (image.width and image.height):
+        raise ValueError(f"the image has {image.width}x{image.height} pixels: it shows nothing; remove it")
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        low, high = image.getextrema()
+        if image.mode == "F" or low < 0 or high > 255:
+            raise ValueError(
+                f"the image has mode {image.mode} with values from {low} to {high}: pixels are eight bits, and "
+                "the conversion clips instead of scaling; scale it to 0..255 and save it with eight bits per channel"
+            )
+    if image.mode == "P":
+        image = image.convert("RGBA")  # the same pixels; straight to RGB, Pillow warns of the transparency
+    return image.convert("RGB")

@@ -1,0 +1,107 @@
+"""`posttrain core ...`: checkpoints of the core, from one layout to another. The logic is in core/."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Command = Callable[[Any, str, Any, str], argparse.ArgumentParser]
+
+
+def add(commands: Any, command: Command) -> None:
+    """Add the group `core` to the command line; `command` adds one subcommand (recipes.cli)."""
+    group = command(commands, "core", None, "bring checkpoints in and give them back")
+    core = group.add_subparsers(metavar="COMMAND", required=True, help="what to do with a checkpoint")
+    _add_import(core, command)
+    _add_export(core, command)
+
+
+def _add_import(core: Any, command: Command) -> None:
+    into = command(core, "import", _import, "turn a released SAIL-VL2 checkpoint into a native core")
+    into.add_argument(
+        "src", type=Path, metavar="SRC", help="folder with a release: config.json, *.safetensors"
+    )
+    into.add_argument("dst", type=Path, metavar="DST", help="folder to write; must not exist")
+    _shard_option(into)
+
+
+def _add_export(core: Any, command: Command) -> None:
+    back = command(core, "export", _export, "turn a native core into the released layout")
+    back.add_argument("src", type=Path, metavar="SRC", help="native checkpoint folder")
+    back.add_argument("dst", type=Path, metavar="DST", help="folder to write; must not exist")
+    back.add_argument(
+        "--like",
+        type=Path,
+        metavar="FOLDER",
+        help="the release (or its import) whose code, tokenizer and other files the export gets; "
+        "default: what SRC carries",
+    )
+    _shard_option(back)
+
+
+def _shard_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--shard-gb",
+        type=_gigabytes,
+        default=2.0,
+        metavar="GB",
+        help="largest file of weights, which bounds the memory needed; default: %(default)s",
+    )
+
+
+def _import(options: argparse.Namespace) -> None:
+    from core.released import import_released
+    from recipes.progress import new_console
+
+    console = new_console()
+    with _progress(console) as progress:
+        report = import_released(
+            options.src, options.dst, max_shard_bytes=int(options.shard_gb * 1e9), progress=progress
+        )
+    console.print(report.text(), markup=False, soft_wrap=True)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from core.released import export_released
+    from recipes.progress import new_console
+
+    console = new_console()
+    with _progress(console) as progress:
+        report = export_released(
+            options.src,
+            options.dst,
+            like=options.like,
+            max_shard_bytes=int(options.shard_gb * 1e9),
+            progress=progress,
+        )
+    console.print(report.text(), markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(console: Any) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per piece of work: the function inside is told its name, bytes done and bytes in all."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(work: str, done: int, total: int) -> None:
+            if work not in tasks:
+                tasks[work] = bars.add_task(work, total=total)
+            bars.update(tasks[work], completed=done)
+
+        yield show
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in gigabytes above 0, such as 2")
+    return size
