@@ -93,7 +93,8 @@ class SailVL2Processor(ProcessorMixin):
 
     def costliest_image(self) -> tuple[int, int]:
         """(height, width) of an image with the most tokens, and of such images one with few pixels."""
-        side, most = self.image_processor.size["height"], self.image_processor.max_patches
+        size, most = dict(self.image_processor.size), getattr(self.image_processor, "max_patches", 1)
+        side = size.get("longest_edge") or size["height"]  # the longest is of an image that is not cut
         grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
         sizes = [(side * rows, side * columns) for rows, columns in grids]
         tokens = dict(zip(sizes, self._get_num_multimodal_tokens(sizes)["num_image_tokens"], strict=True))
