@@ -24,9 +24,9 @@ from rl.rollout.shm_engine import BACKEND
 MODEL_NAME = "policy"
 TETHERED = (sys.executable, "-P", "-m", "rl.rollout.tethered")
 """What makes a server end with this process, however this process ends."""
-PROFILE_IMAGE = {"width": 1792, "height": 1344}
-"""What vLLM measures its memory with: four by three tiles of 448, the most that a released core cuts. Its own choice
-is 10,000 by 10,000 pixels, which takes ten seconds to resize at every start."""
+NO_DOMAIN = "images-come-in-requests.invalid"
+"""The only one that images may be fetched from. By default vLLM fetches any URL of a request, also of services that
+only this machine can reach."""
 
 
 class ServerFailed(RuntimeError):
@@ -155,7 +155,8 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
         "--dtype": cfg.dtype,
         "--max-model-len": cfg.max_model_tokens,
         "--max-num-seqs": cfg.max_sequences,
-        "--limit-mm-per-prompt": json.dumps({"image": {"count": cfg.max_images, **PROFILE_IMAGE}}),
+        "--limit-mm-per-prompt": json.dumps({"image": cfg.max_images}),
+        "--allowed-media-domains": NO_DOMAIN,
         "--weight-transfer-config": json.dumps({"backend": backend}),
         # Log-probabilities of the distribution that was sampled from: after temperature and the token ban.
         "--logprobs-mode": "processed_logprobs",
