@@ -22,7 +22,7 @@ def _measure_with_the_costliest_image() -> None:
     """Let vLLM size its encoder cache and its memory by the image of a core with the most tokens.
 
     vLLM 0.31 takes a square of 10,000 pixels for that image and refuses what has more tokens where a step takes
-    few of them (2,048, its default on GPUs below 70 GB and on CPUs). Of up to twelve tiles a square gets nine and a
+    few of them (2,048, its default on A100s, GPUs below 70 GB and CPUs). Of up to twelve tiles a square gets nine and a
     thumbnail, 2,562 tokens, a 4:3 image thirteen, 3,330. Resizing the square also takes ten seconds of each start.
     """
     from vllm.model_executor.models.transformers.multimodal import MultiModalProcessingInfo

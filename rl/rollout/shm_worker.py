@@ -75,8 +75,8 @@ def _take_expert_kernels(model: torch.nn.Module) -> list[tuple[Any, Any]]:
     """Let the experts' kernels of a CPU engine be set up anew; gives (method, its kernel so far).
 
     vLLM 0.31 packs experts for its CPU kernels when a kernel is set up, and not when weights come later: the kernel
-    then reads plain weights as packed ones and every completion is noise. On a GPU nothing is packed there, and
-    captured graphs hold on to the kernel.
+    then reads plain weights as packed ones and every completion is noise. Its GPU kernels take weights that come
+    later, and captured graphs hold on to them.
     """
     from vllm.platforms import current_platform
 
