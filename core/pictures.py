@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,11 +20,11 @@ def as_rgb(image: Image) -> Image:
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
-        low, high = image.getextrema()
+        low, high = cast(tuple[float, float], image.getextrema())
         if image.mode == "F" or low < 0 or high > 255:
             raise ValueError(
-                f"the image has mode {image.mode} with values from {low} to {high}: pixels are eight bits, and "
-                "the conversion clips instead of scaling; scale it to 0..255 and save it with eight bits per channel"
+                f"the image has mode {image.mode} with values from {low} to {high}: the conversion to eight "
+                "bits clips at 255; scale the values to 0..255 and save it with eight bits per channel"
             )
     if image.mode == "P":
         image = image.convert("RGBA")  # the same pixels; straight to RGB, Pillow warns of the transparency

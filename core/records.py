@@ -36,6 +36,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from core.pictures import as_rgb
 from core.prompts import THINK_CONTRACT
 from core.strict import Strict, nearest
 
@@ -288,7 +289,8 @@ def _image_problem(record: Mapping[str, Any]) -> Problem | None:
         return Problem("images", "must be a list", f"{images!r:.60}", "write [] for a text-only row")
     for place, image in enumerate(images):
         try:
-            _picture(image).load()
+            picture = _picture(image)
+            picture.load()
         except Exception as error:  # Pillow raises whatever the broken decoder raised
             found = f"images[{place}]: {type(error).__name__}: {error}"
             return Problem(
@@ -297,6 +299,11 @@ def _image_problem(record: Mapping[str, Any]) -> Problem | None:
                 f"{found:.160}",
                 "put the encoded picture itself in the file, or remove the row",
             )
+        try:
+            as_rgb(picture)
+        except ValueError as error:
+            found = f"images[{place}]: {error}"
+            return Problem("images", "must fit eight bits of RGB", found, "convert it, or remove the row")
     return None
 
 

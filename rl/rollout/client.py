@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.pictures import as_rgb
 from rl.rollout.server import MODEL_NAME
 
 BAN = -100.0
@@ -249,7 +250,7 @@ def _openai_part(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] != "image":
         return dict(part)
     buffer = io.BytesIO()
-    part["image"].convert("RGB").save(buffer, format="PNG", compress_level=1)
+    as_rgb(part["image"]).save(buffer, format="PNG", compress_level=1)
     data = base64.b64encode(buffer.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 

@@ -186,3 +186,10 @@ def test_the_costliest_image_has_as_many_tokens_as_any_and_no_more_pixels_than_t
         assert processor.costliest_image() == expected
         tokens = processor._get_num_multimodal_tokens([expected, *sizes]).num_image_tokens
         assert tokens[0] == max(tokens)
+
+
+def test_the_costliest_image_of_a_core_of_any_resolution_is_its_largest_square(tmp_path: Path) -> None:
+    size = core.TinySize(any_resolution=True)
+    processor = SailVL2Processor.from_pretrained(build_tiny(tmp_path / "any", words=["A"], seed=0, size=size))
+    longest = processor.image_processor.size["longest_edge"]
+    assert processor.costliest_image() == (longest, longest)

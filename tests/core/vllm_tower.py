@@ -1,7 +1,8 @@
 """A process of its own, as vLLM patches transformers: vLLM's AIMv2 tower on weights in the released layout.
 
-`python -P vllm_tower.py FOLDER TILES OUT` reads the checkpoint in FOLDER and the `tiles` in the safetensors
-file TILES, and writes to OUT the input of block 0, the output of every block, and the normed last one.
+`python -P vllm_tower.py JOB` reads {"releases": {name: folder}, "tiles": file, "out": folder}, where the
+safetensors file holds `tiles`, and writes per release a file OUT/name: the input of block 0 as "0", the output of
+block k as str(k + 1), and the normed last one as "normed".
 """
 
 import json
@@ -15,34 +16,42 @@ from safetensors.torch import load_file, save_file
 PREFIX = "vision_model."
 
 
-def main(folder: Path, tiles: Path, out: Path) -> None:
+def main(job: dict) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.model_executor.models.aimv2 import AIMv2Config, AIMv2Model
 
-    released = json.loads((folder / "config.json").read_text())["vision_config"]
-    state: dict[str, torch.Tensor] = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        state |= load_file(shard)
+    tiles = load_file(job["tiles"])["tiles"]
     with tempfile.TemporaryDirectory() as empty, set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{empty}/store", 0, backend="gloo")
         initialize_model_parallel()
-        tower = AIMv2Model(AIMv2Config(**released), None, require_post_norm=True)
-        of_tower = {name.removeprefix(PREFIX): value for name, value in state.items() if PREFIX in name}
-        # vLLM's layers without a loader of their own take a tensor as it is.
-        loaded = tower.load_weights(of_tower.items())
-        missing = {name for name, _ in tower.named_parameters()} - loaded
-        assert not missing, f"vLLM's tower got no {sorted(missing)}"
-        prepare(tower)
-        seen: dict[str, torch.Tensor] = {}
-        tower.preprocessor.register_forward_hook(lambda *call: seen.update({"0": call[2].clone()}))
-        for number, block in enumerate(tower.trunk.blocks, start=1):
-            block.register_forward_hook(
-                lambda *call, number=number: seen.update({str(number): call[2].clone()})
-            )
-        with torch.no_grad():
-            seen["normed"] = tower(load_file(tiles)["tiles"])
-    save_file({name: value.contiguous() for name, value in seen.items()}, out)
+        for name, folder in job["releases"].items():
+            seen = states(Path(folder), tiles)
+            save_file({key: value.contiguous() for key, value in seen.items()}, Path(job["out"]) / name)
+
+
+def states(folder: Path, tiles: torch.Tensor) -> dict[str, torch.Tensor]:
+    from vllm.model_executor.models.aimv2 import AIMv2Config, AIMv2Model
+
+    released = json.loads((folder / "config.json").read_text())["vision_config"]
+    tower = AIMv2Model(AIMv2Config(**released), None, require_post_norm=True)
+    state: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        state |= load_file(shard)
+    of_tower = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    missing = {name for name, _ in tower.named_parameters()} - tower.load_weights(of_tower.items())
+    assert not missing, f"vLLM's tower got no {sorted(missing)}"
+    prepare(tower)
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(name: str, module: torch.nn.Module) -> None:
+        module.register_forward_hook(lambda *call: seen.update({name: call[2].clone()}))
+
+    note("0", tower.preprocessor)
+    for number, block in enumerate(tower.trunk.blocks, start=1):
+        note(str(number), block)
+    with torch.no_grad():
+        seen["normed"] = tower(tiles)
+    return seen
 
 
 def prepare(tower: torch.nn.Module) -> None:
@@ -54,4 +63,4 @@ def prepare(tower: torch.nn.Module) -> None:
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:]))
+    main(json.loads(Path(sys.argv[1]).read_text()))

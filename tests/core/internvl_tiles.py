@@ -1,0 +1,54 @@
+"""InternVL's dynamic tiling, from its published definition, on Pillow alone.
+
+Source: InternVL 1.5 (arXiv:2404.16821), section 3.2 and the preprocessing of its model cards, which the
+released SAIL-VL2 image processor repeats. An image becomes a grid of i x j square tiles, least <= i*j <= most:
+the grid whose i/j is closest to width/height; of two as close, the later in the order of i*j if the image has
+more than half the pixels of that grid. Resizing is Pillow's bicubic on bytes; the thumbnail comes last.
+"""
+
+import numpy as np
+from PIL import Image
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def grid(width: int, height: int, least: int, most: int, side: int) -> tuple[int, int]:
+    """Tiles side by side, and rows of them."""
+    every = {(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if least <= i * j <= most}
+    best, closest = (1, 1), float("inf")
+    for i, j in sorted(every, key=lambda shape: shape[0] * shape[1]):
+        distance = abs(width / height - i / j)
+        roomy = width * height > 0.5 * side * side * i * j
+        if distance < closest or (distance == closest and roomy):
+            best, closest = (i, j), distance
+    return best
+
+
+def tiles(picture: Image.Image, least: int, most: int, side: int, thumbnail: bool) -> list[np.ndarray]:
+    """The tiles (side, side, 3), bytes, row by row."""
+    columns, rows = grid(*picture.size, least, most, side)
+    canvas = np.asarray(picture.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
+    cut = [
+        canvas[row * side : (row + 1) * side, column * side : (column + 1) * side]
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    if thumbnail and len(cut) > 1:
+        cut.append(np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)))
+    return cut
+
+
+def normalized(cut: list[np.ndarray]) -> np.ndarray:
+    """What the model is given of these tiles: (tiles, 3, side, side), float32."""
+    scaled = np.stack(cut).astype(np.float32) / np.float32(255)
+    return ((scaled - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2)
+
+
+def random_sizes(count: int, seed: int, longest: int) -> list[tuple[int, int]]:
+    """(width, height) pairs: of every order of magnitude, squares, and exact ties between two grids."""
+    random = np.random.default_rng(seed)
+    free = np.exp(random.uniform(0, np.log(longest), (count, 2))).astype(int)
+    # Midway between the aspect ratios of two grids, both are as close.
+    ties = [(3, 2), (3, 4), (5, 4), (7, 4), (5, 2), (5, 12), (7, 24), (11, 2), (1, 1), (2, 1)]
+    scaled = [(w * times, h * times) for w, h in ties for times in random.integers(1, longest // 12, 4)]
+    return [*((int(w), int(h)) for w, h in free), *((int(w), int(h)) for w, h in scaled)]

@@ -1,0 +1,226 @@
+"""Our processor cuts images as InternVL's rule says (tests/core/internvl_tiles.py), pixel for pixel."""
+
+import io
+from fractions import Fraction
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import core
+from core import SailVL2ImageProcessor, SailVL2Processor, build_tiny
+from core.pictures import as_rgb
+from core.records import RecordError, write_records
+from rl.rollout.client import openai_messages
+
+from . import internvl_tiles as internvl
+
+SIDE = 28
+# Both sides do float32 arithmetic on the same byte, in another order: an ulp of values up to 2.7. A byte more or
+# less would be 0.017.
+ROUNDING = 1e-6
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    random = np.random.default_rng(width * 10_007 + height)
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    pixels = random.integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.frombytes(mode, (width, height), pixels.tobytes())
+
+
+def processor(side: int = SIDE, **kwargs: object) -> SailVL2ImageProcessor:
+    return SailVL2ImageProcessor(size={"height": side, "width": side}, **kwargs)
+
+
+def assert_cut_alike(how: SailVL2ImageProcessor, picture: Image.Image, *, least: int, most: int) -> None:
+    side = how.size["height"]
+    expected = internvl.tiles(picture, least, most, side, how.use_thumbnail)
+    got = how([picture], return_tensors="np")
+    assert got["num_patches"].tolist() == [len(expected)]
+    assert got["pixel_values"].dtype == np.float32
+    assert got["pixel_values"].shape == (len(expected), 3, side, side)
+    assert np.abs(got["pixel_values"] - internvl.normalized(expected)).max() < ROUNDING
+    assert how.get_number_of_image_patches(picture.height, picture.width) == len(expected)
+
+
+@pytest.mark.parametrize("thumbnail", [True, False])
+@pytest.mark.parametrize("most", [10, 12])
+def test_tiles_are_internvls_pixel_for_pixel(most: int, thumbnail: bool) -> None:
+    how = processor(min_patches=1, max_patches=most, use_thumbnail=thumbnail)
+    for width, height in internvl.random_sizes(160, seed=most + thumbnail, longest=400):
+        assert_cut_alike(how, noise(width, height), least=1, most=most)
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 2), (2, 6), (3, 12)])
+def test_they_are_for_other_numbers_of_tiles(least: int, most: int) -> None:
+    how = processor(min_patches=least, max_patches=most)
+    for width, height in internvl.random_sizes(30, seed=least, longest=400):
+        assert_cut_alike(how, noise(width, height), least=least, most=most)
+
+
+def test_they_are_at_the_released_tile_size() -> None:
+    how = SailVL2ImageProcessor(max_patches=10)
+    assert how.size == {"height": 448, "width": 448}
+    for width, height in [(448, 448), (1920, 1080), (640, 481), (300, 2000), (1, 1), (5000, 1), (1, 5000)]:
+        assert_cut_alike(how, noise(width, height), least=1, most=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [10, 12])
+def test_they_are_at_the_released_tile_size_for_hundreds_of_sizes(most: int) -> None:
+    how = SailVL2ImageProcessor(max_patches=most)
+    for width, height in internvl.random_sizes(260, seed=most, longest=4000):
+        assert_cut_alike(how, noise(width, height), least=1, most=most)
+
+
+@pytest.mark.parametrize("most", [10, 12])
+def test_the_grid_is_internvls_for_thousands_of_sizes(most: int) -> None:
+    how = SailVL2ImageProcessor(max_patches=most)
+    for width, height in internvl.random_sizes(3000, seed=0, longest=6000):
+        columns, rows = internvl.grid(width, height, 1, most, 448)
+        tiles = columns * rows
+        assert how.get_number_of_image_patches(height, width) == tiles + (tiles > 1), (width, height)
+
+
+@pytest.mark.parametrize("most", range(1, 17))
+def test_no_size_leaves_the_choice_to_the_order_of_grids_of_one_area(most: int) -> None:
+    # The published code takes that order from a Python set; ours need not repeat it, because between two such
+    # grids of another shape there is always one that is closer. (So it is only for grids of one tile and more.)
+    shapes = [(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if i * j <= most]
+    ratios = {Fraction(*shape) for shape in shapes}
+    for one, other in combinations(shapes, 2):
+        if one[0] * one[1] == other[0] * other[1]:
+            midway = (Fraction(*one) + Fraction(*other)) / 2
+            assert min(abs(midway - ratio) for ratio in ratios) < abs(midway - Fraction(*one))
+
+
+def test_several_images_of_one_call_keep_their_tiles_apart() -> None:
+    how = processor(max_patches=6, use_thumbnail=False)
+    pictures = [noise(90, 30), noise(28, 28), noise(30, 80)]
+    expected = [internvl.tiles(picture, 1, 6, SIDE, thumbnail=False) for picture in pictures]
+    got = how(pictures, return_tensors="np")
+    assert got["num_patches"].tolist() == [len(cut) for cut in expected] == [3, 1, 3]
+    everything = internvl.normalized([tile for cut in expected for tile in cut])
+    assert np.abs(got["pixel_values"] - everything).max() < ROUNDING
+
+
+def test_a_call_may_ask_for_another_number_of_tiles_or_no_thumbnail() -> None:
+    how = processor(max_patches=6)
+    picture = noise(90, 30)
+    assert how([picture])["num_patches"] == [4]
+    assert how([picture], use_thumbnail=False)["num_patches"] == [3]
+    assert how.get_number_of_image_patches(30, 90, {"use_thumbnail": False}) == 3
+    assert how([picture], max_patches=2)["num_patches"] == [3]
+
+
+def test_the_switches_are_saved_with_a_checkpoint_and_found_by_the_auto_classes(tmp_path: Path) -> None:
+    from transformers import AutoProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    core.register()
+    build_tiny(tmp_path, words=["A"], seed=0)
+    ours = SailVL2Processor.from_pretrained(tmp_path)
+    ours.image_processor = processor(side=56, max_patches=5, use_thumbnail=False)
+    ours.save_pretrained(tmp_path)
+    for found in (
+        AutoProcessor.from_pretrained(tmp_path).image_processor,
+        AutoImageProcessor.from_pretrained(tmp_path),
+    ):
+        assert type(found) is SailVL2ImageProcessor
+        assert (found.max_patches, found.use_thumbnail, found.size["height"]) == (5, False, 56)
+        assert found.to_dict() == ours.image_processor.to_dict()
+
+
+def file_of(picture: Image.Image, kind: str, **options: object) -> Image.Image:
+    """The picture as it is opened from a file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return Image.open(buffer)
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6  # to be turned by a quarter when shown
+    return exif
+
+
+def palette(transparency: object = None) -> Image.Image:
+    picture = noise(40, 30).quantize(16)
+    return file_of(picture, "PNG", **({} if transparency is None else {"transparency": transparency}))
+
+
+FILES = {
+    "grey": lambda: file_of(noise(40, 30, "L"), "PNG"),
+    "grey and alpha": lambda: file_of(noise(40, 30, "LA"), "PNG"),
+    "alpha": lambda: file_of(noise(40, 30, "RGBA"), "PNG"),
+    "two colours": lambda: file_of(noise(40, 30).convert("1"), "PNG"),
+    "palette": palette,
+    "palette with a transparent colour": lambda: palette(3),
+    "palette with alpha": lambda: palette(bytes(range(0, 160, 10))),
+    "CMYK": lambda: file_of(noise(40, 30, "CMYK"), "JPEG"),
+    "16 bits that hold bytes": lambda: file_of(
+        Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16)), "PNG"
+    ),
+    "turned by EXIF": lambda: file_of(noise(40, 30), "JPEG", exif=turned()),
+    "turned by EXIF, PNG": lambda: file_of(noise(40, 30), "PNG", exif=turned()),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.filterwarnings(
+    "ignore:Palette images with Transparency:UserWarning"
+)  # Pillow, of the plain conversion
+def test_a_file_is_seen_as_pillow_converts_it_to_rgb(kind: str) -> None:
+    picture = FILES[kind]().convert("RGB")
+    expected = internvl.normalized(internvl.tiles(picture, 1, 12, SIDE, thumbnail=True))
+    got = processor()([FILES[kind]()], return_tensors="np")["pixel_values"]
+    assert np.abs(got - expected).max() < ROUNDING
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_rollout_server_is_sent_the_pixels_that_the_learner_sees(kind: str) -> None:
+    import base64
+
+    from PIL import ImageOps
+
+    part = {"type": "image", "image": FILES[kind]()}
+    sent = openai_messages([{"role": "user", "content": [part]}])[0]["content"][0]["image_url"]["url"]
+    read = Image.open(io.BytesIO(base64.b64decode(sent.split(",", 1)[1])))
+    assert read.mode == "RGB"  # a server would lay transparent pixels over white
+    seen = ImageOps.exif_transpose(read)  # what a server does before anything else
+    assert np.array_equal(np.asarray(seen), np.asarray(as_rgb(FILES[kind]())))
+
+
+REFUSED = {
+    "16 bits": (
+        lambda: file_of(Image.fromarray(np.array([[0, 40_000]], np.uint16)), "PNG"),
+        "mode I;16 with values from 0 to 40000: the conversion to eight bits clips at 255; scale the values",
+    ),
+    "32 bits": (lambda: Image.fromarray(np.array([[0, 300]], np.int32)), "mode I with values from 0 to 300"),
+    "negative": (lambda: Image.fromarray(np.array([[-1, 3]], np.int32)), "mode I with values from -1 to 3"),
+    "floats": (
+        lambda: Image.fromarray(np.array([[0, 0.5]], np.float32)),
+        "mode F with values from 0.0 to 0.5",
+    ),
+    "nothing": (lambda: Image.new("RGB", (0, 7)), "the image has 0x7 pixels: it shows nothing"),
+    "float array": (
+        lambda: np.zeros((4, 4, 3), np.float32),
+        "dtype float32: give a PIL image, or an array of bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_image_that_eight_bits_cannot_show_is_refused(kind: str) -> None:
+    make, message = REFUSED[kind]
+    with pytest.raises(ValueError, match=message):
+        processor()([make()])
+
+
+def test_such_an_image_is_refused_with_the_row_that_holds_it(tmp_path: Path) -> None:
+    row = {"id": "a", "question": "what?", "answer": "3", "mode": "direct", "verifier": "exact"}
+    problem = r"row 0: images: must fit eight bits of RGB \(found images\[0\]: .*scale the values"
+    with pytest.raises(RecordError, match=problem):
+        write_records(tmp_path / "rows.parquet", [{**row, "images": [REFUSED["16 bits"][0]()]}])
