@@ -42,4 +42,4 @@ def _measure_with_the_costliest_image() -> None:
         height, width = processor.costliest_image()
         return ImageSize(width=width, height=height)
 
-    MultiModalProcessingInfo.get_image_size_with_most_features = costliest
+    MultiModalProcessingInfo.get_image_size_with_most_features = costliest  # type: ignore[method-assign]

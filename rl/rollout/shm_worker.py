@@ -82,7 +82,7 @@ def _take_expert_kernels(model: torch.nn.Module) -> list[tuple[Any, Any]]:
 
     if not current_platform.is_cpu():
         return []
-    methods = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    methods: list[Any] = [getattr(layer, "quant_method", None) for layer in model.modules()]
     taken = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None)]
     for method, _ in taken:
         method.moe_kernel = None
