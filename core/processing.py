@@ -103,6 +103,15 @@ class SailVL2Processor(ProcessorMixin):
             num_image_tokens=[2 + self._image_tokens(count) for count in counts], num_image_patches=counts
         )
 
+    def costliest_image(self) -> tuple[int, int]:
+        """(height, width) of an image with the most tokens, and of such images one with few pixels."""
+        size, most = dict(self.image_processor.size), getattr(self.image_processor, "max_patches", 1)
+        side = size.get("longest_edge") or size["height"]  # the longest is of an image that is not cut
+        grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
+        sizes = [(side * rows, side * columns) for rows, columns in grids]
+        tokens = dict(zip(sizes, self._get_num_multimodal_tokens(sizes)["num_image_tokens"], strict=True))
+        return max(sizes, key=lambda size: (tokens[size], -size[0] * size[1], -abs(size[0] - size[1])))
+
     @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: Any = None, **kwargs: Any

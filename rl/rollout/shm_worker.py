@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
 
     init_info_cls = SharedMemoryInit
     update_info_cls = SharedMemoryUpdate
+    _old_kernels: Sequence[tuple[Any, Any]] = ()
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
         pass
@@ -45,12 +46,16 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        self._old_kernels = _take_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        for method, kernel in self._old_kernels:
+            method.moe_kernel = method.moe_kernel or kernel  # of a layer that the update left out
+        self._old_kernels = ()
 
     def update_weights(self, update_info: dict) -> None:
         # The base class synchronizes an accelerator afterwards, which a CPU build of torch does not have.
@@ -64,6 +69,24 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
 
     def shutdown(self) -> None:
         pass
+
+
+def _take_expert_kernels(model: torch.nn.Module) -> list[tuple[Any, Any]]:
+    """Let the experts' kernels of a CPU engine be set up anew; gives (method, its kernel so far).
+
+    vLLM 0.31 packs experts for its CPU kernels when a kernel is set up, and not when weights come later: the kernel
+    then reads plain weights as packed ones and every completion is noise. Its GPU kernels take weights that come
+    later, and captured graphs hold on to them.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return []
+    methods: list[Any] = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    taken = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None)]
+    for method, _ in taken:
+        method.moe_kernel = None
+    return taken
 
 
 def _tensors(paths: list[str], aliases: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -175,3 +175,21 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     stranger = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
     with pytest.raises(ValueError, match="no token <IMG_CONTEXT>: it is not the tokenizer of a SAIL-VL2"):
         SailVL2Processor(image_processor, stranger)
+
+
+def test_the_costliest_image_has_as_many_tokens_as_any_and_no_more_pixels_than_they_need(
+    processor: SailVL2Processor,
+) -> None:
+    sizes = [(height, width) for height in range(20, 700, 31) for width in range(20, 700, 31)]
+    for most, expected in [(1, (56, 56)), (6, (112, 168)), (10, (112, 280)), (12, (168, 224))]:
+        processor.image_processor.max_patches = most
+        assert processor.costliest_image() == expected
+        tokens = processor._get_num_multimodal_tokens([expected, *sizes]).num_image_tokens
+        assert tokens[0] == max(tokens)
+
+
+def test_the_costliest_image_of_a_core_of_any_resolution_is_its_largest_square(tmp_path: Path) -> None:
+    size = core.TinySize(any_resolution=True)
+    processor = SailVL2Processor.from_pretrained(build_tiny(tmp_path / "any", words=["A"], seed=0, size=size))
+    longest = processor.image_processor.size["longest_edge"]
+    assert processor.costliest_image() == (longest, longest)

@@ -5,6 +5,8 @@ that outlive the tower they came from; packed weights that `load_weights` alone 
 sampling only.
 """
 
+import socket
+
 import pytest
 
 from rl.config import Parity
@@ -65,6 +67,20 @@ def move(model, *prefixes):
 
 def test_server_and_transformers_agree(client, fresh_learner, records):
     assert parity(client, fresh_learner, records) < 1e-5
+
+
+def test_the_server_fetches_no_image_from_a_url(client, server_url):
+    import requests
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        picture = {"url": f"http://127.0.0.1:{listener.getsockname()[1]}/picture.png"}
+        parts = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": "compute A"}]
+        body = {"model": "policy", "messages": [{"role": "user", "content": parts}]}
+        reply = requests.post(f"{server_url}/v1/chat/completions", json=body, timeout=60)
+        assert "must be from one of the allowed domains" in reply.text
+        with pytest.raises(BlockingIOError):  # nobody has called
+            listener.accept()
 
 
 def test_an_update_of_every_weight_reaches_the_server(client, fresh_learner, records):
