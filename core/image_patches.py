@@ -8,6 +8,8 @@ from transformers import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from core.pictures import as_bytes
+
 
 class SailVL2AnyResImageProcessor(Qwen2VLImageProcessorPil):
     """Qwen2-VL's patches of a still image, resized by a rule of our own, see `fitted_size`.
@@ -23,6 +25,10 @@ class SailVL2AnyResImageProcessor(Qwen2VLImageProcessorPil):
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
     temporal_patch_size = 1
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        """One image as an array (3, height, width) of bytes; see core.pictures for what is refused."""
+        return super().process_image(as_bytes(image), *args, **kwargs)
 
     def resize(  # type: ignore[override]  # Qwen2-VL's argument, the size of a block
         self, image: np.ndarray, size: SizeDict, resample: Any, factor: int, **kwargs: Any

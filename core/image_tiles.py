@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from PIL.Image import Image
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     GotOcr2ImageProcessorKwargs,
@@ -11,7 +10,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 )
 from transformers.utils import TensorType
 
-from core.pictures import as_rgb
+from core.pictures import as_bytes
 
 
 class SailVL2ImageKwargs(GotOcr2ImageProcessorKwargs, total=False):
@@ -25,7 +24,7 @@ class SailVL2ImageProcessor(GotOcr2ImageProcessorPil):
 
     The grid is the one of `min_patches` to `max_patches` tiles whose aspect ratio is closest to the image's.
     Differs from GotOcr2ImageProcessorPil, which does the same, in three points: the thumbnail can be switched
-    off, images that eight bits of RGB cannot show are refused (core.pictures.as_rgb), and no torchvision
+    off, images that eight bits of RGB cannot show are refused (core.pictures.as_bytes), and no torchvision
     backend, whose resize gives other pixels, hides behind its name.
     """
 
@@ -38,14 +37,7 @@ class SailVL2ImageProcessor(GotOcr2ImageProcessorPil):
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """One image as an array (3, height, width) of bytes."""
-        if isinstance(image, Image):
-            image = as_rgb(image)
-        elif str(getattr(image, "dtype", "")).removeprefix("torch.") != "uint8":
-            raise ValueError(
-                f"an image of type {type(image).__name__} and dtype {getattr(image, 'dtype', None)}: give a PIL "
-                "image, or an array of bytes (uint8) with three channels"
-            )
-        return super().process_image(image, *args, **kwargs)
+        return super().process_image(as_bytes(image), *args, **kwargs)
 
     def _preprocess(  # type: ignore[override]  # the base class names each argument
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,3 +29,16 @@ def as_rgb(image: Image) -> Image:
     if image.mode == "P":
         image = image.convert("RGBA")  # the same pixels; straight to RGB, Pillow warns of the transparency
     return image.convert("RGB")
+
+
+def as_bytes(image: Any) -> Any:
+    """A PIL image in mode RGB, an array as it is. Raises ValueError for what `as_rgb` refuses, and other arrays than
+    of bytes."""
+    if hasattr(image, "getextrema"):
+        return as_rgb(image)
+    if str(getattr(image, "dtype", "")).removeprefix("torch.") != "uint8":
+        raise ValueError(
+            f"an image of type {type(image).__name__} and dtype {getattr(image, 'dtype', None)}: give a PIL "
+            "image, or an array of bytes (uint8) with three channels"
+        )
+    return image

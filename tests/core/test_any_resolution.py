@@ -313,6 +313,14 @@ def test_a_longest_side_of_no_whole_block_is_refused(processor: SailVL2Processor
         TinySize(any_resolution=True, max_image_px=200)
 
 
+def test_pictures_that_eight_bits_cannot_show_are_refused(processor: SailVL2Processor) -> None:
+    sixteen_bits = Image.fromarray(np.full((40, 70), 40_000, dtype=np.uint16))
+    with pytest.raises(ValueError, match="mode I;16 with values from 40000 to 40000"):
+        processor(images=[[sixteen_bits]], text=["<IMG_CONTEXT>"])
+    with pytest.raises(ValueError, match="ndarray and dtype float64: give a PIL image, or an array of bytes"):
+        processor(images=[[np.zeros((40, 70, 3))]], text=["<IMG_CONTEXT>"])
+
+
 def test_images_of_the_other_kind_of_core_are_refused(
     model: SailVL2ForConditionalGeneration, tmp_path: Path
 ) -> None:
