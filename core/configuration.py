@@ -13,6 +13,9 @@ DEFAULT_VISION = {
 }
 """SAIL-ViT-Huge. Source: the released `vision_config` (hidden 1536, 24 blocks, 12 heads, SwiGLU 4096)."""
 
+BLOCK = 2
+"""Patches per side of the block that becomes one image token of an any-resolution core."""
+
 
 @strict
 class SailVL2Config(InternVLConfig):
@@ -26,6 +29,10 @@ class SailVL2Config(InternVLConfig):
     parts and may be left out. Given and different from the parts, they raise ValueError: a wrong token
     count ends in a shape error far away, and two different answers to "tied?" load the wrong output layer
     without any error (vLLM ties when either says so).
+
+    With `any_resolution` an image is no set of tiles but one grid of patches of its own size, to which the tower's
+    positions are interpolated (core/any_resolution.py); `image_seq_length` is then that of an image of the size
+    for which the positions were learned.
     """
 
     model_type = "sailvl2"
@@ -35,6 +42,7 @@ class SailVL2Config(InternVLConfig):
     text_config: Any = None
     image_token_id: int = 151671
     image_seq_length: int | None = None  # type: ignore[assignment]  # None until __post_init__ derives it
+    any_resolution: bool = False
     vision_feature_select_strategy: str = "full"
     tie_word_embeddings: bool | None = None  # type: ignore[assignment]
     pad_token_id: int | None = None
@@ -55,6 +63,11 @@ class SailVL2Config(InternVLConfig):
                 f"vision_feature_select_strategy={self.vision_feature_select_strategy!r}: AIMv2 has no CLS "
                 'token to drop; use "full"'
             )
+        if self.any_resolution and self.downsample_ratio * BLOCK != 1:
+            raise ValueError(
+                f"downsample_ratio={self.downsample_ratio}: an any-resolution core reads {BLOCK} by {BLOCK} patches "
+                f"as one image token; use {1 / BLOCK}"
+            )
         self.image_seq_length = _agreed(
             "image_seq_length",
             self.image_seq_length,
@@ -68,6 +81,13 @@ class SailVL2Config(InternVLConfig):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.text_config, name, None))
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved: `any_resolution` only where it is true."""
+        fields = super().to_dict()
+        if not self.any_resolution:
+            del fields["any_resolution"]
+        return fields
 
 
 def tokens_per_tile(vision_config: PreTrainedConfig, downsample_ratio: float) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from core import released_files
 from core.artifacts import atomic_dir, read_json, sha256_file, write_json
 from core.strict import Strict, nearest
 
@@ -335,6 +336,7 @@ def save_checkpoint(trainer: Any, processor: Any, out: Path) -> Path:
                 model.save_pretrained(folder, state_dict=state)
             _restore_config(Path(model.config.name_or_path), folder, next(model.parameters()).dtype)
             processor.save_pretrained(folder)
+            released_files.hand_on(Path(model.config.name_or_path), folder)
     accelerator.wait_for_everyone()
     return out
 

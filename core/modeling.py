@@ -1,8 +1,8 @@
 """The SAIL-VL2 model as a composition of what transformers has: InternVL around an AIMv2 tower and a Qwen3.
 
 What is added to InternVL: contiguous features before the pixel shuffle, the router's output of a
-mixture-of-experts text model (for its balancing loss), several completions per row of several tiles, and what
-the shared-prefix learner needs (`tower_features`, `keep`).
+mixture-of-experts text model (for its balancing loss), several completions per row of several tiles, images of any
+resolution, and what the shared-prefix learner needs (`tower_features`, `keep`).
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.internvl.modeling_internvl import (
     InternVLCausalLMOutputWithPast,
     InternVLForConditionalGeneration,
@@ -19,7 +20,8 @@ from transformers.models.internvl.modeling_internvl import (
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils.generic import can_return_tuple
 
-from core.configuration import SailVL2Config, tokens_per_tile
+from core.any_resolution import AnyResolutionTower
+from core.configuration import BLOCK, SailVL2Config, tokens_per_tile
 
 
 @dataclass
@@ -44,6 +46,11 @@ class SailVL2Model(InternVLModel):
     config_class = SailVL2Config
     input_modalities = ("image", "text")  # type: ignore[assignment]  # InternVL's has a third, video
 
+    def __init__(self, config: SailVL2Config):
+        super().__init__(config)
+        if config.any_resolution:
+            self.vision_tower = AnyResolutionTower._from_config(config.vision_config)
+
     def pixel_shuffle(self, vision_features: torch.Tensor, scale_factor: float = 0.5) -> torch.Tensor:
         """Fold each 2x2 block of patches into one: (tiles, w, h, c) -> (tiles, w/2, h/2, 4c) at 0.5.
 
@@ -52,16 +59,28 @@ class SailVL2Model(InternVLModel):
         """
         return super().pixel_shuffle(vision_features.contiguous(), scale_factor)
 
-    def tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def tower_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        layer: int | None = None,
+    ) -> torch.Tensor:
         """What the tower sees of tiles, folded by the pixel shuffle: (tiles, image_seq_length, 4 x vision hidden).
 
-        The adapter's input. With a frozen tower it is the same in every pass over a tile.
+        Of images of any resolution: (image tokens of all images, 4 x vision hidden). The adapter's input. With a
+        frozen tower it is the same in every pass over a tile. `layer` defaults to the configuration's.
         """
-        layer = self.config.vision_feature_layer
+        if layer is None:
+            layer = self.config.vision_feature_layer  # type: ignore[assignment]  # InternVL's may be a list
         seen = self.vision_tower(
-            pixel_values=pixel_values.to(self.dtype), return_dict=True, output_hidden_states=layer != -1
+            pixel_values=pixel_values.to(self.dtype),
+            **self._grids(image_grid_thw),
+            return_dict=True,
+            output_hidden_states=layer != -1,
         )
         features = seen.last_hidden_state if layer == -1 else seen.hidden_states[layer]
+        if self.config.any_resolution:  # the patches of a block are neighbours already
+            return features.reshape(-1, BLOCK**2 * features.shape[-1])
         tiles, patches, hidden = features.shape
         side = int(patches**0.5)
         folded = self.pixel_shuffle(features.reshape(tiles, side, side, hidden), self.config.downsample_ratio)
@@ -73,8 +92,45 @@ class SailVL2Model(InternVLModel):
         DeepSpeed gathers weights and reduces gradients rank by rank in step: a rank without images that left the
         tower out would keep the others waiting.
         """
-        blank = nothing.new_zeros((1, *nothing.shape[1:]))
-        return self.multi_modal_projector(blank if of_tower else self.tower_features(blank)).sum() * 0
+        any_resolution = self.config.any_resolution and not of_tower
+        blank = nothing.new_zeros((BLOCK**2 if any_resolution else 1, *nothing.shape[1:]))
+        if not of_tower:
+            blank = self.tower_features(blank, torch.tensor([[1, BLOCK, BLOCK]]) if any_resolution else None)
+        return self.multi_modal_projector(blank).sum() * 0
+
+    def _grids(self, image_grid_thw: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The tower's second argument, which the fixed-size one does not have."""
+        if self.config.any_resolution != (image_grid_thw is not None):
+            got = "without" if image_grid_thw is None else "with"
+            raise ValueError(
+                f"any_resolution={self.config.any_resolution}, but images came {got} image_grid_thw: the core and its "
+                "image processor do not belong together; an any-resolution core reads the patches and grids of "
+                "SailVL2AnyResImageProcessor, another one tiles"
+            )
+        return {} if image_grid_thw is None else {"image_grid_thw": image_grid_thw}
+
+    @can_return_tuple
+    def get_image_features(  # type: ignore[override]  # one argument more
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """InternVL's output, `pooler_output` (tiles, image_seq_length, hidden); of any resolution one per image.
+
+        As vLLM expects it of images of several sizes: a tuple of (image tokens, hidden).
+        """
+        if not self.config.any_resolution and image_grid_thw is None:
+            return super().get_image_features(
+                pixel_values=pixel_values, vision_feature_layer=vision_feature_layer, **kwargs
+            )
+        folded: Any = self.tower_features(pixel_values, image_grid_thw, vision_feature_layer)
+        assert image_grid_thw is not None
+        tokens = (image_grid_thw.prod(-1) // BLOCK**2).tolist()
+        return BaseModelOutputWithPooling(
+            last_hidden_state=folded, pooler_output=self.multi_modal_projector(folded).split(tokens)
+        )
 
     @can_return_tuple
     def forward(
@@ -87,6 +143,7 @@ class SailVL2Model(InternVLModel):
         inputs_embeds: torch.FloatTensor | None = None,
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         tower_features: torch.Tensor | None = None,
         keep: torch.Tensor | None = None,
         **kwargs: Any,
@@ -114,10 +171,13 @@ class SailVL2Model(InternVLModel):
         elif pixel_values is not None:
             image_features = self.get_image_features(
                 pixel_values=pixel_values,
+                image_grid_thw=image_grid_thw,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 return_dict=True,
             ).pooler_output
+            if self.config.any_resolution:
+                image_features = torch.cat(image_features)
         if image_features is not None:
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             embeds: Any = inputs_embeds  # the annotations of transformers and torch disagree here
@@ -150,6 +210,9 @@ class SailVL2ForConditionalGeneration(InternVLForConditionalGeneration):
 
     Shapes: `input_ids` (rows, tokens) where each image holds `tiles * config.image_seq_length` copies of
     `config.image_token_id`; `pixel_values` (tiles of all rows in order, 3, image_size, image_size).
+
+    With `config.any_resolution` an image holds a quarter as many image tokens as patches; `pixel_values` (patches of
+    all images in order, 3 * patch_size**2) and `image_grid_thw` (images, 3): 1, rows and columns of patches.
     """
 
     config: SailVL2Config
@@ -176,6 +239,7 @@ class SailVL2ForConditionalGeneration(InternVLForConditionalGeneration):
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_router_logits: bool | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SailVL2CausalLMOutput:
         """Logits (rows, tokens, vocabulary), and the mean next-token loss where `labels` is not -100.
@@ -191,6 +255,7 @@ class SailVL2ForConditionalGeneration(InternVLForConditionalGeneration):
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -229,16 +294,41 @@ class SailVL2ForConditionalGeneration(InternVLForConditionalGeneration):
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         # Differs from transformers, which repeats tile by tile: a row of tiles a, b would be completed once
         # from a, a and once from b, b, without an error.
-        pixels = model_kwargs.pop("pixel_values", None)
+        pixels, grids = (model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_thw"))
         if pixels is not None and input_ids is not None and expand_size > 1:
-            image_tokens = (input_ids == self.config.image_token_id).sum(dim=1)
-            per_tile = tokens_per_tile(self.config.vision_config, self.config.downsample_ratio)
-            tiles = [count // per_tile for count in image_tokens.tolist()]
-            pixels = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in pixels.split(tiles)])
+            tokens = (input_ids == self.config.image_token_id).sum(dim=1)
+            if grids is None:
+                per_tile = tokens_per_tile(self.config.vision_config, self.config.downsample_ratio)
+                lengths = tokens // per_tile
+            else:
+                lengths = tokens * BLOCK**2
+                # An image belongs to the row in which the tokens of all images up to it have ended.
+                ends = (grids.prod(-1) // BLOCK**2).cumsum(0)
+                images = torch.searchsorted(ends, tokens.cumsum(0).to(ends), right=True)
+                grids = _repeated(grids, images.diff(prepend=images.new_zeros(1)), expand_size)
+            pixels = _repeated(pixels, lengths, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
             **model_kwargs,
         )
-        return input_ids, model_kwargs if pixels is None else {**model_kwargs, "pixel_values": pixels}
+        given = {"pixel_values": pixels, "image_grid_thw": grids}
+        return input_ids, model_kwargs | {name: value for name, value in given.items() if value is not None}
+
+
+def _repeated(images: torch.Tensor, lengths: torch.Tensor, times: int) -> torch.Tensor:
+    """The images of each row, of which there are `lengths`, `times` times in sequence."""
+    rows = images.split(lengths.tolist())
+    return torch.cat([row.repeat(times, *[1] * (images.ndim - 1)) for row in rows])
+
+
+def no_images(config: SailVL2Config) -> dict[str, torch.Tensor]:
+    """The model's images where there are none: the tower and the adapter still run, on a blank one times zero."""
+    vision = config.vision_config
+    if config.any_resolution:
+        return {
+            "pixel_values": torch.zeros(0, vision.num_channels * vision.patch_size**2),
+            "image_grid_thw": torch.zeros(0, 3, dtype=torch.long),
+        }
+    return {"pixel_values": torch.zeros(0, vision.num_channels, vision.image_size, vision.image_size)}

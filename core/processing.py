@@ -6,6 +6,8 @@ from typing import Any
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
+from core.configuration import BLOCK
+from core.image_patches import SailVL2AnyResImageProcessor
 from core.image_tiles import SailVL2ImageProcessor
 from core.tokenizer import IMAGE_END, IMAGE_START, IMAGE_TOKEN, token_id
 
@@ -16,11 +18,14 @@ class SailVL2Processor(ProcessorMixin):
     `image_seq_length` is the number of language-model tokens per tile (`config.image_seq_length`). Images are
     cut into tiles by InternVL's rule (core/image_tiles.py), by Pillow everywhere: the same pixels on a machine
     with torchvision and on one without, in the trainer and in vLLM.
+
+    With a SailVL2AnyResImageProcessor an image is one grid of patches of its own size instead, four of which make a
+    token.
     """
 
     def __init__(
         self,
-        image_processor: SailVL2ImageProcessor | None = None,
+        image_processor: SailVL2ImageProcessor | SailVL2AnyResImageProcessor | None = None,
         tokenizer: Any = None,
         image_seq_length: int = 256,
         chat_template: str | None = None,
@@ -29,6 +34,7 @@ class SailVL2Processor(ProcessorMixin):
             chat_template = getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_seq_length = image_seq_length
+        self.any_resolution = isinstance(image_processor, SailVL2AnyResImageProcessor)
         self.image_token, self.image_token_id = IMAGE_TOKEN, token_id(tokenizer, IMAGE_TOKEN)
         # Of an expanded image, marked in `mm_token_type_ids`.
         self.image_token_ids = [
@@ -45,6 +51,8 @@ class SailVL2Processor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """`input_ids` and `attention_mask` (rows, tokens), and `pixel_values` (tiles, 3, size, size) if any.
+
+        Of any resolution: `pixel_values` (patches, 3 * patch_size**2) and `image_grid_thw` (images, 3).
 
         `images` is one list per row of `text` (rows without images hold an empty list or None), or a flat
         list in reading order. Each `<IMG_CONTEXT>` in a row becomes `<img>`, one token per tile and position,
@@ -71,24 +79,28 @@ class SailVL2Processor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **_: Any) -> str:
         """What one placeholder becomes, for the image at `image_idx` of the call."""
-        tiles = int(image_inputs["num_patches"][image_idx])
-        return f"{IMAGE_START}{IMAGE_TOKEN * (self.image_seq_length * tiles)}{IMAGE_END}"
+        tokens = self._image_tokens(int(image_inputs["num_patches"][image_idx]))
+        return f"{IMAGE_START}{IMAGE_TOKEN * tokens}{IMAGE_END}"
+
+    def _image_tokens(self, count: int) -> int:
+        """Image tokens of an image of so many tiles, or patches if it is of any resolution."""
+        return count // BLOCK**2 if self.any_resolution else count * self.image_seq_length
 
     @property
     def unused_input_names(self) -> list[str]:
-        """Tiles per image serve the expansion; the model has no use for them."""
+        """Tiles, or patches, per image serve the expansion; the model has no use for them."""
         return ["num_patches"]
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Tokens and tiles of images of the given (height, width) without touching a pixel, for vLLM."""
+        """Tokens and tiles (or patches) of images of the given (height, width), no pixel touched, for vLLM."""
         if image_sizes is None:
             return MultiModalData()
-        tiles = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes]
+        counts = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes]
         # Two more than the image tokens: <img> and </img>.
         return MultiModalData(
-            num_image_tokens=[2 + self.image_seq_length * count for count in tiles], num_image_patches=tiles
+            num_image_tokens=[2 + self._image_tokens(count) for count in counts], num_image_patches=counts
         )
 
     @classmethod
@@ -96,7 +108,10 @@ class SailVL2Processor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
         folder, subfolder = pretrained_model_name_or_path, kwargs.pop("subfolder", "")
-        image_processor = SailVL2ImageProcessor.from_pretrained(folder, subfolder=subfolder, **kwargs)
+        saved, _ = SailVL2ImageProcessor.get_image_processor_dict(folder, subfolder=subfolder, **kwargs)
+        any_resolution = saved.get("image_processor_type") == SailVL2AnyResImageProcessor.__name__
+        images: Any = SailVL2AnyResImageProcessor if any_resolution else SailVL2ImageProcessor
+        image_processor = images.from_pretrained(folder, subfolder=subfolder, **kwargs)
         tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", folder, subfolder=subfolder, **kwargs)
         for key in ("is_local", "local_files_only"):  # where it was found is no property of the tokenizer
             tokenizer.init_kwargs.pop(key, None)

@@ -94,6 +94,7 @@ class _Vision(_Released):
     patch_size: PositiveInt = _VISION["patch_size"]
     rms_norm_eps: PositiveFloat = _VISION["rms_norm_eps"]
     attention_dropout: float = 0.0
+    initializer_range: PositiveFloat = 0.02
     qkv_bias: bool = False
     use_bias: bool = False
 

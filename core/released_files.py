@@ -89,6 +89,8 @@ def store(source: Path, names: list[str], out: Path, *, head_stored: bool) -> No
 
 def hand_on(start: Path, out: Path) -> None:
     """Give a checkpoint the release's files and licence of the one it was made from; nothing if that has none."""
+    if not start.is_dir():  # a hub id
+        return
     if (start / FOLDER).is_dir():
         shutil.copytree(start / FOLDER, out / FOLDER)
     for path in start.iterdir():

@@ -29,6 +29,10 @@ class TinySize(Strict):
     image_px: PositiveInt = 56
     """Side of a tile, and of the whole image: tiny cores do not cut images into tiles."""
     patch_px: PositiveInt = 14
+    any_resolution: bool = False
+    """Images keep their size, as in SAIL-VL2-AnyRes; `image_px` is then the size of the learned positions."""
+    max_image_px: PositiveInt = 224
+    """Longest side of an image of any resolution."""
     text_hidden: PositiveInt = 128
     text_layers: PositiveInt = 3
     text_heads: PositiveInt = 4
@@ -50,6 +54,11 @@ class TinySize(Strict):
             raise ValueError(
                 f"image_px={self.image_px} is no multiple of 2 x patch_px={self.patch_px}: "
                 "two patches by two become one image token"
+            )
+        if self.any_resolution and self.max_image_px % (2 * self.patch_px):
+            raise ValueError(
+                f"max_image_px={self.max_image_px} is no multiple of 2 x patch_px={self.patch_px}: images of any "
+                "resolution are whole blocks of two patches by two"
             )
         if self.vision_hidden % self.vision_heads:
             raise ValueError(
@@ -133,15 +142,23 @@ def tiny_config(tokenizer: "PreTrainedTokenizerBase", size: TinySize) -> "SailVL
         vision_config=vision,
         text_config=text,
         image_token_id=token_id(tokenizer, IMAGE_TOKEN),
+        any_resolution=size.any_resolution,
         dtype="float32",
     )
 
 
 def tiny_processor(tokenizer: "PreTrainedTokenizerBase", size: TinySize) -> "SailVL2Processor":
-    """The processor of a tiny core: one tile per image, ImageNet mean and standard deviation."""
+    """The processor of a tiny core: one tile per image or any size, ImageNet mean and standard deviation."""
+    from core.image_patches import SailVL2AnyResImageProcessor
     from core.image_tiles import SailVL2ImageProcessor
     from core.processing import SailVL2Processor
 
+    tokens = (size.image_px // size.patch_px // 2) ** 2
+    if size.any_resolution:
+        patches = SailVL2AnyResImageProcessor(
+            size={"longest_edge": size.max_image_px}, patch_size=size.patch_px
+        )
+        return SailVL2Processor(patches, tokenizer, image_seq_length=tokens)
     image_processor = SailVL2ImageProcessor(
         size={"height": size.image_px, "width": size.image_px},
         min_patches=1,
@@ -149,6 +166,4 @@ def tiny_processor(tokenizer: "PreTrainedTokenizerBase", size: TinySize) -> "Sai
         image_mean=list(IMAGENET_MEAN),
         image_std=list(IMAGENET_STD),
     )
-    return SailVL2Processor(
-        image_processor, tokenizer, image_seq_length=(size.image_px // size.patch_px // 2) ** 2
-    )
+    return SailVL2Processor(image_processor, tokenizer, image_seq_length=tokens)

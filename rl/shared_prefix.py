@@ -18,10 +18,11 @@ from transformers import BatchFeature
 from trl import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
+from core.modeling import no_images
 from core.prefix import SHARED_PREFIX, PrefixGroup, PrefixLayout
 
 TILES_AT_ONCE = 16
-"""Tiles in one pass of a frozen tower."""
+"""Tiles in one pass of a frozen tower. Images of any resolution, of up to 16 tiles' patches, pass one by one."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Row:
 
     prompt: tuple[int, ...]
     tiles: tuple[int, ...]
-    """Indices of the prompt's image tiles, in order."""
+    """Indices of the prompt's image tiles, in order. An image of any resolution is one tile, of a size of its own."""
     completion: tuple[int, ...]
 
     @property
@@ -168,8 +169,9 @@ class TileStore:
     """An image processor that computes each image once and hands out tile numbers in place of pixels.
 
     TRL asks for the images of every row, moves, shuffles and splits what it gets; `pixel_values` here are indices of
-    shape (tiles, 1, 1, 1) into `pixels`, so that nothing is repeated and equal images are known by their number.
-    Images are told apart by identity: the rows of a group hold the same objects.
+    shape (tiles, 1, 1, 1) into `images`, so that nothing is repeated and equal images are known by their number.
+    Images are told apart by identity: the rows of a group hold the same objects. An image of any resolution counts
+    as one tile; its grid stays here.
 
     Args:
         processor: the image processor behind it; other attributes are looked up there.
@@ -179,47 +181,55 @@ class TileStore:
         self._processor = processor
         self._numbers: dict[int, list[int]] = {}
         self._images: list[Any] = []  # kept alive, as an id may be used again
+        self._patches: dict[int, int] = {}
         self._pixels: list[torch.Tensor] = []
-        self._features: torch.Tensor | None = None
+        self._grids: list[torch.Tensor] = []
+        self._features: list[torch.Tensor] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor, name)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """`pixel_values` (tiles, 1, 1, 1) and `num_patches` (images,) of nested lists of images."""
+        """`pixel_values` (tiles, 1, 1, 1) and the image processor's `num_patches` of nested lists of images."""
         flat = list(_flat(images))
         for image in flat:
             if id(image) not in self._numbers:
-                tiles = self._processor([image], **{**kwargs, "return_tensors": "pt"})["pixel_values"]
+                inputs = self._processor([image], **{**kwargs, "return_tensors": "pt"})
+                grids = inputs.get("image_grid_thw")
+                tiles = inputs["pixel_values"].split(1 if grids is None else len(inputs["pixel_values"]))
                 self._numbers[id(image)] = list(range(len(self._pixels), len(self._pixels) + len(tiles)))
+                self._patches[id(image)] = int(inputs["num_patches"][0])
                 self._images.append(image)
                 self._pixels += tiles
+                self._grids += [] if grids is None else [grids]
         numbers = [self._numbers[id(image)] for image in flat]
         handles = torch.tensor([number for own in numbers for number in own])
         return BatchFeature(
             {
                 "pixel_values": handles.view(-1, 1, 1, 1),
-                "num_patches": torch.tensor([len(own) for own in numbers]),
+                "num_patches": torch.tensor([self._patches[id(image)] for image in flat]),
             }
         )
 
-    def pixels(self, tiles: Sequence[int], device: torch.device) -> torch.Tensor:
-        """(tiles, 3, size, size), the same tile as often as it is asked for."""
-        if not tiles:
-            return self._pixels[0].new_empty((0, *self._pixels[0].shape)).to(device)
-        return torch.stack([self._pixels[tile] for tile in tiles]).to(device)
+    def images(self, tiles: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+        """The model's inputs for these tiles, the same one as often as it is asked for."""
+        held = {"pixel_values": self._pixels, "image_grid_thw": self._grids}
+        return {name: _joined(values, tiles).to(device) for name, values in held.items() if values}
 
     def features(self, tower: Any, tiles: Sequence[int], device: torch.device) -> torch.Tensor:
         """What `tower` makes of these tiles, computed for all tiles of the store when first asked."""
-        if self._features is None:
-            every = range(len(self._pixels))
+        if not self._features:
+            every, at_once = range(len(self._pixels)), 1 if self._grids else TILES_AT_ONCE
             with torch.no_grad():
-                parts = [
-                    tower(self.pixels(every[start : start + TILES_AT_ONCE], device))
-                    for start in range(0, len(every), TILES_AT_ONCE)
-                ]
-            self._features = torch.cat(parts)
-        return self._features[torch.tensor(tiles, dtype=torch.long, device=device)]
+                for start in range(0, len(every), at_once):
+                    seen = tower(**self.images(every[start : start + at_once], device))
+                    self._features += [seen] if self._grids else seen.split(1)
+        return _joined(self._features, tiles)
+
+
+def _joined(tensors: Sequence[torch.Tensor], places: Sequence[int]) -> torch.Tensor:
+    """Those at `places`, one after the other along their first axis."""
+    return torch.cat([tensors[place] for place in places] or [tensors[0][:0]])
 
 
 def _flat(images: Any) -> Iterator[Any]:
@@ -305,6 +315,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
         pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         num_images: list[int] | None = None,
         num_tiles: list[int] | None = None,
         **others: Any,
@@ -320,11 +331,13 @@ class SharedPrefixTrainer(GRPOTrainer):
                 compute_entropy=compute_entropy,
                 compute_aux_loss=compute_aux_loss,
                 pixel_values=pixel_values,
+                image_grid_thw=image_grid_thw,
                 num_images=num_images,
                 num_tiles=num_tiles,
                 **others,
             )
         counts = num_tiles or num_images or [0] * len(input_ids)
+        images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         numbers = range(sum(counts)) if pixel_values is None else _numbers(pixel_values)
         rows = rows_of(input_ids, attention_mask, logits_to_keep, _split(numbers, counts))
         # With gradients the caller has cut the batch: each pack has its own backward pass.
@@ -332,7 +345,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         outputs, start = [], 0
         for size in sizes:
             packed = pack(rows[start : start + size], input_ids.device, whole=compute_aux_loss)
-            outputs.append(self._score(model, packed, size, logits_to_keep, pixel_values, compute_aux_loss))
+            outputs.append(self._score(model, packed, size, logits_to_keep, images, compute_aux_loss))
             start += size
         logps, entropies, aux_losses = zip(*outputs, strict=True)
         return (
@@ -347,7 +360,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         packed: Pack,
         rows: int,
         completion_tokens: int,
-        pixel_values: torch.Tensor | None,
+        images: dict[str, torch.Tensor | None],
         router: bool,
     ) -> tuple[Any, Any, Any]:
         extra = {"output_router_logits": True} if router else {}
@@ -361,7 +374,7 @@ class SharedPrefixTrainer(GRPOTrainer):
                 keep=packed.keep,
                 shift_labels=packed.labels,
                 fused_lm_head=True,
-                **self._image_inputs(packed, pixel_values),
+                **self._image_inputs(packed, **images),
                 **extra,
             )
         return (
@@ -380,13 +393,21 @@ class SharedPrefixTrainer(GRPOTrainer):
         grid = values.new_zeros((rows, completion_tokens)).index_put(packed.places, scored)
         return grid if len(scored) else grid + 0 * values.sum()
 
-    def _image_inputs(self, packed: Pack, pixel_values: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def _image_inputs(
+        self, packed: Pack, pixel_values: torch.Tensor | None, image_grid_thw: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         """The model's images. The tower's output where it is frozen: computed once per image and rollout batch."""
         device = packed.input_ids.device
         if pixel_values is None or (not len(pixel_values) and not pixel_values.is_floating_point()):
             return self._no_images(pixel_values is not None, device)
         if pixel_values.is_floating_point():  # a batch that was not collected here, such as a parity probe
-            return {"pixel_values": pixel_values[packed.tiles]}
+            if image_grid_thw is None:
+                return {"pixel_values": pixel_values[packed.tiles]}
+            patches = pixel_values.split(image_grid_thw.prod(-1).tolist())
+            return {
+                "pixel_values": _joined(patches, packed.tiles),
+                "image_grid_thw": image_grid_thw[packed.tiles],
+            }
         if self._tiles is None:
             raise RuntimeError(
                 "tile numbers without a store: images come from _generate_and_score_completions"
@@ -394,14 +415,14 @@ class SharedPrefixTrainer(GRPOTrainer):
         if self._frozen_tower():
             tower = _core_of(self.accelerator.unwrap_model(self.model)).model.tower_features
             return {"tower_features": self._tiles.features(tower, packed.tiles, device)}
-        return {"pixel_values": self._tiles.pixels(packed.tiles, device)}
+        return self._tiles.images(packed.tiles, device)
 
     def _no_images(self, cut_from_images: bool, device: torch.device) -> dict[str, torch.Tensor]:
         """No tile, which runs a blank one: beside images in this batch as TRL's pass does, or on another rank's."""
         if not cut_from_images and self.accelerator.num_processes == 1:
             return {}
-        size = _core_of(self.accelerator.unwrap_model(self.model)).config.vision_config.image_size
-        return {"pixel_values": torch.empty((0, 3, size, size), device=device)}
+        nothing = no_images(_core_of(self.accelerator.unwrap_model(self.model)).config)
+        return {name: value.to(device) for name, value in nothing.items()}
 
     def _frozen_tower(self) -> bool:
         plugin = self.accelerator.state.deepspeed_plugin

@@ -140,6 +140,9 @@ class RolloutTrainer(SharedPrefixTrainer):
         if "pixel_values" in inputs:
             tiles = inputs["pixel_values"].to(self.accelerator.device, self.model.dtype)  # type: ignore[union-attr]
             extra = {"pixel_values": tiles, "num_images": [1], "num_tiles": [tiles.size(0)]}
+            if "image_grid_thw" in inputs:  # of any resolution: TRL and we split the patches by the grids
+                grids = inputs["image_grid_thw"].to(self.accelerator.device)
+                extra |= {"image_grid_thw": grids, "num_images": [len(grids)], "num_tiles": None}
         logps, _, _ = self._get_per_token_logps_and_entropies(
             self.model, ids, torch.ones_like(ids), len(completion), **extra
         )

@@ -25,6 +25,9 @@ IGNORED = -100
 CACHE_BYTES = 1 << 30
 """Prepared rows that a process keeps; what does not fit is prepared again in the next epoch."""
 
+IMAGES = ("pixel_values", "image_grid_thw")
+"""What a lesson holds of its images; the second of an any-resolution core alone."""
+
 Lesson = dict[str, Any]
 
 
@@ -36,7 +39,8 @@ class Lessons(Sequence[Lesson]):
     """Records prepared for training, one by one and on demand.
 
     An item holds `input_ids` and `labels` (T,), int64, and `pixel_values` (tiles, 3, size, size), float32, or
-    None for a row without images. Labels are the ids of the assistant's turn and IGNORED elsewhere.
+    None for a row without images. Labels are the ids of the assistant's turn and IGNORED elsewhere. Of an
+    any-resolution core, `pixel_values` (patches, 3 x patch_size^2) and `image_grid_thw` (images, 3).
     """
 
     def __init__(self, records: Sequence[Record], processor: Any) -> None:
@@ -72,7 +76,7 @@ def prepare(record: Record, processor: Any) -> Lesson:
     return {
         "input_ids": torch.cat([prompt_ids, target_ids]),
         "labels": torch.cat([torch.full_like(prompt_ids, IGNORED), target_ids]),
-        "pixel_values": inputs.get("pixel_values"),
+        **{"pixel_values": None, **{name: inputs[name] for name in IMAGES if name in inputs}},
     }
 
 
@@ -184,7 +188,7 @@ def fit(
 
 
 class Collator:
-    """Lessons by index -> one right-padded batch: input_ids, attention_mask, labels (B, T), pixel_values.
+    """Lessons by index -> one right-padded batch: input_ids, attention_mask, labels (B, T), and the images.
 
     `blank`, if given, is added as an unlabelled row to batches without an image: the tower and the adapter
     then get a gradient (of zeros) on every rank in every step. Without it a rank with a text-only batch would
@@ -200,23 +204,29 @@ class Collator:
         rows = [self.lessons[example["row"]] for example in examples]
         if self.blank and all(row["pixel_values"] is None for row in rows):
             rows.append(self.blank)
-        pixels = [row["pixel_values"] for row in rows if row["pixel_values"] is not None]
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        batch = {
+        return {
             "input_ids": _padded([row["input_ids"] for row in rows], self.pad_token_id),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
             "labels": _padded([row["labels"] for row in rows], IGNORED),
+            **images_of(rows),
         }
-        return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+
+
+def images_of(rows: Sequence[Lesson]) -> dict[str, Any]:
+    """The images of all rows in order, as the model takes them; nothing where there are none."""
+    import torch
+
+    held = {name: [row[name] for row in rows if row.get(name) is not None] for name in IMAGES}
+    return {name: torch.cat(values) for name, values in held.items() if values}
 
 
 def blank_lesson(processor: Any) -> Lesson:
-    """A short row for `Collator.blank`: one black picture of one tile, and nothing to learn from it."""
+    """A short row for `Collator.blank`: one small black picture, and nothing to learn from it."""
     import torch
     from PIL import Image
 
-    side = processor.image_processor.size["height"]
-    picture = {"id": "blank", "images": [Image.new("RGB", (side, side))], "question": "?", "mode": "direct"}
+    picture = {"id": "blank", "images": [Image.new("RGB", (28, 28))], "question": "?", "mode": "direct"}
     lesson = prepare({**picture, "answer": ".", "response": None}, processor)
     return {**lesson, "labels": torch.full_like(lesson["labels"], IGNORED)}
 

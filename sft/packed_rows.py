@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sft.data import IGNORED, Lesson
+from sft.data import IGNORED, Lesson, images_of
 from sft.packing import Plan
 
 PACKED_SDPA = "packed_sdpa"
@@ -23,16 +23,20 @@ PACKED_SDPA = "packed_sdpa"
 class PackedCollator:
     """Packs by their place in the plan -> one row: input_ids, labels, position_ids (1, T), cu_seq_lens (S + 1).
 
-    `pixel_values` (tiles, 3, size, size) are those of all samples in order. A pack without an image gets a
-    tensor of no tile when `tile_px` is given: the core then runs a blank tile times zero, so that the tower
-    and the adapter get a gradient (of zeros) on every rank in every step, for which ZeRO-2 and ZeRO-3 wait.
+    The images are those of all samples in order. A pack without one gets `no_images` when they are given
+    (core.modeling.no_images): the core then runs a blank image times zero, so that the tower and the adapter
+    get a gradient (of zeros) on every rank in every step, for which ZeRO-2 and ZeRO-3 wait.
     A pack without a row, of an update with fewer rows than packs, holds two padding tokens and no label.
     """
 
     def __init__(
-        self, lessons: Sequence[Lesson], plan: Plan, pad_token_id: int, tile_px: int | None = None
+        self,
+        lessons: Sequence[Lesson],
+        plan: Plan,
+        pad_token_id: int,
+        no_images: Mapping[str, Any] | None = None,
     ) -> None:
-        self.lessons, self.plan, self.pad_token_id, self.tile_px = lessons, plan, pad_token_id, tile_px
+        self.lessons, self.plan, self.pad_token_id, self.no_images = lessons, plan, pad_token_id, no_images
 
     def __call__(self, examples: Sequence[Mapping[str, int]]) -> dict[str, Any]:
         (example,) = examples
@@ -44,10 +48,12 @@ class PackedCollator:
                     f"row {row} has {len(lesson['input_ids'])} tokens where {planned} were counted: the data or "
                     "the processor changed since the plan was made; start the stage again"
                 )
-        return pack_rows(rows, self.pad_token_id, self.tile_px)
+        return pack_rows(rows, self.pad_token_id, self.no_images)
 
 
-def pack_rows(rows: Sequence[Lesson], pad_token_id: int, tile_px: int | None = None) -> dict[str, Any]:
+def pack_rows(
+    rows: Sequence[Lesson], pad_token_id: int, no_images: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """One packed row of these lessons, see `PackedCollator`."""
     import torch
 
@@ -68,12 +74,7 @@ def pack_rows(rows: Sequence[Lesson], pad_token_id: int, tile_px: int | None = N
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    pixels = [row["pixel_values"] for row in samples if row["pixel_values"] is not None]
-    if pixels:
-        batch["pixel_values"] = torch.cat(pixels)
-    elif tile_px is not None:
-        batch["pixel_values"] = torch.zeros(0, 3, tile_px, tile_px)
-    return batch
+    return batch | (images_of(samples) or dict(no_images or {}))
 
 
 def attend_within_samples(model: Any) -> None:

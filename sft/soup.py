@@ -21,6 +21,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from core import released_files
 from core.artifacts import atomic_dir, read_json
 from sft.config import SoupConfig
 
@@ -150,6 +151,7 @@ def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = No
             for file in sorted(Path(paths[0]).iterdir()):
                 if file.is_file() and file.suffix != ".safetensors" and file.name != START:
                     shutil.copy2(file, folder / file.name)
+            released_files.hand_on(Path(paths[0]), folder)
     return Path(out)
 
 

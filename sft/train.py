@@ -177,6 +177,8 @@ def phase_trainer(
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
+    from core.modeling import no_images
+
     freeze = cfg.learner.freeze if phase.freeze is None else phase.freeze
     processor = load_processor(start)
     args = trl_config(cfg, phase, plan, folder, seed)  # before the model: ZeRO-3 splits it as it loads
@@ -187,8 +189,8 @@ def phase_trainer(
     collator: Collator | PackedCollator
     if plan:
         attend_within_samples(policy)
-        tile_px = processor.image_processor.size["height"] if sees else None
-        collator = PackedCollator(lessons, plan, processor.tokenizer.pad_token_id, tile_px)
+        nothing = no_images(policy.config) if sees else None
+        collator = PackedCollator(lessons, plan, processor.tokenizer.pad_token_id, nothing)
     else:
         blank = blank_lesson(processor) if sees else None
         collator = Collator(lessons, processor.tokenizer.pad_token_id, blank)

@@ -25,8 +25,9 @@ MODEL_NAME = "policy"
 TETHERED = (sys.executable, "-P", "-m", "rl.rollout.tethered")
 """What makes a server end with this process, however this process ends."""
 PROFILE_IMAGE = {"width": 1792, "height": 1344}
-"""What vLLM measures its memory with: four by three tiles of 448, the most that a released core cuts. Its own choice
-is 10,000 by 10,000 pixels, which takes ten seconds to resize at every start."""
+"""What vLLM measures its memory with: four by three tiles of 448, the most that a released core cuts, or the largest
+square of an any-resolution core. Its own choice is 10,000 by 10,000 pixels, which takes ten seconds to resize at every
+start."""
 
 
 class ServerFailed(RuntimeError):
@@ -155,7 +156,7 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
         "--dtype": cfg.dtype,
         "--max-model-len": cfg.max_model_tokens,
         "--max-num-seqs": cfg.max_sequences,
-        "--limit-mm-per-prompt": json.dumps({"image": {"count": cfg.max_images, **PROFILE_IMAGE}}),
+        "--limit-mm-per-prompt": json.dumps({"image": {"count": cfg.max_images, **profile_image(model)}}),
         "--weight-transfer-config": json.dumps({"backend": backend}),
         # Log-probabilities of the distribution that was sampled from: after temperature and the token ban.
         "--logprobs-mode": "processed_logprobs",
@@ -181,6 +182,14 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
         *(["--enforce-eager", "--no-enable-chunked-prefill"] if cfg.device == "cpu" else []),
         *cfg.extra_args,
     ]
+
+
+def profile_image(model: Path) -> dict[str, int]:
+    """Width and height of the image that costs the core at `model` most."""
+    file = model / "processor_config.json"
+    images = json.loads(file.read_text()).get("image_processor", {}) if file.exists() else {}
+    longest = images.get("size", {}).get("longest_edge")
+    return {"width": longest, "height": longest} if longest else PROFILE_IMAGE
 
 
 def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:

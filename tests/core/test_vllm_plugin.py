@@ -16,7 +16,7 @@ ENGINE = {
     **{"model_impl": "transformers", "dtype": "float32", "max_model_len": 512, "max_num_seqs": 4},
     **{"block_size": 32, "enforce_eager": True, "seed": 0},
     # vLLM warms up on an image of 10,000 x 10,000 pixels unless told what images to expect.
-    "limit_mm_per_prompt": {"image": {"count": 2, "width": 112, "height": 112}},
+    "limit_mm_per_prompt": {"image": {"count": 3, "width": 112, "height": 112}},
 }
 CPU_ENVIRONMENT = {
     **{"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
@@ -39,9 +39,17 @@ def test_they_agree_on_a_mixture_of_experts_in_an_engine_of_three_processes(tmp_
     _check_agreement(tmp_path, size={"experts": 4, "tie_embeddings": False}, environment={})
 
 
-def _check_agreement(tmp_path: Path, size: dict, environment: dict[str, str]) -> None:
+@pytest.mark.slow
+def test_they_agree_on_images_of_any_resolution(tmp_path: Path) -> None:
+    sizes = [[(56, 56)], [(131, 57), (30, 200)], [(9, 300), (64, 64), (100, 61)], []]
+    _check_agreement(tmp_path, size={"any_resolution": True}, environment=ONE_PROCESS, images=sizes)
+
+
+def _check_agreement(
+    tmp_path: Path, size: dict, environment: dict[str, str], images: list | None = None
+) -> None:
     core_dir = _build_core(tmp_path, size)
-    requests = _write_requests(tmp_path, core_dir)
+    requests = _write_requests(tmp_path, core_dir, images or IMAGE_SIZES)
     answers = _ask_vllm(core_dir, requests, tmp_path / "answers.json", environment)
     for request, answer in zip(requests, answers, strict=True):
         ids, completion, logprobs = _ask_transformers(core_dir, request)
@@ -57,12 +65,15 @@ def _build_core(tmp_path: Path, size: dict) -> Path:
     core.register()
     path = build_tiny(tmp_path / "core", words=WORDS, seed=0, size=TinySize(**size))
     processor = core.SailVL2Processor.from_pretrained(path)
-    processor.image_processor.max_patches = 4  # tiny cores take one tile per image; real ones take several
-    processor.save_pretrained(path)
+    if not processor.any_resolution:
+        processor.image_processor.max_patches = (
+            4  # tiny cores take one tile per image; real ones take several
+        )
+        processor.save_pretrained(path)
     return path
 
 
-def _write_requests(tmp_path: Path, core_dir: Path) -> list[dict]:
+def _write_requests(tmp_path: Path, core_dir: Path, images: list) -> list[dict]:
     import numpy as np
     from PIL import Image
 
@@ -71,7 +82,7 @@ def _write_requests(tmp_path: Path, core_dir: Path) -> list[dict]:
     processor = SailVL2Processor.from_pretrained(core_dir)
     random = np.random.default_rng(0)
     requests = []
-    for row, sizes in enumerate(IMAGE_SIZES):
+    for row, sizes in enumerate(images):
         paths = []
         for column, (width, height) in enumerate(sizes):
             pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -111,7 +122,7 @@ def _ask_transformers(core_dir: Path, request: dict) -> tuple[list[int], list[in
     prompt_length = inputs["input_ids"].shape[1]
     with torch.no_grad():
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS, suppress_tokens=banned)
-        pixels = {key: inputs[key] for key in ("pixel_values",) if key in inputs}
+        pixels = {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
         logits = model(input_ids=ids, **pixels).logits
     logprobs = logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
     return inputs["input_ids"][0].tolist(), ids[0, prompt_length:].tolist(), logprobs.tolist()

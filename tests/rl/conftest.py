@@ -92,7 +92,7 @@ def plain_logprobs(model, processor, row, prompt_ids, completion, grad=False):
     )
     assert inputs["input_ids"][0].tolist() == prompt_ids
     ids = torch.tensor([prompt_ids + completion])
-    images = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
+    images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
     with torch.set_grad_enabled(grad):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0]
     scores = (logits / TEMPERATURE).log_softmax(-1)[len(prompt_ids) - 1 : -1]

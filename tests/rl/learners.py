@@ -21,18 +21,21 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Scripted:
-    """One group: its question, images (by seed; `wide` ones make several tiles) and completion lengths."""
+    """One group: its question, images (by seed; `wide` ones make several tiles, `odd` ones differ in size) and
+    completion lengths.
+    """
 
     question: int
     images: tuple[int, ...]
     lengths: tuple[int, ...]
     wide: bool = False
+    odd: bool = False
     cut: tuple[int, ...] = ()
     """Completions without an end: truncated."""
 
 
-def picture(seed: int, wide: bool) -> Image.Image:
-    shape = (56, 112, 3) if wide else (56, 56, 3)
+def picture(seed: int, wide: bool, odd: bool = False) -> Image.Image:
+    shape = (30 + 37 * seed, 150 - 29 * seed, 3) if odd else (56, 112, 3) if wide else (56, 56, 3)
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8))
 
 
@@ -41,7 +44,7 @@ def scripted_rows(processor: Any, groups: Sequence[Scripted]) -> list[dict[str, 
     generator = torch.Generator().manual_seed(0)
     rows = []
     for group in groups:
-        images = [picture(seed, group.wide) for seed in group.images]
+        images = [picture(seed, group.wide, group.odd) for seed in group.images]
         text = QUESTIONS[group.question]
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
         prompt_ids = processor.apply_chat_template(

@@ -22,6 +22,20 @@ BATCHES = {
     "truncated": (Scripted(0, (1,), (5, 3, 7, 4), cut=(1,)), Scripted(1, (2,), (6, 2), cut=(0, 1))),
     "nothing scored": (Scripted(0, (1,), (5, 3), cut=(0, 1)), Scripted(1, (2,), (6, 2), cut=(0, 1))),
 }
+ANY_RESOLUTION = {
+    "one image": (Scripted(0, (1,), (5, 3, 7, 4), odd=True), Scripted(1, (2,), (6, 2, 5, 7), odd=True)),
+    "several images": (
+        Scripted(0, (1, 2, 3), (4, 6), odd=True),
+        Scripted(1, (4,), (5, 5), odd=True),
+        Scripted(1, (3, 4), (6, 2), odd=True),
+    ),
+    "text among images": (
+        Scripted(2, (), (5, 1)),
+        Scripted(0, (1, 4), (2, 7), odd=True),
+        Scripted(1, (), (3, 3)),
+    ),
+    "truncated": (Scripted(0, (1,), (5, 3), odd=True, cut=(1,)), Scripted(1, (2,), (6, 2), cut=(0, 1))),
+}
 OBJECTIVES = {
     "dapo": {},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
@@ -38,6 +52,14 @@ def moe_core(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("moe") / "tiny"
     return build_tiny(folder, words=WORDS, seed=0, size=TinySize(experts=4, text_layers=2))
+
+
+@pytest.fixture(scope="module")
+def any_core(tmp_path_factory):
+    from core.tiny import TinySize, build_tiny
+
+    folder = tmp_path_factory.mktemp("any") / "tiny"
+    return build_tiny(folder, words=WORDS, seed=0, size=TinySize(any_resolution=True, text_layers=2))
 
 
 def compare(core, groups, out, own=None, bound=1e-5, moved=True, **config):
@@ -140,6 +162,47 @@ def test_a_frozen_tower_sees_each_image_once_for_all_passes(tiny_core, tmp_path,
 @pytest.mark.parametrize("batch", ["two groups", "text among images"])
 def test_a_frozen_tower_trains_as_in_stock_trl(tiny_core, tmp_path, batch):
     compare(tiny_core, BATCHES[batch], tmp_path, beta=0.1, freeze=["model.vision_tower."])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("batch", ANY_RESOLUTION)
+def test_images_of_any_resolution_train_as_in_stock_trl(any_core, tmp_path, batch, frozen):
+    compare(
+        any_core, ANY_RESOLUTION[batch], tmp_path, beta=0.1, freeze=["model.vision_tower."] if frozen else []
+    )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_packs_of_images_of_any_resolution_sum_up_to_the_whole(any_core, tmp_path, frozen):
+    groups = (*ANY_RESOLUTION["text among images"], *ANY_RESOLUTION["several images"])
+    freeze = ["model.vision_tower."] if frozen else []
+    ours, _ = compare(any_core, groups, tmp_path, own={"token_budget": 60}, freeze=freeze)
+    assert len(ours._metrics["train"]["entropy"]) > 1  # one entry per pack
+
+
+def test_a_probe_of_images_of_any_resolution_scores_as_in_stock_trl(any_core, tmp_path):
+    """Pixels with gradients of their own: a batch that the trainer did not collect."""
+    import torch
+
+    from rl.shared_prefix import SharedPrefixTrainer
+
+    from .learners import scripted_rows
+
+    groups = ANY_RESOLUTION["several images"][:1]
+    trainer, _ = learner(SharedPrefixTrainer, any_core, groups, tmp_path)
+    (row, *_) = scripted_rows(trainer.processing_class, groups)
+    inputs = trainer.processing_class(images=[row["images"]], text=["<IMG_CONTEXT>" * 3], return_tensors="pt")
+    ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+    images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")} | {"num_images": [3]}
+    scores = []
+    with torch.no_grad():
+        for trainer.prefix in ("shared", "stock"):
+            scores.append(
+                trainer._get_per_token_logps_and_entropies(
+                    trainer.model, ids, torch.ones_like(ids), len(row["completion_ids"]), **images
+                )[0]
+            )
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
 
 
 def test_images_are_processed_once_per_group(tiny_core, tmp_path):

@@ -12,7 +12,7 @@ from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
 from rl.rollout.parity import ParityError, ParityGuard
 from rl.rollout.weights import SharedMemorySync
 
-from .conftest import TEMPERATURE, plain_logprobs
+from .conftest import POOL, TEMPERATURE, WORDS, plain_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,33 @@ def test_an_update_of_every_weight_reaches_the_server(client, fresh_learner, rec
         parity(client, fresh_learner, records)
     SharedMemorySync(client).push(fresh_learner[0])
     assert parity(client, fresh_learner, records) < 1e-5
+
+
+@pytest.mark.slow
+def test_updates_reach_a_server_of_an_any_resolution_core(tmp_path, records):
+    """Through the server of a run, images of several sizes, before and after the tower has moved."""
+    from core.learner import LearnerConfig, load_model, load_processor
+    from core.tiny import TinySize, build_tiny
+    from rl.rollout.server import rollout_pool
+    from rl.trainer import ban_tokens
+
+    folder = build_tiny(tmp_path / "any", words=WORDS, seed=0, size=TinySize(any_resolution=True))
+    model = load_model(folder, LearnerConfig()).eval()
+    ban_tokens(model, CoreFacts.of(folder).banned_ids)
+    rows = [
+        {**row, "images": [image.resize((30 + 41 * at, 180 - 13 * at)) for image in row["images"] * 2]}
+        for at, row in enumerate(records[:8])
+    ]
+    with rollout_pool(POOL, folder, tmp_path) as urls:
+        client = RolloutClient(urls, CoreFacts.of(folder))
+        learner = (model, load_processor(folder))
+        assert parity(client, learner, rows) < 1e-5
+        move(model, "model.vision_tower")
+        with pytest.raises(ParityError):
+            parity(client, learner, rows)
+        SharedMemorySync(client).push(model)
+        assert parity(client, learner, rows) < 1e-5
+        client.close()
 
 
 def test_without_its_twin_the_tied_output_head_stays_old_and_the_guard_says_so(

@@ -5,8 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from core.learner import LearnerConfig, load_model
-from sft.data import IGNORED, Collator, Lessons
+from core.learner import LearnerConfig, load_model, load_processor
+from core.modeling import no_images
+from core.tiny import TinySize, build_tiny
+from sft.data import IGNORED, Collator, Lessons, blank_lesson, count_tokens
 from sft.packed_rows import PackedCollator, attend_within_samples, pack_rows
 from sft.packing import ByRows, Plan
 
@@ -21,7 +23,25 @@ def lessons(make_record, processor):
 
 @pytest.fixture
 def packed_model(core_path):
-    model = load_model(core_path, LearnerConfig(deepspeed=None))
+    return packed(core_path)
+
+
+@pytest.fixture
+def any_core(tmp_path):
+    return build_tiny(tmp_path / "any", words=["compute"], seed=0, size=TinySize(any_resolution=True))
+
+
+@pytest.fixture
+def any_lessons(make_record, any_core):
+    """Rows without an image, with one and with three, of sizes of their own."""
+    images = [Image.new("RGB", (30 + 50 * n, 150 - 20 * n), (40 * n, 10, 200)) for n in range(4)]
+    held = [[], images[:1], images[1:], images[3:]]
+    records = [make_record(number, images=own) for number, own in enumerate(held)]
+    return Lessons(records, load_processor(any_core))
+
+
+def packed(core):
+    model = load_model(core, LearnerConfig(deepspeed=None))
     attend_within_samples(model)
     return model
 
@@ -37,7 +57,8 @@ def loss_and_gradients(model, batch):
     labels = batch["labels"][:, 1:]
     loss = -logps.gather(2, labels.clamp(min=0)[..., None])[..., 0][labels != IGNORED].sum()
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    named = model.named_parameters()
+    return loss.item(), {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def relative_difference(one, other):
@@ -57,6 +78,43 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(core_path, packed_mode
     packed_loss, packed_gradients = loss_and_gradients(packed_model, pack_rows(lessons[:], 0))
     assert packed_loss == pytest.approx(loss, rel=1e-5)
     assert relative_difference(gradients, packed_gradients) < 1e-5
+
+
+def test_loss_and_gradients_of_images_of_any_resolution_are_those_of_the_rows_alone(any_core, any_lessons):
+    model = load_model(any_core, LearnerConfig(deepspeed=None))
+    alone = [
+        loss_and_gradients(model, Collator(any_lessons, pad_token_id=0)([{"row": row}])) for row in range(4)
+    ]
+    expected = {
+        name: sum(gradients[name] for _, gradients in alone if name in gradients) for name in alone[1][1]
+    }
+    padded = loss_and_gradients(model, Collator(any_lessons, pad_token_id=0)([{"row": r} for r in range(4)]))
+    for loss, gradients in (padded, loss_and_gradients(packed(any_core), pack_rows(any_lessons[:], 0))):
+        assert loss == pytest.approx(sum(loss for loss, _ in alone), rel=1e-5)
+        assert relative_difference(expected, gradients) < 1e-5
+
+
+def test_text_only_batches_of_an_any_resolution_core_give_the_tower_gradients_of_zero(any_core, any_lessons):
+    model, processor = load_model(any_core, LearnerConfig(deepspeed=None)), any_lessons.processor
+    text, expected = loss_and_gradients(model, Collator(any_lessons, 0)([{"row": 0}]))
+    nothing = pack_rows([any_lessons[0]], 0, no_images(model.config))
+    blank = Collator(any_lessons, 0, blank_lesson(processor))([{"row": 0}])
+    for loss, gradients in (
+        loss_and_gradients(packed(any_core), nothing),
+        loss_and_gradients(model, blank),
+    ):
+        assert loss == pytest.approx(text, rel=1e-5)
+        assert len(gradients) == len(list(model.parameters()))
+        assert not any(value.any() for name, value in gradients.items() if "vision_tower" in name)
+        torch.testing.assert_close(
+            gradients["model.language_model.norm.weight"], expected["model.language_model.norm.weight"]
+        )
+
+
+def test_tokens_of_images_of_any_resolution_are_counted_without_pixels(any_lessons):
+    counted = [count_tokens(record, any_lessons.processor) for record in any_lessons.records]
+    assert [sum(counts) for counts in counted] == [len(lesson["input_ids"]) for lesson in any_lessons[:]]
+    assert [images for _, images in counted] == [0, 5, 15 + 20 + 18, 18]
 
 
 def test_a_sample_sees_nothing_of_its_neighbours(packed_model, lessons):
@@ -89,14 +147,15 @@ def test_pixels_are_those_of_all_samples_in_order(lessons):
 
 
 def test_a_pack_without_images_still_gives_every_weight_a_gradient(packed_model, lessons):
-    loss, gradients = loss_and_gradients(packed_model, pack_rows([lessons[0], lessons[4]], 0, tile_px=56))
+    nothing = no_images(packed_model.config)
+    loss, gradients = loss_and_gradients(packed_model, pack_rows([lessons[0], lessons[4]], 0, nothing))
     assert loss > 0
     assert not any(value.any() for name, value in gradients.items() if "vision_tower" in name)
     assert "pixel_values" not in pack_rows([lessons[0]], 0)  # where tower and adapter are frozen
 
 
 def test_a_pack_without_rows_gives_gradients_of_zero(packed_model):
-    loss, gradients = loss_and_gradients(packed_model, pack_rows([], 0, tile_px=56))
+    loss, gradients = loss_and_gradients(packed_model, pack_rows([], 0, no_images(packed_model.config)))
     assert loss == 0.0
     assert not any(value.any() for value in gradients.values())
 
