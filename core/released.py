@@ -106,9 +106,17 @@ class Converted:
 
 
 def import_released(
-    src: Path, dst: Path, *, max_shard_bytes: int = 2_000_000_000, progress: Progress | None = None
+    src: Path,
+    dst: Path,
+    *,
+    any_resolution: bool = False,
+    max_shard_bytes: int = 2_000_000_000,
+    progress: Progress | None = None,
 ) -> Converted:
     """Write the released checkpoint in `src` as a native core to `dst`, whole or not at all.
+
+    `any_resolution` is for the AnyRes models: no released key is known that tells them from those that cut images
+    into tiles.
 
     Does nothing if `dst` is the result for the same files already. Raises LayoutError for everything in
     `src` that is unknown, missing, contradictory or not supported, and for another folder at `dst`.
@@ -126,6 +134,13 @@ def import_released(
             "layout" + (", but a native core already" if released.get("model_type") == "sailvl2" else "")
         )
     source, notes = Tensors(src), list[str]()
+    if any_resolution:
+        released = {**released, "any_resolution": True}
+    elif "anyres" in src.resolve().as_posix().lower() and not released.get("any_resolution"):
+        notes.append(
+            "images are cut into tiles, although its path says AnyRes; if they are to keep their size, give "
+            "--any-resolution"
+        )
     tokenizer = load_tokenizer(src)
     both = {RELEASED_HEAD, RELEASED_EMBEDDING} <= source.entries.keys()
     with _worded(src):
@@ -149,7 +164,9 @@ def import_released(
     names = files.carried(src)
     notes += _what_is_left(src, names)
     hashes = _hashes(src, [*source.files, *names], progress)
-    fingerprint = hash_config({"what": "import", "layout": _LAYOUT, "inputs": hashes})
+    fingerprint = hash_config(
+        {"what": "import", "layout": _LAYOUT, "inputs": hashes, "any_resolution": config.any_resolution}
+    )
     if _is_finished(dst, "import", fingerprint):
         return Converted(dst, "", skipped=True)
     _check_disk(dst, source.nbytes)
@@ -268,7 +285,7 @@ def _changed(
     seen = read_object(release.folder / PREPROCESSOR) if (release.folder / PREPROCESSOR).exists() else {}
     with _worded(release.folder):
         then = native_config(
-            was,
+            {**was, "any_resolution": config.any_resolution},
             entries,
             head_is_embedding=bool(config.tie_word_embeddings),
             image_token_id=config.image_token_id,
@@ -294,8 +311,9 @@ def _changed(
     after = released_preprocessor(config, images)
     for key in different_keys(before, after):
         notes.append(f"{PREPROCESSOR}: {key}={after[key]}, the release has {before[key]}")
-        preprocessor[key] = after[key]
-        if key in now_is:
+        if seen:
+            preprocessor[key] = after[key]
+        if key in now_is or not seen:
             now_is[key] = after[key]
     files_now = {CONFIG: (was, now_is), PREPROCESSOR: (seen, preprocessor)}
     return {name: new for name, (old, new) in files_now.items() if new != old}
@@ -458,6 +476,11 @@ def _dtypes(source: Tensors) -> str:
 
 def _tiles(images: Any, config: SailVL2Config) -> str:
     side, tokens = config.vision_config.image_size, config.image_seq_length
+    if config.any_resolution:
+        block = 2 * config.vision_config.patch_size
+        return (
+            f"images: of any size up to {images.size['longest_edge']} px, one token for {block} by {block} px"
+        )
     if not images.crop_to_patches:
         return f"images: one tile of {side} px, {tokens} tokens"
     thumbnail = "with a thumbnail where there are several" if images.use_thumbnail else "without a thumbnail"

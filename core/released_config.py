@@ -21,6 +21,7 @@ from core.strict import ConfigError, parse
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from core.image_patches import SailVL2AnyResImageProcessor
     from core.image_tiles import SailVL2ImageProcessor
 
 Read = TypeVar("Read", bound=BaseModel)
@@ -39,27 +40,20 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 _WITHOUT_MEANING = {
     *("_attn_implementation", "_attn_implementation_autoset", "add_cross_attention", "attn_implementation"),
     *("auto_map", "cross_attention_hidden_size", "finetuning_task", "is_decoder", "max_window_layers"),
-    *(
-        "model_type",
-        "prefix",
-        "pruned_heads",
-        "task_specific_params",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-    ),
-    *("tokenizer_class", "torch_dtype", "torchscript", "use_bfloat16"),
+    *("model_type", "prefix", "pruned_heads", "task_specific_params", "tf_legacy_loss"),
+    *("tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "use_bfloat16"),
 }
 """What transformers wrote into every configuration at the time of the release, beside generation parameters."""
 _UNDERSTOOD_PREPROCESSOR = {
+    *("any_resolution", "auto_map", "crop_size", "do_center_crop", "do_convert_rgb", "do_resize"),
     *(
-        "auto_map",
-        "image_processor_type",
-        "processor_class",
         "feature_extractor_type",
+        "image_processor_type",
         "image_size",
         "patch_size",
+        "processor_class",
+        "size",
     ),
-    *("size", "crop_size", "do_resize", "do_center_crop", "do_convert_rgb"),
 }
 
 
@@ -75,6 +69,8 @@ class _Top(_Released):
     downsample_ratio: PositiveFloat = 0.5
     force_image_size: PositiveInt | None = None
     select_layer: int = -1
+    any_resolution: bool = False
+    """Ours: exports without a release say so, and an import that was told. No released key for it is known."""
     ps_version: Literal["v2"] = "v2"
     """The order of InternVL's pixel shuffle; the other one has no native counterpart."""
     pad2square: Literal[False] = False
@@ -124,6 +120,8 @@ class _Images(_Released):
     rescale_factor: PositiveFloat = 1 / 255
     do_rescale: Literal[True] = True
     do_normalize: Literal[True] = True
+    longest_edge: PositiveInt = 1792
+    """Of images of any resolution, in pixels; ours, as no released key is known. Source: the report's 1792x1792."""
     use_msac: Literal[False] = False
     """Multi-scale tiling has no native counterpart."""
 
@@ -175,6 +173,7 @@ def native_config(
         text_config={**text, "dtype": dtype},
         image_token_id=image_token_id,
         downsample_ratio=top.downsample_ratio,
+        any_resolution=top.any_resolution,
         vision_feature_layer=_feature_layer(top.select_layer, vision.num_hidden_layers),
         architectures=["SailVL2ForConditionalGeneration"],
         dtype=dtype,
@@ -183,8 +182,9 @@ def native_config(
 
 def image_processor(
     released: Mapping[str, Any], preprocessor: Mapping[str, Any], config: SailVL2Config, notes: list[str]
-) -> SailVL2ImageProcessor:
+) -> SailVL2ImageProcessor | SailVL2AnyResImageProcessor:
     """The native image processor of a released checkpoint; `preprocessor` is {} where none is shipped."""
+    from core.image_patches import SailVL2AnyResImageProcessor
     from core.image_tiles import SailVL2ImageProcessor
 
     notes += [
@@ -196,7 +196,8 @@ def image_processor(
         key: value for key, value in preprocessor.items() if value is not None
     }
     images = _read(_Images, given, PREPROCESSOR if preprocessor else CONFIG)
-    missing = [key for key in (*_TILING, "image_mean", "image_std") if key not in given]
+    needed = ("image_mean", "image_std") if config.any_resolution else (*_TILING, "image_mean", "image_std")
+    missing = [key for key in needed if key not in given]
     if missing:
         assumed = ", ".join(f"{key}={getattr(images, key)}" for key in missing)
         notes.append(f"the checkpoint does not say: {assumed} is assumed")
@@ -213,19 +214,28 @@ def image_processor(
     unused = sorted(set(preprocessor) - set(_Images.model_fields) - _UNDERSTOOD_PREPROCESSOR)
     if unused:
         notes.append(f"{PREPROCESSOR} keys that are not used: {', '.join(unused)}")
+    pixels: dict[str, Any] = {
+        "image_mean": images.image_mean,
+        "image_std": images.image_std,
+        "rescale_factor": images.rescale_factor,
+    }
+    if config.any_resolution:
+        return SailVL2AnyResImageProcessor(
+            size={"longest_edge": images.longest_edge}, patch_size=config.vision_config.patch_size, **pixels
+        )
     return SailVL2ImageProcessor(
         size={"height": side, "width": side},
         crop_to_patches=images.dynamic_image_size,
         min_patches=images.min_dynamic_patch,
         max_patches=images.max_dynamic_patch,
         use_thumbnail=images.use_thumbnail,
-        image_mean=images.image_mean,
-        image_std=images.image_std,
-        rescale_factor=images.rescale_factor,
+        **pixels,
     )
 
 
-def released_config(config: SailVL2Config, images: SailVL2ImageProcessor) -> dict[str, Any]:
+def released_config(
+    config: SailVL2Config, images: SailVL2ImageProcessor | SailVL2AnyResImageProcessor
+) -> dict[str, Any]:
     """The released config.json of a native core, of which `images` is the image processor.
 
     Raises LayoutError for what the released layout cannot say.
@@ -266,7 +276,9 @@ def released_config(config: SailVL2Config, images: SailVL2ImageProcessor) -> dic
     }
 
 
-def released_preprocessor(config: SailVL2Config, images: SailVL2ImageProcessor) -> dict[str, Any]:
+def released_preprocessor(
+    config: SailVL2Config, images: SailVL2ImageProcessor | SailVL2AnyResImageProcessor
+) -> dict[str, Any]:
     """The released preprocessor_config.json of a native image processor."""
     return {
         "image_size": config.vision_config.image_size,
@@ -426,7 +438,11 @@ def _released_text(text: PreTrainedConfig) -> dict[str, Any]:
     return {**given, "rope_theta": theta, "rope_scaling": scaling}
 
 
-def _released_tiling(images: SailVL2ImageProcessor) -> dict[str, Any]:
+def _released_tiling(images: SailVL2ImageProcessor | SailVL2AnyResImageProcessor) -> dict[str, Any]:
+    from core.image_tiles import SailVL2ImageProcessor
+
+    if not isinstance(images, SailVL2ImageProcessor):
+        return {"any_resolution": True, "longest_edge": dict(images.size)["longest_edge"]}
     return {
         "min_dynamic_patch": images.min_patches,
         "max_dynamic_patch": images.max_patches,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.artifacts import MANIFEST, read_json, write_json
+from core.artifacts import MANIFEST, write_json
 from core.released_names import RELEASED_HEAD
 from core.shards import INDEX, LayoutError, Tensors, own_file, read_object
 
@@ -39,7 +39,7 @@ class Release:
         if not folder.is_dir():
             raise LayoutError(f"{folder}: no folder")
         if (folder / FOLDER / RECORD).exists():
-            return cls(folder / FOLDER, bool(read_json(folder / FOLDER / RECORD)["head_stored"]))
+            return cls(folder / FOLDER, read_object(folder / FOLDER / RECORD).get("head_stored") is True)
         if (folder / "config.json").exists() and "llm_config" in read_object(folder / "config.json"):
             return cls(folder, RELEASED_HEAD in Tensors(folder))
         return None

@@ -25,6 +25,11 @@ def _add_import(core: Any, command: Command) -> None:
         "src", type=Path, metavar="SRC", help="folder with a release: config.json, *.safetensors"
     )
     into.add_argument("dst", type=Path, metavar="DST", help="folder to write; must not exist")
+    into.add_argument(
+        "--any-resolution",
+        action="store_true",
+        help="an AnyRes model: images keep their size (up to 1792 px a side) instead of being cut into tiles",
+    )
     _shard_option(into)
 
 
@@ -59,7 +64,11 @@ def _import(options: argparse.Namespace) -> None:
     console = new_console()
     with _progress(console) as progress:
         report = import_released(
-            options.src, options.dst, max_shard_bytes=int(options.shard_gb * 1e9), progress=progress
+            options.src,
+            options.dst,
+            any_resolution=options.any_resolution,
+            max_shard_bytes=int(options.shard_gb * 1e9),
+            progress=progress,
         )
     console.print(report.text(), markup=False, soft_wrap=True)
 

@@ -1,3 +1,6 @@
+import shutil
+from types import SimpleNamespace
+
 import pytest
 
 from core.learner import (
@@ -11,6 +14,7 @@ from core.learner import (
     load_model,
     module_of,
     peft_config,
+    save_checkpoint,
     weights_hash,
 )
 from core.strict import ConfigError, parse
@@ -130,3 +134,23 @@ def test_another_number_of_ranks_than_configured_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"processes=1, but 2 ranks.*torchrun --nproc-per-node 1"):
         join_process_group(LearnerConfig())
+
+
+def test_a_checkpoint_keeps_the_release_its_start_was_imported_from(core_path, tmp_path):
+    from core import SailVL2ForConditionalGeneration, SailVL2Processor
+
+    start = shutil.copytree(core_path, tmp_path / "start")
+    (start / "released").mkdir()
+    (start / "released" / "modeling_sailvl.py").write_text("raise RuntimeError")
+    (start / "LICENSE").write_text("Apache")
+    model = SailVL2ForConditionalGeneration.from_pretrained(start)
+    accelerator = SimpleNamespace(
+        unwrap_model=lambda wrapped: wrapped,
+        state=SimpleNamespace(deepspeed_plugin=None),
+        is_main_process=True,
+        wait_for_everyone=lambda: None,
+    )
+    trainer = SimpleNamespace(accelerator=accelerator, model_wrapped=model)
+    out = save_checkpoint(trainer, SailVL2Processor.from_pretrained(start), tmp_path / "out")
+    for name in ("released/modeling_sailvl.py", "LICENSE"):
+        assert (out / name).read_text() == (start / name).read_text()

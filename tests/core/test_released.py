@@ -63,7 +63,9 @@ def test_import_then_export_gives_back_every_tensor_and_every_file(variant: dict
 
 
 @pytest.mark.parametrize(
-    "size", [TinySize(), TinySize(experts=3, tie_embeddings=False)], ids=["dense", "mixture of experts"]
+    "size",
+    [TinySize(), TinySize(experts=3, tie_embeddings=False), TinySize(any_resolution=True)],
+    ids=["dense", "mixture of experts", "any resolution"],
 )
 def test_export_then_import_gives_back_every_tensor_and_the_configuration(
     size: TinySize, tmp_path: Path
@@ -119,6 +121,24 @@ def test_the_tokenizer_gives_the_released_ids_and_ends_with_every_end(tmp_path: 
     assert config["image_token_id"] == IDS["<IMG_CONTEXT>"] != 151671
     generation = json.loads((tmp_path / "native" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [IDS["<|im_end|>"], IDS["<|endoftext|>"]]
+
+
+def test_an_any_resolution_release_is_read_as_one_where_the_user_says_so(tmp_path: Path) -> None:
+    from PIL import Image
+
+    there = write_released(tmp_path / "SAIL-VL2-AnyRes-2B")
+    told = import_released(there, tmp_path / "tiles").text()
+    assert "its path says AnyRes" in told
+    with pytest.raises(LayoutError, match="from other files"):
+        import_released(there, tmp_path / "tiles", any_resolution=True)
+    told = import_released(there, tmp_path / "native", any_resolution=True).text()
+    assert "images: of any size up to 1792 px, one token for 28 by 28 px" in told
+    processor = SailVL2Processor.from_pretrained(tmp_path / "native")
+    inputs = processor(images=Image.new("RGB", (280, 84)), text="<IMG_CONTEXT>", return_tensors="pt")
+    assert (inputs["input_ids"] == IDS["<IMG_CONTEXT>"]).sum() == 10 * 3
+    export_released(tmp_path / "native", tmp_path / "back")
+    assert_same_tensors(there, tmp_path / "back")
+    assert texts(there) == texts(tmp_path / "back")
 
 
 def test_stacked_experts_export_like_single_ones(tmp_path: Path) -> None:

@@ -249,3 +249,10 @@ def test_integers_that_differ_have_no_mean(tmp_path):
         save_file({"steps": torch.tensor([number])}, folder / "model.safetensors")
     with pytest.raises(SoupError, match="steps holds integers that differ"):
         merge([tmp_path / "0", tmp_path / "1"], tmp_path / "soup")
+
+
+def test_a_soup_keeps_the_release_its_ingredients_were_imported_from(ingredients, tmp_path):
+    (ingredients[0] / "released").mkdir()
+    (ingredients[0] / "released" / "config.json").write_text("{}")
+    merge(ingredients, tmp_path / "soup")
+    assert (tmp_path / "soup" / "released" / "config.json").read_text() == "{}"
