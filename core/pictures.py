@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 def as_rgb(image: Image) -> Image:
     """The image in mode RGB, by Pillow's conversion: transparency is dropped, not composited.
 
-    An EXIF orientation is not applied: who opens a file decides on that. What InternVL's and the released
-    SAIL-VL2 code do with a file. Raises ValueError where that conversion loses the picture: more than eight
-    bits per channel are clipped at 255, not scaled.
+    An EXIF orientation is not applied: who opens a file decides on that. What InternVL's code does with a
+    file; SAIL-VL2's own, given another mode than RGB, resizes before it converts. Raises ValueError where the
+    conversion loses the picture: more than eight bits per channel are clipped at 255, not scaled.
     """
     if not (image.width and image.height):
         raise ValueError(f"the image has {image.width}x{image.height} pixels: it shows nothing; remove it")

@@ -19,15 +19,24 @@ from safetensors.torch import load_file, save_file
 from core import SailVL2ForConditionalGeneration
 from core.released import import_released
 
-from .released_reference import IDS, Computed, compute, continue_greedily, read_released, write_released
+from .released_reference import (
+    IDS,
+    Computed,
+    Sizes,
+    compute,
+    continue_greedily,
+    read_released,
+    write_released,
+)
 
 LANGUAGE_MODELS = {
     "tied": {},
     "untied": {"tied": False, "shards": 3},
-    "experts": {"tied": False, "experts": 6},
+    "experts": {"tied": False, "experts": 6, "shards": 2},
+    "called Qwen2": {"qwen2_label": True, "lm_head": False},
 }
 RELEASES = {
-    f"{name}{select_layer}": {**options, "select_layer": select_layer, "seed": seed}
+    f"{name}, {select_layer}": {**options, "select_layer": select_layer, "seed": seed}
     for seed, (name, options) in enumerate(LANGUAGE_MODELS.items())
     for select_layer in (-1, -4)
 }
@@ -103,18 +112,18 @@ def outputs_of(modules: Any, run: Any) -> list[torch.Tensor]:
     return seen
 
 
-def tower_states(one: Both) -> list[torch.Tensor]:
+def tower_states(native: SailVL2ForConditionalGeneration, tiles: torch.Tensor) -> list[torch.Tensor]:
     """The imported tower's embedded patches, the output of each block, and the normed last one."""
-    tower = one.native.model.vision_tower
+    tower = native.model.vision_tower
     layers = [tower.embeddings, *tower.encoder.layers, tower.rms_norm]
-    return outputs_of(layers, lambda: tower(pixel_values=one.tiles))
+    return outputs_of(layers, lambda: tower(pixel_values=tiles))
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_every_block_of_the_tower_and_the_adapter_compute_what_the_release_does(both: Any, name: str) -> None:
     one = both(name)
     states = [*one.expected.tower, one.expected.tower_normed]
-    for got, expected in zip(tower_states(one), states, strict=True):
+    for got, expected in zip(tower_states(one.native, one.tiles), states, strict=True):
         assert_close(got, expected)
     with torch.no_grad():
         pooled = one.native.get_image_features(one.tiles, return_dict=True).pooler_output
@@ -180,27 +189,46 @@ def test_vllms_aimv2_computes_the_same_in_every_block_from_the_released_vision_w
     both: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     tiles = both(next(iter(RELEASES))).tiles
-    save_file({"tiles": tiles}, tmp_path / "tiles")
-    job = {
-        "releases": {name: str(folder) for name, folder in folders.items()},
-        "tiles": str(tmp_path / "tiles"),
-    }
-    (tmp_path / "job.json").write_text(json.dumps({**job, "out": str(tmp_path)}))
+    theirs = vllm_states(folders, tiles, tmp_path)
+    for name in RELEASES:
+        assert_same_states(tower_states(both(name).native, tiles), theirs[name])
+
+
+@pytest.mark.slow
+def test_it_does_at_the_released_shape(tmp_path: Path) -> None:
+    # SAIL-ViT-Huge: errors add up over 24 blocks and 1,024 patches.
+    sizes = Sizes(vision_hidden=1536, vision_mlp=4096, vision_blocks=24, vision_heads=12, image_px=448)
+    release = write_released(tmp_path / "release", sizes=sizes, shards=4)
+    import_released(release, tmp_path / "import")
+    tiles = torch.randn(1, 3, 448, 448, generator=torch.Generator().manual_seed(0))
+    ours = tower_states(SailVL2ForConditionalGeneration.from_pretrained(tmp_path / "import").eval(), tiles)
+    assert_same_states(ours, vllm_states({"real": release}, tiles, tmp_path)["real"])
+
+
+def vllm_states(
+    releases: dict[str, Path], tiles: torch.Tensor, folder: Path
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What vllm_tower.py writes about each release."""
+    save_file({"tiles": tiles}, folder / "tiles")
+    folders = {name: str(release) for name, release in releases.items()}
+    job = {"releases": folders, "tiles": str(folder / "tiles"), "out": str(folder)}
+    (folder / "job.json").write_text(json.dumps(job))
     child = subprocess.run(
-        [sys.executable, "-P", str(Path(__file__).with_name("vllm_tower.py")), str(tmp_path / "job.json")],
+        [sys.executable, "-P", str(Path(__file__).with_name("vllm_tower.py")), str(folder / "job.json")],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "VLLM_LOGGING_LEVEL": "WARNING"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert child.returncode == 0, child.stderr[-4000:]
-    for name in RELEASES:
-        theirs = load_file(tmp_path / name)
-        ours = tower_states(both(name))
-        names = [*(str(number) for number in range(len(ours) - 1)), "normed"]
-        assert sorted(theirs) == sorted(names)
-        for key, got in zip(names, ours, strict=True):
-            assert_close(got, theirs[key])
+    return {name: load_file(folder / name) for name in releases}
+
+
+def assert_same_states(ours: list[torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    names = [*(str(number) for number in range(len(ours) - 1)), "normed"]
+    assert sorted(theirs) == sorted(names)
+    for name, got in zip(names, ours, strict=True):
+        assert_close(got, theirs[name])
 
 
 def generate(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
@@ -216,11 +244,14 @@ def generate(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
 
 
 def qwen3(one: Both, folder: Path) -> Any:
-    """transformers' own model of the release's language part: its configuration and tensors as they are."""
+    """transformers' own model of the release's language part: its configuration and tensors."""
     from transformers import AutoModelForCausalLM
 
     prefix = "language_model."
     state = {name.removeprefix(prefix): value for name, value in one.state.items() if name.startswith(prefix)}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(one.config["llm_config"]))
+    config = one.config["llm_config"]
+    if config["model_type"] == "qwen2":  # what the older releases call theirs
+        config = {**config, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
     return AutoModelForCausalLM.from_pretrained(folder).eval()

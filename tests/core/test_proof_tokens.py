@@ -83,6 +83,7 @@ def test_processor_and_learners_count_what_the_rule_says(cores: dict[str, Path],
         assert ids == expanded(processor, expected)
 
 
+@pytest.mark.slow
 def test_vllm_prepares_the_same_tokens(cores: dict[str, Path], tmp_path: Path) -> None:
     rows = rows_of_sizes()
     answers = prepared_by_vllm(cores, rows, tmp_path)
