@@ -3,6 +3,7 @@
     python -P rank_worker.py CORE OUT JSON, the JSON being the stage's `learner`
 
 Four groups of four: those of the first half have images, the others none, so that of two ranks one has no image.
+Images of an any-resolution core differ in size.
 """
 
 import json
@@ -38,13 +39,12 @@ from learners import Given, NoServers
 LENGTHS = (5, 12, 7, 3)
 
 
-def record(number, images):
+def record(number, images, odd):
     noise = np.random.default_rng(number)
+    shapes = [(56 + 30 * at * odd, 56 + 84 * number * odd, 3) for at in range(images)]
     return {
         "id": f"row-{number}",
-        "images": [
-            Image.fromarray(noise.integers(0, 255, (56, 56, 3), dtype=np.uint8)) for _ in range(images)
-        ],
+        "images": [Image.fromarray(noise.integers(0, 255, shape, dtype=np.uint8)) for shape in shapes],
         "question": "compute A plus B",
         "answer": "7",
         "mode": "think" if number % 2 else "direct",
@@ -88,7 +88,7 @@ def main(core, out, learner):
     cfg = parse(RLConfig, stage, "test")
     join_process_group(cfg.learner)
     processor = load_processor(core)
-    rows = [record(0, 1), record(1, 2), record(2, 0), record(3, 0)]
+    rows = [record(number, images, processor.any_resolution) for number, images in enumerate((1, 2, 0, 0))]
     groups = scripted(processor, rows)
     arguments = trl_config(cfg, out, seed=0)  # before the model, as rl.train does
     policy = load_model(core, cfg.learner)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import WORDS
+
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
@@ -55,6 +57,18 @@ def test_ranks_in_packs_train_what_stock_trains(tiny_core, tmp_path, stock, rank
     # 60 tokens: each rank's eight rows take several packs
     ours = train(ranks, tiny_core, tmp_path / "out", deepspeed=deepspeed, token_budget=60)
     assert_same_policy(tiny_core, ours, stock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_images_of_any_resolution_on_two_ranks(tmp_path, zero_stage):
+    from core.tiny import TinySize, build_tiny
+
+    size = TinySize(any_resolution=True)
+    core = build_tiny(tmp_path / "any", words=WORDS, seed=0, size=size)
+    stock = train(1, core, tmp_path / "stock", prefix="stock", deepspeed=None)
+    ours = train(2, core, tmp_path / "out", deepspeed={"zero_stage": zero_stage}, token_budget=60)
+    assert_same_policy(core, ours, stock)
 
 
 @pytest.mark.slow
