@@ -9,23 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.sizes import SMALL
+from core.tiny import TinySize, build_tiny
+
 WORDS = ("compute", "A", "B", "plus", "minus", "digit", "cell", "question")
 TEMPERATURE = 0.7
-SIZES: Mapping[str, Mapping[str, int]] = {
-    "tiny": {"text_layers": 2},
-    "mid": {
-        **{"image_px": 448, "vision_hidden": 256, "vision_layers": 6, "vision_mlp": 512},
-        **{"text_hidden": 384, "text_layers": 8, "text_heads": 6, "text_head_dim": 64, "text_mlp": 1024},
-    },
-}
-"""`tiny` is the demo's architecture; `mid` has about 18M parameters and real tiles: 448 px, 256 tokens each."""
+SIZES: Mapping[str, TinySize] = {"tiny": TinySize(text_layers=2), "mid": SMALL["mid"]}
+"""`tiny` is the demo's architecture with a layer less; `mid` has real tiles: 448 px, 256 tokens each."""
 
 
 def random_core(path: Path, size: str = "tiny") -> Path:
     """A core with random weights, which never ends its turn early but by chance."""
-    from core.tiny import TinySize, build_tiny
-
-    return build_tiny(path, words=WORDS, seed=0, size=TinySize.model_validate(SIZES[size]))
+    return build_tiny(path, words=WORDS, seed=0, size=SIZES[size])
 
 
 def records(count: int, first: int = 0, side_px: int = 56, images: int = 1) -> list[dict[str, Any]]:

@@ -9,8 +9,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,7 +145,8 @@ class LearnerConfig(Strict):
     freeze: tuple[Module, ...] = ()
     """Modules whose weights stay as they are: tower, adapter (the projector), language_model."""
     lora: LoRAConfig | None = None
-    """Train adapters and merge them at the end; None trains the weights themselves."""
+    """Train adapters and merge them at the end; the checkpoint keeps them in adapter/. None trains the weights
+    themselves."""
 
     @model_validator(mode="after")
     def _something_trains(self) -> LearnerConfig:
@@ -320,9 +320,11 @@ def save_checkpoint(trainer: Any, processor: Any, out: Path) -> Path:
     """Write the trainer's policy as a complete native checkpoint, whole or not at all; returns `out`.
 
     Every rank calls it (ZeRO-3 gathers the weights), rank 0 writes. After LoRA training the checkpoint holds
-    the merged weights, and the adapter lies in `out/adapter`. The configuration is the one that the policy
-    was loaded with: trainers edit theirs (no key/value cache, other end-of-text tokens), and a server of the
-    checkpoint would obey.
+    the merged weights, and `out/adapter` the adapter in PEFT's format, with the path and the weights' hash of
+    the checkpoint it was trained on: peft and vLLM load it there, `core.merge` merges it again.
+
+    The configuration is the one that the policy was loaded with: trainers edit theirs (no key/value cache,
+    other end-of-text tokens), and a server of the checkpoint would obey.
     """
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model_wrapped)
@@ -330,8 +332,7 @@ def save_checkpoint(trainer: Any, processor: Any, out: Path) -> Path:
     if accelerator.is_main_process:
         with atomic_dir(Path(out)) as folder:
             if hasattr(model, "peft_config"):
-                model.save_pretrained(folder / "adapter", state_dict=state)
-                _merged(model, folder / "adapter").save_pretrained(folder)
+                _save_adapter_and_merged(model, state, folder)
             else:
                 model.save_pretrained(folder, state_dict=state)
             _restore_config(Path(model.config.name_or_path), folder, next(model.parameters()).dtype)
@@ -351,32 +352,22 @@ def _gathered(accelerator: Any, wrapped: Any, model: Any) -> dict[str, Any] | No
     return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
 
 
-def _merged(model: Any, adapter: Path) -> Any:
-    """The base core that a LoRA model started from, with the saved adapter merged into its weights.
+def _save_adapter_and_merged(model: Any, state: dict[str, Any] | None, folder: Path) -> None:
+    """The trained adapter to `folder/adapter`, the core that it was trained on with it merged in to `folder`.
 
-    Built anew from disk on rank 0: merging in place would need every shard of ZeRO-3 on every rank.
+    Merged from the files of both: merging in place would need every shard of ZeRO-3 on every rank, and a second
+    model in memory on any.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
+    from core.adapters import check_fits, read_adapter, write_base
+    from core.merge import merge_weights
+    from core.shards import Tensors
 
-    start = model.peft_config[model.active_adapter].base_model_name_or_path
-    dtype = next(model.parameters()).dtype
-    with _whole_weights():
-        base = AutoModelForImageTextToText.from_pretrained(start, dtype=dtype)
-        return PeftModel.from_pretrained(base, adapter).merge_and_unload()
-
-
-@contextmanager
-def _whole_weights() -> Iterator[None]:
-    """Loading inside does not split weights over the ranks, even while a ZeRO-3 trainer is alive."""
-    from transformers.integrations import deepspeed
-
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = reference
+    start = Path(model.peft_config[model.active_adapter].base_model_name_or_path)
+    model.save_pretrained(folder / "adapter", state_dict=state)
+    write_base(folder / "adapter", start, weights_hash(start))
+    adapter, base = read_adapter(folder / "adapter"), Tensors(start)
+    check_fits(adapter, base, start)
+    merge_weights(adapter, base, folder, dtype=next(model.parameters()).dtype)
 
 
 def _restore_config(start: Path, folder: Path, dtype: Any) -> None:

@@ -7,8 +7,10 @@ write has a symbol, a digit or a tag between any two words; questions have not, 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, product
 from pathlib import Path
+from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
 from core.prompts import THINK_CONTRACT
@@ -28,6 +30,13 @@ SPECIAL_TOKENS = (PAD, TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_TOKEN
 """Dropped by `skip_special_tokens=True`."""
 MARKUP_TOKENS = ("<think>", "</think>", r"\boxed{", "}", THINK_CONTRACT)
 """Single tokens that are part of the text: `skip_special_tokens=True` keeps them, so rewards see them."""
+RELEASED_IDS = {
+    **{PAD: 151643, TURN_START: 151644, TURN_END: 151645, "<think>": 151667, "</think>": 151668},
+    **{IMAGE_START: 151669, IMAGE_END: 151670, IMAGE_TOKEN: 151671},
+}
+"""Where the released vocabulary has the tokens that every core needs."""
+RELEASED_VOCABULARY = 151936
+"""Rows of the released embeddings, which are more than the tokens. Source: Qwen3's config.json."""
 SYMBOLS = tuple("+-*/=.,;:?!()")
 ROLES = ("system", "user", "assistant")
 
@@ -65,12 +74,35 @@ def build_word_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerBase":
     Ids depend on the order of `words` alone. A word is letters only, or one symbol; repeated words count
     once. Raises ValueError for anything else, as the pre-tokenizer would cut it and never find it again.
     """
+    return _tokenizer({word: i for i, word in enumerate(_vocabulary(words))})
+
+
+def build_padded_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerBase":
+    """The word-level tokenizer in the shape of the released one: `RELEASED_VOCABULARY` tokens, chat tokens at
+    their released ids, and words that no text holds ("unusedaaaa") at the ids in between.
+
+    For cores of the real sizes with random weights: whatever id such a core samples is one word, and every id
+    that a configuration names means what it means in a release. Raises ValueError as `build_word_tokenizer`.
+    """
+    vocabulary = [word for word in _vocabulary(words) if word not in RELEASED_IDS]
+    fillers = (f"unused{''.join(letters)}" for letters in product(ascii_lowercase, repeat=4))
+    taken = {*vocabulary, *RELEASED_IDS}
+    given = chain(vocabulary, (filler for filler in fillers if filler not in taken))
+    at = {number: word for word, number in RELEASED_IDS.items()}
+    return _tokenizer(
+        {
+            at[number] if number in at else next(given): number
+            for number in range(max(RELEASED_VOCABULARY, len(vocabulary) + len(at)))
+        }
+    )
+
+
+def _tokenizer(vocabulary: Mapping[str, int]) -> "PreTrainedTokenizerBase":
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = _vocabulary(words)
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    backend = Tokenizer(WordLevel(dict(vocabulary), unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\s+"), behavior="removed"),

@@ -25,6 +25,8 @@ Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML file
   posttrain score --rewards answer,format --input rows.jsonl --output scored.jsonl
   posttrain diff yesterday.jsonl scored.jsonl       which verdicts changed
   posttrain core import SAIL-VL2-2B cores/2b        a released checkpoint as a native core; `core export` back
+  posttrain core new --size 2b cores/random-2b      a core of that shape with random weights
+  posttrain core merge ADAPTER cores/merged         a LoRA adapter merged into its core
 """
 OURS = ("core", "recipes", "rewards", "rl", "sft")
 STAGES_HELP = (
@@ -93,6 +95,9 @@ def parser() -> argparse.ArgumentParser:
 
     server = _command(commands, "rollout-server", _rollout_server, "serve a checkpoint until Ctrl-C")
     server.add_argument("model", type=Path, help="checkpoint folder")
+    server.add_argument(
+        "--adapter", type=Path, help="a LoRA adapter of it, served as the model `adapter` beside it"
+    )
     server.add_argument("--recipe", type=Path, default=Path("recipes/demo"), help="default: %(default)s")
     _shared_options(server)
 
@@ -236,7 +241,7 @@ def _report(options: argparse.Namespace) -> None:
 def _rollout_server(options: argparse.Namespace) -> None:
     from recipes.evaluation import serve
 
-    serve(_load(options), options.model, options.runs_dir)
+    serve(_load(options), options.model, options.runs_dir, options.adapter)
 
 
 def _judge_audit(options: argparse.Namespace) -> None:

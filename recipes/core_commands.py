@@ -17,6 +17,8 @@ def add(commands: Any, command: Command) -> None:
     core = group.add_subparsers(metavar="COMMAND", required=True, help="what to do with a checkpoint")
     _add_import(core, command)
     _add_export(core, command)
+    _add_new(core, command)
+    _add_merge(core, command)
 
 
 def _add_import(core: Any, command: Command) -> None:
@@ -45,6 +47,38 @@ def _add_export(core: Any, command: Command) -> None:
         "default: what SRC carries",
     )
     _shard_option(back)
+
+
+def _add_new(core: Any, command: Command) -> None:
+    from core.sizes import SIZES
+
+    new = command(core, "new", _new, "make a core of a real shape with random weights")
+    new.add_argument("dst", type=Path, metavar="DST", help="folder to write; must not exist")
+    new.add_argument(
+        "--size", required=True, choices=SIZES, help="tiny and mid for CPUs; SAIL-VL2's own three"
+    )
+    new.add_argument("--seed", type=int, default=0, help="of the weights; default: %(default)s")
+    new.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: float32 for tiny and mid, else bfloat16"
+    )
+    new.add_argument(
+        "--layout", choices=("native", "released"), default="native", help="default: %(default)s"
+    )
+    new.add_argument(
+        "--words", metavar="A,B,...", help="words that its word-level tokenizer knows; default: a dozen"
+    )
+    new.add_argument("--plan-only", action="store_true", help="show parameters and disk; write nothing")
+    _shard_option(new)
+
+
+def _add_merge(core: Any, command: Command) -> None:
+    merge = command(core, "merge", _merge, "merge a LoRA adapter into its core")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder with adapter_config.json")
+    merge.add_argument("dst", type=Path, metavar="DST", help="folder to write; must not exist")
+    merge.add_argument(
+        "--core", type=Path, help="the core that it was trained on; default: what the adapter names"
+    )
+    _shard_option(merge)
 
 
 def _shard_option(command: argparse.ArgumentParser) -> None:
@@ -87,6 +121,48 @@ def _export(options: argparse.Namespace) -> None:
             progress=progress,
         )
     console.print(report.text(), markup=False, soft_wrap=True)
+
+
+def _new(options: argparse.Namespace) -> None:
+    from core.new import new_core, plan_core
+    from core.sizes import WORDS
+    from recipes.core_tables import disk_text, parameter_table, tokenizer_text
+    from recipes.progress import new_console
+
+    console = new_console()
+    words = options.words.split(",") if options.words else WORDS
+    plan = plan_core(options.size, options.dst, words=words, dtype=options.dtype, layout=options.layout)
+    console.print(parameter_table(plan))
+    for line in (disk_text(plan), tokenizer_text(plan)):
+        console.print(line, markup=False, soft_wrap=True)
+    if options.plan_only:
+        return
+    with _progress(console) as progress:
+        new_core(
+            plan,
+            options.dst,
+            seed=options.seed,
+            max_shard_bytes=int(options.shard_gb * 1e9),
+            progress=progress,
+        )
+    console.print(f"core: {options.dst} ({options.layout} layout)", markup=False, soft_wrap=True)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from core.merge import merge_adapter
+    from recipes.progress import new_console
+
+    console = new_console()
+    with _progress(console) as progress:
+        merged = merge_adapter(
+            options.adapter,
+            options.dst,
+            core=options.core,
+            max_shard_bytes=int(options.shard_gb * 1e9),
+            progress=progress,
+        )
+    console.print(merged.text(), markup=False, soft_wrap=True)
+    console.print(f"core: {options.dst}", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -15,6 +15,11 @@ from recipes.inputs import locate_sets
 from recipes.pool import OpenPool, Pool
 from recipes.progress import Display
 from recipes.stages import STAGES, Context
+from rl.config import PoolConfig
+from rl.rollout.server import MODEL_NAME
+
+ADAPTER_NAME = "adapter"
+"""What a server calls the core with a LoRA adapter applied."""
 
 
 def evaluate_checkpoint(
@@ -55,21 +60,47 @@ def evaluate_checkpoint(
     return scores
 
 
-def serve(recipe: Recipe, model: Path, runs_dir: Path = Path("runs")) -> None:
-    """Start the recipe's rollout servers on a checkpoint, print their URLs, keep them until interrupted."""
+def serve(recipe: Recipe, model: Path, runs_dir: Path = Path("runs"), adapter: Path | None = None) -> None:
+    """Start the recipe's rollout servers on a checkpoint, print their URLs, keep them until interrupted.
+
+    With a LoRA `adapter` the servers have a second model by the name `adapter`: the checkpoint with it applied.
+    """
     _require_checkpoint(model)
     display = Display()
-    with Pool(recipe.rollout, runs_dir / recipe.name / "logs") as pool:
+    cfg = recipe.rollout if adapter is None else with_adapter(recipe.rollout, model, adapter)
+    with Pool(cfg, runs_dir / recipe.name / "logs") as pool:
         with display.step("starting"):
             urls = pool.urls(model.resolve())
         for url in urls:
             display.line(url)
+        if adapter is not None:
+            display.line(
+                f"models: {MODEL_NAME} is the checkpoint alone, {ADAPTER_NAME} has {adapter} applied"
+            )
         display.line(
             "Ctrl-C stops them. A recipe uses them with --set 'rollout.urls=[" + ", ".join(urls) + "]'"
         )
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
     display.line("stopped")
+
+
+def with_adapter(cfg: PoolConfig | None, model: Path, adapter: Path) -> PoolConfig | None:
+    """The pool's configuration with a LoRA adapter of `model` served beside it.
+
+    Raises ConfigError where no vLLM server is started, core.adapters.AdapterError for what vLLM cannot serve.
+    """
+    from core.adapters import MERGE, check_servable, vllm_arguments
+
+    if cfg is None:
+        return None  # the pool says what is missing
+    if cfg.urls or cfg.engine != "vllm":
+        why = "rollout.urls names servers that run already" if cfg.urls else f"rollout.engine={cfg.engine}"
+        raise ConfigError(
+            f"--adapter: {why}, only vLLM servers that we start take one; merge it: {MERGE} {adapter} DST"
+        )
+    arguments = vllm_arguments(check_servable(adapter, model, cfg.device), ADAPTER_NAME)
+    return cfg.model_copy(update={"extra_args": (*cfg.extra_args, *arguments)})
 
 
 def _require_checkpoint(model: Path) -> None:

@@ -153,6 +153,16 @@ def test_lora_moves_its_targets_by_the_scaled_product_and_nothing_else(run, core
     assert read_json(checkpoint / "config.json") == read_json(core_path / "config.json")
 
 
+def test_a_stages_adapter_merges_into_its_start_to_the_stages_checkpoint(run, core_path, tmp_path):
+    from core.merge import merge_adapter
+
+    checkpoint = run(stage({}, {}, learner={"lora": {"r": 2, "alpha": 6, "targets": "all_linear"}}))
+    merged = merge_adapter(checkpoint / "adapter", tmp_path / "merged")
+    # Of a curriculum, the adapter is the last phase's, and starts where the phase before it ended.
+    assert (merged.core, merged.checked_base) == ((tmp_path / "out/phases/0_phase0").resolve(), True)
+    assert largest_difference(checkpoint, tmp_path / "merged") == 0
+
+
 def test_a_schedule_warms_up_and_falls(run):
     cfg = stage({"optim": {"max_steps": 4, "warmup_ratio": 0.5, "schedule": "linear"}})
     rates = [line["learning_rate"] for line in read_jsonl(run(cfg).parent / "metrics.jsonl")]
