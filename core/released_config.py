@@ -68,11 +68,13 @@ class _Top(_Released):
     llm_config: dict[str, Any]
     downsample_ratio: PositiveFloat = 0.5
     force_image_size: PositiveInt | None = None
-    select_layer: int = -1
+    select_layer: int = -4
+    """Without the key, what the released configuration class says."""
     any_resolution: bool = False
     """Ours: exports without a release say so, and an import that was told. No released key for it is known."""
-    ps_version: Literal["v2"] = "v2"
-    """The order of InternVL's pixel shuffle; the other one has no native counterpart."""
+    ps_version: Literal["v2"]
+    """The order of InternVL's pixel shuffle; v1, which the released code takes without the key, has no native
+    counterpart."""
     pad2square: Literal[False] = False
     tie_word_embeddings: bool | None = None
     torch_dtype: str | None = None
