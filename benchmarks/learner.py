@@ -80,6 +80,7 @@ class Size:
 SMALL = Size(112, (128, 4, 4, 256), (192, 4, 4, 576), 2, 48, 2048)
 PROOF = Size(448, (128, 6, 4, 256), (192, 6, 4, 576), 2, 48, 2048)
 QUICK = Size(112, (96, 2, 4, 192), (128, 3, 4, 256), 2, 32, 512)
+# As core.sizes has it; tests/test_benchmarks.py compares.
 SAIL_2B = Size(448, (1536, 24, 12, 4096), (2048, 28, 16, 6144), 8, 128, 151_936)
 
 PROOF_SHAPE = Shape("proof", 8, images=2, text=43, completion=128, groups=1)
@@ -128,10 +129,17 @@ def build_core(size: Size) -> tuple[Any, Any]:
     import torch
 
     from core import SailVL2ForConditionalGeneration, TinySize, register
+    from core.sizes import blueprint
     from core.tiny import tiny_config, tiny_processor
     from core.tokenizer import build_word_tokenizer
 
     register()
+    gpu = torch.cuda.is_available()
+    if size == SAIL_2B:
+        drawn = blueprint("2b", words=["A"])
+        torch.manual_seed(0)
+        with torch.device("cuda" if gpu else "cpu"):
+            return SailVL2ForConditionalGeneration(drawn.config).bfloat16(), drawn.processor
     (vision_hidden, vision_layers, vision_heads, vision_mlp) = size.vision
     (text_hidden, text_layers, text_heads, text_mlp) = size.text
     tiny = TinySize(
@@ -152,7 +160,6 @@ def build_core(size: Size) -> tuple[Any, Any]:
     tokenizer = build_word_tokenizer(["A"])
     config = tiny_config(tokenizer, tiny)
     config.text_config.vocab_size = size.vocabulary
-    gpu = torch.cuda.is_available()
     torch.manual_seed(0)
     with torch.device("cuda" if gpu else "cpu"):
         model = SailVL2ForConditionalGeneration(config)

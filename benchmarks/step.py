@@ -4,7 +4,8 @@
 
 Both sides train the same random core on the same prompts with the same reward, group size and completion length, each
 in processes of its own: ours samples from a vLLM server, TRL's GRPOTrainer with transformers' generate. Completions
-of a random core run to the end but by chance, so both sides work on the same number of tokens (checked to 5%).
+of a random core run to the end but by chance, so both sides work on the same number of tokens (checked to 5%). On a
+GPU: SAIL-VL2-2B's shapes with random weights, bf16.
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.common import emit, show
-from benchmarks.workload import TEMPERATURE, child, random_core, records, rl_stage, run_child, train_rl
+from benchmarks.workload import (
+    TEMPERATURE,
+    child,
+    learner_settings,
+    on_gpu,
+    pool_of,
+    random_core,
+    records,
+    rl_stage,
+    run_child,
+    train_rl,
+)
 
 MODULE = "benchmarks.step"
 GROUP = 8
 SHAPES: Mapping[str, Mapping[str, int]] = {
     "tiny": {"prompts": 16, "tokens": 48, "side_px": 56, "rows_per_pass": 64},
     "mid": {"prompts": 2, "tokens": 64, "side_px": 448, "rows_per_pass": 8},
+    "2b": {"prompts": 8, "tokens": 512, "side_px": 448, "rows_per_pass": 8},
 }
 """Per core: prompts in a batch, completion length in tokens, side of the pictures, completions in one backward pass."""
 PARTS = ("rollout/generating_seconds", "rollout/grading_seconds", "sync/seconds")
@@ -48,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare(quick: bool) -> None:
     """Run all sizes and print them."""
-    found = {name: _compare(name, steps=4 if quick else 7) for name in (["tiny"] if quick else SHAPES)}
+    sizes = ["2b"] if on_gpu() else ["tiny"] if quick else ["tiny", "mid"]
+    found = {name: _compare(name, steps=4 if quick else 7) for name in sizes}
     rows = [
         (
             name,
@@ -67,7 +81,6 @@ def compare(quick: bool) -> None:
 def _compare(name: str, steps: int) -> dict[str, Any]:
     """Median seconds per step of both sides after the first two, in turns; and the parts of ours."""
     from core.records import write_records
-    from rl.config import PoolConfig
     from rl.rollout.server import rollout_pool
 
     shape = SHAPES[name]
@@ -85,7 +98,7 @@ def _compare(name: str, steps: int) -> dict[str, Any]:
         folder = Path(place)
         core, data = random_core(folder / "core", name), folder / "rl.parquet"
         write_records(data, records(shape["prompts"] * (steps + 2), side_px=shape["side_px"]))
-        pool = PoolConfig(max_model_tokens=512, max_sequences=128)
+        pool = pool_of(max_model_tokens=1024 if on_gpu() else 512, max_sequences=128)
         job = {"stage": stage, "model": str(core), "data": str(data), "pool": pool.model_dump_json()}
         for turn in range(2):
             for side in ("ours", "stock") if turn % 2 else ("stock", "ours"):
@@ -158,7 +171,7 @@ def _train_stock(job: Mapping[str, Any]) -> None:
                 )
 
     out.mkdir(parents=True)
-    model = load_model(Path(job["model"]), LearnerConfig())
+    model = load_model(Path(job["model"]), LearnerConfig.model_validate(learner_settings()))
     image_token = model.config.image_token_id
     ban_tokens(model, [image_token])
     trainer = GRPOTrainer(
@@ -190,19 +203,14 @@ def _train_stock(job: Mapping[str, Any]) -> None:
             logging_steps=1,
             save_strategy="no",
             report_to=[],
-            use_cpu=not _on_gpu(),
-            bf16=False,
+            use_cpu=not on_gpu(),
+            bf16=on_gpu(),
+            gradient_checkpointing=on_gpu(),
             disable_tqdm=True,
         ),
         callbacks=[Log()],
     )
     trainer.train()
-
-
-def _on_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

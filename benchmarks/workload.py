@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.new import new_core, plan_core
 from core.sizes import SMALL
 from core.tiny import TinySize, build_tiny
+from rl.config import PoolConfig
 
 WORDS = ("compute", "A", "B", "plus", "minus", "digit", "cell", "question")
 TEMPERATURE = 0.7
@@ -18,9 +20,30 @@ SIZES: Mapping[str, TinySize] = {"tiny": TinySize(text_layers=2), "mid": SMALL["
 """`tiny` is the demo's architecture with a layer less; `mid` has real tiles: 448 px, 256 tokens each."""
 
 
+def on_gpu() -> bool:
+    """Whether the benchmarks use SAIL-VL2-2B's shapes in bf16 on a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def random_core(path: Path, size: str = "tiny") -> Path:
-    """A core with random weights, which never ends its turn early but by chance."""
-    return build_tiny(path, words=WORDS, seed=0, size=SIZES[size])
+    """A core with random weights, which never ends its turn early but by chance; also of core.sizes' real sizes."""
+    if size in SIZES:
+        return build_tiny(path, words=WORDS, seed=0, size=SIZES[size])
+    return new_core(plan_core(size, path, words=WORDS), path)
+
+
+def pool_of(**fields: Any) -> PoolConfig:
+    """Rollout servers beside the learner: on the one GPU, or on the CPU."""
+    if on_gpu():
+        fields = {"device": "gpu", "dtype": "bfloat16", "gpu_memory_utilization": 0.3, **fields}
+    return PoolConfig(**fields)
+
+
+def learner_settings() -> dict[str, Any]:
+    """A stage's `learner` on this machine."""
+    return {"dtype": "bfloat16", "gradient_checkpointing": True} if on_gpu() else {}
 
 
 def records(count: int, first: int = 0, side_px: int = 56, images: int = 1) -> list[dict[str, Any]]:
@@ -67,7 +90,8 @@ def rl_stage(
         "batches": batches,
         "mini_batch": prompts * group,
         "optim": {"learning_rate": 1e-5, "micro_batch_size": rows_per_pass},
-        "parity": {"bound": 0.01},
+        "learner": learner_settings(),
+        "parity": {"bound": 0.5 if on_gpu() else 0.01},
         "watch": {"stop_on": []},
     }
 
@@ -76,7 +100,7 @@ def train_rl(job: Mapping[str, Any]) -> None:
     """Run an RL stage in this process; job: stage, model, out, data, urls, pool (JSON)."""
     from core.strict import parse
     from recipes.worker import keep_engine_out
-    from rl.config import PoolConfig, RLConfig
+    from rl.config import RLConfig
 
     keep_engine_out()
     from rl.train import train
@@ -100,12 +124,9 @@ def child(module: str, option: str, job: Mapping[str, Any]) -> list[str]:
 def environment(threads: int = 1) -> dict[str, str]:
     """What a rollout server gets, and a learner: so that two sides differ in nothing else."""
     from recipes.launch import environment as learner_environment
-    from rl.config import PoolConfig
     from rl.rollout.server import environment as server_environment
 
-    return learner_environment(threads) | server_environment(
-        PoolConfig(max_model_tokens=256, threads=threads)
-    )
+    return learner_environment(threads) | server_environment(pool_of(max_model_tokens=256, threads=threads))
 
 
 def run_child(command: Sequence[str], log: Path) -> None:
