@@ -135,6 +135,17 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _turns_do_not_overlap(self) -> Recipe:
+        for name in ("rlvr", "mixed_rl"):
+            stage = getattr(self, name)
+            if self.rollout and self.rollout.share_gpus and stage and stage.rollout.overlap:
+                raise ValueError(
+                    f"{name}.rollout.overlap with rollout.share_gpus: the servers sleep while the learner trains, so "
+                    "nothing can be sampled meanwhile; turn one of the two off"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _soup_has_something_to_vary(self) -> Recipe:
         if self.soup is not None and self.basic_sft is None:
             raise ValueError(

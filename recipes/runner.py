@@ -231,7 +231,7 @@ class Chain:
         """Run the stage's training in a child; its folder appears only when everything is in it."""
         config, parent = self.config(stage), self.parent(stage)
         preparation = self.prepare(stage)
-        if stage.needs_pool:
+        if stage.needs_pool or self.pool.share_gpus:
             self.settle()
         inputs = self.inputs(stage, config)
         finished = self._making(
@@ -253,8 +253,10 @@ class Chain:
                 self.display.passing(text)
 
             processes, threads = stage.learner(self.recipe)
+            job = self.job(stage, config, partial)
+            self.pool.rest(job["model"])
             run_job(
-                self.job(stage, config, partial),
+                job,
                 partial,
                 processes=processes,
                 threads=threads,

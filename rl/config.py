@@ -40,6 +40,10 @@ class PoolConfig(Strict):
     """GPU only: tensor parallel size."""
     first_gpu: int = Field(default=0, ge=0)
     """GPU only: index of the first GPU that the servers take; the learners use the ones before it."""
+    share_gpus: bool = False
+    """GPU only: servers and learners take turns on the same GPUs. The servers sleep while a learner trains (vLLM's
+    sleep mode, level 2: they keep neither weights nor key/value cache) and wake with the next weights. While they
+    are awake the learner's weights and optimizer states stay where they are: gpu_memory_utilization is for the rest."""
     max_images: int = Field(default=8, ge=1)
     """Images in one prompt, at most."""
     weights: Literal["shm", "nccl"] = "shm"
@@ -54,6 +58,20 @@ class PoolConfig(Strict):
     """Requests in flight per server."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for vLLM's API server, as on its command line."""
+
+    @model_validator(mode="after")
+    def _can_share(self) -> PoolConfig:
+        if not self.share_gpus:
+            return self
+        if self.weights == "nccl":
+            raise ValueError(
+                "share_gpus with weights=nccl: NCCL connects no two processes on one GPU; use weights: shm"
+            )
+        if self.engine == "vllm" and self.device == "cpu":
+            raise ValueError(
+                "share_gpus with device=cpu: vLLM sleeps on GPUs only; use device: gpu, or leave share_gpus out"
+            )
+        return self
 
 
 class Rollout(Strict):

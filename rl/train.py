@@ -81,7 +81,9 @@ def train(
     apply_freeze(policy, cfg.learner.freeze)
     core = CoreFacts.of(model)
     rank_0 = os.environ.get("RANK", "0") == "0"
-    client = RolloutClient(urls, core, concurrency=pool.concurrency) if rank_0 else None
+    client = None
+    if rank_0:
+        client = RolloutClient(urls, core, concurrency=pool.concurrency, share_gpus=pool.share_gpus)
     record = RunLog(cfg, out)
     watcher = _watcher(cfg, client, out, sets, folders, seed) if client else None
 
@@ -100,6 +102,7 @@ def train(
         probes=probes,
         banned_ids=core.banned_ids,
         servers=len(urls),
+        share_gpus=pool.share_gpus,
         on_batch=on_batch,
         model=policy,
         processing_class=processor,

@@ -26,6 +26,8 @@ BAN = -100.0
 TRIES = 3
 """Of a request for completions, when its connection is lost."""
 RETRY_PAUSE_S = 0.2
+DISCARD_ALL = 2
+"""vLLM's sleep level that keeps no copy of the weights: whoever wakes a server brings new ones."""
 
 
 class RolloutError(RuntimeError):
@@ -100,17 +102,24 @@ class RolloutClient:
         core: facts of the served core.
         concurrency: requests in flight per server.
         timeout_s: one request's limit.
+        share_gpus: the servers are put to sleep between weight updates, so that an update has to wake them.
     """
 
     def __init__(
-        self, urls: Sequence[str], core: CoreFacts, *, concurrency: int = 64, timeout_s: float = 600
+        self,
+        urls: Sequence[str],
+        core: CoreFacts,
+        *,
+        concurrency: int = 64,
+        timeout_s: float = 600,
+        share_gpus: bool = False,
     ) -> None:
         import requests
         from requests.adapters import HTTPAdapter
 
         if not urls:
             raise ValueError("no rollout server: give at least one URL")
-        self.urls, self.core, self.timeout_s = list(urls), core, timeout_s
+        self.urls, self.core, self.timeout_s, self.share_gpus = list(urls), core, timeout_s, share_gpus
         self._session = requests.Session()
         self._session.mount("http://", HTTPAdapter(pool_maxsize=concurrency * len(urls)))
         self._threads = ThreadPoolExecutor(concurrency * len(urls), thread_name_prefix="rollout")
@@ -154,12 +163,27 @@ class RolloutClient:
         self.load_files(files)
 
     def load_files(self, files: Sequence[Path]) -> None:
-        """Load safetensors files (checkpoint names, whole model) into every server, then forget old features."""
+        """Load safetensors files (checkpoint names, whole model) into every server, then forget old features.
+
+        Servers that share their GPUs are awake afterwards. Room for keys and values is taken last, so that the update
+        itself has it to work in; servers that were awake already are left as they are.
+        """
         update = {"paths": [str(path.resolve()) for path in files], "aliases": dict(self.core.tied)}
+        if self.share_gpus:
+            self.on_every_server("wake_up?tags=weights")
         self.on_every_server("start_weight_update")
         self.on_every_server("update_weights", {"update_info": update})
         self.on_every_server("finish_weight_update")
         self.reset_caches()
+        if self.share_gpus:
+            self.on_every_server("wake_up?tags=kv_cache")
+
+    def sleep(self) -> None:
+        """Free the GPUs of every server: weights and caches are gone until `load_files`.
+
+        No request may be under way; there is none once `generate` has returned.
+        """
+        self.on_every_server(f"sleep?level={DISCARD_ALL}")
 
     def reset_caches(self) -> None:
         """Forget everything computed with old weights.

@@ -171,6 +171,7 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
     else:
         args["--tensor-parallel-size"] = cfg.gpus_per_server
         args["--gpu-memory-utilization"] = cfg.gpu_memory_utilization
+    sleeps = ["--enable-sleep-mode"] if cfg.share_gpus else []
     words = [str(word) for pair in args.items() for word in pair]
     # Eager on CPU: compilation takes a minute there and gains nothing for short runs. No chunked prefill: vLLM rewinds
     # a seeded request's generator after a part of a prompt, which CPU generators cannot do, and its engine dies.
@@ -179,6 +180,7 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
         "vllm.entrypoints.openai.api_server",
         *words,
         *(["--enforce-eager", "--no-enable-chunked-prefill"] if cfg.device == "cpu" else []),
+        *sleeps,
         *cfg.extra_args,
     ]
 
@@ -212,6 +214,9 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
     else:
         first = cfg.first_gpu + index * cfg.gpus_per_server
         env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(first, first + cfg.gpus_per_server))
+        if cfg.share_gpus:  # vLLM's sleeping allocator refuses expandable segments, which a learner may well want
+            env.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+            env.pop("PYTORCH_ALLOC_CONF", None)
     return env
 
 

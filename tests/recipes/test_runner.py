@@ -12,6 +12,7 @@ from core.artifacts import Manifest, read_json
 from core.strict import ConfigError
 from recipes import runner
 from recipes.launch import StageFailed, command, environment, last_lines, run_job
+from recipes.pool import Pool
 from rl.rollout.client import RolloutError
 
 EVERYTHING = ["data", "core", "basic_sft", "rlvr"]
@@ -167,6 +168,32 @@ def test_a_stage_is_evaluated_while_the_next_one_trains_unless_that_one_samples(
     toy.before_scores = lambda stage: trained.wait(60) if stage == "core" else None
     toy.run()
     assert begun[2:] == [("basic_sft", []), ("rlvr", ["core", "basic_sft"])]
+
+
+def test_servers_that_share_gpus_sleep_before_every_learner_and_nothing_is_evaluated_beside_it(
+    toy, monkeypatch
+):
+    happened = []
+
+    class Client:
+        def sleep(self):
+            happened.append("sleep")
+
+    real = runner.run_job
+
+    def run_job_of(job, *args, **options):
+        happened.append(job["stage"])
+        real(job, *args, **options)
+
+    monkeypatch.setattr(runner, "run_job", run_job_of)
+    monkeypatch.setattr(Pool, "_connected", lambda pool, model: Client())
+    toy.before_scores = lambda stage: happened.append(f"evaluate {stage}")
+    toy.run("rollout.share_gpus=true", "rollout.device=gpu")
+    assert happened == [
+        *("data", "core", "evaluate core"),
+        *("sleep", "basic_sft", "evaluate basic_sft"),
+        *("sleep", "rlvr", "evaluate rlvr"),
+    ]
 
 
 def test_an_evaluation_that_fails_stops_the_chain_and_is_done_again_later(toy, monkeypatch):

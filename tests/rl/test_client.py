@@ -110,6 +110,28 @@ def test_an_update_goes_to_every_server_and_resets_all_three_caches_after_it(cli
         assert sent == {"paths": [str(weights)], "aliases": {"lm_head.weight": "embed"}}
 
 
+def test_servers_that_share_gpus_get_weights_first_and_room_for_the_cache_last(fakes, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    client = RolloutClient([fake.url for fake in fakes], CORE, concurrency=4, share_gpus=True)
+    client.sleep()
+    client.load_checkpoint(tmp_path)
+    client.close()
+    for fake in fakes:
+        assert [path for path, _ in fake.requests] == [
+            "sleep?level=2",
+            "wake_up?tags=weights",
+            *("start_weight_update", "update_weights", "finish_weight_update"),
+            *("reset_mm_cache", "reset_encoder_cache", "reset_prefix_cache"),
+            "wake_up?tags=kv_cache",
+        ]
+
+
+def test_a_server_without_sleep_mode_is_named(client, fakes):
+    fakes[1].replies["sleep?level=2"] = (404, {"error": "no such path"})
+    with pytest.raises(RolloutError, match=rf"{fakes[1].url}/sleep.*HTTP 404"):
+        client.sleep()
+
+
 def test_a_cache_that_was_not_reset_is_an_error(client, fakes):
     fakes[1].replies["reset_prefix_cache"] = (200, {"success": False})
     with pytest.raises(RolloutError, match="reset_prefix_cache: the server could not reset it"):
