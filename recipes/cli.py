@@ -74,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
     plan = _command(commands, "plan", _plan, "resolve and check a recipe without training")
     _recipe_options(plan)
     plan.add_argument("--json", action="store_true", help="for programs: the plan and the resolved recipe")
+    plan.add_argument(
+        "--gpu-gib",
+        type=float,
+        metavar="GIB",
+        help="memory of one GPU; default: this machine's, else the recipe's hardware.gpu_gib",
+    )
 
     evaluate = _command(commands, "eval", _eval, "score a checkpoint folder on a recipe's held-out set")
     evaluate.add_argument("model", type=Path, help="checkpoint folder")
@@ -199,11 +205,13 @@ def _plan(options: argparse.Namespace) -> None:
     from recipes import plan
 
     recipe = _load(options)
-    plans = plan.plan(recipe, options.runs_dir)
+    resources = plan.resources(recipe, options.runs_dir, options.gpu_gib)
+    plans = plan.plan(recipe, options.runs_dir, resources=resources)
     if options.json:
-        print(json.dumps(plan.as_json(recipe, plans), indent=2))
+        print(json.dumps(plan.as_json(recipe, plans, resources), indent=2))
     else:
-        print(plan.text(recipe, plans, options.runs_dir))
+        print(plan.text(recipe, plans, options.runs_dir, resources))
+    resources.check()
 
 
 def _eval(options: argparse.Namespace) -> None:
