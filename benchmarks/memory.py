@@ -9,13 +9,14 @@ measured figure is the process's highest resident memory above what it held befo
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ DEEP = Size(112, (128, 2, 4, 256), (256, 12, 4, 768), 2, 64, 2048)
 """11M parameters in many layers: activations outweigh them."""
 SEEING = Size(224, (512, 6, 8, 1408), (256, 2, 4, 768), 2, 64, 2048)
 """Mostly a tower."""
+SPECK = Size(112, (64, 1, 2, 64), (64, 1, 2, 64), 2, 32, 512)
+"""As good as nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,6 @@ class Case:
     groups: int = 1
     passes: int = 1
     """Passes per update, among which an update's rows are shared out (sft)."""
-    experts: int = 0
     learner: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -78,46 +80,25 @@ class Case:
         )
 
 
+RECOMPUTED = {"gradient_checkpointing": True}
+BFLOAT16 = {"dtype": "bfloat16", "deepspeed": {"zero_stage": 2}}
 CASES = (
     Case("weights", WIDE, "sft", rows=1, text=64),
     Case("weights, ZeRO-2", WIDE, "sft", rows=1, text=64, learner={"deepspeed": {"zero_stage": 2}}),
     Case("weights, two passes", WIDE, "sft", rows=2, text=256, passes=2),
-    Case("head", WIDE, "sft", rows=4, text=512),
-    Case("layers", DEEP, "sft", rows=4, text=512),
-    Case("layers, recomputed", DEEP, "sft", rows=16, text=512, learner={"gradient_checkpointing": True}),
-    Case("tower", SEEING, "sft", rows=8, text=32, images=2),
-    Case(
-        "tower, recomputed",
-        SEEING,
-        "sft",
-        rows=16,
-        text=32,
-        images=2,
-        learner={"gradient_checkpointing": True},
-    ),
-    Case("tower frozen", SEEING, "sft", rows=16, text=32, images=2, learner={"freeze": ["tower"]}),
-    Case("LoRA", DEEP, "sft", rows=4, text=512, learner={"lora": {"r": 8}}),
-    Case(
-        "LoRA, recomputed",
-        WIDE,
-        "sft",
-        rows=8,
-        text=512,
-        learner={"lora": {"r": 8}, "gradient_checkpointing": True},
-    ),
-    Case("group", DEEP, "rl", rows=8, text=256, completion=192, groups=1),
-    Case(
-        "groups, recomputed",
-        DEEP,
-        "rl",
-        rows=8,
-        text=256,
-        completion=192,
-        groups=4,
-        learner={"gradient_checkpointing": True},
-    ),
-    Case("group with images", SEEING, "rl", rows=4, text=32, images=8, completion=64, groups=1),
-    Case("group, LoRA", DEEP, "rl", rows=8, text=256, completion=192, groups=1, learner={"lora": {"r": 8}}),
+    Case("weights, bfloat16", WIDE, "sft", rows=1, text=64, learner=BFLOAT16),
+    Case("head", WIDE, "sft", rows=2, text=512),
+    Case("layers", DEEP, "sft", rows=4, text=384),
+    Case("layers, recomputed", DEEP, "sft", rows=8, text=512, learner=RECOMPUTED),
+    Case("tower", SEEING, "sft", rows=4, text=32, images=2),
+    Case("tower, recomputed", SEEING, "sft", rows=8, text=32, images=2, learner=RECOMPUTED),
+    Case("tower frozen", SEEING, "sft", rows=8, text=32, images=2, learner={"freeze": ["tower"]}),
+    Case("LoRA", DEEP, "sft", rows=4, text=384, learner={"lora": {"r": 8}}),
+    Case("LoRA, recomputed", WIDE, "sft", rows=4, text=512, learner={"lora": {"r": 8}, **RECOMPUTED}),
+    Case("group", DEEP, "rl", rows=8, text=256, completion=128),
+    Case("groups, recomputed", DEEP, "rl", rows=8, text=256, completion=128, groups=3, learner=RECOMPUTED),
+    Case("group with images", SEEING, "rl", rows=4, text=32, images=4, completion=64),
+    Case("group, LoRA", DEEP, "rl", rows=8, text=256, completion=128, learner={"lora": {"r": 8}}),
 )
 
 
@@ -150,19 +131,16 @@ def peak_bytes(case: Case) -> int:
     from recipes.worker import keep_engine_out
 
     keep_engine_out()
+    join_process_group(case.cfg)
+    make = sft_trainer if case.kind == "sft" else rl_trainer
     with tempfile.TemporaryDirectory() as folder:
-        core = Path(folder) / "core"
-        pid = os.fork()  # the model that is saved must leave nothing in this process
-        if pid == 0:
-            model, processor = build_core(case.size)
-            model.save_pretrained(core)
-            processor.save_pretrained(core)
-            os._exit(0)
-        if os.waitpid(pid, 0)[1]:
-            raise RuntimeError(f"{case.name}: the core could not be saved")
-        make = sft_trainer if case.kind == "sft" else rl_trainer
-        _import_all()
-        join_process_group(case.cfg)
+        # What a trainer takes whatever it trains (modules imported late, threads, loaders) is there after this one.
+        small = replace(
+            case, size=SPECK, rows=2, text=8, images=min(case.images, 1), completion=4, groups=1, passes=1
+        )
+        make(small, saved_core(small, Path(folder) / "small"), Path(folder)).train()
+        core = saved_core(case, Path(folder) / "core")
+        gc.collect()
         before = _status_kib("VmRSS")
         trainer = make(case, core, Path(folder))
         with open("/proc/self/clear_refs", "w") as file:
@@ -171,19 +149,21 @@ def peak_bytes(case: Case) -> int:
         return (_status_kib("VmHWM") - before) * 2**10
 
 
-def _import_all() -> None:
-    """Everything that training imports, and a step of something small: torch's threads and kernels are there."""
-    import torch
-    import trl.trainer.grpo_trainer
-    import trl.trainer.sft_trainer  # noqa: F401
-
-    import rl.train
-    import rl.trainer
-    import sft.train  # noqa: F401
-
-    layer = torch.nn.Linear(512, 512)
-    layer(torch.ones(64, 512)).sum().backward()
-    torch.optim.AdamW(layer.parameters()).step()
+def saved_core(case: Case, folder: Path) -> Path:
+    """A random core on disk, made by a process of its own: its model leaves nothing in this one."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            model, processor = build_core(case.size)
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            status = 0
+        finally:
+            os._exit(status)
+    if os.waitpid(pid, 0)[1]:
+        raise RuntimeError(f"{case.name}: the core could not be saved")
+    return folder
 
 
 def sft_trainer(case: Case, core: Path, folder: Path) -> Any:

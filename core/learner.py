@@ -183,8 +183,8 @@ def load_model(path: Path, cfg: LearnerConfig) -> Any:
     """The native core at `path`, ready to train on the CPU or a GPU of this process.
 
     Plain PyTorch keeps float32 weights whatever `dtype` says and computes in bfloat16 under autocast: updates
-    of 1e-6 vanish in bfloat16 weights. DeepSpeed keeps float32 masters itself, so there the weights take
-    `dtype`.
+    of 1e-6 vanish in bfloat16 weights. DeepSpeed keeps float32 masters itself, and under LoRA these weights do not
+    move (peft's adapters are float32), so there they take `dtype`.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -195,7 +195,7 @@ def load_model(path: Path, cfg: LearnerConfig) -> Any:
     core.register()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(cfg.threads)
-    half = cfg.dtype == "bfloat16" and cfg.deepspeed is not None
+    half = cfg.dtype == "bfloat16" and (cfg.deepspeed is not None or cfg.lora is not None)
     return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16 if half else torch.float32)
 
 

@@ -73,7 +73,7 @@ class CoreShape:
             mlp=text["intermediate_size"],
             vocabulary=text["vocab_size"],
             tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
-            experts=text.get("num_experts") or 0,
+            experts=text.get("num_experts") or text.get("num_local_experts") or 0,
             experts_per_token=text.get("num_experts_per_tok") or 0,
             expert_mlp=text.get("moe_intermediate_size") or 0,
         )

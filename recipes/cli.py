@@ -203,9 +203,10 @@ def _plan(options: argparse.Namespace) -> None:
     import json
 
     from recipes import plan
+    from recipes.plan_resources import resources as resources_of
 
     recipe = _load(options)
-    resources = plan.resources(recipe, options.runs_dir, options.gpu_gib)
+    resources = resources_of(recipe, options.runs_dir, options.gpu_gib)
     plans = plan.plan(recipe, options.runs_dir, resources=resources)
     if options.json:
         print(json.dumps(plan.as_json(recipe, plans, resources), indent=2))

@@ -16,7 +16,7 @@ from core.records import DataSource
 from core.strict import ConfigError, Strict
 from recipes.config import STAGE_NAMES, Recipe, SFTStage, made_between, sources
 from recipes.inputs import code_file, is_hub_id, locate_sets
-from recipes.plan_resources import Resources, resources
+from recipes.plan_resources import Resources
 from recipes.stages import STAGES, Stage
 from rl.config import RewardTerm, RLConfig
 from sft.config import Phase, SoupConfig

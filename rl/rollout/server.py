@@ -214,7 +214,9 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
     else:
         first = cfg.first_gpu + index * cfg.gpus_per_server
         env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(first, first + cfg.gpus_per_server))
-        if cfg.share_gpus:  # vLLM's sleeping allocator refuses expandable segments, which a learner may well want
+        if (
+            cfg.share_gpus
+        ):  # vLLM's sleeping allocator refuses expandable segments, which a learner may well want
             env.pop("PYTORCH_CUDA_ALLOC_CONF", None)
             env.pop("PYTORCH_ALLOC_CONF", None)
     return env

@@ -130,3 +130,16 @@ def test_another_number_of_ranks_than_configured_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"processes=1, but 2 ranks.*torchrun --nproc-per-node 1"):
         join_process_group(LearnerConfig())
+
+
+@pytest.mark.parametrize(
+    ("learner", "dtype"),
+    [
+        ({"deepspeed": None}, "torch.float32"),  # updates of 1e-6 vanish in bfloat16 weights
+        ({}, "torch.bfloat16"),  # DeepSpeed keeps float32 masters
+        ({"deepspeed": None, "lora": {"r": 2}}, "torch.bfloat16"),  # these do not move
+    ],
+)
+def test_bfloat16_weights_are_those_that_no_small_update_must_reach(core_path, learner, dtype):
+    loaded = load_model(core_path, LearnerConfig(dtype="bfloat16", **learner))
+    assert {str(parameter.dtype) for parameter in loaded.parameters()} == {dtype}
