@@ -212,7 +212,7 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
     from benchmarks.learner import Shape, rows_of
     from core.learner import load_model, load_processor, peft_config
     from rewards.mix import Graded
-    from rewards.verdict import Verdict
+    from rewards.verdict import Status, Verdict
     from rl.collect import Batch, Group, Pipeline, Sample
     from rl.config import RLConfig
     from rl.rollout.client import Completion, CoreFacts
@@ -246,7 +246,7 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
         record: Any = {"id": str(number), "images": own[0]["images"], "question": "A", "mode": "direct"}
         samples = []
         for place, row in enumerate(own):
-            verdict = Verdict(place / (case.rows - 1), "correct")
+            verdict = Verdict(place / (case.rows - 1), Status.CORRECT)
             graded = Graded(total=verdict.score, verdicts={"answer": verdict})
             completion = Completion(row["completion_ids"], row["logprobs"], "", True)
             samples.append(Sample(completion, graded, 0.0, verdict))

@@ -83,6 +83,8 @@ class DeepSpeedConfig(Strict):
     """What is split over the ranks: 1 optimizer states, 2 also gradients, 3 also weights; 0 nothing."""
     offload: Literal["none", "cpu"] = "none"
     """Where optimizer states (and at stage 3 the weights) live."""
+    bucket_elements: int = Field(default=500_000_000, ge=1)
+    """Gradients that travel together; two buckets of them lie on every GPU. Fewer save memory and cost speed."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> DeepSpeedConfig:
@@ -94,7 +96,8 @@ class DeepSpeedConfig(Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """The DeepSpeed JSON; "auto" values are filled in by transformers from the training arguments."""
-        zero: dict[str, Any] = {"stage": self.zero_stage}
+        buckets = {"reduce_bucket_size": self.bucket_elements, "allgather_bucket_size": self.bucket_elements}
+        zero: dict[str, Any] = {"stage": self.zero_stage, **buckets}
         if self.zero_stage >= 2:
             zero |= {"overlap_comm": True, "contiguous_gradients": True}
         if self.offload == "cpu":

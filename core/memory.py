@@ -16,8 +16,6 @@ from typing import Any
 from core.learner import LearnerConfig, Module
 
 GIB = 2**30
-BUCKET = 500_000_000
-"""DeepSpeed's reduce_bucket_size: gradients on their way between the ranks, in elements; two with overlap_comm."""
 LIVE = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: weights that ZeRO-3 holds whole at a time, in elements."""
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
@@ -135,18 +133,15 @@ class CoreShape:
         return 2 * self.layers * self.key * width
 
 
-_HUGE = {
+_HUGE: dict[str, Any] = {
     **{"image_px": 448, "patch_px": 14, "vision_hidden": 1536, "vision_layers": 24, "vision_heads": 12},
     **{"vision_mlp": 4096, "head_dim": 128, "vocabulary": 151_936},
 }
+_EXPERTS: dict[str, Any] = {"experts": 128, "experts_per_token": 8, "expert_mlp": 768}
 SHAPES = {
     "2b": CoreShape(**_HUGE, hidden=2048, layers=28, heads=16, kv_heads=8, mlp=6144, tied=True),
     "8b": CoreShape(**_HUGE, hidden=4096, layers=36, heads=32, kv_heads=8, mlp=12288, tied=False),
-    "a3b": CoreShape(
-        **_HUGE,
-        **{"hidden": 2048, "layers": 48, "heads": 32, "kv_heads": 4, "mlp": 6144, "tied": False},
-        **{"experts": 128, "experts_per_token": 8, "expert_mlp": 768},
-    ),
+    "a3b": CoreShape(**_HUGE, **_EXPERTS, hidden=2048, layers=48, heads=32, kv_heads=4, mlp=6144, tied=False),
 }
 """SAIL-VL2-2B, -8B and -A3B: SAIL-ViT-Huge with Qwen3-1.7B, Qwen3-8B and Qwen3-30B-A3B."""
 
@@ -229,10 +224,11 @@ def estimate(
     frozen = learner.freeze if frozen is None else frozen
     total = sum(parameters.values())
     lora = learner.lora
+    moving: set[Module]
     if lora:
         everywhere = lora.targets == "all_linear"
         trained = shape.adapter_parameters(lora.r, everywhere)
-        moving: set[Module] = {"language_model"} | ({"tower", "adapter"} if everywhere else set())
+        moving = {"language_model", "tower", "adapter"} if everywhere else {"language_model"}
         total_held = total + trained
     else:
         moving = set(parameters) - set(frozen)
@@ -313,7 +309,10 @@ def _states(
         weights = -(-weights // ranks) + own * min(LIVE, total)
     optimizer = 3 * FP32 * part
     gradients = own * (trained if stage == 1 else part)
-    buckets = (2 if stage >= 2 else 1) * own * (BUCKET if gpu else min(BUCKET, trained))
+    bucket = deepspeed.bucket_elements if gpu else min(deepspeed.bucket_elements, trained)
+    largest = min(trained, _largest(shape) if learner.lora else max(shape.embedding, _largest(shape)))
+    # Two buckets of gradients on their way, and the gradient that just came; offload copies that one once more.
+    buckets = own * ((2 if stage >= 2 else 1) * bucket + largest * (2 if offload else 1))
     step = FP32 * part * (2 if gpu else 3)  # gradients in float32, and AdamW's copies
     if not offload:
         return {

@@ -32,8 +32,9 @@ class Pass:
     memory: Memory
     plain: Memory
     """The same with gradient checkpointing turned round."""
-    knobs: str
+    knob: str
     """What makes the pass smaller."""
+    frozen: tuple[Module, ...]
 
 
 class StageFit:
@@ -62,17 +63,17 @@ class StageFit:
     def _sft_pass(self, config: SFTStage, phase: Phase) -> Pass:
         if config.packing:
             tokens = config.micro_batch_tokens(phase)
-            knobs = f"{self.name}.packing.micro_batch_tokens"
+            knob = f"{self.name}.packing.micro_batch_tokens"
             updated = config.packing.update_tokens or (phase.optim.global_batch_size or 1) * config.max_tokens
             passes = updated / self.learner.processes / tokens
         else:
             tokens = phase.optim.micro_batch_size * config.max_tokens
-            knobs = f"{self.name}.phases: optim.micro_batch_size"
+            knob = f"{self.name}.phases: optim.micro_batch_size"
             passes = phase.optim.gradient_accumulation(self.learner.processes)
         work = Work(tokens=tokens, tiles=self._tiles(tokens), accumulates=passes > 1)
         frozen = self.learner.freeze if phase.freeze is None else phase.freeze
         return self._pass(
-            phase.name, work, frozen, knobs if tokens > config.max_tokens else f"{self.name}.max_tokens"
+            phase.name, work, frozen, knob if tokens > config.max_tokens else f"{self.name}.max_tokens"
         )
 
     def _rl_pass(self, config: RLConfig) -> Pass:
@@ -86,14 +87,14 @@ class StageFit:
             rows = max(1, (tokens - prompt) // completion)
             work = Work(
                 tokens=tokens,
-                tiles=self._tiles(min(prompt, tokens)),
+                tiles=self._tiles(tokens),  # short completions leave a pass to the prompts of many groups
                 scored=min(tokens, rows * completion),
                 # On a GPU each completion attends to a copy of its prompt's keys beside its own.
                 attended=max(tokens, rows * row) if self.gpu else tokens,
                 repeats_heads=True,
                 reference=config.algorithm.kl_beta > 0,
             )
-            knobs = (
+            knob = (
                 f"{self.name}.learner.token_budget"
                 if tokens > row
                 else f"{self.name}.rollout.max_completion_tokens"
@@ -102,24 +103,24 @@ class StageFit:
             tokens = config.optim.micro_batch_size * row
             work = Work(
                 tokens=tokens,
-                tiles=self._tiles(config.optim.micro_batch_size * prompt),
+                tiles=self._tiles(tokens),
                 reference=config.algorithm.kl_beta > 0,
             )
-            knobs = f"{self.name}.optim.micro_batch_size"
-        return self._pass("", work, self.learner.freeze, knobs)
+            knob = f"{self.name}.optim.micro_batch_size"
+        return self._pass("", work, self.learner.freeze, knob)
 
     def _tiles(self, tokens: int) -> int:
         return int(tokens * self.recipe.hardware.image_share) // self.shape.tile_tokens
 
-    def _pass(self, name: str, work: Work, frozen: tuple[Module, ...], knobs: str) -> Pass:
+    def _pass(self, name: str, work: Work, frozen: tuple[Module, ...], knob: str) -> Pass:
         turned = self.learner.model_copy(
             update={"gradient_checkpointing": not self.learner.gradient_checkpointing}
         )
-        both = (
+        memory, plain = (
             estimate(self.shape, learner, work, frozen=frozen, gpu=self.gpu)
             for learner in (self.learner, turned)
         )
-        return Pass(name, work, *both, knobs)
+        return Pass(name, work, memory, plain, knob, frozen)
 
     # For the reader
 
@@ -150,10 +151,9 @@ class StageFit:
         if self.gpu:
             lines.append(f"GPUs: {self.placement()}")
         if self.host > 0:
-            room = f" of {self.machine.host_gib:g}" if self.machine.host_gib is not None else ""
-            lines.append(
-                f"host memory of a node: {gib(self.host)}{room} GiB (offloaded states, weights on their way)"
-            )
+            room = f" of {self.machine.host_gib:.0f}" if self.machine.host_gib is not None else ""
+            what = "offloaded states, weights on their way" if self.gpu else "all ranks"
+            lines.append(f"host memory of a node: {gib(self.host)}{room} GiB ({what})")
         lines.append(
             f"disk: {self.checkpoints} checkpoint{'s' if self.checkpoints > 1 else ''}, "
             f"{gib(self.disk)} GiB; optimizer states are not kept"
@@ -196,9 +196,9 @@ class StageFit:
 
     @property
     def host(self) -> float:
-        """Bytes of host memory on the node that has most ranks."""
+        """Bytes of host memory on the node that has most ranks: all of them where there is no GPU."""
         if not self.gpu:
-            return 0
+            return self.needed * -(-self.learner.processes // self.machine.nodes)
         ranks = min(self.learner.processes, self.machine.gpus_per_node)
         offloaded = self.largest.memory.host * ranks
         pushed = 0
@@ -233,9 +233,16 @@ class StageFit:
             found += self._too_full()
             found += self._no_turns()
         if self.machine.host_gib is not None and self.host > self.machine.host_gib * GIB:
-            knob = "more nodes, or offload: none" if self.largest.memory.host else "rollout.weights: nccl"
+            if not self.gpu:
+                remedy = self._remedy(self.machine.host_gib * GIB / self.learner.processes)
+            elif self.largest.memory.host:
+                remedy = (
+                    f"spread the ranks over more nodes, or set {self.name}.learner.deepspeed.offload=none"
+                )
+            else:
+                remedy = "set rollout.weights=nccl"
             found.append(
-                f"{self.name}: host memory of a node {gib(self.host)} GiB, of {self.machine.host_gib:g} GiB; {knob}"
+                f"{self.name}: host memory of a node {gib(self.host)} GiB, of {self.machine.host_gib:.0f} GiB; {remedy}"
             )
         return found
 
@@ -277,7 +284,7 @@ class StageFit:
         if not learner.gradient_checkpointing and one.plain.peak + self.besides <= room:
             return f"set {self.name}.learner.gradient_checkpointing=true ({gib(one.plain.peak + self.besides)} GiB)"
         tried = learner.model_copy(update={"gradient_checkpointing": True})
-        smaller, key = one.work, one.knobs
+        smaller, key = one.work, one.knob
         while smaller.tokens > 2048:
             smaller = replace(
                 smaller,
@@ -301,7 +308,9 @@ class StageFit:
         return f"train adapters ({self.name}.learner.lora), or take larger GPUs"
 
     def _peak(self, learner: LearnerConfig, work: Work) -> float:
-        return estimate(self.shape, learner, work, frozen=(), gpu=True).peak + self.besides
+        return (
+            estimate(self.shape, learner, work, frozen=self.largest.frozen, gpu=self.gpu).peak + self.besides
+        )
 
     def _no_turns(self) -> list[str]:
         """Servers that share a GPU wake beside what the learner keeps."""

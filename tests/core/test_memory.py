@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from core.learner import LearnerConfig
-from core.memory import BUCKET, SHAPES, CoreShape, Work, estimate
+from core.memory import SHAPES, CoreShape, Work, estimate
 
 TOKENS, TILES = 192, 3
 SIZES = {
@@ -168,7 +168,9 @@ def test_zero_splits_states_then_gradients_then_weights_over_the_ranks():
     assert (one.gradients, two.gradients) == (2 * TOTAL, pytest.approx(2 * TOTAL / 8))
     assert one.weights == two.weights == 2 * TOTAL
     assert three.weights < two.weights  # its share, and the billion that is gathered at a time
-    assert two.buffers == 2 * 2 * BUCKET
+    assert two.buffers == 2 * (
+        2 * 500_000_000 + SHAPES["2b"].embedding
+    )  # and the largest gradient that comes
 
 
 def test_offloaded_states_are_on_the_host_with_the_gradients_that_wait():

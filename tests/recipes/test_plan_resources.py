@@ -106,7 +106,11 @@ def test_a_core_of_unknown_shape_is_not_counted(toy):
             r"rlvr: while the servers are awake the learner keeps .*gpu_memory_utilization=0.9 .*lower it to 0\.\d+",
         ),
         ("sailvl2_8b", ["rollout.gpu_memory_utilization=0.2"], r"rollout: a server's cache holds 0 tokens"),
-        ("sailvl2_a3b", ["hardware.host_gib=512"], r"host memory of a node .* GiB, of 512 GiB; more nodes"),
+        (
+            "sailvl2_a3b",
+            ["hardware.host_gib=512"],
+            r"host memory of a node .* GiB, of 512 GiB; spread the ranks over more nodes",
+        ),
         ("sailvl2_a3b", ["hardware.disk_gib=100"], r"disk: the chain's checkpoints take .* GiB of 100 GiB"),
     ],
 )
@@ -131,3 +135,14 @@ def test_the_remedy_fits():
     found = taken("sailvl2_2b", "longcot.packing.micro_batch_tokens=163840").problems[0]
     tokens = found.split("micro_batch_tokens: ")[1].split()[0]
     assert taken("sailvl2_2b", f"longcot.packing.micro_batch_tokens={tokens}").problems == []
+
+
+def test_on_cpus_the_ranks_share_the_hosts_memory(toy, monkeypatch):
+    monkeypatch.setattr(machine, "_host_gib", lambda: 20.0)
+    overrides = ["core={path: nowhere, size: 2b}", "sft.learner.processes=2"]
+    found = resources(load_recipe(toy.recipe_dir, overrides), toy.root)
+    fit = found.fits["basic_sft"]
+    # float32: weights, DeepSpeed's masters and two moments, of which each rank has half.
+    assert fit.largest.memory.weights + fit.largest.memory.optimizer == (4 + 12 / 2) * 2_419_400_192
+    with pytest.raises(DoesNotFit, match=r"basic_sft: host memory of a node .* GiB, of 20 GiB"):
+        found.check()
