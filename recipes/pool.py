@@ -65,7 +65,13 @@ class Pool:
             from rl.rollout.client import CoreFacts, RolloutClient
 
             assert self.cfg is not None
-            self._client = RolloutClient(urls, CoreFacts.of(model), concurrency=self.cfg.concurrency)
+            self._client = RolloutClient(
+                urls,
+                CoreFacts.of(model),
+                concurrency=self.cfg.concurrency,
+                patience_s=self.cfg.startup_timeout_s,
+                max_returns=self.cfg.max_restarts,
+            )
             self._stack.callback(self._client.close)
         if self._served != model.resolve():
             self._served = None  # if the update fails half-way, nothing is known about the servers

@@ -39,6 +39,7 @@ from recipes.pool import OpenPool, Pool
 from recipes.progress import Display, Tail, duration, metrics_text
 from recipes.stages import STAGES, Context, Progress, Stage, stage_named
 from recipes.tracking import StageTrack, Tracker
+from rl.rollout.weights import weights_folder
 from rl.watch import ALARMS
 
 DATA = "data"
@@ -253,19 +254,31 @@ class Chain:
                 self.display.passing(text)
 
             processes, threads = stage.learner(self.recipe)
-            run_job(
-                self.job(stage, config, partial),
-                partial,
-                processes=processes,
-                threads=threads,
-                on_poll=follow,
-            )
+            with self._weights(stage) as weights:
+                run_job(
+                    self.job(stage, config, partial) | {"weights": weights},
+                    partial,
+                    processes=processes,
+                    threads=threads,
+                    on_poll=follow,
+                    cluster=self.cluster,
+                )
             if not (partial / "checkpoint" / "config.json").exists():
                 raise StageIncomplete(
                     f"{stage.name}: its process left no checkpoint in {partial / 'checkpoint'}"
                 )
         if stage.needs_pool:
             self.pool.weights_changed()
+
+    @contextmanager
+    def _weights(self, stage: Stage) -> Iterator[Path | None]:
+        """The folder for weights on their way to the servers, removed afterwards: here, as a learner may be killed."""
+        pool = self.recipe.rollout
+        if pool is None or not stage.needs_pool:
+            yield None
+            return
+        with weights_folder(pool.weights_dir) as folder:
+            yield folder
 
     def job(self, stage: Stage, config: Strict, out: Path) -> dict[str, Any]:
         """What the stage's process is told; recipes/worker.py lists the keys."""

@@ -12,9 +12,8 @@ from rl.config import Parity, PoolConfig
 from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
 from rl.rollout.parity import ParityGuard
 from rl.rollout.server import ServerFailed, rollout_pool
-from rl.rollout.weights import SharedMemorySync
 
-from .test_vllm import fresh_learner, learner, logprobs, move  # noqa: F401 - fixtures
+from .test_vllm import fresh_learner, learner, logprobs, move, push  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def test_it_samples_groups_with_the_learners_probabilities_before_and_after_an_u
 
     assert check() < 1e-5
     move(fresh_learner[0], "")
-    SharedMemorySync(hf_client).push(fresh_learner[0])
+    push(hf_client, fresh_learner[0])
     assert check() < 1e-5
     groups = hf_client.generate(prompts, Sampling(max_tokens=6, n=3, temperature=0.7))
     assert [len(group.completions) for group in groups] == [3] * 4
