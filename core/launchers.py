@@ -15,5 +15,5 @@ _PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 
 
 def launcher_variables(environment: Mapping[str, str]) -> list[str]:
-    """Names of those variables: a process that is no rank of that launcher, nor to be set up by it, must not see them."""
+    """Names of those variables: they must not reach a process that is no rank of that launcher's."""
     return [name for name in environment if name in _NAMES or name.startswith(_PREFIXES)]

@@ -72,8 +72,8 @@ class PoolConfig(Strict):
         if away:
             raise ValueError(
                 f"weights=shm reaches servers on this machine only, but urls has {', '.join(away)}; set weights_dir to "
-                "a folder on a file system that all machines share (or weights: nccl between GPUs). If they are on this "
-                "machine, write 127.0.0.1"
+                "a folder on a file system that all machines share (or weights: nccl between GPUs). If they are on "
+                "this machine, write 127.0.0.1"
             )
         return self
 

@@ -166,7 +166,9 @@ class RolloutClient:
         answers: dict[int, Answer] = {}
         while len(answers) < len(prompts):
             self._muster()
-            found = self._round({i: p for i, p in enumerate(prompts) if i not in answers}, sampling, answers, on_answer)
+            found = self._round(
+                {i: p for i, p in enumerate(prompts) if i not in answers}, sampling, answers, on_answer
+            )
             stale = {url for url in set(found.values()) if not self._current(url)}
             for index, url in found.items():
                 if url in stale:
@@ -280,7 +282,9 @@ class RolloutClient:
 
     def _take_back(self, url: str) -> None:
         """Bring a lost server the current weights if it is up, and let it be asked again if it passes the gate."""
-        if not self._healthy(url) or (self._version and not self._files):  # weights that only their sender can bring
+        if not self._healthy(url) or (
+            self._version and not self._files
+        ):  # weights that only their sender can bring
             return
         try:
             if self._version:
@@ -308,7 +312,9 @@ class RolloutClient:
             return False
         if reply.get("weight_version") == self._version:
             return True
-        self.fleet.lose(url, "it was started anew, or somebody else changed its weights; its answers do not count")
+        self.fleet.lose(
+            url, "it was started anew, or somebody else changed its weights; its answers do not count"
+        )
         return False
 
     def _round(
@@ -322,7 +328,9 @@ class RolloutClient:
 
         What is missing afterwards was asked of servers that are lost, the last one included.
         """
-        futures = {i: self._threads.submit(self._ask_one, n, prompts[i], sampling) for n, i in enumerate(prompts)}
+        futures = {
+            i: self._threads.submit(self._ask_one, n, prompts[i], sampling) for n, i in enumerate(prompts)
+        }
         found: dict[int, str] = {}
         try:
             for index, future in futures.items():

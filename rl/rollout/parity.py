@@ -101,8 +101,8 @@ class ParityGuard:
                     compared += 1
             if worst > self.cfg.bound or not compared:
                 raise ParityError(
-                    f"on {compared} tokens of the probes a log-probability differs by {worst:.3g} from the servers that "
-                    f"were checked after the last update (parity.bound={self.cfg.bound:g}, and at least one token)"
+                    f"on {compared} tokens of the probes a log-probability differs by {worst:.3g} from the servers "
+                    f"that were checked after the last update (parity.bound={self.cfg.bound:g}, of one token or more)"
                 )
 
         return check

@@ -191,7 +191,9 @@ class Keeper(threading.Thread):
                 *(server.url, code, done, server.log),
             )
             return
-        log.warning("rollout server %s ended with code %s: starting it again. See %s", server.url, code, server.log)
+        log.warning(
+            "rollout server %s ended with code %s: starting it again. See %s", server.url, code, server.log
+        )
         self._restarts[server.url] = done + 1
         server.start()
 

@@ -47,7 +47,7 @@ def test_samples_are_written_anew_with_their_images(tmp_path):
 class FakeClient:
     """A RolloutClient that only notes what it is asked to load."""
 
-    def __init__(self, urls, core, *, concurrency):
+    def __init__(self, urls, core, **options):
         self.urls, self.loaded, self.fails, self.closed = urls, [], False, False
 
     def load_checkpoint(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Servers that die, come back, or come back unnoticed: their requests move on, and old weights are never sampled from."""
+"""Servers that die, come back, or come back unnoticed: requests move on, old weights are never sampled from."""
 
 import pytest
 
@@ -53,7 +53,9 @@ def test_the_requests_of_a_server_that_dies_go_to_the_others(client, fakes, told
     figures = client.fleet.figures()
     assert (figures["rollout/servers"], figures["rollout/servers_lost"]) == (1, 1)
     assert figures["rollout/requests_moved"] == 3
-    assert [line.startswith(f"rollout server {fakes[0].url} is lost (1 of 2 left)") for line in told] == [True]
+    assert [line.startswith(f"rollout server {fakes[0].url} is lost (1 of 2 left)") for line in told] == [
+        True
+    ]
 
 
 def test_a_server_that_comes_back_gets_the_current_weights_and_empty_caches_before_it_is_asked(client, fakes):  # noqa: F811
@@ -146,7 +148,7 @@ def test_a_dying_servers_error_is_a_loss_and_a_healthy_ones_is_a_refusal(client,
     fakes[0].healthy = False
     assert len(ask(client)) == 3
     fakes[1].replies["v1/chat/completions"] = (500, {"error": "a bug"})
-    with pytest.raises(RolloutError, match="HTTP 500.*a bug"):
+    with pytest.raises(RolloutError, match=r"HTTP 500.*a bug"):
         ask(client)
 
 
@@ -163,5 +165,3 @@ def test_weights_that_came_by_another_way_are_not_asked_of_a_server_that_missed_
     return_(fakes[0])
     ask(client)
     assert client.fleet.serving == [fakes[1].url]
-
-
