@@ -326,7 +326,8 @@ def follow(place: Placement, run_dir: Path, facts: Mapping[str, Any], display: D
                 display.line("joined; what runs is shown on the leader")
             elif message["do"] == "start":
                 ranks = _start(message, place)
-                display.line(f"{Path(message['job']).parent.name}: {message['ranks']} ranks here")
+                stage = Path(message["job"]).parent.name.removesuffix(".partial")
+                display.line(f"{stage}: ranks here: {message['ranks']}")
             elif message["do"] == "stop" and ranks is not None:
                 launch.stop(ranks)
             elif message["do"] == "end":

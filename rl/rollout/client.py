@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,11 @@ RETURN_PAUSE_S = 1.0
 CACHES = ("reset_mm_cache", "reset_encoder_cache", "reset_prefix_cache")
 HEALTH_S = (2.0, 10.0)
 """To connect to a server and to hear whether it is healthy; a CPU engine in the middle of a step answers after it."""
+
+
+_OPENING = threading.Lock()
+"""Pillow reads a file's pixels when they are first asked for, and breaks when two threads ask: the same image goes to
+several servers at once."""
 
 
 class RolloutError(RuntimeError):
@@ -282,9 +288,11 @@ class RolloutClient:
 
     def _take_back(self, url: str) -> None:
         """Bring a lost server the current weights if it is up, and let it be asked again if it passes the gate."""
-        if not self._healthy(url) or (
+        if (
             self._version and not self._files
-        ):  # weights that only their sender can bring
+        ):  # the current weights came without files: only their sender has them
+            return
+        if not self._healthy(url):
             return
         try:
             if self._version:
@@ -313,7 +321,7 @@ class RolloutClient:
         if reply.get("weight_version") == self._version:
             return True
         self.fleet.lose(
-            url, "it was started anew, or somebody else changed its weights; its answers do not count"
+            url, "it was started anew, or somebody else changed its weights; its answers are void"
         )
         return False
 
@@ -448,6 +456,8 @@ def openai_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 def _openai_part(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] != "image":
         return dict(part)
+    with _OPENING:
+        part["image"].load()
     buffer = io.BytesIO()
     part["image"].convert("RGB").save(buffer, format="PNG", compress_level=1)
     data = base64.b64encode(buffer.getvalue()).decode()

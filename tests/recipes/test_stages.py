@@ -98,7 +98,7 @@ def test_the_pool_starts_once_and_is_handed_weights_only_when_they_change(tmp_pa
 
 
 def test_servers_that_were_there_are_not_trusted_to_serve_the_checkpoint(tmp_path, checkpoints):
-    with pool(tmp_path, [], urls=("http://there",)) as servers:
+    with pool(tmp_path, [], urls=("http://127.0.0.1:1",)) as servers:
         assert servers.serve(checkpoints[0]).loaded == ["one"]
 
 

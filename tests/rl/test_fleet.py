@@ -1,6 +1,8 @@
 """Servers that die, come back, or come back unnoticed: requests move on, old weights are never sampled from."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rl.rollout import client as module
 from rl.rollout.client import Prompt, RolloutClient, RolloutError, Sampling
@@ -106,6 +108,15 @@ def test_probes_of_a_server_that_was_restarted_unnoticed_do_not_count(client, fa
     prompts = [Prompt([{"role": "user", "content": "hello"}], seed=seed) for seed in range(2)]
     assert len(client.ask_each(prompts, Sampling(max_tokens=4))) == 2
     assert len(client.ask_each(prompts, Sampling(max_tokens=4))) == 4  # it is back
+
+
+def test_an_image_that_is_still_to_be_read_goes_to_every_server_at_once(client, fakes, tmp_path):  # noqa: F811
+    noise = np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "picture.png")
+    for seed in range(5):
+        image = Image.open(tmp_path / "picture.png")
+        prompt = Prompt([{"role": "user", "content": [{"type": "image", "image": image}]}], seed=seed)
+        assert len(client.ask_each([prompt] * 2, Sampling(max_tokens=4))) == 4
 
 
 def test_a_server_lost_in_an_update_gets_it_from_the_beginning_when_it_is_back(client, fakes, tmp_path):  # noqa: F811
