@@ -38,6 +38,8 @@ JOIN_S = 600.0
 BEAT_S = 5.0
 SILENCE_S = 60.0
 """A host that was not heard of for so long is lost."""
+SHOWS_S = 30.0
+"""A file that one host wrote is seen by the others by then, whatever the network file system caches."""
 WAKE_S = 0.2
 LARGEST = 2**20
 """Of a message, bytes."""
@@ -337,9 +339,10 @@ def follow(place: Placement, run_dir: Path, facts: Mapping[str, Any], display: D
                 return
     except (EOFError, OSError) as error:
         raise LeaderEnded(f"the leader is gone: its connection ended ({error or 'closed'})") from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ConfigError) as error:
+        text = "posttrain was interrupted there" if isinstance(error, KeyboardInterrupt) else str(error)
         with contextlib.suppress(OSError):
-            link.send({"do": "leave", "text": "posttrain was interrupted there"})
+            link.send({"do": "leave", "text": text})
         raise
     finally:
         if ranks is not None:
@@ -353,10 +356,20 @@ def follower_log(folder: Path, node: int) -> Path:
 
 
 def _start(message: Mapping[str, Any], place: Placement) -> subprocess.Popen:
-    job_file = Path(message["job"])
+    """This host's ranks. Raises ConfigError if the leader's job does not appear here, or they cannot be started."""
+    job_file, deadline = Path(message["job"]), time.monotonic() + SHOWS_S
+    while not job_file.exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{job_file}, which the leader has written, has not appeared here within {SHOWS_S:g} s"
+            )
+        time.sleep(WAKE_S)
     meeting = launch.Rendezvous(place.nodes, place.node, message["address"], message["port"])
     command = launch.command(job_file, message["ranks"], meeting)
-    return launch.start(command, message["threads"], follower_log(job_file.parent, place.node))
+    try:
+        return launch.start(command, message["threads"], follower_log(job_file.parent, place.node))
+    except OSError as error:
+        raise ConfigError(f"cannot start ranks: {error}") from None
 
 
 def _join(place: Placement, run_dir: Path) -> Connection:

@@ -74,7 +74,8 @@ def serve(
     own = {"urls": (), "host": host or recipe.rollout.host, "first_port": port or recipe.rollout.first_port}
     cfg = recipe.rollout.model_copy(update=own)
     display = Display()
-    with Pool(cfg, runs_dir / recipe.name / "logs" / socket.gethostname()) as pool:
+    here = "-".join([socket.gethostname(), *([str(cfg.first_port)] if cfg.first_port else [])])
+    with Pool(cfg, runs_dir / recipe.name / "logs" / here) as pool:
         with display.step("starting"):
             pool.urls(model.resolve())
         urls = [url.replace("//0.0.0.0:", f"//{socket.gethostname()}:") for url in pool.urls(model)]

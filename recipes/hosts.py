@@ -88,9 +88,9 @@ def _check_once_per_host(environment: Mapping[str, str]) -> None:
     if "RANK" in environment and (local > 1 or int(environment.get("LOCAL_RANK", "0")) > 0):
         nodes = max(1, int(environment.get("WORLD_SIZE", "1")) // max(local, 1))
         command = (
-            f"accelerate launch --num_machines {nodes} --num_processes {nodes} ..."
+            f"accelerate launch --num_machines {nodes} --num_processes {nodes} ... --no_python posttrain run ..."
             if any(name.startswith("ACCELERATE_") for name in environment)
-            else f"torchrun --nnodes {nodes} --nproc-per-node 1 ... -m recipes.cli run ..."
+            else f"torchrun --nnodes {nodes} --nproc-per-node 1 ... --no-python posttrain run ..."
         )
         raise ConfigError(
             f"{max(local, 2)} processes were started on this host: start `posttrain run` once per host, it starts the "

@@ -7,6 +7,7 @@ process with an engine.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -133,7 +134,7 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
     def wait() -> list[str]:
         if not servers:
             return [url.rstrip("/") for url in cfg.urls]
-        if not keeper.is_alive():
+        if keeper.ident is None:  # it has not been started
             for server in servers:
                 server.wait_until_healthy()
             keeper.start()
@@ -195,6 +196,8 @@ class Keeper(threading.Thread):
             "rollout server %s ended with code %s: starting it again. See %s", server.url, code, server.log
         )
         self._restarts[server.url] = done + 1
+        with contextlib.suppress(ProcessLookupError):  # engine processes that it left would keep their GPU
+            os.killpg(server.process.pid, signal.SIGKILL)
         server.start()
 
 

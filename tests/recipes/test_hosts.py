@@ -243,6 +243,16 @@ def test_a_host_that_does_not_see_the_leaders_folder_is_told_what_it_needs(tmp_p
     assert "on a file system that all hosts share" in str(error)
 
 
+def test_a_host_on_which_the_leaders_job_does_not_appear_says_so(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(cluster, "SHOWS_S", 0.05)
+    host = Host(tmp_path)
+    with pytest.raises(HostLost, match="has not appeared here"), lead(tmp_path) as leader:  # noqa: PT012
+        leader.start(tmp_path / "stage" / "job.json", 1, 1)
+        leader.wait(None)
+        leader.check()
+    assert isinstance(host.end(), ConfigError)
+
+
 def test_a_host_waits_over_an_earlier_runs_secret_for_its_leader(tmp_path, quick):
     old = {"address": "127.0.0.1", "port": 9, "token": "0"}
     (tmp_path / cluster.TICKET).write_text(json.dumps(old))
