@@ -82,12 +82,11 @@ def run_job(
         if hosts:
             hosts.wait(GRACE_S if code or hosts.failed() else None)
             hosts.check()
-        failures = (
-            [f"its process ended with exit code {code}; last lines of {log}:\n{last_lines(log)}"]
-            if code
-            else []
-        )
-        failures += hosts.failures(folder) if hosts else []
+        failures = hosts.failures(folder) if hosts else []
+        if code:
+            failures.insert(
+                0, f"its process ended with exit code {code}; last lines of {log}:\n{last_lines(log)}"
+            )
     finally:
         if process:
             stop(process)
@@ -119,9 +118,8 @@ def command(job_file: Path, processes: int, meeting: Rendezvous | None = None) -
     if processes == 1 and meeting is None:
         return [*python, "recipes.worker", str(job_file)]
     where = ["--standalone"]
-    if (
-        meeting
-    ):  # static: hosts have the ranks of their numbers, so that rank 0, who talks to servers, is the leader's
+    if meeting:
+        # A static rendezvous: ranks follow the hosts' numbers, so that rank 0, who talks to servers, is the leader's.
         where = [
             *(f"--nnodes={meeting.nodes}", f"--node-rank={meeting.node}"),
             *(f"--master-addr={meeting.address}", f"--master-port={meeting.port}"),

@@ -186,7 +186,9 @@ def test_a_server_that_is_killed_and_replaced_serves_again_with_the_current_weig
         stage = tmp_path / "two" / "chain" / "rlvr.partial"
         place.wait_for('"step": 2', stage / "metrics.jsonl")
         engines = below(servers[0])
-        servers[0].kill()  # and with it, by its tether, what it had started
+        servers[0].kill()
+        for process in engines:  # as when their machine goes
+            process.kill()
         wait_until_gone(engines)
         place.wait_for('"rollout/servers": 1', stage / "metrics.jsonl")
         place.serve(0)
