@@ -11,8 +11,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ BAN = -100.0
 TRIES = 3
 """Of a request for completions, when its connection is lost."""
 RETRY_PAUSE_S = 0.2
+LOOK_S = 5.0
+"""When no request has ended for so long, a look at whether the servers are still there."""
 RETURN_PAUSE_S = 1.0
 """Between two looks at whether a lost server is back, when none is left to ask."""
 CACHES = ("reset_mm_cache", "reset_encoder_cache", "reset_prefix_cache")
@@ -150,8 +152,9 @@ class RolloutClient:
         self._version: str | None = None
         self._files: list[Path] = []
         self._session = requests.Session()
-        self._session.mount("http://", HTTPAdapter(pool_maxsize=concurrency * len(urls)))
-        self._threads = ThreadPoolExecutor(concurrency * len(urls), thread_name_prefix="rollout")
+        self._under_way = concurrency * len(urls)
+        self._session.mount("http://", HTTPAdapter(pool_maxsize=self._under_way))
+        self._threads = self._new_threads()
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -189,21 +192,22 @@ class RolloutClient:
         """
         while True:
             self._muster()
-            asked = {
-                url: [self._threads.submit(self._ask, url, prompt, sampling) for prompt in prompts]
-                for url in self.fleet.serving
+            serving = self.fleet.serving
+            futures = {
+                self._threads.submit(self._ask, url, prompt, sampling): (url, index)
+                for url in serving
+                for index, prompt in enumerate(prompts)
             }
-            found = {}
-            for url, futures in asked.items():
+            given: dict[str, dict[int, Answer]] = {url: {} for url in serving}
+            for future in self._ended({future: [url] for future, (url, _) in futures.items()}):
+                url, index = futures[future]
                 try:
-                    given = [future.result() for future in futures]
+                    given[url][index] = future.result()
                 except ServerLost as error:
                     self.fleet.lose(url, str(error))
-                    continue
-                if self._current(url):
-                    found[url] = given
+            found = [own for url, own in given.items() if len(own) == len(prompts) and self._current(url)]
             if found:
-                return [given[index] for index in range(len(prompts)) for given in found.values()]
+                return [own[index] for index in range(len(prompts)) for own in found]
 
     def load_checkpoint(self, folder: Path) -> None:
         """Make every server serve the weights of a checkpoint folder, which all of them can read."""
@@ -231,13 +235,16 @@ class RolloutClient:
     def ask(self, url: str, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
         """One server's answers, serving or not. Raises ServerLost if it is gone."""
         futures = [self._threads.submit(self._ask, url, prompt, sampling) for prompt in prompts]
+        ended = list(self._ended({future: [url] for future in futures}))
+        if len(ended) < len(futures):
+            raise ServerLost(f"{url}: it is gone, with requests under way")
         return [future.result() for future in futures]
 
     def find_lost(self) -> None:
         """Look at every serving server, and leave out those that are gone."""
         for url in self.fleet.serving:
-            if not self._healthy(url):
-                self.fleet.lose(url, "it does not answer, or says that it is not healthy")
+            if self._gone(url):
+                self.fleet.lose(url, "it takes no connection, or says that it is not healthy")
 
     def reset_caches(self) -> None:
         """Forget everything computed with old weights.
@@ -251,14 +258,17 @@ class RolloutClient:
 
     def on_every_server(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, dict]:
         """POST the same body to every serving server at once; reply per URL. Servers lost meanwhile are left out."""
-        futures = {url: self._threads.submit(self._post, url, path, body or {}) for url in self.fleet.serving}
+        futures = {self._threads.submit(self._post, url, path, body or {}): url for url in self.fleet.serving}
         replies = {}
-        for url, future in futures.items():
+        for future in self._ended({future: [url] for future, url in futures.items()}):
             try:
-                replies[url] = future.result()
+                replies[futures[future]] = future.result()
             except ServerLost as error:
-                self.fleet.lose(url, str(error))
+                self.fleet.lose(futures[future], str(error))
         return replies
+
+    def _new_threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._under_way, thread_name_prefix="rollout")
 
     def _update(self) -> list[tuple[str, dict]]:
         """The requests that bring a server the current weights, caches aside."""
@@ -336,33 +346,75 @@ class RolloutClient:
 
         What is missing afterwards was asked of servers that are lost, the last one included.
         """
-        futures = {
-            i: self._threads.submit(self._ask_one, n, prompts[i], sampling) for n, i in enumerate(prompts)
-        }
+        asked: dict[Future, list[str]] = {}
+        indices: dict[Future, int] = {}
+        for turn, (index, prompt) in enumerate(prompts.items()):
+            whom: list[str] = []
+            future = self._threads.submit(self._ask_one, turn, prompt, sampling, whom)
+            asked[future], indices[future] = whom, index
         found: dict[int, str] = {}
         try:
-            for index, future in futures.items():
-                given = future.result()
-                if given is None:
+            for future in self._ended(asked):
+                answer = future.result()
+                if answer is None:
                     continue
-                found[index], answers[index] = given
+                found[indices[future]], answers[indices[future]] = asked[future][-1], answer
                 if on_answer:
                     on_answer(len(answers))
         finally:
-            for future in futures.values():
+            for future in asked:
                 future.cancel()
         return found
 
-    def _ask_one(self, turn: int, prompt: Prompt, sampling: Sampling) -> tuple[str, Answer] | None:
-        """The answer of the server whose turn it is, or of the next one when that one is lost; None if all are."""
+    def _ended(self, asked: Mapping[Future, list[str]]) -> Iterator[Future]:
+        """Requests as they end, whom each asks given by its last URL; left out are those to servers that are gone.
+
+        A server that is told to stop may close its port and leave requests unanswered, their connections open.
+        """
+        waiting = set(asked)
+        while waiting:
+            done, waiting = wait(waiting, LOOK_S, FIRST_COMPLETED)
+            yield from done
+            if done:
+                continue
+            for url in {asked[future][-1] for future in waiting if asked[future]}:
+                if self._gone(url):
+                    self.fleet.lose(url, "it is gone, with requests under way")
+            lost = [
+                future for future in waiting if asked[future] and asked[future][-1] not in self.fleet.serving
+            ]
+            if lost:
+                self._threads.shutdown(wait=False)  # some of its threads wait for no one
+                self._threads = self._new_threads()
+            for _ in lost:
+                self.fleet.move()
+            waiting = waiting - set(lost) if self.fleet.serving else set()
+
+    def _ask_one(self, turn: int, prompt: Prompt, sampling: Sampling, asked: list[str]) -> Answer | None:
+        """The answer of the server whose turn it is, or of the next one when that one is lost; None if all are.
+
+        Adds each server's URL to `asked` before it asks there.
+        """
         while serving := self.fleet.serving:
             url = serving[turn % len(serving)]
+            asked.append(url)
             try:
-                return url, self._ask(url, prompt, sampling)
+                return self._ask(url, prompt, sampling)
             except ServerLost as error:
                 self.fleet.lose(url, str(error))
                 self.fleet.move()
         return None
+
+    def _gone(self, url: str) -> bool:
+        """Whether the server takes no connection or says that it is not healthy; a busy one may be slow to answer."""
+        import requests
+
+        try:
+            return not requests.get(f"{url}/health", timeout=HEALTH_S).ok
+        except requests.ConnectionError:
+            return True
+        except requests.RequestException:
+            return False
 
     def _healthy(self, url: str) -> bool:
         import requests
@@ -401,7 +453,7 @@ class RolloutClient:
     def _reply(self, url: str, path: str, response: Any) -> dict:
         """The reply's JSON. Raises ServerLost if it is the words of a dying server, RolloutError if it is a refusal."""
         if not response.ok:
-            dying = response.status_code >= 500 and not self._healthy(url)
+            dying = response.status_code >= 500 and self._gone(url)
             kind = ServerLost if dying else RolloutError
             raise kind(f"{url}/{path}: HTTP {response.status_code}: {response.text[:2000]}")
         return response.json() if response.content else {}

@@ -20,6 +20,9 @@ class FakeServer:
         self.hang_ups = 0
         """So many of the next requests are dropped without a reply."""
         self.healthy, self.version = True, "default"
+        self.answering = threading.Event()
+        """While it is not set, requests get no reply and keep their connections."""
+        self.answering.set()
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,6 +36,7 @@ class FakeServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 path = self.path.lstrip("/")
                 fake.requests.append((path, body))
+                fake.answering.wait(30)
                 if fake.hang_ups:
                     fake.hang_ups -= 1
                     return

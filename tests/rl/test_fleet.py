@@ -1,5 +1,7 @@
 """Servers that die, come back, or come back unnoticed: requests move on, old weights are never sampled from."""
 
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -60,6 +62,47 @@ def test_the_requests_of_a_server_that_dies_go_to_the_others(client, fakes, told
     ]
 
 
+@pytest.mark.parametrize("what", ["completions", "probes", "weights"])
+def test_a_server_that_is_gone_but_leaves_its_connections_open_is_not_waited_for(
+    client,
+    fakes,  # noqa: F811
+    monkeypatch,
+    tmp_path,
+    what,
+):
+    monkeypatch.setattr(module, "LOOK_S", 0.05)
+    fakes[0].answering.clear()
+    fakes[0].healthy = False
+    if what == "completions":
+        assert len(ask(client, count=4)) == 4
+    elif what == "probes":
+        prompt = Prompt([{"role": "user", "content": "hello"}], seed=0)
+        assert len(client.ask_each([prompt] * 2, Sampling(max_tokens=4))) == 2
+    else:
+        client.load_checkpoint(tmp_path)
+    assert client.fleet.serving == [fakes[1].url]
+    fakes[0].answering.set()
+
+
+def test_the_only_server_may_leave_every_connection_open_and_be_replaced(fakes, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(module, "LOOK_S", 0.05)
+    left_open = fakes[0].answering
+    left_open.clear()
+    fakes[0].healthy = False
+
+    def replace(seconds):
+        fakes[0].answering = threading.Event()
+        fakes[0].answering.set()
+        fakes[0].replies["v1/chat/completions"] = (200, reply([7]))
+        fakes[0].healthy = True
+
+    monkeypatch.setattr(module.time, "sleep", replace)
+    client = RolloutClient([fakes[0].url], CORE, concurrency=2, patience_s=60, warn=lambda text: None)
+    assert len(ask(client, count=5)) == 5  # more than there are threads
+    client.close()
+    left_open.set()
+
+
 def test_a_server_that_comes_back_gets_the_current_weights_and_empty_caches_before_it_is_asked(client, fakes):  # noqa: F811
     die(fakes[0])
     ask(client)
@@ -111,7 +154,7 @@ def test_probes_of_a_server_that_was_restarted_unnoticed_do_not_count(client, fa
 
 
 def test_an_image_that_is_still_to_be_read_goes_to_every_server_at_once(client, fakes, tmp_path):  # noqa: F811
-    noise = np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "picture.png")
     for seed in range(5):
         image = Image.open(tmp_path / "picture.png")
