@@ -39,6 +39,7 @@ STAGE = {
     "learner": {"processes": 2, "deepspeed": None},
     "parity": {"bound": 1e-3, "sequences": 2, "tokens": 6},
     "self_test_rows": 0,
+    "watch": {"max_repeats": 1.0},
 }
 
 
