@@ -280,7 +280,6 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
         records=records,
         probes=[],
         banned_ids=CoreFacts.of(core).banned_ids,
-        servers=1,
         on_batch=lambda *_: None,
         model=policy,
         processing_class=processor,

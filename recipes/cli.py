@@ -70,6 +70,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="from_", metavar="STAGE", help=f"first stage: {STAGES_HELP}")
     run.add_argument("--until", metavar="STAGE", help="last stage")
     run.add_argument("--force", action="store_true", help="run these stages even if they are unchanged")
+    run.add_argument(
+        "--nnodes", type=_count, help="hosts, on each of which this runs; default: torchrun's or SLURM's"
+    )
+    run.add_argument("--node-rank", type=int, help="number of this host; 0 leads")
+    run.add_argument("--master", metavar="HOST[:PORT]", help="of node 0, as the others reach it")
 
     plan = _command(commands, "plan", _plan, "resolve and check a recipe without training")
     _recipe_options(plan)
@@ -97,6 +102,10 @@ def parser() -> argparse.ArgumentParser:
     server = _command(commands, "rollout-server", _rollout_server, "serve a checkpoint until Ctrl-C")
     server.add_argument("model", type=Path, help="checkpoint folder")
     server.add_argument("--recipe", type=Path, default=Path("recipes/demo"), help="default: %(default)s")
+    server.add_argument("--host", help="address to bind to; 0.0.0.0 for learners on other machines")
+    server.add_argument(
+        "--port", type=_count, help="of the first server, the others' follow; default: free ones"
+    )
     _shared_options(server)
 
     judged = _command(commands, "judge-audit", _judge_audit, "measure a judge against labelled thoughts")
@@ -188,14 +197,17 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from recipes.hosts import placement
     from recipes.runner import run
 
+    place = placement(nodes=options.nnodes, node=options.node_rank, master=options.master)
     run(
         _load(options),
         runs_dir=options.runs_dir,
         from_=options.from_,
         until=options.until,
         force=options.force,
+        place=place,
     )
 
 
@@ -240,7 +252,7 @@ def _report(options: argparse.Namespace) -> None:
 def _rollout_server(options: argparse.Namespace) -> None:
     from recipes.evaluation import serve
 
-    serve(_load(options), options.model, options.runs_dir)
+    serve(_load(options), options.model, options.runs_dir, options.host, options.port)
 
 
 def _judge_audit(options: argparse.Namespace) -> None:

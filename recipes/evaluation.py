@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,42 @@ def evaluate_checkpoint(
     return scores
 
 
-def serve(recipe: Recipe, model: Path, runs_dir: Path = Path("runs")) -> None:
-    """Start the recipe's rollout servers on a checkpoint, print their URLs, keep them until interrupted."""
+def serve(
+    recipe: Recipe,
+    model: Path,
+    runs_dir: Path = Path("runs"),
+    host: str | None = None,
+    port: int | None = None,
+) -> None:
+    """Start the recipe's rollout servers on a checkpoint, print their URLs, keep them until interrupted.
+
+    They are started here even if the recipe names `rollout.urls`. `host` and `port` take the place of its
+    `rollout.host` and `rollout.first_port`. Raises ServerFailed when the servers have ended once too often.
+    """
     _require_checkpoint(model)
+    if recipe.rollout is None:
+        raise ConfigError(f"recipe {recipe.name} has no rollout: it says how servers are started")
+    own = {"urls": (), "host": host or recipe.rollout.host, "first_port": port or recipe.rollout.first_port}
+    cfg = recipe.rollout.model_copy(update=own)
     display = Display()
-    with Pool(recipe.rollout, runs_dir / recipe.name / "logs") as pool:
+    here = "-".join([socket.gethostname(), *([str(cfg.first_port)] if cfg.first_port else [])])
+    with Pool(cfg, runs_dir / recipe.name / "logs" / here) as pool:
         with display.step("starting"):
-            urls = pool.urls(model.resolve())
+            pool.urls(model.resolve())
+        urls = [url.replace("//0.0.0.0:", f"//{socket.gethostname()}:") for url in pool.urls(model)]
         for url in urls:
             display.line(url)
+        if cfg.host == "0.0.0.0":
+            display.line(
+                "Whoever reaches these ports can change the served weights: let none but this cluster reach them."
+            )
         display.line(
             "Ctrl-C stops them. A recipe uses them with --set 'rollout.urls=[" + ", ".join(urls) + "]'"
         )
         with contextlib.suppress(KeyboardInterrupt):
-            signal.pause()
+            while True:
+                time.sleep(1)
+                pool.urls(model)
     display.line("stopped")
 
 

@@ -97,6 +97,8 @@ class Pool:
                 CoreFacts.of(model),
                 concurrency=self.cfg.concurrency,
                 share_gpus=self.cfg.share_gpus,
+                patience_s=self.cfg.startup_timeout_s,
+                max_returns=self.cfg.max_restarts,
             )
             self._stack.callback(self._client.close)
         return self._client

@@ -34,7 +34,6 @@ class RolloutTrainer(SharedPrefixTrainer):
         records: every record that the collector draws from, on every rank.
         probes: the records behind the guard's prompts, on every rank.
         banned_ids: tokens that sampling gives no probability; policy and reference give them none either.
-        servers: servers in the pool.
         share_gpus: the servers have this learner's GPUs: they sleep from a batch's last completion to the next update.
         on_batch: called on rank 0 with a batch's groups, all groups sampled for it, and its metrics.
         **trl: arguments of SharedPrefixTrainer and GRPOTrainer.
@@ -49,7 +48,6 @@ class RolloutTrainer(SharedPrefixTrainer):
         records: Sequence[Record],
         probes: Sequence[Record],
         banned_ids: Sequence[int],
-        servers: int,
         on_batch,
         share_gpus: bool = False,
         **trl: Any,
@@ -62,7 +60,7 @@ class RolloutTrainer(SharedPrefixTrainer):
                 ban_tokens(self.accelerator.unwrap_model(model), banned_ids)
         self.rollouts, self.sync, self.guard, self.probes = rollouts, sync, guard, probes
         self.records = {record["id"]: record for record in records}
-        self.servers, self.on_batch, self.share_gpus = servers, on_batch, share_gpus
+        self.on_batch, self.share_gpus = on_batch, share_gpus
         # TRL's branches for "completions come from vLLM": log-probabilities of the learner's own before the update,
         # and the importance-sampling correction. Its own vLLM client is not built, as it cannot reach CPU servers.
         self.use_vllm = True
@@ -118,7 +116,11 @@ class RolloutTrainer(SharedPrefixTrainer):
             self.rollouts.collector.version += 1
             answers = self.guard.sample(self.rollouts.collector.client)
         answers = _from_rank_0(answers)
-        difference = self.guard.check(answers, self._score_probe, self.servers)
+        servers = len(answers) // max(1, len(self.probes))  # those that serve at the moment
+        difference = self.guard.check(answers, self._score_probe, servers)
+        if self.rollouts and answers:
+            client = self.rollouts.collector.client
+            client.gate = self.guard.gate(client, answers, servers)
         return {"parity/max_logprob_difference": difference, "sync/seconds": pushed_s}
 
     def _make_room(self) -> None:

@@ -1,8 +1,8 @@
 """A rollout server over transformers' `generate`, for machines without vLLM. Same endpoints, far slower.
 
-Speaks the part of vLLM's HTTP interface that `RolloutClient` uses: /health, /v1/chat/completions, weight updates,
-cache resets, sleeping and waking (on a GPU the model moves to the CPU and back). Requests that arrive together and
-ask for the same sampling are generated as one batch.
+Speaks the part of vLLM's HTTP interface that `RolloutClient` uses: /health, /v1/chat/completions, weight updates and
+their version, cache resets, sleeping and waking (on a GPU the model moves to the CPU and back). Requests that arrive
+together and ask for the same sampling are generated as one batch.
 """
 
 from __future__ import annotations
@@ -186,10 +186,15 @@ class Handler(BaseHTTPRequestHandler):
     """Routes of the server; `engine` is set by `main`."""
 
     engine: Engine
+    weight_version = "default"
+    """Of the weights that were loaded last, as whoever loaded them calls it; also vLLM's first one."""
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._reply(200 if self.path == "/health" else 404, {})
+        if self.path == "/weight_info":
+            self._reply(200, {"weight_version": Handler.weight_version})
+        else:
+            self._reply(200 if self.path == "/health" else 404, {})
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -205,6 +210,8 @@ class Handler(BaseHTTPRequestHandler):
             "/sleep": "sleep",
             "/wake_up": "wake_up",
         }
+        if path == "/finish_weight_update":
+            Handler.weight_version = body.get("weight_version") or Handler.weight_version
         no_ops = ("/start_weight_update", "/finish_weight_update")
         caches = ("/reset_mm_cache", "/reset_encoder_cache", "/reset_prefix_cache")
         if path in no_ops or path in caches:  # nothing is cached between requests here

@@ -1,6 +1,7 @@
 """The runner: what runs, what is skipped, and what a crash leaves behind."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ import pytest
 from core.artifacts import Manifest, read_json
 from core.strict import ConfigError
 from recipes import runner
-from recipes.launch import StageFailed, command, environment, last_lines, run_job
+from recipes.launch import Rendezvous, StageFailed, command, environment, last_lines, run_job
 from recipes.pool import Pool
 from rl.rollout.client import RolloutError
 
@@ -270,7 +271,19 @@ def test_an_interrupt_stops_the_child_and_what_it_started(tmp_path, monkeypatch)
 def test_several_processes_run_under_torchrun_and_none_searches_the_working_directory(tmp_path):
     one, two = command(tmp_path / "job.json", 1), command(tmp_path / "job.json", 2)
     assert one[:5] == [sys.executable, "-P", "-m", "recipes.worker", str(tmp_path / "job.json")]
-    assert two[3:6] == ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert two[1:5] == ["-P", "-m", "rl.rollout.tethered", str(os.getpid())]
+    assert two[5:11] == [*one[:3], "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    several = command(tmp_path / "job.json", 1, Rendezvous(2, 1, "10.0.0.7", 4321))
+    assert several[8:14] == [
+        "torch.distributed.run",
+        *(
+            "--nnodes=2",
+            "--node-rank=1",
+            "--master-addr=10.0.0.7",
+            "--master-port=4321",
+            "--nproc-per-node=1",
+        ),
+    ]
     env = environment(threads=3)
     assert (env["OMP_NUM_THREADS"], env["PYTHONSAFEPATH"]) == ("3", "1")
 
