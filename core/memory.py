@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ LIVE = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: weights that ZeRO-3 holds whole at a time, in elements."""
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 """The tile of logits that TRL's fused output layer computes at a time: the whole matrix never exists."""
-HEAD_COPIES = {"cpu": 6, "gpu": 0}
+HEAD_COPIES = {"cpu": 7, "gpu": 0}
 """float32 copies of that tile that its backward pass makes: torch's operations on a CPU, one Triton kernel on a GPU."""
 FP32, BF16 = 4, 2
 
@@ -175,7 +175,9 @@ class Memory:
     """Master weights and AdamW's moments."""
     gradients: int
     activations: int
-    """What the forward pass keeps for the backward pass, with what one recomputed layer takes for a moment."""
+    """What the forward pass keeps for the backward pass."""
+    recomputed: int
+    """What one layer takes while it is computed again; 0 without gradient checkpointing."""
     head: int
     """The output layer's tile of logits and its gradient in float32."""
     buffers: int
@@ -185,8 +187,10 @@ class Memory:
     accumulates: bool
     host: int
     """Offloaded states, gradients included."""
-    copies: int = field(default=0)
-    """Gradients that exist twice for a moment at the end of the backward pass: a tied embedding's."""
+    head_gradient: int
+    """Of the output layer's weight, from the beginning of the backward pass on."""
+    tied: bool
+    """Whether the embedding's gradient joins it at the end: both, and for a moment their sum."""
 
     @property
     def resident(self) -> int:
@@ -197,8 +201,11 @@ class Memory:
     def peak(self) -> int:
         """The most at any time: at the turn from forward to backward, at the end of backward, or in the step."""
         waiting = self.gradients if self.accumulates else 0
-        turn = waiting + self.activations + self.head + self.buffers
-        end = self.gradients + self.copies + self.buffers
+        # The output layer's backward pass is over when the last layer is computed again; its gradient stays.
+        turn = (
+            waiting + self.activations + max(self.head, self.recomputed + self.head_gradient) + self.buffers
+        )
+        end = self.gradients + (2 * self.head_gradient if self.tied else 0) + self.buffers
         return self.resident + max(turn, end, self.gradients + self.step)
 
 
@@ -236,14 +243,15 @@ def estimate(
         total_held = total
     widths = _widths(learner)
     states = _states(learner, total_held, trained, widths, gpu, work, shape)
-    tied = shape.tied and "language_model" in moving and not lora
-    kept = _activations(shape, learner, work, moving, widths)
+    headed = "language_model" in moving and not lora
+    kept, recomputed = _activations(shape, learner, work, moving, widths)
     return Memory(
         activations=kept,
-        head=_head(shape, work, widths, gpu, weight="language_model" in moving and not lora),
+        recomputed=recomputed,
+        head=_head(shape, work, widths, gpu, weight=headed),
+        head_gradient=shape.embedding * widths.weight if headed else 0,
+        tied=shape.tied,
         accumulates=work.accumulates,
-        # The output layer's gradient, the embedding's, and their sum.
-        copies=2 * shape.embedding * widths.weight if tied else 0,
         **states,
     )
 
@@ -343,8 +351,8 @@ def _largest(shape: CoreShape) -> int:
 
 def _activations(
     shape: CoreShape, learner: LearnerConfig, work: Work, moving: set[Module], widths: _Widths
-) -> int:
-    """Bytes that the forward pass keeps."""
+) -> tuple[int, int]:
+    """Bytes that the forward pass keeps, and those of a layer that is computed again."""
     text_layer = _text_layer(
         shape, learner, work, widths, full="language_model" in moving and not learner.lora
     )
@@ -358,18 +366,21 @@ def _activations(
     stream = work.tokens * shape.hidden * widths.stream
     last = work.tokens * shape.hidden * (FP32 + widths.stream) + stream
     if not learner.gradient_checkpointing:
-        return shape.layers * text_layer + shape.vision_layers * vision_layer + between + last
+        return shape.layers * text_layer + shape.vision_layers * vision_layer + between + last, 0
     inputs = shape.layers * stream
     inputs += shape.vision_layers * patches * shape.vision_hidden * widths.stream if sees else 0
     # One layer is computed again at a time; its gradients are made while its activations are there.
-    again = max(text_layer + _in_flight(shape, work, widths), vision_layer)
-    return inputs + between + last + again
+    wide = shape.experts_per_token * shape.expert_mlp if shape.experts else shape.mlp
+    again = text_layer + _in_flight(work.tokens, wide, shape.hidden, widths)
+    if sees:
+        seen = vision_layer + _in_flight(patches, shape.vision_mlp, shape.vision_hidden, widths)
+        again = max(again, seen)
+    return inputs + between + last, again
 
 
-def _in_flight(shape: CoreShape, work: Work, widths: _Widths) -> int:
+def _in_flight(positions: int, wide: int, hidden: int, widths: _Widths) -> int:
     """Gradients of a layer's activations that exist together while it is walked back."""
-    wide = shape.mlp if not shape.experts else shape.experts_per_token * shape.expert_mlp
-    return work.tokens * widths.compute * 2 * wide + work.tokens * shape.hidden * 2 * widths.stream
+    return positions * 2 * (widths.compute * wide + widths.stream * hidden)
 
 
 def _norm(width: int, widths: _Widths, full: bool) -> int:

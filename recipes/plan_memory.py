@@ -141,12 +141,22 @@ class StageFit:
         where = f" ({one.name})" if one.name and len(self.passes) > 1 else ""
         other = "with" if not self.learner.gradient_checkpointing else "without"
         room = f" of {self.machine.gpu_gib:g}" if self.machine.gpu_gib is not None else ""
+        parts = {
+            "weights": memory.weights,
+            "optimizer": memory.optimizer,
+            "gradients": memory.gradients,
+            f"activations ({gib(one.plain.activations + one.plain.recomputed)} {other} checkpointing)": (
+                memory.activations + memory.recomputed
+            ),
+            "output layer": memory.head,
+            "buffers": memory.buffers,
+            "optimizer step": memory.step,
+            **({"the rest": self.besides} if self.gpu else {}),
+        }
         lines = [
             f"largest pass{where}: {one.work.tokens:,} tokens, {one.work.tiles} tiles; {unit} memory of a rank "
-            f"{gib(self.needed)}{room} GiB: weights {gib(memory.weights)}, optimizer {gib(memory.optimizer)}, "
-            f"gradients {gib(memory.gradients)}, activations {gib(memory.activations)} ({gib(one.plain.activations)} "
-            f"{other} checkpointing), output layer {gib(memory.head)}, buffers {gib(memory.buffers)}, "
-            f"optimizer step {gib(memory.step)}" + (f", the rest {gib(self.besides)}" if self.gpu else "")
+            f"{gib(self.needed)}{room} GiB at its peak: "
+            + ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
         ]
         if self.gpu:
             lines.append(f"GPUs: {self.placement()}")
