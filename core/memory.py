@@ -1,8 +1,7 @@
 """How much memory a rank needs to train a core: arithmetic over shapes, without torch.
 
 What transformers, TRL and DeepSpeed keep is counted tensor by tensor from their source, for the versions that this
-project pins; tests/core/test_memory.py holds it against measured peaks. Legend: N tokens of a pass, P patches, H
-hidden size, Q and K query and key widths, M the feed-forward width, V vocabulary.
+project pins; tests/core/test_memory.py holds it against what autograd keeps and against measured peaks.
 """
 
 from __future__ import annotations
