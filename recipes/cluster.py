@@ -191,12 +191,14 @@ class Cluster:
 
     def failures(self, folder: Path) -> list[str]:
         """Per host whose ranks have failed, its name, their exit code and the end of their log."""
-        return [
-            f"on {follower}: exit code {follower.code}; last lines of {follower_log(folder, follower.node)}:\n"
-            + launch.last_lines(follower_log(folder, follower.node))
-            for follower in self.followers.values()
-            if follower.code
-        ]
+        texts = []
+        for follower in self.followers.values():
+            if not follower.code:
+                continue
+            log = follower_log(folder, follower.node)
+            end = launch.last_lines(log) if log.exists() else "(not to be seen here yet)"
+            texts.append(f"on {follower}: exit code {follower.code}; last lines of {log}:\n{end}")
+        return texts
 
     def _wait_for_all(self) -> None:
         others = set(range(1, self.nodes))
