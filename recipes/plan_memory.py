@@ -77,9 +77,7 @@ class StageFit:
         )
 
     def _rl_pass(self, config: RLConfig) -> Pass:
-        assert self.recipe.rollout
-        completion = config.rollout.max_completion_tokens
-        prompt = max(1, self.recipe.rollout.max_model_tokens - completion)
+        completion, prompt = config.rollout.max_completion_tokens, self._longest_prompt
         row = prompt + completion
         budget = config.learner.token_budget
         if config.learner.prefix == "shared":
@@ -108,6 +106,13 @@ class StageFit:
             )
             knob = f"{self.name}.optim.micro_batch_size"
         return self._pass("", work, self.learner.freeze, knob)
+
+    @property
+    def _longest_prompt(self) -> int:
+        """Tokens of an RL stage's longest prompt."""
+        assert isinstance(self.config, RLConfig)
+        assert self.recipe.rollout
+        return max(1, self.recipe.rollout.max_model_tokens - self.config.rollout.max_completion_tokens)
 
     def _tiles(self, tokens: int) -> int:
         return int(tokens * self.recipe.hardware.image_share) // self.shape.tile_tokens
@@ -141,22 +146,21 @@ class StageFit:
         where = f" ({one.name})" if one.name and len(self.passes) > 1 else ""
         other = "with" if not self.learner.gradient_checkpointing else "without"
         room = f" of {self.machine.gpu_gib:g}" if self.machine.gpu_gib is not None else ""
+        turned = gib(one.plain.activations + one.plain.recomputed)
         parts = {
-            "weights": memory.weights,
-            "optimizer": memory.optimizer,
-            "gradients": memory.gradients,
-            f"activations ({gib(one.plain.activations + one.plain.recomputed)} {other} checkpointing)": (
-                memory.activations + memory.recomputed
-            ),
-            "output layer": memory.head,
-            "buffers": memory.buffers,
-            "optimizer step": memory.step,
-            **({"the rest": self.besides} if self.gpu else {}),
+            "weights": gib(memory.weights),
+            "optimizer": gib(memory.optimizer),
+            "gradients": gib(memory.gradients),
+            "activations": f"{gib(memory.activations + memory.recomputed)} ({turned} {other} checkpointing)",
+            "output layer": gib(memory.head),
+            "buffers": gib(memory.buffers),
+            "optimizer step": gib(memory.step),
+            **({"the rest": gib(self.besides)} if self.gpu else {}),
         }
         lines = [
             f"largest pass{where}: {one.work.tokens:,} tokens, {one.work.tiles} tiles; {unit} memory of a rank "
             f"{gib(self.needed)}{room} GiB at its peak: "
-            + ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+            + ", ".join(f"{name} {size}" for name, size in parts.items())
         ]
         if self.gpu:
             lines.append(f"GPUs: {self.placement()}")
@@ -294,7 +298,15 @@ class StageFit:
         if not learner.gradient_checkpointing and one.plain.peak + self.besides <= room:
             return f"set {self.name}.learner.gradient_checkpointing=true ({gib(one.plain.peak + self.besides)} GiB)"
         tried = learner.model_copy(update={"gradient_checkpointing": True})
-        smaller, key = one.work, one.knob
+        smaller = one.work
+        row, longest = (
+            (self.config.max_tokens, f"{self.name}.max_tokens")
+            if isinstance(self.config, SFTStage)
+            else (
+                self._longest_prompt + self.config.rollout.max_completion_tokens,
+                "rollout.max_model_tokens",
+            )
+        )
         while smaller.tokens > 2048:
             smaller = replace(
                 smaller,
@@ -306,6 +318,9 @@ class StageFit:
             peak = self._peak(tried, smaller)
             if peak <= room:
                 also = "" if learner.gradient_checkpointing else " and learner.gradient_checkpointing=true"
+                key = (
+                    one.knob if smaller.tokens >= row or one.knob == longest else f"{one.knob} and {longest}"
+                )
                 return f"lower {key}: {smaller.tokens} tokens a pass{also} take {gib(peak)} GiB"
         for change, words in (
             ({"processes": learner.processes * 2}, f"{self.name}.learner.processes={learner.processes * 2}"),

@@ -125,6 +125,14 @@ def test_another_gpu_is_asked_about_on_the_command_line():
         taken("sailvl2_2b", gpu_gib=24).check()
 
 
+def test_a_remedy_below_a_rows_length_names_the_length_as_well():
+    problems = taken("sailvl2_2b", gpu_gib=24).problems
+    assert (
+        "lower longcot_sft.packing.micro_batch_tokens and longcot_sft.max_tokens: 10240 tokens" in problems[1]
+    )
+    assert "lower rlvr.learner.token_budget and rollout.max_model_tokens: 10240 tokens" in problems[2]
+
+
 def test_this_machines_gpus_come_before_the_recipes(monkeypatch):
     monkeypatch.setattr(machine, "_gpus_here", lambda: [39.5] * 8)
     found = taken("sailvl2_2b")
