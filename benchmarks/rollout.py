@@ -204,12 +204,13 @@ def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float
     """Median seconds from the learner's weights to servers that serve them, all caches forgotten."""
     from core.learner import LearnerConfig, load_model
     from rl.rollout.client import CoreFacts, RolloutClient
-    from rl.rollout.weights import SharedMemorySync
+    from rl.rollout.weights import FileSync, weights_folder
 
-    client = RolloutClient(urls, CoreFacts.of(core))
     learner = LearnerConfig.model_validate(learner_settings())
-    sync, model = SharedMemorySync(client), load_model(core, learner)
-    seconds = alternate({"push": lambda repetition: sync.push(model)}, repetitions)
+    client, model = RolloutClient(urls, CoreFacts.of(core)), load_model(core, learner)
+    with weights_folder(None) as folder:
+        sync = FileSync(client, folder)
+        seconds = alternate({"push": lambda repetition: sync.push(model)}, repetitions)
     client.close()
     return seconds["push"]
 

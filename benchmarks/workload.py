@@ -103,17 +103,20 @@ def train_rl(job: Mapping[str, Any]) -> None:
     from rl.config import RLConfig
 
     keep_engine_out()
+    from rl.rollout.weights import weights_folder
     from rl.train import train
 
-    train(
-        parse(RLConfig, job["stage"], "benchmark"),
-        model=Path(job["model"]),
-        out=Path(job["out"]),
-        seed=0,
-        sets={"rl": Path(job["data"])},
-        pool=PoolConfig.model_validate_json(job["pool"]),
-        urls=job["urls"],
-    )
+    with weights_folder(None) as weights:
+        train(
+            parse(RLConfig, job["stage"], "benchmark"),
+            model=Path(job["model"]),
+            out=Path(job["out"]),
+            seed=0,
+            sets={"rl": Path(job["data"])},
+            pool=PoolConfig.model_validate_json(job["pool"]),
+            urls=job["urls"],
+            weights=weights,
+        )
 
 
 def child(module: str, option: str, job: Mapping[str, Any]) -> list[str]:

@@ -6,12 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 
-DEFAULT_VISION = {
-    "model_type": "aimv2_vision_model",
-    **{"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 12},
-    **{"image_size": 448, "patch_size": 14, "rms_norm_eps": 1e-5, "use_head": False},
-}
-"""SAIL-ViT-Huge. Source: the released `vision_config` (hidden 1536, 24 blocks, 12 heads, SwiGLU 4096)."""
+from core.sizes import DEFAULT_VISION
 
 BLOCK = 2
 """Patches per side of the block that becomes one image token of an any-resolution core."""

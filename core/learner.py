@@ -83,6 +83,8 @@ class DeepSpeedConfig(Strict):
     """What is split over the ranks: 1 optimizer states, 2 also gradients, 3 also weights; 0 nothing."""
     offload: Literal["none", "cpu"] = "none"
     """Where optimizer states (and at stage 3 the weights) live."""
+    bucket_elements: int = Field(default=500_000_000, ge=1)
+    """Gradients that travel together; two buckets of them lie on every GPU. Fewer save memory and cost speed."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> DeepSpeedConfig:
@@ -94,7 +96,8 @@ class DeepSpeedConfig(Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """The DeepSpeed JSON; "auto" values are filled in by transformers from the training arguments."""
-        zero: dict[str, Any] = {"stage": self.zero_stage}
+        buckets = {"reduce_bucket_size": self.bucket_elements, "allgather_bucket_size": self.bucket_elements}
+        zero: dict[str, Any] = {"stage": self.zero_stage, **buckets}
         if self.zero_stage >= 2:
             zero |= {"overlap_comm": True, "contiguous_gradients": True}
         if self.offload == "cpu":
@@ -133,7 +136,7 @@ class LearnerConfig(Strict):
     """The machine side of training: ranks, precision, memory, and which weights move."""
 
     processes: int = Field(default=1, ge=1)
-    """Ranks; above 1 the stage runs under torchrun."""
+    """Ranks, of all hosts together; above 1 the stage runs under torchrun."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of each rank."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -184,8 +187,8 @@ def load_model(path: Path, cfg: LearnerConfig) -> Any:
     """The native core at `path`, ready to train on the CPU or a GPU of this process.
 
     Plain PyTorch keeps float32 weights whatever `dtype` says and computes in bfloat16 under autocast: updates
-    of 1e-6 vanish in bfloat16 weights. DeepSpeed keeps float32 masters itself, so there the weights take
-    `dtype`.
+    of 1e-6 vanish in bfloat16 weights. DeepSpeed keeps float32 masters itself, and under LoRA these weights do not
+    move (peft's adapters are float32), so there they take `dtype`.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -196,7 +199,7 @@ def load_model(path: Path, cfg: LearnerConfig) -> Any:
     core.register()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(cfg.threads)
-    half = cfg.dtype == "bfloat16" and cfg.deepspeed is not None
+    half = cfg.dtype == "bfloat16" and (cfg.deepspeed is not None or cfg.lora is not None)
     return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16 if half else torch.float32)
 
 

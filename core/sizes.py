@@ -40,6 +40,12 @@ SMALL = {
 }
 """`tiny` is the demo's architecture; `mid` has 18M parameters and real tiles: 448 px, 256 tokens each."""
 
+DEFAULT_VISION = {
+    "model_type": "aimv2_vision_model",
+    **{"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 12},
+    **{"image_size": 448, "patch_size": 14, "rms_norm_eps": 1e-5, "use_head": False},
+}
+"""SAIL-ViT-Huge. Source: the released `vision_config` (hidden 1536, 24 blocks, 12 heads, SwiGLU 4096)."""
 _QWEN3 = {
     **{"model_type": "qwen3", "vocab_size": RELEASED_VOCABULARY, "head_dim": 128, "rms_norm_eps": 1e-6},
     **{"num_key_value_heads": 8, "max_position_embeddings": 40960},
@@ -78,7 +84,7 @@ class Blueprint:
 
 def core_config(size: str) -> SailVL2Config:
     """The configuration of one of the real sizes: SAIL-ViT-Huge and a Qwen3. Raises ConfigError for another name."""
-    from core.configuration import DEFAULT_VISION, SailVL2Config
+    from core.configuration import SailVL2Config
 
     if size not in TEXT:
         raise ConfigError(f"size {size!r}: {nearest(size, TEXT)}")

@@ -75,10 +75,21 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="from_", metavar="STAGE", help=f"first stage: {STAGES_HELP}")
     run.add_argument("--until", metavar="STAGE", help="last stage")
     run.add_argument("--force", action="store_true", help="run these stages even if they are unchanged")
+    run.add_argument(
+        "--nnodes", type=_count, help="hosts, on each of which this runs; default: torchrun's or SLURM's"
+    )
+    run.add_argument("--node-rank", type=int, help="number of this host; 0 leads")
+    run.add_argument("--master", metavar="HOST[:PORT]", help="of node 0, as the others reach it")
 
     plan = _command(commands, "plan", _plan, "resolve and check a recipe without training")
     _recipe_options(plan)
     plan.add_argument("--json", action="store_true", help="for programs: the plan and the resolved recipe")
+    plan.add_argument(
+        "--gpu-gib",
+        type=float,
+        metavar="GIB",
+        help="memory of one GPU; default: this machine's, else the recipe's hardware.gpu_gib",
+    )
 
     evaluate = _command(commands, "eval", _eval, "score a checkpoint folder on a recipe's held-out set")
     evaluate.add_argument("model", type=Path, help="checkpoint folder")
@@ -99,6 +110,10 @@ def parser() -> argparse.ArgumentParser:
         "--adapter", type=Path, help="a LoRA adapter of it, served as the model `adapter` beside it"
     )
     server.add_argument("--recipe", type=Path, default=Path("recipes/demo"), help="default: %(default)s")
+    server.add_argument("--host", help="address to bind to; 0.0.0.0 for learners on other machines")
+    server.add_argument(
+        "--port", type=_count, help="of the first server, the others' follow; default: free ones"
+    )
     _shared_options(server)
 
     judged = _command(commands, "judge-audit", _judge_audit, "measure a judge against labelled thoughts")
@@ -192,14 +207,17 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from recipes.hosts import placement
     from recipes.runner import run
 
+    place = placement(nodes=options.nnodes, node=options.node_rank, master=options.master)
     run(
         _load(options),
         runs_dir=options.runs_dir,
         from_=options.from_,
         until=options.until,
         force=options.force,
+        place=place,
     )
 
 
@@ -207,13 +225,16 @@ def _plan(options: argparse.Namespace) -> None:
     import json
 
     from recipes import plan
+    from recipes.plan_resources import resources as resources_of
 
     recipe = _load(options)
-    plans = plan.plan(recipe, options.runs_dir)
+    resources = resources_of(recipe, options.runs_dir, options.gpu_gib)
+    plans = plan.plan(recipe, options.runs_dir, resources=resources)
     if options.json:
-        print(json.dumps(plan.as_json(recipe, plans), indent=2))
+        print(json.dumps(plan.as_json(recipe, plans, resources), indent=2))
     else:
-        print(plan.text(recipe, plans, options.runs_dir))
+        print(plan.text(recipe, plans, options.runs_dir, resources))
+    resources.check()
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -241,7 +262,9 @@ def _report(options: argparse.Namespace) -> None:
 def _rollout_server(options: argparse.Namespace) -> None:
     from recipes.evaluation import serve
 
-    serve(_load(options), options.model, options.runs_dir, options.adapter)
+    serve(
+        _load(options), options.model, options.runs_dir, options.host, options.port, adapter=options.adapter
+    )
 
 
 def _judge_audit(options: argparse.Namespace) -> None:

@@ -46,6 +46,8 @@ class CoreConfig(Strict):
     """A checkpoint folder; relative to the working directory."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of the build."""
+    size: Literal["2b", "8b", "a3b"] | None = None
+    """What `plan` takes the core for while its folder is not there: SAIL-VL2-2B, -8B or -A3B."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> CoreConfig:
@@ -98,6 +100,21 @@ class WandbConfig(Strict):
     """Completions with images and verdicts in each stage's table, at most."""
 
 
+class HardwareConfig(Strict):
+    """The machines that a recipe is written for. `plan` holds the recipe against them where it finds no GPU."""
+
+    gpu_gib: float | None = Field(default=None, gt=0)
+    """Memory of one GPU; None: the recipe trains on CPUs."""
+    gpus_per_node: int | None = Field(default=None, ge=1)
+    nodes: int = Field(default=1, ge=1)
+    host_gib: float | None = Field(default=None, gt=0)
+    """Memory of a node, for offloaded optimizer states; None: not looked at."""
+    disk_gib: float | None = Field(default=None, gt=0)
+    """Room for the run's folder; None: not looked at."""
+    image_share: float = Field(default=0.75, ge=0, le=1)
+    """Share of image tokens in the passes with most of them: the tower works for those alone."""
+
+
 class SFTStage(SFTConfig):
     """An SFT stage that may first make data with the policy it starts from (think-fusion's harvest)."""
 
@@ -119,6 +136,7 @@ class Recipe(Strict):
     eval: EvalConfig | None = None
     """Held-out evaluation after each stage; null leaves it out."""
     wandb: WandbConfig = WandbConfig()
+    hardware: HardwareConfig = HardwareConfig()
     core: CoreConfig
     basic_sft: SFTStage | None = None
     soup: SoupConfig | None = None
@@ -132,6 +150,17 @@ class Recipe(Strict):
         needs = [name for name in ("eval", "rlvr", "mixed_rl") if getattr(self, name) is not None]
         if self.rollout is None and needs:
             raise ValueError(f"rollout is missing: {', '.join(needs)} need rollout workers")
+        return self
+
+    @model_validator(mode="after")
+    def _turns_do_not_overlap(self) -> Recipe:
+        for name in ("rlvr", "mixed_rl"):
+            stage = getattr(self, name)
+            if self.rollout and self.rollout.share_gpus and stage and stage.rollout.overlap:
+                raise ValueError(
+                    f"{name}.rollout.overlap with rollout.share_gpus: the servers sleep while the learner trains, so "
+                    "nothing can be sampled meanwhile; turn one of the two off"
+                )
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,40 +61,60 @@ def evaluate_checkpoint(
     return scores
 
 
-def serve(recipe: Recipe, model: Path, runs_dir: Path = Path("runs"), adapter: Path | None = None) -> None:
+def serve(
+    recipe: Recipe,
+    model: Path,
+    runs_dir: Path = Path("runs"),
+    host: str | None = None,
+    port: int | None = None,
+    adapter: Path | None = None,
+) -> None:
     """Start the recipe's rollout servers on a checkpoint, print their URLs, keep them until interrupted.
 
-    With a LoRA `adapter` the servers have a second model by the name `adapter`: the checkpoint with it applied.
+    They are started here even if the recipe names `rollout.urls`. `host` and `port` take the place of its
+    `rollout.host` and `rollout.first_port`. With a LoRA `adapter` the servers have a second model by the name
+    `adapter`: the checkpoint with it applied. Raises ServerFailed when the servers have ended once too often.
     """
     _require_checkpoint(model)
+    if recipe.rollout is None:
+        raise ConfigError(f"recipe {recipe.name} has no rollout: it says how servers are started")
+    own = {"urls": (), "host": host or recipe.rollout.host, "first_port": port or recipe.rollout.first_port}
+    cfg = recipe.rollout.model_copy(update=own)
     display = Display()
-    cfg = recipe.rollout if adapter is None else with_adapter(recipe.rollout, model, adapter)
-    with Pool(cfg, runs_dir / recipe.name / "logs") as pool:
+    if adapter is not None:
+        cfg = with_adapter(cfg, model, adapter)
+    here = "-".join([socket.gethostname(), *([str(cfg.first_port)] if cfg.first_port else [])])
+    with Pool(cfg, runs_dir / recipe.name / "logs" / here) as pool:
         with display.step("starting"):
-            urls = pool.urls(model.resolve())
+            pool.urls(model.resolve())
+        urls = [url.replace("//0.0.0.0:", f"//{socket.gethostname()}:") for url in pool.urls(model)]
         for url in urls:
             display.line(url)
         if adapter is not None:
             display.line(
                 f"models: {MODEL_NAME} is the checkpoint alone, {ADAPTER_NAME} has {adapter} applied"
             )
+        if cfg.host == "0.0.0.0":
+            display.line(
+                "Whoever reaches these ports can change the served weights: let none but this cluster reach them."
+            )
         display.line(
             "Ctrl-C stops them. A recipe uses them with --set 'rollout.urls=[" + ", ".join(urls) + "]'"
         )
         with contextlib.suppress(KeyboardInterrupt):
-            signal.pause()
+            while True:
+                time.sleep(1)
+                pool.urls(model)
     display.line("stopped")
 
 
-def with_adapter(cfg: PoolConfig | None, model: Path, adapter: Path) -> PoolConfig | None:
+def with_adapter(cfg: PoolConfig, model: Path, adapter: Path) -> PoolConfig:
     """The pool's configuration with a LoRA adapter of `model` served beside it.
 
     Raises ConfigError where no vLLM server is started, core.adapters.AdapterError for what vLLM cannot serve.
     """
     from core.adapters import MERGE, check_servable, vllm_arguments
 
-    if cfg is None:
-        return None  # the pool says what is missing
     if cfg.urls or cfg.engine != "vllm":
         why = "rollout.urls names servers that run already" if cfg.urls else f"rollout.engine={cfg.engine}"
         raise ConfigError(

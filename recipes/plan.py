@@ -1,4 +1,7 @@
-"""What a recipe would do, resolved and checked without a model: stages, data, batch sizes, rewards."""
+"""What a recipe would do, resolved and checked without a model: stages, data, batch sizes, rewards.
+
+Where it would run, and whether it fits, is in recipes/plan_resources.py.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from core.records import DataSource
 from core.strict import ConfigError, Strict
 from recipes.config import STAGE_NAMES, Recipe, SFTStage, made_between, sources
 from recipes.inputs import code_file, is_hub_id, locate_sets
+from recipes.plan_resources import Resources
 from recipes.stages import STAGES, Stage
 from rl.config import RewardTerm, RLConfig
 from sft.config import Phase, SoupConfig
@@ -31,7 +35,12 @@ class StagePlan:
     """What it does, in lines: batches, updates, rewards, learner."""
 
 
-def plan(recipe: Recipe, runs_dir: Path = Path("runs"), stages: Sequence[Stage] = STAGES) -> list[StagePlan]:
+def plan(
+    recipe: Recipe,
+    runs_dir: Path = Path("runs"),
+    stages: Sequence[Stage] = STAGES,
+    resources: Resources | None = None,
+) -> list[StagePlan]:
     """The recipe's stages, resolved. Raises ConfigError for import strings and rewards that do not exist."""
     check_names(recipe)
     states = _Sets(recipe, (runs_dir / recipe.name).resolve())
@@ -42,12 +51,18 @@ def plan(recipe: Recipe, runs_dir: Path = Path("runs"), stages: Sequence[Stage] 
             continue
         parent = plans[-1].name if plans else None
         named = {source.set: states.state(source.set) for _, source in sources(config)}
-        details = tuple(_details(stage, config, recipe, states))
-        plans.append(StagePlan(stage.name, stage.title, parent, named, details))
+        details = [*_details(stage, config, recipe, states)]
+        details += resources.lines(stage.name) if resources else []
+        plans.append(StagePlan(stage.name, stage.title, parent, named, tuple(details)))
     return plans
 
 
-def text(recipe: Recipe, plans: Sequence[StagePlan], runs_dir: Path = Path("runs")) -> str:
+def text(
+    recipe: Recipe,
+    plans: Sequence[StagePlan],
+    runs_dir: Path = Path("runs"),
+    resources: Resources | None = None,
+) -> str:
     """The plan for a reader."""
     lines = [f"{recipe.name} (seed {recipe.seed}) -> {runs_dir / recipe.name}"]
     lines += [recipe.about] if recipe.about else []
@@ -61,12 +76,14 @@ def text(recipe: Recipe, plans: Sequence[StagePlan], runs_dir: Path = Path("runs
         lines.append("\nafter each stage: " + _evaluation(recipe))
     if recipe.rollout:
         lines.append(f"rollout: {_pool(recipe)}")
+    lines += resources.summary() if resources else []
     return "\n".join(lines)
 
 
-def as_json(recipe: Recipe, plans: Sequence[StagePlan]) -> dict[str, Any]:
+def as_json(recipe: Recipe, plans: Sequence[StagePlan], resources: Resources | None = None) -> dict[str, Any]:
     """The plan and the resolved recipe, for a program."""
     return {
+        **({"resources": resources.to_dict()} if resources else {}),
         "name": recipe.name,
         "seed": recipe.seed,
         "stages": [asdict(one) for one in plans],
@@ -167,10 +184,17 @@ def _details(stage: Stage, config: Strict, recipe: Recipe, states: _Sets) -> lis
         return [
             *_prepared(config),
             *(_phase(phase, states) for phase in config.phases),
+            _packs(config),
             _learner(config.learner),
         ]
     if isinstance(config, RLConfig):
-        return [*_prepared(config), *_rl(config), _learner(config.learner)]
+        return [
+            *_prepared(config),
+            *_rl(config),
+            _prefix(config),
+            *_watched(config),
+            _learner(config.learner),
+        ]
     if isinstance(config, SoupConfig) and recipe.basic_sft:
         last = recipe.basic_sft.phases[-1].name
         rates = ", ".join(f"{variant.learning_rate or 'same'}" for variant in config.variants)
@@ -222,9 +246,45 @@ def _rl(config: RLConfig) -> list[str]:
         f"dynamic sampling up to {config.dynamic_sampling.max_rounds} more rounds",
     ]
     for mode in ("think", "direct"):
-        terms = [f"{term.weight:g} {term.name} ({term.use})" for term in config.rewards if mode in term.modes]
+        terms = [_term(term) for term in config.rewards if mode in term.modes]
         lines += [f"reward, {mode}: {' + '.join(terms)}"] if terms else []
     return lines
+
+
+def _term(term: RewardTerm) -> str:
+    limits = [f"graded {term.graded[0]} only"] if len(term.graded) == 1 else []
+    limits += [f"if {term.gate}"] if term.gate else []
+    return f"{term.weight:g} {term.name} ({', '.join([term.use, *limits])})"
+
+
+def _packs(config: SFTStage) -> str:
+    if not config.packing:
+        return f"packing: off; rows of at most {config.max_tokens} tokens"
+    budgets = {config.micro_batch_tokens(phase) for phase in config.phases}
+    sizes = " or ".join(str(budget) for budget in sorted(budgets))
+    by = f", updates of {config.packing.update_tokens} tokens" if config.packing.update_tokens else ""
+    return f"packing: passes of at most {sizes} tokens, rows of at most {config.max_tokens}{by}"
+
+
+def _prefix(config: RLConfig) -> str:
+    learner = config.learner
+    if learner.prefix == "stock":
+        return f"prefix: stock, {config.optim.micro_batch_size} padded rows a pass"
+    size = (
+        f"{learner.token_budget} tokens"
+        if learner.token_budget
+        else (f"as many tokens as {config.optim.micro_batch_size} padded rows")
+    )
+    return f"prefix: shared, passes of {size}"
+
+
+def _watched(config: RLConfig) -> list[str]:
+    watch = config.watch
+    looks = [f"stop on {', '.join(watch.stop_on)}"] if watch.stop_on else []
+    looks += [f"second verifier {watch.second_verifier}"] if watch.second_verifier else []
+    if watch.held_out:
+        looks.append(f"{_amount(watch.held_out)} every {watch.every} batches")
+    return [f"watch: {'; '.join(looks)}"] if looks else []
 
 
 def _learner(learner: LearnerConfig) -> str:
@@ -234,7 +294,8 @@ def _learner(learner: LearnerConfig) -> str:
     how = f"LoRA r={learner.lora.r}" if learner.lora else "all parameters"
     frozen = f", {', '.join(learner.freeze)} frozen" if learner.freeze else ""
     ranks = f"{learner.processes} process{'es' if learner.processes > 1 else ''} x {learner.threads} threads"
-    return f"learner: {engine}{offload}, {ranks}, {learner.dtype}, {how}{frozen}"
+    again = ", gradient checkpointing" if learner.gradient_checkpointing else ""
+    return f"learner: {engine}{offload}, {ranks}, {learner.dtype}, {how}{frozen}{again}"
 
 
 def _rate(optim: Optim) -> str:

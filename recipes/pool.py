@@ -31,6 +31,11 @@ class Pool:
         self._client: Any = None
         self._served: Path | None = None
 
+    @property
+    def share_gpus(self) -> bool:
+        """Whether servers and learners take turns."""
+        return self.cfg is not None and self.cfg.share_gpus
+
     def __enter__(self) -> Pool:
         return self
 
@@ -60,17 +65,42 @@ class Pool:
 
     def serve(self, model: Path) -> Any:
         """A RolloutClient of the pool, which now serves the weights of the checkpoint folder `model`."""
+        client = self._connected(model)
+        if self._served != model.resolve():
+            self._served = None  # if the update fails half-way, nothing is known about the servers
+            client.load_checkpoint(model)
+            self._served = model.resolve()
+        return client
+
+    def rest(self, model: Path | None) -> None:
+        """Before a learner starts: put servers that share its GPUs to sleep, until the next `serve`.
+
+        `model` is the learner's start, None where there is none. Servers that are still to be started are left so.
+        """
+        if not self.share_gpus or model is None:
+            return
+        assert self.cfg is not None
+        if self._wait is None and not self.cfg.urls:
+            return
+        self._served = None
+        self._connected(model).sleep()
+
+    def _connected(self, model: Path) -> Any:
+        """The client of the servers, which have been started with `model` at the latest now."""
         urls = self.urls(model)
         if self._client is None:
             from rl.rollout.client import CoreFacts, RolloutClient
 
             assert self.cfg is not None
-            self._client = RolloutClient(urls, CoreFacts.of(model), concurrency=self.cfg.concurrency)
+            self._client = RolloutClient(
+                urls,
+                CoreFacts.of(model),
+                concurrency=self.cfg.concurrency,
+                share_gpus=self.cfg.share_gpus,
+                patience_s=self.cfg.startup_timeout_s,
+                max_returns=self.cfg.max_restarts,
+            )
             self._stack.callback(self._client.close)
-        if self._served != model.resolve():
-            self._served = None  # if the update fails half-way, nothing is known about the servers
-            self._client.load_checkpoint(model)
-            self._served = model.resolve()
         return self._client
 
     def weights_changed(self) -> None:

@@ -10,7 +10,7 @@ import fcntl
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from core.artifacts import (
 )
 from core.strict import ConfigError, Strict
 from recipes import report
+from recipes.cluster import Cluster, follow
 from recipes.config import Recipe, made_between
 from recipes.fingerprints import Fingerprints, identity, is_current
+from recipes.hosts import Placement
 from recipes.inputs import data_folder, locate_sets, prepared_folder
 from recipes.launch import POLL_S, run_job
 from recipes.plan import check_data, check_names
@@ -39,6 +41,7 @@ from recipes.pool import OpenPool, Pool
 from recipes.progress import Display, Tail, duration, metrics_text
 from recipes.stages import STAGES, Context, Progress, Stage, stage_named
 from recipes.tracking import StageTrack, Tracker
+from rl.rollout.weights import weights_folder
 from rl.watch import ALARMS
 
 DATA = "data"
@@ -58,11 +61,15 @@ def run(
     stages: Sequence[Stage] = STAGES,
     open_pool: OpenPool | None = None,
     display: Display | None = None,
+    place: Placement | None = None,
 ) -> Path:
     """Bring every stage of the recipe from `from_` to `until` up to date; return the run's folder.
 
     Finished stages whose inputs and config are unchanged are skipped, unless `force`. Stages before `from_`
-    must be finished. Raises ConfigError before anything runs, StageFailed when a stage's process fails.
+    must be finished. With a `place` among several hosts, node 0 does all this, and the others start their share
+    of each stage's ranks when it says so (recipes/cluster.py).
+    Raises ConfigError before anything runs, StageFailed when a stage's process fails, HostLost or LeaderEnded
+    when another host is gone.
     """
     check_names(recipe)
     check_data(recipe)
@@ -71,13 +78,20 @@ def run(
     run_dir.mkdir(parents=True, exist_ok=True)
     chain_stages = [stage for stage in stages if stage.config(recipe) is not None]
     first, last = _selection(chain_stages, from_, until)
+    if place is not None:
+        _check_shares(recipe, chain_stages[first : last + 1], place.nodes)
+        facts = _facts(recipe, run_dir, place)
+        if place.node > 0:
+            follow(place, run_dir, facts, display)
+            return run_dir
     # On a failure the servers stop first: an evaluation still under way then ends, and can be waited for.
     with (
         _locked(run_dir),
+        Cluster(place, run_dir, facts, display) if place else nullcontext() as cluster,
         ThreadPoolExecutor(1, thread_name_prefix="evaluation") as behind,
         Pool(recipe.rollout, run_dir / "logs", open_pool) as pool,
     ):
-        chain = Chain(recipe, run_dir, chain_stages, pool, display, behind)
+        chain = Chain(recipe, run_dir, chain_stages, pool, display, behind, cluster)
         chain.require_finished(chain_stages[:first], chain_stages[first].name)
         write_json(run_dir / "recipe.json", recipe)
         chain.data(force and first == 0)
@@ -115,6 +129,8 @@ class Chain:
     pool: Pool
     display: Display
     behind: ThreadPoolExecutor
+    cluster: Cluster | None = None
+    """The other hosts, where there are any."""
 
     def __post_init__(self) -> None:
         self._evaluation: Future[None] | None = None
@@ -231,7 +247,7 @@ class Chain:
         """Run the stage's training in a child; its folder appears only when everything is in it."""
         config, parent = self.config(stage), self.parent(stage)
         preparation = self.prepare(stage)
-        if stage.needs_pool:
+        if stage.needs_pool or self.pool.share_gpus:
             self.settle()
         inputs = self.inputs(stage, config)
         finished = self._making(
@@ -253,19 +269,33 @@ class Chain:
                 self.display.passing(text)
 
             processes, threads = stage.learner(self.recipe)
-            run_job(
-                self.job(stage, config, partial),
-                partial,
-                processes=processes,
-                threads=threads,
-                on_poll=follow,
-            )
+            job = self.job(stage, config, partial)
+            self.pool.rest(job["model"])
+            with self._weights(stage) as weights:
+                run_job(
+                    job | {"weights": weights},
+                    partial,
+                    processes=processes,
+                    threads=threads,
+                    on_poll=follow,
+                    cluster=self.cluster,
+                )
             if not (partial / "checkpoint" / "config.json").exists():
                 raise StageIncomplete(
                     f"{stage.name}: its process left no checkpoint in {partial / 'checkpoint'}"
                 )
         if stage.needs_pool:
             self.pool.weights_changed()
+
+    @contextmanager
+    def _weights(self, stage: Stage) -> Iterator[Path | None]:
+        """The folder for weights on their way to the servers, removed afterwards: here, as a learner may be killed."""
+        pool = self.recipe.rollout
+        if pool is None or not stage.needs_pool:
+            yield None
+            return
+        with weights_folder(pool.weights_dir) as folder:
+            yield folder
 
     def job(self, stage: Stage, config: Strict, out: Path) -> dict[str, Any]:
         """What the stage's process is told; recipes/worker.py lists the keys."""
@@ -429,6 +459,34 @@ def _selection(stages: Sequence[Stage], from_: str | None, until: str | None) ->
             + ", ".join(stage.name for stage in stages)
         )
     return first, last
+
+
+def _check_shares(recipe: Recipe, stages: Sequence[Stage], nodes: int) -> None:
+    """Refuse hosts among which a stage's ranks cannot be shared out, or for which no stage has any."""
+    ranks = {stage.name: stage.learner(recipe)[0] for stage in stages}
+    problems = [
+        f"{name}: learner.processes={count} is not a multiple of the {nodes} hosts; it counts the ranks of all of them"
+        for name, count in ranks.items()
+        if count > 1 and count % nodes
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if all(count == 1 for count in ranks.values()):
+        raise ConfigError(
+            f"{nodes} hosts, but every stage has one rank: set learner.processes, the ranks of all hosts together, to "
+            f"a multiple of {nodes}, or start on one host (--nnodes 1)"
+        )
+
+
+def _facts(recipe: Recipe, run_dir: Path, place: Placement) -> dict[str, Any]:
+    """What every host must agree on before it takes part."""
+    return {
+        "--nnodes": place.nodes,
+        "the run's folder": str(run_dir),
+        "the recipe (hash, with its overrides)": hash_config(recipe.model_dump(mode="json")),
+        "the code's commit": git_commit(),
+        "the installed packages": versions(),
+    }
 
 
 def _chain_id(run_dir: Path, name: str) -> str:

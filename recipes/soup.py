@@ -89,7 +89,15 @@ def _scorer(recipe: Recipe, core: Path, urls: list[str], sets: Mapping[str, Path
         raise ConfigError("soup scores its ingredients by generating: the recipe needs rollout and eval")
     source, max_tokens = recipe.soup.validation, recipe.eval.max_completion_tokens
     rows = load_records(sets[source.set], split=source.split, rows=source.rows, seed=recipe.seed)
-    client = RolloutClient(urls, CoreFacts.of(core), concurrency=recipe.rollout.concurrency)
+    pool = recipe.rollout
+    client = RolloutClient(
+        urls,
+        CoreFacts.of(core),
+        concurrency=pool.concurrency,
+        patience_s=pool.startup_timeout_s,
+        max_returns=pool.max_restarts,
+        share_gpus=pool.share_gpus,
+    )
 
     def score(checkpoint: Path) -> float:
         client.load_checkpoint(checkpoint)

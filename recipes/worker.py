@@ -9,6 +9,7 @@ A job is what a stage needs and nothing else:
     seed            the chain's seed
     sets            data set name -> Parquet file, folder or hub id
     urls, pool      rollout servers, and their configuration (RL; the soup scores its ingredients there)
+    weights         folder for weights on their way to these servers (RL)
     folders         where users' own reward modules are looked for, after all that is installed (RL)
     recipe, stages  the whole resolved recipe, and the folder of every stage before this one (soup)
 """
@@ -112,6 +113,7 @@ def _rl(job: Job) -> None:
         sets=_sets(job),
         pool=pool,
         urls=job["urls"],
+        weights=Path(job["weights"]),
         folders=[Path(folder) for folder in job["folders"]],
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -23,7 +24,7 @@ class PoolConfig(Strict):
     servers: int = Field(default=1, ge=1)
     """Server processes that we start on this machine."""
     urls: tuple[str, ...] = ()
-    """Servers that run already (then none is started), each http://host:port."""
+    """Servers that run already (then none is started), each http://host:port, on this machine or on others."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Where the servers that we start run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -40,20 +41,59 @@ class PoolConfig(Strict):
     """GPU only: tensor parallel size."""
     first_gpu: int = Field(default=0, ge=0)
     """GPU only: index of the first GPU that the servers take; the learners use the ones before it."""
+    share_gpus: bool = False
+    """GPU only: servers and learners take turns on the same GPUs. The servers sleep while a learner trains (vLLM's
+    sleep mode, level 2: they keep neither weights nor key/value cache) and wake with the next weights. While they
+    are awake the learner's weights and optimizer states stay where they are: gpu_memory_utilization is for the rest."""
     max_images: int = Field(default=8, ge=1)
     """Images in one prompt, at most."""
     weights: Literal["shm", "nccl"] = "shm"
-    """How weights reach the servers: shm (files in shared memory, same machine) or nccl (GPU to GPU)."""
+    """How weights reach the servers: shm (files that they read) or nccl (GPU to GPU)."""
+    weights_dir: str | None = None
+    """Folder for these files, which learner and servers see under the same path: for servers on other machines one on
+    a shared file system. None: shared memory, which reaches servers on the learner's machine only."""
     host: str = "127.0.0.1"
     """Address that our servers bind to. Their development endpoints are open to whoever can reach it."""
+    first_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the first server that we start, counted up for the others; None takes free ones."""
     startup_timeout_s: float = Field(default=300, gt=0)
-    """A server that is not healthy by then is a failure."""
+    """A server that is not healthy by then is a failure. When every server is lost, a stage waits so long for one."""
+    max_restarts: int = Field(default=3, ge=0)
+    """A server that was lost and came back so often is not asked again when it is lost once more. Those that we
+    started we start again as often, unless they share GPUs with a learner whose turn it may be."""
     threads: int = Field(default=1, ge=1)
     """CPU only: OpenMP threads of one server."""
     concurrency: int = Field(default=64, ge=1)
     """Requests in flight per server."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for vLLM's API server, as on its command line."""
+
+    @model_validator(mode="after")
+    def _can_share(self) -> PoolConfig:
+        if not self.share_gpus:
+            return self
+        if self.weights == "nccl":
+            raise ValueError(
+                "share_gpus with weights=nccl: NCCL connects no two processes on one GPU; use weights: shm"
+            )
+        if self.engine == "vllm" and self.device == "cpu":
+            raise ValueError(
+                "share_gpus with device=cpu: vLLM sleeps on GPUs only; use device: gpu, or leave share_gpus out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _files_reach_the_servers(self) -> PoolConfig:
+        if self.weights != "shm" or self.weights_dir is not None:
+            return self
+        away = [url for url in self.urls if not _on_this_machine(url)]
+        if away:
+            raise ValueError(
+                f"weights=shm reaches servers on this machine only, but urls has {', '.join(away)}; set weights_dir to "
+                "a folder on a file system that all machines share (or weights: nccl between GPUs). If they are on "
+                "this machine, write 127.0.0.1"
+            )
+        return self
 
 
 class Rollout(Strict):
@@ -335,3 +375,9 @@ class EvalConfig(Strict):
     max_completion_tokens: int = Field(ge=1)
     samples: int = Field(default=12, ge=0)
     """Held-out rows per mode pair that the report shows with their images."""
+
+
+def _on_this_machine(url: str) -> bool:
+    """Whether a URL's host is the loopback interface."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")

@@ -32,8 +32,8 @@ from rl.evaluate import judge
 from rl.reward import mixture_of
 from rl.rollout.client import CoreFacts, Prompt, RolloutClient
 from rl.rollout.parity import ParityGuard
-from rl.rollout.weights import NcclSync, SharedMemorySync, WeightSync
-from rl.watch import Watcher
+from rl.rollout.weights import FileSync, NcclSync, WeightSync
+from rl.watch import ALARMS, Watcher
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def train(
     sets: Mapping[str, Path],
     pool: PoolConfig,
     urls: Sequence[str],
+    weights: Path,
     folders: Sequence[Path] = (),
 ) -> Path:
     """Run one RL stage; return the checkpoint folder that the next stage starts from.
@@ -60,6 +61,7 @@ def train(
         sets: data set name -> Parquet file or folder.
         pool: configuration of the rollout pool behind `urls`.
         urls: rollout servers, which serve a core of the same architecture.
+        weights: folder for the policy's weights on their way to the servers, which read them there.
         folders: where users' own reward modules are looked for, after everything installed.
     """
     from datasets import Dataset
@@ -81,25 +83,37 @@ def train(
     apply_freeze(policy, cfg.learner.freeze)
     core = CoreFacts.of(model)
     rank_0 = os.environ.get("RANK", "0") == "0"
-    client = RolloutClient(urls, core, concurrency=pool.concurrency) if rank_0 else None
     record = RunLog(cfg, out)
+    client = None
+    if rank_0:
+        client = RolloutClient(
+            urls,
+            core,
+            concurrency=pool.concurrency,
+            patience_s=pool.startup_timeout_s,
+            max_returns=pool.max_restarts,
+            share_gpus=pool.share_gpus,
+            warn=record.alarm_of_servers,
+        )
     watcher = _watcher(cfg, client, out, sets, folders, seed) if client else None
 
     def on_batch(batch: Sequence[Group], sampled: Sequence[Group], metrics: Mapping[str, float]) -> None:
         assert watcher is not None
         seen, alarms = watcher.batch(sampled)
         figures = {**metrics, **seen, **{f"judge/{name}": count for name, count in statistics().items()}}
+        assert client is not None
+        figures |= client.fleet.figures()
         record.batch(batch, sampled, figures, with_completions=bool(alarms))
         watcher.stop_for(alarms)
 
     trainer = RolloutTrainer(
         rollouts=_rollouts(cfg, client, records, folders, seed) if client else None,
-        sync=_sync(pool, client, len(urls), policy),
+        sync=_sync(pool, client, len(urls), policy, weights),
         guard=guard,
         records=records,
         probes=probes,
         banned_ids=core.banned_ids,
-        servers=len(urls),
+        share_gpus=pool.share_gpus,
         on_batch=on_batch,
         model=policy,
         processing_class=processor,
@@ -200,6 +214,11 @@ class RunLog:
                 for sample in group.samples:
                     append_jsonl(self.out / "completions.jsonl", self._completion(group, sample))
         self.batches += 1
+
+    def alarm_of_servers(self, text: str) -> None:
+        """Tell of a rollout server that was lost or came back, where alarms are told."""
+        log.warning("%s", text)
+        append_jsonl(self.out / ALARMS, {"batch": self.batches, "name": "rollout_server", "text": text})
 
     def _completion(self, group: Group, sample: Sample) -> dict[str, Any]:
         return {
@@ -313,5 +332,7 @@ def _watcher(
     return Watcher(watch, out, second, rows, accuracy)
 
 
-def _sync(pool: PoolConfig, client: RolloutClient | None, servers: int, policy: Any) -> WeightSync:
-    return SharedMemorySync(client) if pool.weights == "shm" else NcclSync(client, servers, policy.device)
+def _sync(
+    pool: PoolConfig, client: RolloutClient | None, servers: int, policy: Any, folder: Path
+) -> WeightSync:
+    return FileSync(client, folder) if pool.weights == "shm" else NcclSync(client, servers, policy.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ class RolloutTrainer(SharedPrefixTrainer):
         records: every record that the collector draws from, on every rank.
         probes: the records behind the guard's prompts, on every rank.
         banned_ids: tokens that sampling gives no probability; policy and reference give them none either.
-        servers: servers in the pool.
+        share_gpus: the servers have this learner's GPUs: they sleep from a batch's last completion to the next update.
         on_batch: called on rank 0 with a batch's groups, all groups sampled for it, and its metrics.
         **trl: arguments of SharedPrefixTrainer and GRPOTrainer.
     """
@@ -47,8 +48,8 @@ class RolloutTrainer(SharedPrefixTrainer):
         records: Sequence[Record],
         probes: Sequence[Record],
         banned_ids: Sequence[int],
-        servers: int,
         on_batch,
+        share_gpus: bool = False,
         **trl: Any,
     ) -> None:
         # TRL warns that rollout_func may change; tests/rl/test_trl_contract.py watches it.
@@ -59,13 +60,14 @@ class RolloutTrainer(SharedPrefixTrainer):
                 ban_tokens(self.accelerator.unwrap_model(model), banned_ids)
         self.rollouts, self.sync, self.guard, self.probes = rollouts, sync, guard, probes
         self.records = {record["id"]: record for record in records}
-        self.servers, self.on_batch = servers, on_batch
+        self.on_batch, self.share_gpus = on_batch, share_gpus
         # TRL's branches for "completions come from vLLM": log-probabilities of the learner's own before the update,
         # and the importance-sampling correction. Its own vLLM client is not built, as it cannot reach CPU servers.
         self.use_vllm = True
         # It gathers pictures from ranks that have some only: with a text-only rank the others would wait for it.
         self.log_multimodal = False
         self._last_loaded_step = -1
+        self._asleep = False
         self._batch: list[dict[str, Any]] = []
         self._probe_inputs: dict[int, Any] = {}
 
@@ -98,11 +100,13 @@ class RolloutTrainer(SharedPrefixTrainer):
         }
 
     def _update_workers(self) -> dict[str, float]:
-        """Push the weights when they changed, then compare both sides. Every rank takes part."""
-        if self.state.global_step == self._last_loaded_step:
+        """Push the weights when they changed or were given up, then compare both sides. Every rank takes part."""
+        if self.state.global_step == self._last_loaded_step and not self._asleep:
             return {}
         if self.rollouts:
             self.rollouts.settle()
+        if self.share_gpus:
+            self._make_room()
         started = time.monotonic()
         self.sync.push(self.accelerator.unwrap_model(self.model))
         pushed_s = time.monotonic() - started
@@ -112,8 +116,19 @@ class RolloutTrainer(SharedPrefixTrainer):
             self.rollouts.collector.version += 1
             answers = self.guard.sample(self.rollouts.collector.client)
         answers = _from_rank_0(answers)
-        difference = self.guard.check(answers, self._score_probe, self.servers)
+        servers = len(answers) // max(1, len(self.probes))  # those that serve at the moment
+        difference = self.guard.check(answers, self._score_probe, servers)
+        if self.rollouts and answers:
+            client = self.rollouts.collector.client
+            client.gate = self.guard.gate(client, answers, servers)
         return {"parity/max_logprob_difference": difference, "sync/seconds": pushed_s}
+
+    def _make_room(self) -> None:
+        """Give back what the last update's passes held: servers that wake take their memory from the GPU's free one."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.accelerator.wait_for_everyone()  # rank 0 wakes the servers of all ranks' GPUs
 
     @torch.no_grad()
     def _score_probe(self, index: int, answer: Answer) -> list[float]:
@@ -155,7 +170,10 @@ class RolloutTrainer(SharedPrefixTrainer):
             batch = self.rollouts.take()
             flat = [row for group in batch.groups for row in _trl_rows(group)]
             self.on_batch(batch.groups, batch.sampled, batch.metrics | metrics)
+            if self.share_gpus:
+                self.rollouts.collector.client.sleep()
             self.rollouts.sample_ahead()
+        self._asleep = self.share_gpus
         return _from_rank_0(flat)
 
 

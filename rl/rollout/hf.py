@@ -1,7 +1,8 @@
 """A rollout server over transformers' `generate`, for machines without vLLM. Same endpoints, far slower.
 
 Speaks the part of vLLM's HTTP interface that `RolloutClient` uses: /health, /v1/chat/completions, weight updates and
-cache resets. Requests that arrive together and ask for the same sampling are generated as one batch.
+their version, cache resets, sleeping and waking (on a GPU the model moves to the CPU and back). Requests that arrive
+together and ask for the same sampling are generated as one batch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 MAX_BATCH = 64
 GATHER_S = 0.02
@@ -79,6 +81,11 @@ class Engine:
     def _run(self, kind: str, bodies: list[dict]) -> list[dict]:
         if kind == "update_weights":
             self._load(bodies[0]["update_info"])
+            return [{}]
+        if kind in ("sleep", "wake_up"):
+            self.model.to("cpu" if kind == "sleep" else self.device)
+            if self.device == "cuda":
+                self.torch.cuda.empty_cache()
             return [{}]
         with self.torch.no_grad():
             return self._generate(bodies)
@@ -179,10 +186,15 @@ class Handler(BaseHTTPRequestHandler):
     """Routes of the server; `engine` is set by `main`."""
 
     engine: Engine
+    weight_version = "default"
+    """Of the weights that were loaded last, as whoever loaded them calls it; also vLLM's first one."""
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._reply(200 if self.path == "/health" else 404, {})
+        if self.path == "/weight_info":
+            self._reply(200, {"weight_version": Handler.weight_version})
+        else:
+            self._reply(200 if self.path == "/health" else 404, {})
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -191,14 +203,22 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = json.loads(self.rfile.read(length) or b"{}")
-        kinds = {"/v1/chat/completions": "generate", "/update_weights": "update_weights"}
+        path = urlsplit(self.path).path
+        kinds = {
+            "/v1/chat/completions": "generate",
+            "/update_weights": "update_weights",
+            "/sleep": "sleep",
+            "/wake_up": "wake_up",
+        }
+        if path == "/finish_weight_update":
+            Handler.weight_version = body.get("weight_version") or Handler.weight_version
         no_ops = ("/start_weight_update", "/finish_weight_update")
         caches = ("/reset_mm_cache", "/reset_encoder_cache", "/reset_prefix_cache")
-        if self.path in no_ops or self.path in caches:  # nothing is cached between requests here
+        if path in no_ops or path in caches:  # nothing is cached between requests here
             self._reply(200, {})
-        elif self.path in kinds:
+        elif path in kinds:
             try:
-                self._reply(200, self.engine.ask(kinds[self.path], body))
+                self._reply(200, self.engine.ask(kinds[path], body))
             except Exception as error:  # told to the client, who raises it
                 self._reply(500, {"error": f"{type(error).__name__}: {error}"})
         else:

@@ -41,10 +41,9 @@ class ParityGuard:
     def sample(self, client: RolloutClient) -> list[Answer]:
         """The servers' side: one short completion per probe with its log-probabilities.
 
-        Every server answers every probe: one that missed the update must not hide behind another.
+        Every serving server answers every probe: one that missed the update must not hide behind another.
         """
-        prompts = [prompt for prompt in self.prompts for _ in client.urls]
-        return client.generate(prompts, self.sampling)
+        return client.ask_each(self.prompts, self.sampling)
 
     def check(
         self, answers: Sequence[Answer], score: Callable[[int, Answer], Sequence[float]], servers: int
@@ -54,7 +53,7 @@ class ParityGuard:
         Args:
             answers: from `sample`.
             score: `score(probe index, answer)` gives the learner's log-probabilities of the completion's tokens.
-            servers: servers that answered each probe.
+            servers: servers that answered each probe, which `answers` has side by side.
         """
         worst, where = 0.0, ""
         for at, answer in enumerate(answers):
@@ -77,3 +76,33 @@ class ParityGuard:
                 f"{self.cfg.bound:g}\n  {where}\n{CAUSES}"
             )
         return worst
+
+    def gate(self, client: RolloutClient, checked: Sequence[Answer], servers: int) -> Callable[[str], None]:
+        """What a server that comes back between two updates must pass: `RolloutClient.gate`.
+
+        The learner cannot score then, as all its ranks would have to take part. The server is compared with answers
+        that the learner has checked after the last update: asked the same with the same seeds, it must give the same
+        tokens the same probability, up to where rounding lets the two draw different tokens.
+        """
+        references = list(checked[::servers])
+
+        def check(url: str) -> None:
+            answers = client.ask(url, self.prompts, self.sampling)
+            compared, worst = 0, 0.0
+            for answer, reference in zip(answers, references, strict=True):
+                if answer.prompt_ids != reference.prompt_ids:
+                    raise ParityError(f"{url} renders a probe's prompt otherwise than the other servers did")
+                ours, theirs = reference.completions[0], answer.completions[0]
+                for at, (known, token) in enumerate(zip(ours.token_ids, theirs.token_ids, strict=False)):
+                    if known != token:
+                        break
+                    difference = abs(ours.logprobs[at] - theirs.logprobs[at])
+                    worst = max(worst, math.inf if math.isnan(difference) else difference)
+                    compared += 1
+            if worst > self.cfg.bound or not compared:
+                raise ParityError(
+                    f"on {compared} tokens of the probes a log-probability differs by {worst:.3g} from the servers "
+                    f"that were checked after the last update (parity.bound={self.cfg.bound:g}, of one token or more)"
+                )
+
+        return check

@@ -1,4 +1,4 @@
-"""Rollout workers as processes of their own: started, health-checked and stopped.
+"""Rollout workers as processes of their own: started, health-checked, started again when they die, and stopped.
 
 After vLLM is imported in a process, transformers classes there are patched; a learner therefore never shares a
 process with an engine.
@@ -7,20 +7,28 @@ process with an engine.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from core.launchers import launcher_variables
 from rl.config import PoolConfig
 from rl.rollout.shm_engine import BACKEND
 
+log = logging.getLogger(__name__)
+
+KEEP_S = 1.0
+"""Between two looks at whether the servers still run."""
 MODEL_NAME = "policy"
 TETHERED = (sys.executable, "-P", "-m", "rl.rollout.tethered")
 """What makes a server end with this process, however this process ends."""
@@ -44,20 +52,24 @@ class RolloutServer:
     """
 
     def __init__(self, cfg: PoolConfig, model: Path, log: Path, index: int = 0) -> None:
-        self.cfg, self.log = cfg, log
-        self.port = free_port(cfg.host)
+        self.cfg, self.model, self.log, self.index = cfg, model, log, index
+        self.port = free_port(cfg.host) if cfg.first_port is None else cfg.first_port + index
         self.url = f"http://{cfg.host}:{self.port}"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as out:
+        self.start()
+        atexit.register(self.stop)
+
+    def start(self) -> None:
+        """Start the process, the first one or one in place of one that has ended; it has the same URL."""
+        with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                [*TETHERED, str(os.getpid()), *command(cfg, model, self.port)],
-                env=environment(cfg, index),
+                [*TETHERED, str(os.getpid()), *command(self.cfg, self.model, self.port)],
+                env=environment(self.cfg, self.index),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a group of its own: its engine processes end with it
             )
-        atexit.register(self.stop)
 
     def wait_until_healthy(self) -> None:
         """Return once the server answers; raise ServerFailed if it ends or takes too long."""
@@ -112,14 +124,24 @@ def rollout_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[list[s
 def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Callable[[], list[str]]]:
     """Start the servers, and give a function that waits until they are healthy and returns their URLs.
 
+    Servers that end after that are started again, each `max_restarts` times; the function raises ServerFailed once
+    none is left. They come back with the weights of `model`: whoever asks them has to know (RolloutClient does).
     At the end of the block they are stopped; a thread that still waits for them then gets ServerFailed.
     """
     servers: list[RolloutServer] = []
+    # A server that started by itself would take the GPU from under a learner whose turn it is.
+    keeper = Keeper(servers, 0 if cfg.share_gpus else cfg.max_restarts)
 
     def wait() -> list[str]:
-        for server in servers:
-            server.wait_until_healthy()
-        return [server.url for server in servers] or [url.rstrip("/") for url in cfg.urls]
+        if not servers:
+            return [url.rstrip("/") for url in cfg.urls]
+        if keeper.ident is None:  # it has not been started
+            for server in servers:
+                server.wait_until_healthy()
+            keeper.start()
+        if len(keeper.given_up) == len(servers):
+            servers[-1].check_alive()
+        return [server.url for server in servers]
 
     try:
         for index in range(0 if cfg.urls else cfg.servers):
@@ -127,8 +149,57 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
             servers.append(RolloutServer(cfg, model, log_dir / f"rollout-server-{index}.log", index))  # noqa: PERF401
         yield wait
     finally:
+        keeper.end()
         for server in servers:
             server.stop()
+
+
+class Keeper(threading.Thread):
+    """Starts servers that have ended again. Lives as long as they are needed: they end with the thread that started
+    them.
+
+    Args:
+        servers: to look after; all have been healthy.
+        max_restarts: of each.
+    """
+
+    def __init__(self, servers: list[RolloutServer], max_restarts: int) -> None:
+        super().__init__(name="rollout-server-keeper", daemon=True)
+        self.servers, self.max_restarts = servers, max_restarts
+        self.given_up: set[str] = set()
+        """URLs of servers that ended once too often."""
+        self._restarts: dict[str, int] = {}
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(KEEP_S):
+            for server in self.servers:
+                if server.url not in self.given_up and server.process.poll() is not None:
+                    self._restart(server)
+
+    def end(self) -> None:
+        """Start nothing any more."""
+        self._over.set()
+        if self.is_alive():
+            self.join()
+
+    def _restart(self, server: RolloutServer) -> None:
+        code, done = server.process.returncode, self._restarts.get(server.url, 0)
+        if done == self.max_restarts:
+            self.given_up.add(server.url)
+            log.warning(
+                "rollout server %s ended with code %s again; it was restarted %d times (rollout.max_restarts) and "
+                "stays down. See %s",
+                *(server.url, code, done, server.log),
+            )
+            return
+        log.warning(
+            "rollout server %s ended with code %s: starting it again. See %s", server.url, code, server.log
+        )
+        self._restarts[server.url] = done + 1
+        with contextlib.suppress(ProcessLookupError):  # engine processes that it left would keep their GPU
+            os.killpg(server.process.pid, signal.SIGKILL)
+        server.start()
 
 
 def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
@@ -172,6 +243,7 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
     else:
         args["--tensor-parallel-size"] = cfg.gpus_per_server
         args["--gpu-memory-utilization"] = cfg.gpu_memory_utilization
+    sleeps = ["--enable-sleep-mode"] if cfg.share_gpus else []
     words = [str(word) for pair in args.items() for word in pair]
     # Eager on CPU: compilation takes a minute there and gains nothing for short runs. No chunked prefill: vLLM rewinds
     # a seeded request's generator after a part of a prompt, which CPU generators cannot do, and its engine dies.
@@ -180,6 +252,7 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
         "vllm.entrypoints.openai.api_server",
         *words,
         *(["--enforce-eager", "--no-enable-chunked-prefill"] if cfg.device == "cpu" else []),
+        *sleeps,
         *cfg.extra_args,
     ]
 
@@ -188,8 +261,8 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
     """Environment of one server process."""
     env = dict(os.environ)
     # The learner's ranks and rendezvous are not the server's.
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
-        env.pop(name, None)
+    for name in launcher_variables(env):
+        del env[name]
     env |= {
         "PYTHONSAFEPATH": "1",  # also for the processes that vLLM starts: our packages have common names
         "VLLM_SERVER_DEV_MODE": "1",  # weight updates and cache resets
@@ -213,6 +286,11 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
     else:
         first = cfg.first_gpu + index * cfg.gpus_per_server
         env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(first, first + cfg.gpus_per_server))
+        if (
+            cfg.share_gpus
+        ):  # vLLM's sleeping allocator refuses expandable segments, which a learner may well want
+            env.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+            env.pop("PYTORCH_ALLOC_CONF", None)
     return env
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rl.rollout.client import RolloutClient, shared_memory_file
+from rl.rollout.client import RolloutClient
 
 if TYPE_CHECKING:
     import torch
@@ -18,15 +21,16 @@ class WeightSync(Protocol):
     def push(self, model: torch.nn.Module) -> None: ...
 
 
-class SharedMemorySync:
-    """Weights as one safetensors file in shared memory, read by servers on the same machine.
+class FileSync:
+    """Weights as one safetensors file, in shared memory or in a folder that the servers' machines share.
 
     Args:
         client: the pool's client on rank 0, None on the other ranks.
+        folder: takes the file, which stays until the next update: a server that comes back needs it.
     """
 
-    def __init__(self, client: RolloutClient | None) -> None:
-        self.client = client
+    def __init__(self, client: RolloutClient | None, folder: Path) -> None:
+        self.client, self.folder, self.updates = client, folder, 0
 
     def push(self, model: torch.nn.Module) -> None:
         from safetensors.torch import save_file
@@ -38,13 +42,18 @@ class SharedMemorySync:
                 tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
         if self.client is None:
             return
-        with shared_memory_file("policy.safetensors") as path:
-            save_file(tensors, path)
-            self.client.load_files([path])
+        # Never one name twice: a network file system may go on showing another machine the file that was there.
+        self.updates += 1
+        path = self.folder / f"policy-{self.updates}.safetensors"
+        save_file(tensors, path)
+        self.client.load_files([path])
+        (self.folder / f"policy-{self.updates - 1}.safetensors").unlink(missing_ok=True)
 
 
 class NcclSync:
     """Weights over NCCL, GPU to GPU, through TRL's client of vLLM's weight-transfer API.
+
+    A server that is lost between two updates is left out for the rest of the stage, as it would need a new group.
 
     Args:
         client: the pool's client on rank 0, None on the other ranks.
@@ -72,14 +81,19 @@ class NcclSync:
             self.metadata = [
                 (name, _dtype_name(tensor), list(tensor.shape)) for name, tensor in self._named(model)
             ]
+        serving: list[str] = []
+        if self.client is not None:
+            self.client.find_lost()
+            serving = self.client.fleet.serving
         for index in range(self.servers):
-            if self.client is not None:
+            if self.client is not None and self.client.urls[index] in serving:
                 self.senders[index].update_named_params(self.metadata, self._named(model))
             else:
                 for _ in self._named(model):  # take part in the gathering
                     pass
         if self.client is not None:
             self.client.reset_caches()
+            self.client.weights_sent()
 
     def _named(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         twins = {} if self.client is None else {twin: name for name, twin in self.client.core.tied.items()}
@@ -87,6 +101,17 @@ class NcclSync:
             yield name, tensor
             if name in twins:
                 yield twins[name], tensor
+
+
+@contextmanager
+def weights_folder(chosen: str | None) -> Iterator[Path]:
+    """A new folder for the policy's files, removed afterwards: in `chosen`, else in shared memory, else among the
+    temporary files."""
+    root = chosen or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    if chosen:
+        Path(chosen).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="sailvl2-", dir=root) as folder:
+        yield Path(folder).resolve()
 
 
 def policy_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

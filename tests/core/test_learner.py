@@ -154,3 +154,16 @@ def test_a_checkpoint_keeps_the_release_its_start_was_imported_from(core_path, t
     out = save_checkpoint(trainer, SailVL2Processor.from_pretrained(start), tmp_path / "out")
     for name in ("released/modeling_sailvl.py", "LICENSE"):
         assert (out / name).read_text() == (start / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("learner", "dtype"),
+    [
+        ({"deepspeed": None}, "torch.float32"),  # updates of 1e-6 vanish in bfloat16 weights
+        ({}, "torch.bfloat16"),  # DeepSpeed keeps float32 masters
+        ({"deepspeed": None, "lora": {"r": 2}}, "torch.bfloat16"),  # these do not move
+    ],
+)
+def test_bfloat16_weights_are_those_that_no_small_update_must_reach(core_path, learner, dtype):
+    loaded = load_model(core_path, LearnerConfig(dtype="bfloat16", **learner))
+    assert {str(parameter.dtype) for parameter in loaded.parameters()} == {dtype}

@@ -192,3 +192,16 @@ def test_reading_a_recipe_imports_nothing_heavy():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.weights=nccl", "rollout.device=gpu"], "NCCL connects no two processes on one GPU"),
+        (["rollout.device=cpu"], "vLLM sleeps on GPUs only"),
+        (["rollout.device=gpu", "rlvr.rollout.overlap=true"], "the servers sleep while the learner trains"),
+    ],
+)
+def test_shared_gpus_refuse_what_needs_both_sides_at_once(toy, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(toy.recipe_dir, ["rollout.share_gpus=true", *overrides])

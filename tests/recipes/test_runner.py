@@ -1,6 +1,7 @@
 """The runner: what runs, what is skipped, and what a crash leaves behind."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -11,7 +12,8 @@ import pytest
 from core.artifacts import Manifest, read_json
 from core.strict import ConfigError
 from recipes import runner
-from recipes.launch import StageFailed, command, environment, last_lines, run_job
+from recipes.launch import Rendezvous, StageFailed, command, environment, last_lines, run_job
+from recipes.pool import Pool
 from rl.rollout.client import RolloutError
 
 EVERYTHING = ["data", "core", "basic_sft", "rlvr"]
@@ -169,6 +171,32 @@ def test_a_stage_is_evaluated_while_the_next_one_trains_unless_that_one_samples(
     assert begun[2:] == [("basic_sft", []), ("rlvr", ["core", "basic_sft"])]
 
 
+def test_servers_that_share_gpus_sleep_before_every_learner_and_nothing_is_evaluated_beside_it(
+    toy, monkeypatch
+):
+    happened = []
+
+    class Client:
+        def sleep(self):
+            happened.append("sleep")
+
+    real = runner.run_job
+
+    def run_job_of(job, *args, **options):
+        happened.append(job["stage"])
+        real(job, *args, **options)
+
+    monkeypatch.setattr(runner, "run_job", run_job_of)
+    monkeypatch.setattr(Pool, "_connected", lambda pool, model: Client())
+    toy.before_scores = lambda stage: happened.append(f"evaluate {stage}")
+    toy.run("rollout.share_gpus=true", "rollout.device=gpu")
+    assert happened == [
+        *("data", "core", "evaluate core"),
+        *("sleep", "basic_sft", "evaluate basic_sft"),
+        *("sleep", "rlvr", "evaluate rlvr"),
+    ]
+
+
 def test_an_evaluation_that_fails_stops_the_chain_and_is_done_again_later(toy, monkeypatch):
     def fail(stage):
         raise RolloutError("the server is gone")
@@ -243,7 +271,19 @@ def test_an_interrupt_stops_the_child_and_what_it_started(tmp_path, monkeypatch)
 def test_several_processes_run_under_torchrun_and_none_searches_the_working_directory(tmp_path):
     one, two = command(tmp_path / "job.json", 1), command(tmp_path / "job.json", 2)
     assert one[:5] == [sys.executable, "-P", "-m", "recipes.worker", str(tmp_path / "job.json")]
-    assert two[3:6] == ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert two[1:5] == ["-P", "-m", "rl.rollout.tethered", str(os.getpid())]
+    assert two[5:11] == [*one[:3], "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    several = command(tmp_path / "job.json", 1, Rendezvous(2, 1, "10.0.0.7", 4321))
+    assert several[8:14] == [
+        "torch.distributed.run",
+        *(
+            "--nnodes=2",
+            "--node-rank=1",
+            "--master-addr=10.0.0.7",
+            "--master-port=4321",
+            "--nproc-per-node=1",
+        ),
+    ]
     env = environment(threads=3)
     assert (env["OMP_NUM_THREADS"], env["PYTHONSAFEPATH"]) == ("3", "1")
 

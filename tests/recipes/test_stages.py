@@ -47,7 +47,7 @@ def test_samples_are_written_anew_with_their_images(tmp_path):
 class FakeClient:
     """A RolloutClient that only notes what it is asked to load."""
 
-    def __init__(self, urls, core, *, concurrency):
+    def __init__(self, urls, core, **options):
         self.urls, self.loaded, self.fails, self.closed = urls, [], False, False
 
     def load_checkpoint(self, folder: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_pool_starts_once_and_is_handed_weights_only_when_they_change(tmp_pa
 
 
 def test_servers_that_were_there_are_not_trusted_to_serve_the_checkpoint(tmp_path, checkpoints):
-    with pool(tmp_path, [], urls=("http://there",)) as servers:
+    with pool(tmp_path, [], urls=("http://127.0.0.1:1",)) as servers:
         assert servers.serve(checkpoints[0]).loaded == ["one"]
 
 

@@ -103,7 +103,6 @@ def main(core, out, learner):
         records=rows,
         probes=[],
         banned_ids=CoreFacts.of(core).banned_ids,
-        servers=1,
         on_batch=lambda *_: None,
         model=policy,
         processing_class=processor,

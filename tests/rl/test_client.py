@@ -19,18 +19,33 @@ class FakeServer:
         self.requests, self.replies = [], {}
         self.hang_ups = 0
         """So many of the next requests are dropped without a reply."""
+        self.healthy, self.version = True, "default"
+        self.answering = threading.Event()
+        """While it is not set, requests get no reply and keep their connections."""
+        self.answering.set()
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                if self.path == "/health":
+                    self.send_error(200 if fake.healthy else 503)
+                else:
+                    self.reply(200, {"weight_version": fake.version})
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 path = self.path.lstrip("/")
                 fake.requests.append((path, body))
+                fake.answering.wait(30)
                 if fake.hang_ups:
                     fake.hang_ups -= 1
                     return
+                fake.version = body.get("weight_version") or body.get("new_version") or fake.version
                 status, reply = fake.replies.get(path, (200, {}))
-                data = json.dumps(reply(body) if callable(reply) else reply).encode()
+                self.reply(status, reply(body) if callable(reply) else reply)
+
+            def reply(self, status, reply):
+                data = json.dumps(reply).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -41,7 +56,7 @@ class FakeServer:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
@@ -55,7 +70,7 @@ def fakes():
 
 @pytest.fixture
 def client(fakes):
-    client = RolloutClient([fake.url for fake in fakes], CORE, concurrency=4)
+    client = RolloutClient([fake.url for fake in fakes], CORE, concurrency=4, warn=lambda text: None)
     yield client
     client.close()
 
@@ -110,6 +125,28 @@ def test_an_update_goes_to_every_server_and_resets_all_three_caches_after_it(cli
         assert sent == {"paths": [str(weights)], "aliases": {"lm_head.weight": "embed"}}
 
 
+def test_servers_that_share_gpus_get_weights_first_and_room_for_the_cache_last(fakes, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    client = RolloutClient([fake.url for fake in fakes], CORE, concurrency=4, share_gpus=True)
+    client.sleep()
+    client.load_checkpoint(tmp_path)
+    client.close()
+    for fake in fakes:
+        assert [path for path, _ in fake.requests] == [
+            "sleep?level=2",
+            "wake_up?tags=weights",
+            *("start_weight_update", "update_weights", "finish_weight_update"),
+            *("reset_mm_cache", "reset_encoder_cache", "reset_prefix_cache"),
+            "wake_up?tags=kv_cache",
+        ]
+
+
+def test_a_server_without_sleep_mode_is_named(client, fakes):
+    fakes[1].replies["sleep?level=2"] = (404, {"error": "no such path"})
+    with pytest.raises(RolloutError, match=rf"{fakes[1].url}/sleep.*HTTP 404"):
+        client.sleep()
+
+
 def test_a_cache_that_was_not_reset_is_an_error(client, fakes):
     fakes[1].replies["reset_prefix_cache"] = (200, {"success": False})
     with pytest.raises(RolloutError, match="reset_prefix_cache: the server could not reset it"):
@@ -128,13 +165,6 @@ def test_a_lost_connection_costs_a_request_for_completions_nothing(client, fakes
     fakes[0].hang_ups = 2
     assert ask(client, count=1)[0].completions[0].token_ids == [7]
     assert [body for _, body in fakes[0].requests] == [fakes[0].requests[0][1]] * 3
-
-
-def test_a_weight_update_is_not_sent_twice(client, fakes):
-    fakes[1].hang_ups = 1
-    with pytest.raises(RolloutError, match="start_weight_update: no answer"):
-        client.load_files([])
-    assert [path for path, _ in fakes[1].requests] == ["start_weight_update"]
 
 
 def test_a_dead_server_is_named():

@@ -56,3 +56,19 @@ def test_what_cannot_be_is_refused_with_value_and_rule(changes, words):
 def test_ranks_take_whole_groups():
     with pytest.raises(ConfigError, match=r"prompts_per_batch=16 is not a multiple of"):
         stage(learner={"processes": 3})
+
+
+def test_servers_that_share_gpus_start_with_sleep_mode(monkeypatch):
+    from pathlib import Path
+
+    from rl.config import PoolConfig
+    from rl.rollout.server import command, environment
+
+    # vLLM's sleeping allocator refuses to run with expandable segments, which a learner may want.
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    alone = PoolConfig(device="gpu", max_model_tokens=64)
+    shared = alone.model_copy(update={"share_gpus": True})
+    assert "--enable-sleep-mode" in command(shared, Path("core"), 1)
+    assert "--enable-sleep-mode" not in command(alone, Path("core"), 1)
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment(shared)
+    assert "PYTORCH_CUDA_ALLOC_CONF" in environment(alone)

@@ -12,9 +12,8 @@ from rl.config import Parity, PoolConfig
 from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
 from rl.rollout.parity import ParityGuard
 from rl.rollout.server import ServerFailed, rollout_pool
-from rl.rollout.weights import SharedMemorySync
 
-from .test_vllm import fresh_learner, learner, logprobs, move  # noqa: F401 - fixtures
+from .test_vllm import fresh_learner, learner, logprobs, move, push  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def test_it_samples_groups_with_the_learners_probabilities_before_and_after_an_u
 
     assert check() < 1e-5
     move(fresh_learner[0], "")
-    SharedMemorySync(hf_client).push(fresh_learner[0])
+    push(hf_client, fresh_learner[0])
     assert check() < 1e-5
     groups = hf_client.generate(prompts, Sampling(max_tokens=6, n=3, temperature=0.7))
     assert [len(group.completions) for group in groups] == [3] * 4
@@ -81,3 +80,53 @@ def test_a_server_ends_with_a_runner_that_is_killed(tmp_path):
     while psutil.pid_exists(server) and psutil.Process(server).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end, "the server outlives the process that started it"
         time.sleep(0.05)
+
+
+def test_an_rl_stage_that_shares_gpus_lets_the_servers_sleep_through_every_update(
+    tiny_core, records, tmp_path, monkeypatch
+):
+    from core.records import write_records
+    from core.strict import parse
+    from rl.config import RLConfig
+    from rl.train import train
+
+    stage = {
+        "data": [{"set": "rl"}],
+        "rewards": [{"name": "answer", "use": "answer", "weight": 1.0}],
+        "algorithm": {"clip_low": 0.2, "clip_high": 0.28},
+        "rollout": {"prompts_per_batch": 2, "group_size": 2, "max_completion_tokens": 4, "temperature": 0.7},
+        "dynamic_sampling": {"max_rounds": 0},
+        "batches": 2,
+        "mini_batch": 4,
+        "optim": {"learning_rate": 1e-3, "micro_batch_size": 4},
+        "learner": {"deepspeed": None},
+        "parity": {"bound": 1e-3, "sequences": 1, "tokens": 2},
+        "self_test_rows": 0,
+    }
+    write_records(tmp_path / "rl.parquet", records[:4])
+    pool = PoolConfig(engine="hf", max_model_tokens=256, share_gpus=True)
+    calls = []
+
+    def noted(name, word):
+        real = getattr(RolloutClient, name)
+        monkeypatch.setattr(
+            RolloutClient, name, lambda self, *a: calls.append(word or a[0]) or real(self, *a)
+        )
+
+    for name, word in (("ask_each", "probe"), ("generate", "sample"), ("on_every_server", None)):
+        noted(name, word)
+    with rollout_pool(pool, tiny_core, tmp_path) as urls:
+        train(
+            parse(RLConfig, stage, "test"),
+            model=tiny_core,
+            out=tmp_path / "out",
+            seed=0,
+            sets={"rl": tmp_path / "rl.parquet"},
+            pool=pool,
+            urls=urls,
+            weights=tmp_path,
+        )
+    calls = [call for call in calls if "reset" not in call and "_weight" not in call.replace("update_w", "")]
+    # Per batch: new weights, the parity probe, the rollouts, and sleep before the update; the last one stays asleep.
+    batch = ["wake_up?tags=weights", "update_weights", "wake_up?tags=kv_cache", "probe", "sample"]
+    assert calls == [*batch, "sleep?level=2"] * 2

@@ -64,7 +64,6 @@ def setup(tiny_core, tmp_path):
             records=rows,
             probes=[],
             banned_ids=CoreFacts.of(tiny_core).banned_ids,
-            servers=1,
             on_batch=lambda *args: None,
             model=model,
             processing_class=processor,

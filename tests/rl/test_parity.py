@@ -31,16 +31,32 @@ def test_nan_on_either_side_stops_the_run():
         GUARD.check(answers([float("nan")], [-1.0]), lambda *_: [-1.0], servers=1)
 
 
-def test_every_server_answers_every_probe():
-    class Pool:
-        urls = ("a", "b", "c")
+class Returned:
+    """A client of which the server that came back gives `logprobs` to tokens 0, 1, 2 of each probe."""
 
-        def generate(self, prompts, sampling):
-            self.asked = len(prompts)
+    def __init__(self, *logprobs):
+        self.answers = answers(*logprobs)
 
-    pool = Pool()
-    GUARD.sample(pool)
-    assert pool.asked == 2 * 3
+    def ask(self, url, prompts, sampling):
+        assert (len(prompts), sampling.max_tokens) == (2, 3)
+        return self.answers
+
+
+def test_a_server_that_comes_back_must_answer_as_the_checked_ones_did():
+    checked = answers([-1.0, -2.0], [-1.0, -2.0], [-3.0], [-3.0])  # two servers, two probes
+    GUARD.gate(Returned([-1.0, -2.0], [-3.0]), checked, servers=2)("url")
+    with pytest.raises(ParityError, match=r"on 3 tokens .* differs by 0.5"):
+        GUARD.gate(Returned([-1.0, -2.0], [-3.5]), checked, servers=2)("url")
+
+
+def test_a_server_that_comes_back_is_compared_up_to_where_it_draws_another_token():
+    checked, returned = answers([-1.0, -2.0], [-3.0]), Returned([-1.0, -9.0], [-3.0])
+    returned.answers[0].completions[0].token_ids[1] = 7
+    GUARD.gate(returned, checked, servers=1)("url")
+    for answer in returned.answers:
+        answer.completions[0].token_ids[0] = 7
+    with pytest.raises(ParityError, match="on 0 tokens"):
+        GUARD.gate(returned, checked, servers=1)("url")
 
 
 def test_a_server_that_missed_the_update_is_named():

@@ -41,6 +41,7 @@ def train(ranks, tmp_path, model, url, records):
         "sets": {"rl": str(out / "rl.parquet")},
         "urls": [url],
         "pool": {"max_model_tokens": 256},
+        "weights": str(out),
         "folders": [str(out)],
     }
     (out / "job.json").write_text(json.dumps(job))

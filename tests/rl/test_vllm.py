@@ -12,7 +12,7 @@ import pytest
 from rl.config import Parity
 from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
 from rl.rollout.parity import ParityError, ParityGuard
-from rl.rollout.weights import SharedMemorySync
+from rl.rollout.weights import FileSync, weights_folder
 
 from .conftest import POOL, TEMPERATURE, WORDS, plain_logprobs
 
@@ -54,6 +54,12 @@ def parity(client, learner, records):
     )
 
 
+def push(client, model):
+    """An update as the trainer sends it."""
+    with weights_folder(None) as folder:
+        FileSync(client, folder).push(model)
+
+
 def move(model, *prefixes):
     """Change the weights under `prefixes` as a large update would."""
     import torch
@@ -87,7 +93,7 @@ def test_an_update_of_every_weight_reaches_the_server(client, fresh_learner, rec
     move(fresh_learner[0], "")
     with pytest.raises(ParityError):  # the guard sees that the servers have not been told yet
         parity(client, fresh_learner, records)
-    SharedMemorySync(client).push(fresh_learner[0])
+    push(client, fresh_learner[0])
     assert parity(client, fresh_learner, records) < 1e-5
 
 
@@ -113,7 +119,7 @@ def test_updates_reach_a_server_of_an_any_resolution_core(tmp_path, records):
         move(model, "model.vision_tower")
         with pytest.raises(ParityError):
             parity(client, learner, rows)
-        SharedMemorySync(client).push(model)
+        FileSync(client, tmp_path).push(model)
         assert parity(client, learner, rows) < 1e-5
         client.close()
 
@@ -125,10 +131,10 @@ def test_without_its_twin_the_tied_output_head_stays_old_and_the_guard_says_so(
     assert core.tied, "the tiny core ties its embeddings"
     forgetful = RolloutClient([server_url], CoreFacts(core.banned_ids, tied={}))
     move(fresh_learner[0], "model.language_model.embed_tokens")
-    SharedMemorySync(forgetful).push(fresh_learner[0])
+    push(forgetful, fresh_learner[0])
     with pytest.raises(ParityError, match="tied lm_head not sent"):
         parity(client, fresh_learner, records)
-    SharedMemorySync(client).push(fresh_learner[0])
+    push(client, fresh_learner[0])
     assert parity(client, fresh_learner, records) < 1e-5
     forgetful.close()
 
@@ -140,7 +146,7 @@ def test_without_the_cache_resets_rollouts_see_the_old_tower_and_the_guard_says_
     move(fresh_learner[0], "model.vision_tower", "model.multi_modal_projector")
     with monkeypatch.context() as patch:
         patch.setattr(RolloutClient, "reset_caches", lambda self: None)
-        SharedMemorySync(client).push(fresh_learner[0])
+        push(client, fresh_learner[0])
     with pytest.raises(ParityError, match="a cache that was not reset"):
         parity(client, fresh_learner, records)
     client.reset_caches()
@@ -160,7 +166,7 @@ def test_loading_without_the_layerwise_reload_is_seen_by_the_guard(
         patch.setattr(RolloutClient, "on_every_server", without_reload)
         # vLLM refuses, or takes the tensors and keeps its packed copies: either way nothing passes unseen.
         with pytest.raises((ParityError, RuntimeError)):  # noqa: PT012
-            SharedMemorySync(client).push(fresh_learner[0])
+            push(client, fresh_learner[0])
             parity(client, fresh_learner, records)
 
 
@@ -176,7 +182,7 @@ def test_a_policy_in_love_with_the_image_token_samples_none_and_its_ratios_are_r
     head = model.get_output_embeddings().weight
     with torch.no_grad():  # the image token becomes the likeliest wherever hidden states point this way
         head[banned] = head.mean(0) * 40
-    SharedMemorySync(client).push(model)
+    push(client, model)
     rows = records[:8]
     answers = client.generate(
         [Prompt(prompt_messages(row), seed=at) for at, row in enumerate(rows)],
@@ -234,7 +240,7 @@ def test_lora_weights_reach_the_server_merged_and_come_apart_again(client, fresh
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     frozen = model.get_base_model().model.language_model.layers[0].self_attn.q_proj.base_layer.weight.clone()
-    SharedMemorySync(client).push(model)
+    push(client, model)
     assert parity(client, (model, processor), records) < 1e-5
     kept = model.get_base_model().model.language_model.layers[0].self_attn.q_proj.base_layer.weight
     assert torch.allclose(kept, frozen, atol=1e-6)

@@ -8,7 +8,7 @@ import core
 from core import TinySize
 from rl.rollout.client import CoreFacts, RolloutClient
 from rl.rollout.server import rollout_pool
-from rl.rollout.weights import SharedMemorySync
+from rl.rollout.weights import FileSync
 
 from .conftest import POOL, WORDS
 from .test_vllm import move, parity
@@ -55,6 +55,6 @@ def test_shards_load_at_the_start_and_later_and_weights_arrive_from_memory(layou
 
         model, _ = learner(first)
         move(model, "model.language_model.layers")
-        SharedMemorySync(client).push(model)
+        FileSync(client, tmp_path).push(model)
         assert parity(client, (model, processor), records) < 1e-5
         client.close()

@@ -1,0 +1,325 @@
+"""What a learner's steps take, measured, beside what core/memory.py says they take.
+
+    python -P -m benchmarks.memory [--quick]
+
+Each case trains two updates on random cores with the trainers of the stages, in a process of its own, on the CPU. The
+measured figure is the process's highest resident memory above what it held before the model was loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learner import Size, _status_kib, build_core
+from core.learner import LearnerConfig
+from core.memory import CoreShape, Memory, Work, estimate
+
+UPDATES = 2
+"""The second one has the optimizer's states from the start."""
+SEPARATE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+"""glibc gives every tensor pages of its own, and back when it is freed: resident memory is then what is alive."""
+
+WIDE = Size(112, (256, 2, 4, 512), (768, 3, 8, 2048), 4, 96, 16_384)
+"""33M parameters in few layers, a third of them embeddings."""
+DEEP = Size(112, (128, 2, 4, 256), (256, 12, 4, 768), 2, 64, 2048)
+"""11M parameters in many layers: activations outweigh them."""
+SEEING = Size(224, (512, 6, 8, 1408), (256, 2, 4, 768), 2, 64, 2048)
+"""Mostly a tower."""
+SPECK = Size(112, (64, 1, 2, 64), (64, 1, 2, 64), 2, 32, 512)
+"""As good as nothing."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One learner and its work. Rows are `text` tokens and `images` tiles each."""
+
+    name: str
+    size: Size
+    kind: str
+    """sft, or rl: `rows` completions of `completion` tokens for each of `groups` prompts."""
+    rows: int
+    text: int
+    images: int = 0
+    completion: int = 0
+    groups: int = 1
+    passes: int = 1
+    """Passes per update, among which an update's rows are shared out (sft)."""
+    learner: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def row_tokens(self) -> int:
+        return self.text + self.images * self.size.tile_tokens
+
+    @property
+    def cfg(self) -> LearnerConfig:
+        return LearnerConfig.model_validate({"deepspeed": None, **self.learner})
+
+    @property
+    def work(self) -> Work:
+        """The largest pass."""
+        if self.kind == "sft":
+            rows = self.rows // self.passes
+            return Work(tokens=rows * self.row_tokens, tiles=rows * self.images, accumulates=self.passes > 1)
+        tokens = self.groups * (self.row_tokens + self.rows * (self.completion - 1))
+        return Work(
+            tokens=tokens,
+            tiles=self.groups * self.images,
+            scored=self.groups * self.rows * self.completion,
+            repeats_heads=True,
+            accumulates=False,
+        )
+
+
+RECOMPUTED = {"gradient_checkpointing": True}
+BFLOAT16 = {"dtype": "bfloat16", "deepspeed": {"zero_stage": 2}}
+CASES = (
+    Case("weights", WIDE, "sft", rows=1, text=64),
+    Case("weights, ZeRO-2", WIDE, "sft", rows=1, text=64, learner={"deepspeed": {"zero_stage": 2}}),
+    Case("weights, two passes", WIDE, "sft", rows=2, text=256, passes=2),
+    Case("weights, bfloat16", WIDE, "sft", rows=1, text=64, learner=BFLOAT16),
+    Case("head", WIDE, "sft", rows=2, text=512),
+    Case("layers", DEEP, "sft", rows=4, text=384),
+    Case("layers, recomputed", DEEP, "sft", rows=8, text=512, learner=RECOMPUTED),
+    Case("tower", SEEING, "sft", rows=4, text=32, images=2),
+    Case("tower, recomputed", SEEING, "sft", rows=8, text=32, images=2, learner=RECOMPUTED),
+    Case("tower frozen", SEEING, "sft", rows=8, text=32, images=2, learner={"freeze": ["tower"]}),
+    Case("LoRA", DEEP, "sft", rows=4, text=384, learner={"lora": {"r": 8}}),
+    Case("LoRA, recomputed", WIDE, "sft", rows=4, text=512, learner={"lora": {"r": 8}, **RECOMPUTED}),
+    Case("group", DEEP, "rl", rows=8, text=256, completion=128),
+    Case("groups, recomputed", DEEP, "rl", rows=8, text=256, completion=128, groups=3, learner=RECOMPUTED),
+    Case("group with images", SEEING, "rl", rows=4, text=32, images=4, completion=64),
+    Case("group, LoRA", DEEP, "rl", rows=8, text=256, completion=128, learner={"lora": {"r": 8}}),
+)
+
+
+def estimated(case: Case) -> Memory:
+    """What core/memory.py says of a case."""
+    config = build_config(case)
+    return estimate(CoreShape.of(config.to_dict()), case.cfg, case.work, gpu=False)
+
+
+def build_config(case: Case) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        return build_core(case.size)[0].config
+
+
+def measured(case: Case) -> float:
+    """Bytes that the case takes at its peak, in a child process."""
+    command = [sys.executable, "-P", "-m", "benchmarks.memory", "--case", case.name]
+    environment = {**os.environ, **SEPARATE, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{case.name}: measuring failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def peak_bytes(case: Case) -> int:
+    """Train the case in this process; its highest resident memory above what was there before the model."""
+    from core.learner import join_process_group
+    from recipes.worker import keep_engine_out
+
+    keep_engine_out()
+    join_process_group(case.cfg)
+    make = sft_trainer if case.kind == "sft" else rl_trainer
+    with tempfile.TemporaryDirectory() as folder:
+        # What a trainer takes whatever it trains (modules imported late, threads, loaders) is there after this one.
+        small = replace(
+            case, size=SPECK, rows=2, text=8, images=min(case.images, 1), completion=4, groups=1, passes=1
+        )
+        make(small, saved_core(small, Path(folder) / "small"), Path(folder)).train()
+        core = saved_core(case, Path(folder) / "core")
+        gc.collect()
+        before = _status_kib("VmRSS")
+        trainer = make(case, core, Path(folder))
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the high-water mark starts again: loading has one of its own
+        trainer.train()
+        return (_status_kib("VmHWM") - before) * 2**10
+
+
+def saved_core(case: Case, folder: Path) -> Path:
+    """A random core on disk, made by a process of its own: its model leaves nothing in this one."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            model, processor = build_core(case.size)
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            status = 0
+        finally:
+            os._exit(status)
+    if os.waitpid(pid, 0)[1]:
+        raise RuntimeError(f"{case.name}: the core could not be saved")
+    return folder
+
+
+def sft_trainer(case: Case, core: Path, folder: Path) -> Any:
+    """An SFT phase's trainer on random rows."""
+    import numpy as np
+    import torch
+
+    from core.learner import load_processor
+    from sft.config import SFTConfig
+    from sft.packing import ByRows, Plan
+    from sft.train import phase_trainer
+
+    tokens = case.rows // case.passes * case.row_tokens
+    cfg = SFTConfig.model_validate(
+        {
+            "max_tokens": case.row_tokens,
+            "learner": case.cfg.model_dump(),
+            "packing": {"micro_batch_tokens": tokens},
+            "phases": [
+                {
+                    "name": "measured",
+                    "data": [{"set": "none"}],
+                    "optim": {"learning_rate": 1e-5, "max_steps": UPDATES, "global_batch_size": case.rows},
+                }
+            ],
+        }
+    )
+    image = [load_processor(core).image_token_id] * case.size.tile_tokens * case.images
+    generator = torch.Generator().manual_seed(0)
+    lessons: list[Any] = []
+    for _ in range(case.rows):
+        ids = torch.tensor([*image, *torch.randint(15, 30, (case.text,), generator=generator).tolist()])
+        side = case.size.image_px
+        pixels = torch.randn(case.images, 3, side, side, generator=generator) if case.images else None
+        lessons.append({"input_ids": ids, "labels": ids.clone(), "pixel_values": pixels})
+    sizes = np.array([[case.text, len(image)]] * case.rows)
+    plan = Plan(sizes, ByRows(case.rows), budget=tokens, ranks=1, seed=0, epochs=None, max_updates=UPDATES)
+    return phase_trainer(cfg, cfg.phases[0], lessons, plan, start=core, folder=folder, seed=0)
+
+
+def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
+    """An RL stage's trainer on made-up completions."""
+    import torch
+    from datasets import Dataset
+
+    from benchmarks.learner import Shape, rows_of
+    from core.learner import load_model, load_processor, peft_config
+    from rewards.mix import Graded
+    from rewards.verdict import Status, Verdict
+    from rl.collect import Batch, Group, Pipeline, Sample
+    from rl.config import RLConfig
+    from rl.rollout.client import Completion, CoreFacts
+    from rl.train import trl_config
+    from rl.trainer import RolloutTrainer, reward_function
+
+    count = case.groups * case.rows
+    cfg = RLConfig.model_validate(
+        {
+            "data": [{"set": "none"}],
+            "rewards": [{"name": "answer", "use": "answer", "weight": 1.0}],
+            "algorithm": {"clip_low": 0.2, "clip_high": 0.28},
+            "rollout": {
+                "prompts_per_batch": case.groups,
+                "group_size": case.rows,
+                "max_completion_tokens": case.completion,
+            },
+            "batches": UPDATES,
+            "mini_batch": count,
+            "optim": {"learning_rate": 1e-5, "micro_batch_size": count},
+            "parity": {"bound": 1.0},
+            "learner": case.cfg.model_dump(),
+        }
+    )
+    processor = load_processor(core)
+    shape = Shape("", case.rows, case.images, case.text, case.completion, case.groups)
+    rows = rows_of(shape, case.size, processor)
+    records, groups = [], []
+    for number in range(case.groups):
+        own = rows[number * case.rows : (number + 1) * case.rows]
+        record: Any = {"id": str(number), "images": own[0]["images"], "question": "A", "mode": "direct"}
+        samples = []
+        for place, row in enumerate(own):
+            verdict = Verdict(place / (case.rows - 1), Status.CORRECT)
+            graded = Graded(total=verdict.score, verdicts={"answer": verdict})
+            completion = Completion(row["completion_ids"], row["logprobs"], "", True)
+            samples.append(Sample(completion, graded, 0.0, verdict))
+        records.append(record)
+        groups.append(Group(record, own[0]["prompt_ids"], samples))
+
+    class Collected:
+        client, version = None, 0
+
+        def collect(self) -> Batch:
+            return Batch(groups, groups, {})
+
+    class Quiet:
+        def push(self, model: Any) -> None:
+            pass
+
+        def sample(self, client: Any) -> list:
+            return []
+
+        def check(self, *_: Any) -> float:
+            return 0.0
+
+    arguments, policy = trl_config(cfg, folder, seed=0), load_model(core, cfg.learner)
+    quiet: Any = Quiet()
+    collected: Any = Collected()
+    torch.manual_seed(0)
+    return RolloutTrainer(
+        rollouts=Pipeline(collected, UPDATES, overlap=False),
+        sync=quiet,
+        guard=quiet,
+        records=records,
+        probes=[],
+        banned_ids=CoreFacts.of(core).banned_ids,
+        on_batch=lambda *_: None,
+        model=policy,
+        processing_class=processor,
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * count}),
+        reward_funcs=[reward_function("answer")],
+        args=arguments,
+        peft_config=peft_config(cfg.learner),
+        budget_rows=count,
+    )
+
+
+def table(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Estimate and measurement of each case, printed as they come."""
+    lines = []
+    print("case                  estimated  measured  ratio")
+    for case in cases:
+        said, found = estimated(case).peak, measured(case)
+        lines.append({"case": case.name, "estimated": said, "measured": found, "ratio": said / found})
+        print(
+            f"{case.name:<20} {said / 2**20:>7.0f} MiB {found / 2**20:>5.0f} MiB {said / found:>6.2f}",
+            flush=True,
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="three cases")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        case = next(case for case in CASES if case.name == options.case)
+        print(json.dumps({"peak_bytes": peak_bytes(case)}))
+        return
+    lines = table(CASES[:3] if options.quick else CASES)
+    worst = max(abs(line["ratio"] - 1) for line in lines)
+    print(json.dumps({"bench": "memory", "worst": worst, "cases": lines}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Which of a run's hosts this is: from the command line, else from what torchrun, accelerate or SLURM set."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from core.strict import ConfigError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One host's place among those that a run was started on."""
+
+    nodes: int
+    """Hosts, at least two."""
+    node: int
+    """This one's number; 0 leads."""
+    address: str
+    """Name or address under which the others reach the leader; of use on the leader alone, which tells them."""
+    port: int | None = None
+    """Port on which the leader listens; None takes a free one."""
+
+
+def placement(
+    environment: Mapping[str, str] = os.environ,
+    nodes: int | None = None,
+    node: int | None = None,
+    master: str | None = None,
+) -> Placement | None:
+    """This host's place; None if it is the only one.
+
+    `nodes`, `node` and `master` (HOST or HOST:PORT) are the command line's and win over the environment.
+    Raises ConfigError where `posttrain run` was started more than once per host, with the right command.
+    """
+    _check_once_per_host(environment)
+    if nodes is None and (node is not None or master is not None):
+        raise ConfigError("--node-rank and --master need --nnodes, the number of hosts")
+    found = _explicit(nodes, node) or _torchrun(environment) or _slurm(environment)
+    if found is None or found[0] == 1:
+        return None
+    count, place, address = found
+    host, port = _host_and_port(master) if master else (address or socket.gethostname(), None)
+    return Placement(count, place, host, port)
+
+
+def _explicit(nodes: int | None, node: int | None) -> tuple[int, int, str | None] | None:
+    if nodes is None:
+        return None
+    if nodes > 1 and node is None:
+        raise ConfigError(f"--nnodes {nodes} needs --node-rank: 0 on the host that leads, up to {nodes - 1}")
+    if not 0 <= (node or 0) < nodes:
+        raise ConfigError(f"--node-rank {node}: with --nnodes {nodes} it lies between 0 and {nodes - 1}")
+    return nodes, node or 0, None
+
+
+def _torchrun(environment: Mapping[str, str]) -> tuple[int, int, str | None] | None:
+    """torchrun's variables, which accelerate sets as well: one process per host, so a rank is a host."""
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return None
+    return int(environment["WORLD_SIZE"]), int(environment["RANK"]), environment.get("MASTER_ADDR")
+
+
+def _slurm(environment: Mapping[str, str]) -> tuple[int, int, str | None] | None:
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    if not _in_step(environment):
+        nodes = int(environment.get("SLURM_NNODES", "1"))
+        if nodes > 1:
+            raise ConfigError(
+                f"this SLURM job has {nodes} nodes, but posttrain was started on one of them: start it on each, "
+                "`srun --ntasks-per-node=1 posttrain run ...`, or use this one alone with --nnodes 1"
+            )
+        return None
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES", "1"))
+    return nodes, int(environment.get("SLURM_NODEID", "0")), environment.get("SLURMD_NODENAME")
+
+
+def _in_step(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this process; a batch script's own processes are in no step."""
+    return "SLURM_STEP_ID" in environment or "SLURM_STEPID" in environment
+
+
+def _check_once_per_host(environment: Mapping[str, str]) -> None:
+    local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if "RANK" in environment and (local > 1 or int(environment.get("LOCAL_RANK", "0")) > 0):
+        nodes = max(1, int(environment.get("WORLD_SIZE", "1")) // max(local, 1))
+        command = (
+            f"accelerate launch --num_machines {nodes} --num_processes {nodes} ... --no_python posttrain run ..."
+            if any(name.startswith("ACCELERATE_") for name in environment)
+            else f"torchrun --nnodes {nodes} --nproc-per-node 1 ... --no-python posttrain run ..."
+        )
+        raise ConfigError(
+            f"{max(local, 2)} processes were started on this host: start `posttrain run` once per host, it starts the "
+            f"ranks itself (learner.processes). "
+            + (command if nodes > 1 else "On one host: posttrain run ...")
+        )
+    if not _in_step(environment) or "RANK" in environment:  # torchrun under srun has said enough
+        return
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES", "1"))
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or nodes)
+    if tasks > nodes or int(environment.get("SLURM_LOCALID", "0")) > 0:
+        raise ConfigError(
+            f"srun started {tasks} tasks on {nodes} nodes: start `posttrain run` once per node, it starts the ranks "
+            f"itself (learner.processes): srun --nodes={nodes} --ntasks-per-node=1 posttrain run ..."
+        )
+
+
+def _host_and_port(master: str) -> tuple[str, int | None]:
+    host, colon, port = master.rpartition(":")
+    if not colon:
+        return master, None
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--master {master!r}: write HOST or HOST:PORT")
+    return host, int(port)

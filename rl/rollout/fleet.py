@@ -1,0 +1,84 @@
+"""Which servers of a pool may be asked: those known to hold the current weights. Who is lost stays out until synced."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+
+class Fleet:
+    """The servers of one client, serving or lost. Safe to use from many threads.
+
+    Args:
+        urls: every server of the pool.
+        max_returns: a server that has come back so often and is lost again stays out for good.
+        warn: takes a line for people about every loss and return.
+    """
+
+    def __init__(self, urls: Sequence[str], max_returns: int, warn: Callable[[str], None]) -> None:
+        self.urls, self.max_returns, self.warn = tuple(urls), max_returns, warn
+        self.losses = 0
+        """Servers lost so far; one that was lost twice counts twice."""
+        self.moved = 0
+        """Requests that another server, or the same one after its return, had to answer."""
+        self._lost: dict[str, str] = {}
+        self._returns: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def serving(self) -> list[str]:
+        """Servers that may be asked, in the pool's order."""
+        with self._lock:
+            return [url for url in self.urls if url not in self._lost]
+
+    @property
+    def awaited(self) -> list[str]:
+        """Lost servers that may still come back."""
+        with self._lock:
+            return [url for url in self._lost if self._returns[url] < self.max_returns]
+
+    def lose(self, url: str, why: str) -> None:
+        """Ask this server nothing until it is readmitted."""
+        with self._lock:
+            if url in self._lost:
+                return
+            self._lost[url] = why
+            self.losses += 1
+            left = len(self.urls) - len(self._lost)
+            last = self._returns[url] >= self.max_returns
+        stays = f"; it was back {self.max_returns} times and now stays out" if last else ""
+        self.warn(f"rollout server {url} is lost ({left} of {len(self.urls)} left): {why}{stays}")
+
+    def readmit(self, url: str) -> None:
+        """The server has the current weights and may be asked again."""
+        with self._lock:
+            del self._lost[url]
+            self._returns[url] += 1
+            serving = len(self.urls) - len(self._lost)
+        self.warn(f"rollout server {url} is back with the current weights ({serving} of {len(self.urls)})")
+
+    def refuse(self, url: str, why: str) -> None:
+        """The server has come back but cannot be trusted with requests; counts as a return."""
+        with self._lock:
+            self._lost[url] = why
+            self._returns[url] += 1
+        self.warn(f"rollout server {url} came back but stays out for now: {why}")
+
+    def move(self) -> None:
+        """Count a request that has to be asked again elsewhere."""
+        with self._lock:
+            self.moved += 1
+
+    def figures(self) -> dict[str, float]:
+        """For the metrics: servers that serve, losses and moved requests since the start."""
+        return {
+            "rollout/servers": len(self.serving),
+            "rollout/servers_lost": self.losses,
+            "rollout/requests_moved": self.moved,
+        }
+
+    def __str__(self) -> str:
+        """The lost servers and why, a line each."""
+        with self._lock:
+            return "\n".join(f"  {url}: {why}" for url, why in self._lost.items())

@@ -1,0 +1,104 @@
+"""Servers that we started and that end are started again at the same URL, so often and no more."""
+
+import sys
+import time
+
+import pytest
+import requests
+
+from core.strict import ConfigError, parse
+from rl.config import PoolConfig
+from rl.rollout import server
+from rl.rollout.server import ServerFailed, free_port, starting_pool
+from rl.rollout.weights import weights_folder
+
+HEALTHY = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"")
+
+    def log_message(self, *args):
+        pass
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Processes in the order they were started; the servers answer /health and no more."""
+    processes = []
+    start = server.RolloutServer.start
+
+    def noted(self):
+        start(self)
+        processes.append(self.process)
+
+    monkeypatch.setattr(server.RolloutServer, "start", noted)
+    monkeypatch.setattr(server, "KEEP_S", 0.05)
+    monkeypatch.setattr(
+        server, "command", lambda cfg, model, port: [sys.executable, "-c", HEALTHY, str(port)]
+    )
+    return processes
+
+
+def until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def up(url):
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def test_a_server_that_ends_is_started_again_at_its_url_until_it_has_ended_once_too_often(started, tmp_path):
+    cfg = PoolConfig(max_model_tokens=64, max_restarts=1)
+    with starting_pool(cfg, tmp_path, tmp_path) as wait:
+        (url,) = wait()
+        started[0].kill()
+        until(lambda: len(started) == 2 and up(url))
+        assert wait() == [url]
+        started[1].kill()
+        with pytest.raises(ServerFailed, match="ended with code -9"):
+            until(lambda: wait() and False)
+    assert len(started) == 2
+
+
+def test_at_the_end_nothing_is_started_again(started, tmp_path):
+    with starting_pool(PoolConfig(max_model_tokens=64, servers=2), tmp_path, tmp_path) as wait:
+        assert len(wait()) == 2
+    assert [process.poll() is not None for process in started] == [True, True]
+
+
+def test_ports_are_counted_up_from_the_first(started, tmp_path):
+    port = free_port("127.0.0.1")
+    cfg = PoolConfig(max_model_tokens=64, first_port=port)
+    with starting_pool(cfg, tmp_path, tmp_path) as wait:
+        assert wait() == [f"http://127.0.0.1:{port}"]
+
+
+@pytest.mark.parametrize("url", ["http://gpu-c:8000", "http://10.0.0.3:8000"])
+def test_servers_on_other_machines_need_a_folder_that_they_share(url):
+    with pytest.raises(
+        ConfigError, match=rf"reaches servers on this machine only, but urls has {url}; set weights_dir"
+    ):
+        parse(PoolConfig, {"max_model_tokens": 64, "urls": ["http://127.0.0.1:8000", url]})
+    for remedy in ({"weights_dir": "/shared/weights"}, {"weights": "nccl"}):
+        assert parse(PoolConfig, {"max_model_tokens": 64, "urls": [url], **remedy}).urls == (url,)
+
+
+def test_weights_travel_through_the_chosen_folder_and_leave_nothing_there(tmp_path):
+    with weights_folder(str(tmp_path / "new")) as folder:
+        assert folder.parent == tmp_path / "new"
+        (folder / "policy-1.safetensors").touch()
+    assert list((tmp_path / "new").iterdir()) == []
