@@ -25,14 +25,13 @@ import logging
 import tempfile
 import time
 import warnings
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common import alternate, emit, show
-from benchmarks.workload import learner_settings, on_gpu, random_core
+from benchmarks.workload import WORDS, learner_settings, on_gpu, random_core
 
 TILE_TOKENS = 256
 SCALE = 16
@@ -44,10 +43,6 @@ HEADLINE = 8
 PACK_ROWS = 2
 """A pack holds so many times the longest row: on a CPU, packs that stay in the cache are 10 to 15% faster than packs of
 eight, and they take less memory than the padded micro-batches."""
-
-
-WORDS = ["".join(letters) for letters in product("ABCDEFGHIJKLMN", repeat=3)][:2336]
-"""A vocabulary of 2,374 tokens, 151,936 / 64: the output layer keeps its share, too."""
 
 
 def mixture(rows: int, seed: int) -> dict[str, np.ndarray]:

@@ -36,11 +36,12 @@ from benchmarks.workload import (
 MODULE = "benchmarks.step"
 GROUP = 8
 SHAPES: Mapping[str, Mapping[str, int]] = {
-    "tiny": {"prompts": 16, "tokens": 48, "side_px": 56, "rows_per_pass": 64},
-    "mid": {"prompts": 2, "tokens": 64, "side_px": 448, "rows_per_pass": 8},
-    "2b": {"prompts": 8, "tokens": 512, "side_px": 448, "rows_per_pass": 8},
+    "tiny": {"prompts": 16, "tokens": 48, "side_px": 56, "rows_per_pass": 64, "steps": 6},
+    "mid": {"prompts": 2, "tokens": 64, "side_px": 448, "rows_per_pass": 8, "steps": 3},
+    "2b": {"prompts": 8, "tokens": 512, "side_px": 448, "rows_per_pass": 8, "steps": 5},
 }
-"""Per core: prompts in a batch, completion length in tokens, side of the pictures, completions in one backward pass."""
+"""Per core: prompts in a batch, completion length in tokens, side of the pictures, completions in one backward pass,
+and the steps of a turn that count."""
 PARTS = ("rollout/generating_seconds", "rollout/grading_seconds", "sync/seconds")
 
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def compare(quick: bool) -> None:
     """Run all sizes and print them."""
     sizes = ["2b"] if on_gpu() else ["tiny"] if quick else ["tiny", "mid"]
-    found = {name: _compare(name, steps=4 if quick else 7) for name in sizes}
+    found = {name: _compare(name, turns=1 if quick else 2) for name in sizes}
     rows = [
         (
             name,
@@ -78,14 +79,15 @@ def compare(quick: bool) -> None:
     emit("step", ratio={name: one["ratio"] for name, one in found.items()}, sizes=found)
 
 
-def _compare(name: str, steps: int) -> dict[str, Any]:
+def _compare(name: str, turns: int) -> dict[str, Any]:
     """Median seconds per step of both sides after the first two, in turns; and the parts of ours."""
     from core.records import write_records
     from rl.rollout.server import rollout_pool
 
     shape = SHAPES[name]
+    batches = shape["steps"] + 2
     stage = rl_stage(
-        batches=steps + 2,
+        batches=batches,
         prompts=shape["prompts"],
         group=GROUP,
         tokens=shape["tokens"],
@@ -97,18 +99,15 @@ def _compare(name: str, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         core, data = random_core(folder / "core", name), folder / "rl.parquet"
-        write_records(data, records(shape["prompts"] * (steps + 2), side_px=shape["side_px"]))
+        write_records(data, records(shape["prompts"] * batches, side_px=shape["side_px"]))
         pool = pool_of(max_model_tokens=1024 if on_gpu() else 512, max_sequences=128)
         job = {"stage": stage, "model": str(core), "data": str(data), "pool": pool.model_dump_json()}
-        for turn in range(2):
-            for side in ("ours", "stock") if turn % 2 else ("stock", "ours"):
+        with rollout_pool(pool, core, folder / "logs") as urls:
+            order = [("ours", "stock") if turn % 2 else ("stock", "ours") for turn in range(turns)]
+            for turn, side in ((turn, side) for turn, sides in enumerate(order) for side in sides):
                 out = folder / f"{side}-{turn}"
-                if side == "ours":
-                    with rollout_pool(pool, core, folder / "logs") as urls:
-                        command = child(MODULE, "--ours", {**job, "out": str(out), "urls": urls})
-                        run_child(command, folder / "ours.log")
-                else:
-                    run_child(child(MODULE, "--stock", {**job, "out": str(out)}), folder / "stock.log")
+                command = child(MODULE, f"--{side}", {**job, "out": str(out), "urls": urls})
+                run_child(command, folder / f"{side}.log")
                 logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
                 seconds[side] += [
                     after - before for before, after in pairwise([one["elapsed"] for one in logged[1:]])
