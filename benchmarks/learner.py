@@ -341,12 +341,12 @@ def peak_mib(side: str, size: Size, shape: Shape) -> float:
             return (torch.cuda.max_memory_allocated() - before) / 2**20
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the high-water mark starts again from what is resident now
-        before_kib = _status_kib("VmRSS")
+        before_kib = status_kib("VmRSS")
         step(trainer, inputs)
-        return (_status_kib("VmHWM") - before_kib) / 2**10
+        return (status_kib("VmHWM") - before_kib) / 2**10
 
 
-def _status_kib(field: str) -> int:
+def status_kib(field: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learner import Size, _status_kib, build_core
+from benchmarks.learner import Size, status_kib, build_core
 from core.learner import LearnerConfig
 from core.memory import CoreShape, Memory, Work, estimate
 
@@ -141,12 +141,12 @@ def peak_bytes(case: Case) -> int:
         make(small, saved_core(small, Path(folder) / "small"), Path(folder)).train()
         core = saved_core(case, Path(folder) / "core")
         gc.collect()
-        before = _status_kib("VmRSS")
+        before = status_kib("VmRSS")
         trainer = make(case, core, Path(folder))
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the high-water mark starts again: loading has one of its own
         trainer.train()
-        return (_status_kib("VmHWM") - before) * 2**10
+        return (status_kib("VmHWM") - before) * 2**10
 
 
 def saved_core(case: Case, folder: Path) -> Path:
