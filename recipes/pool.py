@@ -97,6 +97,7 @@ class Pool:
                 CoreFacts.of(model),
                 concurrency=self.cfg.concurrency,
                 share_gpus=self.cfg.share_gpus,
+                timeout_s=self.cfg.request_timeout_s,
                 patience_s=self.cfg.startup_timeout_s,
                 max_returns=self.cfg.max_restarts,
             )

@@ -58,6 +58,8 @@ class PoolConfig(Strict):
     """Port of the first server that we start, counted up for the others; None takes free ones."""
     startup_timeout_s: float = Field(default=300, gt=0)
     """A server that is not healthy by then is a failure. When every server is lost, a stage waits so long for one."""
+    request_timeout_s: float = Field(default=1800, gt=0)
+    """A server that has not answered a request by then, its wait for its turn included, is lost."""
     max_restarts: int = Field(default=3, ge=0)
     """A server that was lost and came back so often is not asked again when it is lost once more. Those that we
     started we start again as often, unless they share GPUs with a learner whose turn it may be."""

@@ -90,6 +90,7 @@ def train(
             urls,
             core,
             concurrency=pool.concurrency,
+            timeout_s=pool.request_timeout_s,
             patience_s=pool.startup_timeout_s,
             max_returns=pool.max_restarts,
             share_gpus=pool.share_gpus,
