@@ -95,7 +95,7 @@ def _scorer(recipe: Recipe, core: Path, urls: list[str], sets: Mapping[str, Path
         CoreFacts.of(core),
         concurrency=pool.concurrency,
         timeout_s=pool.request_timeout_s,
-        patience_s=pool.startup_timeout_s,
+        patience_s=pool.patience_s,
         max_returns=pool.max_restarts,
         share_gpus=pool.share_gpus,
     )

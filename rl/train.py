@@ -91,7 +91,7 @@ def train(
             core,
             concurrency=pool.concurrency,
             timeout_s=pool.request_timeout_s,
-            patience_s=pool.startup_timeout_s,
+            patience_s=pool.patience_s,
             max_returns=pool.max_restarts,
             share_gpus=pool.share_gpus,
             warn=record.alarm_of_servers,
