@@ -100,9 +100,12 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         if stale.exists():
             shutil.rmtree(stale)
     partial.mkdir(parents=True)
+    readable = partial.stat().st_mode & 0o666
     yield partial
     for folder, _, files in os.walk(partial):
         for name in files:
+            if name.endswith(".safetensors"):  # written for their owner alone, whatever the umask
+                Path(folder, name).chmod(readable)
             _fsync(Path(folder, name))
         _fsync(Path(folder))
     if path.exists():

@@ -426,12 +426,8 @@ def _released_text(text: PreTrainedConfig) -> dict[str, Any]:
     rope = dict(text.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type", "default")
     dropped = (
-        "architectures",
-        "dtype",
-        "model_type",
-        "rope_parameters",
-        "layer_types",
-        "transformers_version",
+        *("architectures", "dtype", "model_type", "rope_parameters", "layer_types"),
+        *("transformers_version", "_name_or_path"),
     )
     given = {key: value for key, value in text.to_dict().items() if key not in dropped}
     if "num_local_experts" in given:

@@ -55,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("posttrain: interrupted; finished stages are kept, run again to continue", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"posttrain: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     except Exception as error:
         if not _has_words(error):
             raise
@@ -86,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="for programs: the plan and the resolved recipe")
     plan.add_argument(
         "--gpu-gib",
-        type=float,
+        type=core_commands.above_0,
         metavar="GIB",
         help="memory of one GPU; default: this machine's, else the recipe's hardware.gpu_gib",
     )

@@ -19,9 +19,9 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ TICKET = ".hosts.json"
 """In the run's folder while it runs: the leader's address and the secret."""
 JOIN_S = 600.0
 """How long the hosts wait for one another at the start."""
+PROVES_S = 10.0
+"""Whoever connects has so long to prove that it knows the secret: a port scanner, or a program that took over the
+port in an old ticket, may say nothing at all."""
 BEAT_S = 5.0
 SILENCE_S = 60.0
 """A host that was not heard of for so long is lost."""
@@ -43,6 +46,10 @@ SHOWS_S = 30.0
 WAKE_S = 0.2
 LARGEST = 2**20
 """Of a message, bytes."""
+
+
+_UNPROVEN = (multiprocessing.AuthenticationError, AssertionError, EOFError, OSError, ValueError)
+"""What a connection to anybody but a host of this run ends in; AssertionError for words that are no challenge."""
 
 
 class HostLost(RuntimeError):
@@ -126,13 +133,15 @@ class Cluster:
         # A host's own name may resolve to loopback on itself: bind to every interface, as torch's store does.
         bind = ("127.0.0.1" if loopback else "0.0.0.0", self.place.port or 0)
         try:
-            self._listener = Listener(bind, backlog=self.nodes, authkey=token.encode())
+            self._listener = Listener(bind, backlog=self.nodes)
         except OSError as error:
             raise ConfigError(f"--master: cannot listen on port {self.place.port}: {error}") from None
         self._port = self._listener.address[1]
         ticket = {"address": self.place.address, "port": self._port, "token": token}
         _write_private(self.run_dir / TICKET, ticket)
-        self._accepting = threading.Thread(target=self._accept, name="hosts-joining", daemon=True)
+        self._accepting = threading.Thread(
+            target=self._accept, args=(token.encode(),), name="hosts-joining", daemon=True
+        )
         self._accepting.start()
         try:
             self._wait_for_all()
@@ -219,38 +228,42 @@ class Cluster:
                 self._changed.wait(WAKE_S)
         self.display.line("hosts: " + ", ".join(str(self.followers[node]) for node in sorted(self.followers)))
 
-    def _accept(self) -> None:
+    def _accept(self, token: bytes) -> None:
         while not self._over.is_set():
-            try:
-                connection = self._listener.accept()
-            except (multiprocessing.AuthenticationError, EOFError, OSError):
-                continue  # a port scanner, or a host that read the secret of an earlier run and will read again
-            try:
-                if connection.poll(BEAT_S):
-                    self._welcome(Link(connection), json.loads(connection.recv_bytes(LARGEST)))
-                else:
-                    connection.close()
-            except (EOFError, OSError):
-                connection.close()
+            with contextlib.suppress(OSError):
+                # A thread each: one that says nothing keeps nobody out.
+                threading.Thread(
+                    target=self._admit, args=(self._listener.accept(), token), daemon=True
+                ).start()
+
+    def _admit(self, connection: Connection, token: bytes) -> None:
+        try:
+            with _at_most(PROVES_S, connection):
+                deliver_challenge(connection, token)
+                answer_challenge(connection, token)
+                hello = json.loads(connection.recv_bytes(LARGEST))
+            self._welcome(Link(connection), hello)
+        except _UNPROVEN:
+            connection.close()  # a port scanner, or a host with the secret of an earlier run, which will read again
 
     def _welcome(self, link: Link, hello: Mapping[str, Any]) -> None:
-        node, host = hello["node"], hello["host"]
-        follower = Follower(node, host, link)
-        problem = self._problem(follower, hello)
-        if problem:
-            link.send({"do": "end", "ok": False, "text": problem})
-            link.close()
-        else:
-            link.send({"do": "welcome"})
-            thread = threading.Thread(target=self._listen, args=(follower,), name=f"node-{node}", daemon=True)
-            self._listening.append(thread)
-            thread.start()
+        follower = Follower(hello["node"], hello["host"], link)
         with self._changed:
+            problem = self._problem(follower, hello)
+            link.send({"do": "end", "ok": False, "text": problem} if problem else {"do": "welcome"})
             if problem:
                 self._refused.append(problem)
             else:
-                self.followers[node] = follower
+                self.followers[follower.node] = follower
             self._changed.notify_all()
+        if problem:
+            link.close()
+            return
+        thread = threading.Thread(
+            target=self._listen, args=(follower,), name=f"node-{follower.node}", daemon=True
+        )
+        thread.start()
+        self._listening.append(thread)
 
     def _problem(self, follower: Follower, hello: Mapping[str, Any]) -> str | None:
         """Why this host cannot take part."""
@@ -380,19 +393,46 @@ def _join(place: Placement, run_dir: Path) -> Connection:
     while time.monotonic() < deadline:
         try:
             ticket = read_json(run_dir / TICKET)
-            return Client((ticket["address"], ticket["port"]), authkey=ticket["token"].encode())
+            connection = Client((ticket["address"], ticket["port"]))
         except FileNotFoundError:
             tried = f"there is no {run_dir / TICKET}"
-        except multiprocessing.AuthenticationError:
-            tried = f"{run_dir / TICKET} holds another run's secret than the leader's"
-        except (OSError, EOFError) as error:
+        except OSError as error:
             tried = f"it does not answer at {ticket['address']}:{ticket['port']} ({error})"
+        else:
+            try:
+                with _at_most(PROVES_S, connection):
+                    answer_challenge(connection, ticket["token"].encode())
+                    deliver_challenge(connection, ticket["token"].encode())
+                return connection
+            except _UNPROVEN:
+                connection.close()
+                tried = (
+                    f"who answers at {ticket['address']}:{ticket['port']} does not know the secret in "
+                    f"{run_dir / TICKET}: it may be an earlier run's"
+                )
         time.sleep(WAKE_S)
     raise ConfigError(
         f"no leader within {JOIN_S:g} s: {tried}. Node 0 writes this file as it starts: is `posttrain run` with the "
         f"same recipe and name started there, and is {run_dir} on a file system that all hosts share, "
         "under the same path? --runs-dir names another place"
     )
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float, connection: Connection) -> Iterator[None]:
+    """A connection that is not done with the block by then is shut down: reading from it raises EOFError."""
+
+    def shut() -> None:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:
+            line.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _write_private(path: Path, values: Mapping[str, Any]) -> None:

@@ -84,7 +84,7 @@ def _add_merge(core: Any, command: Command) -> None:
 def _shard_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shard-gb",
-        type=_gigabytes,
+        type=above_0,
         default=2.0,
         metavar="GB",
         help="largest file of weights, which bounds the memory needed; default: %(default)s",
@@ -182,11 +182,12 @@ def _progress(console: Any) -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def _gigabytes(text: str) -> float:
+def above_0(text: str) -> float:
+    """An option's value as a finite number above 0."""
     try:
-        size = float(text)
+        number = float(text)
     except ValueError:
-        size = 0.0
-    if not 0 < size < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size in gigabytes above 0, such as 2")
-    return size
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0, such as 2")
+    return number

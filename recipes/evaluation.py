@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.artifacts import write_json
+from core.artifacts import read_json, write_json
 from core.strict import ConfigError
 from recipes import report, runner
 from recipes.config import Recipe
@@ -127,3 +127,8 @@ def with_adapter(cfg: PoolConfig, model: Path, adapter: Path) -> PoolConfig:
 def _require_checkpoint(model: Path) -> None:
     if not (model / "config.json").is_file():
         raise ConfigError(f"{model}: no checkpoint folder: config.json is missing")
+    kind = read_json(model / "config.json").get("model_type")
+    if kind != "sailvl2":
+        raise ConfigError(
+            f"{model}: model_type={kind!r}, a core has sailvl2; `posttrain core import` makes one"
+        )

@@ -60,22 +60,25 @@ def _torchrun(environment: Mapping[str, str]) -> tuple[int, int, str | None] | N
     """torchrun's variables, which accelerate sets as well: one process per host, so a rank is a host."""
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return None
-    return int(environment["WORLD_SIZE"]), int(environment["RANK"]), environment.get("MASTER_ADDR")
+    return _number(environment, "WORLD_SIZE"), _number(environment, "RANK"), environment.get("MASTER_ADDR")
 
 
 def _slurm(environment: Mapping[str, str]) -> tuple[int, int, str | None] | None:
     if "SLURM_JOB_ID" not in environment:
         return None
     if not _in_step(environment):
-        nodes = int(environment.get("SLURM_NNODES", "1"))
+        nodes = _number(environment, "SLURM_NNODES", 1)
         if nodes > 1:
             raise ConfigError(
                 f"this SLURM job has {nodes} nodes, but posttrain was started on one of them: start it on each, "
                 "`srun --ntasks-per-node=1 posttrain run ...`, or use this one alone with --nnodes 1"
             )
         return None
-    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES", "1"))
-    return nodes, int(environment.get("SLURM_NODEID", "0")), environment.get("SLURMD_NODENAME")
+    return (
+        _step_nodes(environment),
+        _number(environment, "SLURM_NODEID", 0),
+        environment.get("SLURMD_NODENAME"),
+    )
 
 
 def _in_step(environment: Mapping[str, str]) -> bool:
@@ -84,9 +87,9 @@ def _in_step(environment: Mapping[str, str]) -> bool:
 
 
 def _check_once_per_host(environment: Mapping[str, str]) -> None:
-    local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    if "RANK" in environment and (local > 1 or int(environment.get("LOCAL_RANK", "0")) > 0):
-        nodes = max(1, int(environment.get("WORLD_SIZE", "1")) // max(local, 1))
+    local = _number(environment, "LOCAL_WORLD_SIZE", 1)
+    if "RANK" in environment and (local > 1 or _number(environment, "LOCAL_RANK", 0) > 0):
+        nodes = max(1, _number(environment, "WORLD_SIZE", 1) // max(local, 1))
         command = (
             f"accelerate launch --num_machines {nodes} --num_processes {nodes} ... --no_python posttrain run ..."
             if any(name.startswith("ACCELERATE_") for name in environment)
@@ -99,13 +102,25 @@ def _check_once_per_host(environment: Mapping[str, str]) -> None:
         )
     if not _in_step(environment) or "RANK" in environment:  # torchrun under srun has said enough
         return
-    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES", "1"))
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or nodes)
-    if tasks > nodes or int(environment.get("SLURM_LOCALID", "0")) > 0:
+    nodes = _step_nodes(environment)
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", nodes))
+    if tasks > nodes or _number(environment, "SLURM_LOCALID", 0) > 0:
         raise ConfigError(
             f"srun started {tasks} tasks on {nodes} nodes: start `posttrain run` once per node, it starts the ranks "
             f"itself (learner.processes): srun --nodes={nodes} --ntasks-per-node=1 posttrain run ..."
         )
+
+
+def _step_nodes(environment: Mapping[str, str]) -> int:
+    return _number(environment, "SLURM_STEP_NUM_NODES", _number(environment, "SLURM_NNODES", 1))
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A launcher's variable; `default` where it is not set or empty."""
+    text = environment.get(name) or str(default)
+    if not text.isdecimal():
+        raise ConfigError(f"{name}={environment.get(name)!r} is no whole number; unset it, or give --nnodes")
+    return int(text)
 
 
 def _host_and_port(master: str) -> tuple[str, int | None]:

@@ -265,7 +265,7 @@ class StageFit:
         if ranks > self.machine.gpus:
             return [
                 f"{self.name}.learner.processes={ranks}, on {self.machine.gpus} GPUs ({self.machine.gpus_per_node} x "
-                f"{self.machine.nodes} nodes); lower it, or hardware.nodes is too small"
+                f"{self.machine.nodes} nodes); lower it, or raise hardware.nodes"
             ]
         if pool is None or pool.urls or pool.device != "gpu":
             return []
@@ -348,10 +348,16 @@ class StageFit:
         share = (room - kept) / room
         if pool.gpu_memory_utilization <= share:
             return []
+        free = int(share * 100) / 100
+        remedy = (
+            f"lower it to {free:g} or less"
+            if free > 0
+            else "set rollout.share_gpus=false, or take larger GPUs"
+        )
         return [
             f"{self.name}: while the servers are awake the learner keeps {gib(kept)} GiB of a GPU's "
             f"{self.machine.gpu_gib:g}, and rollout.gpu_memory_utilization={pool.gpu_memory_utilization:g} wants "
-            f"{gib(pool.gpu_memory_utilization * room)} GiB; lower it to {max(0.0, int(share * 100) / 100):g} or less"
+            f"{gib(pool.gpu_memory_utilization * room)} GiB; {remedy}"
         ]
 
 

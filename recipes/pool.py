@@ -97,7 +97,8 @@ class Pool:
                 CoreFacts.of(model),
                 concurrency=self.cfg.concurrency,
                 share_gpus=self.cfg.share_gpus,
-                patience_s=self.cfg.startup_timeout_s,
+                timeout_s=self.cfg.request_timeout_s,
+                patience_s=self.cfg.patience_s,
                 max_returns=self.cfg.max_restarts,
             )
             self._stack.callback(self._client.close)

@@ -94,7 +94,8 @@ def _scorer(recipe: Recipe, core: Path, urls: list[str], sets: Mapping[str, Path
         urls,
         CoreFacts.of(core),
         concurrency=pool.concurrency,
-        patience_s=pool.startup_timeout_s,
+        timeout_s=pool.request_timeout_s,
+        patience_s=pool.patience_s,
         max_returns=pool.max_restarts,
         share_gpus=pool.share_gpus,
     )

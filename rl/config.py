@@ -57,7 +57,10 @@ class PoolConfig(Strict):
     first_port: int | None = Field(default=None, ge=1, le=65535)
     """Port of the first server that we start, counted up for the others; None takes free ones."""
     startup_timeout_s: float = Field(default=300, gt=0)
-    """A server that is not healthy by then is a failure. When every server is lost, a stage waits so long for one."""
+    """A server that is not healthy by then is a failure. When every server is lost, a stage waits so long for one that
+    may come back."""
+    request_timeout_s: float = Field(default=1800, gt=0)
+    """A server that has not answered a request by then, its wait for its turn included, is lost."""
     max_restarts: int = Field(default=3, ge=0)
     """A server that was lost and came back so often is not asked again when it is lost once more. Those that we
     started we start again as often, unless they share GPUs with a learner whose turn it may be."""
@@ -67,6 +70,12 @@ class PoolConfig(Strict):
     """Requests in flight per server."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for vLLM's API server, as on its command line."""
+
+    @property
+    def patience_s(self) -> float:
+        """How long to wait for a server when all are lost: nobody starts those again that share GPUs."""
+        restarted = self.urls or (self.max_restarts and not self.share_gpus)
+        return self.startup_timeout_s if restarted else 0.0
 
     @model_validator(mode="after")
     def _can_share(self) -> PoolConfig:

@@ -39,6 +39,8 @@ RETURN_PAUSE_S = 1.0
 CACHES = ("reset_mm_cache", "reset_encoder_cache", "reset_prefix_cache")
 WAKE_WEIGHTS, WAKE_CACHE = "wake_up?tags=weights", "wake_up?tags=kv_cache"
 """Room for weights comes before an update, and for keys and values last, so that the update has that to work in."""
+CONNECT_S = 10.0
+"""To connect to a server: a machine that is gone refuses nothing."""
 HEALTH_S = (2.0, 10.0)
 """To connect to a server and to hear whether it is healthy; a CPU engine in the middle of a step answers after it."""
 
@@ -127,7 +129,7 @@ class RolloutClient:
         urls: base URLs of the servers.
         core: facts of the served core.
         concurrency: requests in flight per server.
-        timeout_s: one request's limit.
+        timeout_s: a server that has not answered a request by then is lost.
         patience_s: with no server left, how long to wait for one to come back.
         max_returns: how often each server may come back.
         warn: takes a line about every server lost and found again.
@@ -140,7 +142,7 @@ class RolloutClient:
         core: CoreFacts,
         *,
         concurrency: int = 64,
-        timeout_s: float = 600,
+        timeout_s: float = 1800,
         patience_s: float = 0,
         max_returns: int = 3,
         warn: Callable[[str], None] = log.warning,
@@ -305,11 +307,13 @@ class RolloutClient:
         """
         deadline = time.monotonic() + self.patience_s
         while True:
-            for url in self.fleet.awaited:
+            # Weights that came without files only their sender has: no lost server can get them.
+            awaited = self.fleet.awaited if self._files or not self._version else []
+            for url in awaited:
                 self._take_back(url)
             if self.fleet.serving:
                 return
-            if time.monotonic() >= deadline or not self.fleet.awaited:
+            if time.monotonic() >= deadline or not awaited:
                 raise RolloutError(
                     f"no rollout server is left, and none came back within {self.patience_s:g} s:\n{self.fleet}"
                 )
@@ -317,10 +321,6 @@ class RolloutClient:
 
     def _take_back(self, url: str) -> None:
         """Bring a lost server the current weights if it is up, and let it be asked again if it passes the gate."""
-        if (
-            self._version and not self._files
-        ):  # the current weights came without files: only their sender has them
-            return
         if not self._healthy(url):
             return
         try:
@@ -388,7 +388,8 @@ class RolloutClient:
         return found
 
     def _ended(self, asked: Mapping[Future, list[str]]) -> Iterator[Future]:
-        """Requests as they end, whom each asks given by its last URL; left out are those to servers that are gone.
+        """Requests as they end, whom each asks given by its last URL; left out are those to servers that are gone,
+        and then those of whom nobody has been asked yet.
 
         A server that is told to stop may close its port and leave requests unanswered, their connections open.
         """
@@ -405,16 +406,19 @@ class RolloutClient:
                 future for future in waiting if asked[future] and asked[future][-1] not in self.fleet.serving
             ]
             if lost:
-                self._threads.shutdown(wait=False)  # some of its threads wait for no one
+                # Threads that wait for no one may be all there are: what nobody has been asked yet is given back.
+                waiting -= {future for future in waiting if not asked[future] and future.cancel()}
+                self._threads.shutdown(wait=False)
                 self._threads = self._new_threads()
-            for _ in lost:
+            for future in lost:
+                asked[future].clear()  # the thread that still waits there need not go on elsewhere
                 self.fleet.move()
             waiting = waiting - set(lost) if self.fleet.serving else set()
 
     def _ask_one(self, turn: int, prompt: Prompt, sampling: Sampling, asked: list[str]) -> Answer | None:
         """The answer of the server whose turn it is, or of the next one when that one is lost; None if all are.
 
-        Adds each server's URL to `asked` before it asks there.
+        Adds each server's URL to `asked` before it asks there. Whoever empties `asked` has given the request up.
         """
         while serving := self.fleet.serving:
             url = serving[turn % len(serving)]
@@ -422,6 +426,8 @@ class RolloutClient:
             try:
                 return self._ask(url, prompt, sampling)
             except ServerLost as error:
+                if not asked:  # the server may be back since
+                    return None
                 self.fleet.lose(url, str(error))
                 self.fleet.move()
         return None
@@ -449,7 +455,7 @@ class RolloutClient:
         import requests
 
         try:
-            response = requests.get(f"{url}/{path}", timeout=self.timeout_s)
+            response = requests.get(f"{url}/{path}", timeout=(CONNECT_S, self.timeout_s))
         except requests.RequestException as error:
             raise _no_answer(url, path, error) from error
         return self._reply(url, path, response)
@@ -463,7 +469,7 @@ class RolloutClient:
 
         post = requests.post if tries == 1 else self._session.post
         try:
-            response = post(f"{url}/{path}", json=body, timeout=self.timeout_s)
+            response = post(f"{url}/{path}", json=body, timeout=(CONNECT_S, self.timeout_s))
         except requests.RequestException as error:
             if tries > 1 and isinstance(error, requests.ConnectionError):
                 time.sleep(RETRY_PAUSE_S)
@@ -539,7 +545,8 @@ def _openai_part(part: Mapping[str, Any]) -> dict[str, Any]:
 
 def _no_answer(url: str, path: str, error: Exception) -> ServerLost:
     return ServerLost(
-        f"{url}/{path}: no answer ({type(error).__name__}: {error}). Is the rollout server up? See its log."
+        f"{url}/{path}: no answer ({type(error).__name__}: {error}). Is the rollout server up? See its log. One that "
+        "only takes longer needs a larger rollout.request_timeout_s."
     )
 
 

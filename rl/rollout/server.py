@@ -130,7 +130,7 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
     """
     servers: list[RolloutServer] = []
     # A server that started by itself would take the GPU from under a learner whose turn it is.
-    keeper = Keeper(servers, 0 if cfg.share_gpus else cfg.max_restarts)
+    keeper = Keeper(servers, 0, "rollout.share_gpus") if cfg.share_gpus else Keeper(servers, cfg.max_restarts)
 
     def wait() -> list[str]:
         if not servers:
@@ -161,11 +161,14 @@ class Keeper(threading.Thread):
     Args:
         servers: to look after; all have been healthy.
         max_restarts: of each.
+        limited_by: the setting that says so.
     """
 
-    def __init__(self, servers: list[RolloutServer], max_restarts: int) -> None:
+    def __init__(
+        self, servers: list[RolloutServer], max_restarts: int, limited_by: str = "rollout.max_restarts"
+    ) -> None:
         super().__init__(name="rollout-server-keeper", daemon=True)
-        self.servers, self.max_restarts = servers, max_restarts
+        self.servers, self.max_restarts, self.limited_by = servers, max_restarts, limited_by
         self.given_up: set[str] = set()
         """URLs of servers that ended once too often."""
         self._restarts: dict[str, int] = {}
@@ -188,9 +191,8 @@ class Keeper(threading.Thread):
         if done == self.max_restarts:
             self.given_up.add(server.url)
             log.warning(
-                "rollout server %s ended with code %s again; it was restarted %d times (rollout.max_restarts) and "
-                "stays down. See %s",
-                *(server.url, code, done, server.log),
+                "rollout server %s ended with code %s; it was restarted %d times and stays down (%s). See %s",
+                *(server.url, code, done, self.limited_by, server.log),
             )
             return
         log.warning(

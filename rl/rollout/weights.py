@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +15,9 @@ from rl.rollout.client import RolloutClient
 
 if TYPE_CHECKING:
     import torch
+
+
+_PREFIX, _LOCK = "sailvl2-", "in-use"
 
 
 class WeightSync(Protocol):
@@ -106,12 +111,29 @@ class NcclSync:
 @contextmanager
 def weights_folder(chosen: str | None) -> Iterator[Path]:
     """A new folder for the policy's files, removed afterwards: in `chosen`, else in shared memory, else among the
-    temporary files."""
-    root = chosen or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-    if chosen:
-        Path(chosen).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="sailvl2-", dir=root) as folder:
+    temporary files. Folders there whose process was killed are removed first: in shared memory each holds a whole
+    model's weight."""
+    root = Path(chosen or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()))
+    root.mkdir(parents=True, exist_ok=True)
+    for old in root.glob(f"{_PREFIX}*"):
+        _remove_if_left(old)
+    with (
+        tempfile.TemporaryDirectory(prefix=_PREFIX, dir=root) as folder,
+        Path(folder, "new").open("wb") as lock,
+    ):
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        Path(lock.name).rename(Path(folder, _LOCK))
         yield Path(folder).resolve()
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a folder of ours that no process holds any more; one that cannot be looked at stays."""
+    with suppress(OSError):
+        if folder.lstat().st_uid == os.getuid() and not (folder / _LOCK).is_symlink():
+            with (folder / _LOCK).open("r+b") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
 
 
 def policy_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -41,6 +41,17 @@ def test_a_failed_block_leaves_the_old_folder_and_the_partial_one(tmp_path):
     assert (tmp_path / "stage.partial" / "version").read_text() == "new"
 
 
+def test_weights_can_be_read_by_whom_the_other_files_can_be_read(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    with atomic_dir(tmp_path / "stage") as partial:
+        (partial / "config.json").write_text("{}")
+        save_file({"a": torch.zeros(1)}, partial / "model.safetensors")
+    modes = [path.stat().st_mode for path in (tmp_path / "stage").iterdir()]
+    assert modes[0] == modes[1]
+
+
 def test_a_stale_partial_folder_does_not_leak_into_the_next_attempt(tmp_path):
     (tmp_path / "stage.partial").mkdir()
     (tmp_path / "stage.partial" / "stale").write_text("x")

@@ -185,7 +185,8 @@ def test_the_released_layout_imports_to_the_native_core(tmp_path):
     from core.released import import_released
 
     plan = plan_core("tiny", tmp_path / "released", layout="released")
-    import_released(new_core(plan, tmp_path / "released", seed=3), tmp_path / "imported")
+    imported = import_released(new_core(plan, tmp_path / "released", seed=3), tmp_path / "imported")
+    assert "without a meaning" not in imported.text()
     native = new_core(plan_core("tiny", tmp_path / "native"), tmp_path / "native", seed=3)
     one, other = (path / "model.safetensors" for path in (native, tmp_path / "imported"))
     assert one.read_bytes() == other.read_bytes()

@@ -38,7 +38,27 @@ def test_a_file_size_that_is_none_is_a_wrong_command_line(size, tmp_path, capsys
     with pytest.raises(SystemExit) as end:
         main(["core", "import", "a", "b", "--shard-gb", size])
     assert end.value.code == 2
-    assert "is no size in gigabytes" in capsys.readouterr().err
+    assert "is no number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "-24", "nan"])
+def test_a_gpu_of_no_memory_is_a_wrong_command_line(size, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "recipes/demo", "--gpu-gib", size])
+    assert end.value.code == 2
+    assert "is no number above 0" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_ends_with_code_1_and_no_traceback(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["core", "new", "--size", "tiny", str(tmp_path / "file" / "core")]) == 1
+    assert capsys.readouterr().err == f"posttrain: {tmp_path}/file/core.partial: Not a directory\n"
+
+
+def test_a_release_is_no_checkpoint_to_serve_or_score(tmp_path, capsys):
+    there = write_released(tmp_path / "released")
+    assert main(["rollout-server", str(there)]) == 2
+    assert "model_type='sailvl', a core has sailvl2; `posttrain core import`" in capsys.readouterr().err
 
 
 def test_a_bar_shows_bytes_on_a_terminal_and_nothing_in_a_file():

@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from io import StringIO
 
 import pytest
@@ -83,6 +85,11 @@ def test_a_start_per_gpu_or_on_one_node_of_several_is_refused_with_the_right_com
 def test_a_wrong_command_line_is_refused(words, problem):
     with pytest.raises(ConfigError, match=problem):
         placement({}, **words)
+
+
+def test_a_launchers_variable_that_is_no_number_is_named():
+    with pytest.raises(ConfigError, match="RANK='x' is no whole number"):
+        placement({**TORCHRUN, "RANK": "x"})
 
 
 def test_children_do_not_take_themselves_for_ranks_of_the_launcher(monkeypatch):
@@ -260,6 +267,38 @@ def test_a_host_waits_over_an_earlier_runs_secret_for_its_leader(tmp_path, quick
     with lead(tmp_path):
         pass
     assert host.end() is None
+
+
+def test_whoever_connects_and_says_nothing_keeps_no_host_out(tmp_path, quick):
+    joined = []
+
+    def connect_then_join():
+        while not (tmp_path / cluster.TICKET).exists():
+            time.sleep(0.01)
+        port = json.loads((tmp_path / cluster.TICKET).read_text())["port"]
+        joined.append(socket.create_connection(("127.0.0.1", port)))
+        joined.append(Host(tmp_path))
+
+    late = threading.Thread(target=connect_then_join)
+    late.start()
+    with lead(tmp_path):
+        late.join()
+    silent, host = joined
+    assert host.end() is None
+    silent.close()
+
+
+def test_a_host_leaves_a_program_that_took_an_earlier_leaders_port_and_says_nothing(
+    tmp_path, quick, monkeypatch
+):
+    monkeypatch.setattr(cluster, "PROVES_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        old = {"address": "127.0.0.1", "port": other.getsockname()[1], "token": "0"}
+        (tmp_path / cluster.TICKET).write_text(json.dumps(old))
+        host = Host(tmp_path)
+        with other.accept()[0], lead(tmp_path):
+            pass
+        assert host.end() is None
 
 
 def test_ranks_that_cannot_be_shared_out_are_refused_before_anything_runs(toy):

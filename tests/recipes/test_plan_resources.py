@@ -125,6 +125,12 @@ def test_another_gpu_is_asked_about_on_the_command_line():
         taken("sailvl2_2b", gpu_gib=24).check()
 
 
+def test_where_the_learner_alone_fills_the_gpu_no_share_of_it_is_advised():
+    found = "\n".join(taken("sailvl2_8b", gpu_gib=24).problems)
+    assert "wants 12.0 GiB; set rollout.share_gpus=false, or take larger GPUs" in found
+    assert "lower it to 0 " not in found
+
+
 def test_a_remedy_below_a_rows_length_names_the_length_as_well():
     problems = taken("sailvl2_2b", gpu_gib=24).problems
     assert (

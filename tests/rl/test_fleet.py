@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from rl.rollout import client as module
-from rl.rollout.client import Prompt, RolloutClient, RolloutError, Sampling
+from rl.rollout.client import Prompt, RolloutClient, RolloutError, Sampling, ServerLost
 
 from .test_client import CORE, ask, fakes, reply  # noqa: F401 - fixtures
 
@@ -101,6 +101,42 @@ def test_the_only_server_may_leave_every_connection_open_and_be_replaced(fakes, 
     assert len(ask(client, count=5)) == 5  # more than there are threads
     client.close()
     left_open.set()
+
+
+def test_a_server_may_leave_so_many_connections_open_that_no_thread_is_free_for_the_others(
+    fakes, monkeypatch
+):  # noqa: F811
+    monkeypatch.setattr(module, "LOOK_S", 0.05)
+    looks, wait = [], module.wait
+
+    def counted(*words):
+        looks.append(words)
+        assert len(looks) < 200, "it waits for requests that no thread will begin"
+        return wait(*words)
+
+    monkeypatch.setattr(module, "wait", counted)
+    left_open = fakes[0].answering
+    left_open.clear()
+    fakes[0].healthy = False
+    fakes[1].replies["v1/chat/completions"] = (200, reply([7]))
+    client = RolloutClient([fake.url for fake in fakes], CORE, concurrency=1, warn=lambda text: None)
+    assert len(ask(client, count=9)) == 9
+    assert client.fleet.figures()["rollout/requests_moved"] == 2
+    client.close()
+    left_open.set()
+
+
+def test_a_request_that_was_given_up_takes_no_server_away_that_is_back(client, fakes, monkeypatch):  # noqa: F811
+    asked = []
+
+    def late(url, prompt, sampling):
+        asked.clear()  # as the client does with what nobody waits for any more
+        raise ServerLost("no answer within the time limit")
+
+    monkeypatch.setattr(client, "_ask", late)
+    prompt = Prompt([{"role": "user", "content": "hello"}], seed=0)
+    assert client._ask_one(0, prompt, Sampling(max_tokens=4), asked) is None
+    assert client.fleet.serving == [fake.url for fake in fakes]
 
 
 def test_a_server_that_comes_back_gets_the_current_weights_and_empty_caches_before_it_is_asked(client, fakes):  # noqa: F811
@@ -212,10 +248,20 @@ def test_an_aborted_completion_is_no_completion(client, fakes):  # noqa: F811
     assert paths(fakes[1]) == ["v1/chat/completions"] * 2
 
 
-def test_weights_that_came_by_another_way_are_not_asked_of_a_server_that_missed_them(client, fakes):  # noqa: F811
+def test_weights_that_came_by_another_way_are_not_asked_of_a_server_that_missed_them(
+    client,
+    fakes,  # noqa: F811
+    monkeypatch,
+):
     client.weights_sent()
     die(fakes[0])
     ask(client)
     return_(fakes[0])
     ask(client)
     assert client.fleet.serving == [fakes[1].url]
+    die(fakes[1])
+    client.patience_s = 3600  # of no use: who comes back cannot get them
+    monkeypatch.setattr(module, "RETURN_PAUSE_S", 7)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: seconds == 7 and pytest.fail("it waits"))
+    with pytest.raises(RolloutError, match="no rollout server is left"):
+        ask(client)

@@ -1,7 +1,9 @@
 """Servers that we started and that end are started again at the same URL, so often and no more."""
 
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import requests
@@ -74,6 +76,21 @@ def test_a_server_that_ends_is_started_again_at_its_url_until_it_has_ended_once_
     assert len(started) == 2
 
 
+def test_a_server_that_shares_gpus_is_not_started_again_nor_waited_for(started, tmp_path, caplog):
+    shared = PoolConfig(max_model_tokens=64, device="gpu", share_gpus=True, max_restarts=3)
+    with starting_pool(shared, tmp_path, tmp_path) as wait:
+        wait()
+        started[0].kill()
+        with pytest.raises(ServerFailed, match="ended with code -9"):
+            until(lambda: wait() and False)
+    assert len(started) == 1
+    assert "restarted 0 times and stays down (rollout.share_gpus)" in caplog.text
+    own = PoolConfig(max_model_tokens=64)
+    waits = [shared, own, own.model_copy(update={"max_restarts": 0})]
+    assert [cfg.patience_s for cfg in waits] == [0, own.startup_timeout_s, 0]
+    assert shared.model_copy(update={"urls": ("http://127.0.0.1:8000",)}).patience_s > 0
+
+
 def test_at_the_end_nothing_is_started_again(started, tmp_path):
     with starting_pool(PoolConfig(max_model_tokens=64, servers=2), tmp_path, tmp_path) as wait:
         assert len(wait()) == 2
@@ -95,6 +112,29 @@ def test_servers_on_other_machines_need_a_folder_that_they_share(url):
         parse(PoolConfig, {"max_model_tokens": 64, "urls": ["http://127.0.0.1:8000", url]})
     for remedy in ({"weights_dir": "/shared/weights"}, {"weights": "nccl"}):
         assert parse(PoolConfig, {"max_model_tokens": 64, "urls": [url], **remedy}).urls == (url,)
+
+
+HOLDER = """
+import sys, time
+from rl.rollout.weights import weights_folder
+
+with weights_folder(sys.argv[1]) as folder:
+    (folder / "policy-1.safetensors").touch()
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_weights_that_a_killed_process_left_are_removed_by_the_next_and_those_in_use_are_not(tmp_path):
+    command = [sys.executable, "-P", "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        held = Path(process.stdout.readline().strip())
+        with weights_folder(str(tmp_path)):
+            assert (held / "policy-1.safetensors").exists()
+        process.kill()
+    (tmp_path / "sailvl2-of-something-else").mkdir()
+    with weights_folder(str(tmp_path)) as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {folder.name, "sailvl2-of-something-else"}
 
 
 def test_weights_travel_through_the_chosen_folder_and_leave_nothing_there(tmp_path):
