@@ -14,6 +14,7 @@ from core.memory import GIB, CoreShape, Memory, Work, estimate
 from recipes.config import Recipe, SFTStage
 from recipes.machine import Machine
 from rl.config import RLConfig
+from rl.rollout.weights import FILE_BYTES
 from sft.config import Phase
 
 CONTEXT = 1.5 * GIB
@@ -218,7 +219,8 @@ class StageFit:
         pushed = 0
         pool = self.recipe.rollout
         if isinstance(self.config, RLConfig) and pool and pool.weights == "shm":
-            pushed = 2 * self.checkpoint  # rank 0's copy, and the file in shared memory
+            pushed = FILE_BYTES  # rank 0 copies one file's weights after another
+            pushed += self.checkpoint if pool.weights_dir is None else 0  # the files in shared memory
         return offloaded + pushed
 
     @property

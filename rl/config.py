@@ -51,7 +51,8 @@ class PoolConfig(Strict):
     """How weights reach the servers: shm (files that they read) or nccl (GPU to GPU)."""
     weights_dir: str | None = None
     """Folder for these files, which learner and servers see under the same path: for servers on other machines one on
-    a shared file system. None: shared memory, which reaches servers on the learner's machine only."""
+    a shared file system. None: shared memory, which reaches servers on the learner's machine only. The files stay until
+    the next update: in shared memory they take the memory of the weights, on a disk next to none."""
     host: str = "127.0.0.1"
     """Address that our servers bind to. Their development endpoints are open to whoever can reach it."""
     first_port: int | None = Field(default=None, ge=1, le=65535)

@@ -11,10 +11,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from core.stream import write_stream
 from rl.rollout.client import RolloutClient
 
 if TYPE_CHECKING:
     import torch
+
+FILE_BYTES = 500_000_000
+"""Size of a file of weights, unless a single tensor is larger."""
 
 
 _PREFIX, _LOCK = "sailvl2-", "in-use"
@@ -26,33 +30,57 @@ class WeightSync(Protocol):
     def push(self, model: torch.nn.Module) -> None: ...
 
 
+class NoRoomForWeights(RuntimeError):
+    """The folder that weights travel through is smaller than they are. The message has the remedy."""
+
+
 class FileSync:
-    """Weights as one safetensors file, in shared memory or in a folder that the servers' machines share.
+    """Weights as safetensors files, in shared memory or in a folder that the servers' machines share.
+
+    They take the room of the weights once, and one file's memory on the way there.
 
     Args:
         client: the pool's client on rank 0, None on the other ranks.
-        folder: takes the file, which stays until the next update: a server that comes back needs it.
+        folder: takes the files, which stay until the next update: a server that comes back needs them.
+        file_bytes: size of a file, unless a single tensor is larger.
     """
 
-    def __init__(self, client: RolloutClient | None, folder: Path) -> None:
-        self.client, self.folder, self.updates = client, folder, 0
+    def __init__(self, client: RolloutClient | None, folder: Path, file_bytes: int = FILE_BYTES) -> None:
+        self.client, self.folder, self.file_bytes, self.updates = client, folder, file_bytes, 0
 
     def push(self, model: torch.nn.Module) -> None:
-        from safetensors.torch import save_file
-
-        tensors = {}
-        for name, tensor in policy_tensors(model):
-            if self.client is not None:
-                # A copy: on a CPU the tensor is the weight itself, and merged adapters come out of it again.
-                tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
         if self.client is None:
+            for _ in policy_tensors(model):  # take part in the gathering
+                pass
             return
+        # First, as shared memory may not have room for two policies: nobody reads them between here and the next ones.
+        shutil.rmtree(self._path, ignore_errors=True)
+        self._check_room(model)
         # Never one name twice: a network file system may go on showing another machine the file that was there.
         self.updates += 1
-        path = self.folder / f"policy-{self.updates}.safetensors"
-        save_file(tensors, path)
-        self.client.load_files([path])
-        (self.folder / f"policy-{self.updates - 1}.safetensors").unlink(missing_ok=True)
+        self._path.mkdir()
+        # Copies: a tensor is valid until the next one, and waits until a file is full.
+        tensors = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in policy_tensors(model))
+        write_stream(tensors, self._path, total_bytes=0, max_shard_bytes=self.file_bytes)
+        self.client.load_checkpoint(self._path)
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"policy-{self.updates}"
+
+    def _check_room(self, model: torch.nn.Module) -> None:
+        """Raise NoRoomForWeights before a part of them is written."""
+        need = sum(
+            getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+            for parameter in model.parameters()
+        )
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            raise NoRoomForWeights(
+                f"{self.folder}: {need / 1e9:.2f} GB of weights have to pass through it and {free / 1e9:.2f} GB are "
+                "free; set rollout.weights_dir to a folder on a disk (in a container, --shm-size makes shared memory "
+                "larger)"
+            )
 
 
 class NcclSync:
@@ -139,26 +167,40 @@ def _remove_if_left(folder: Path) -> None:
 def policy_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Give `(checkpoint name, full tensor)` for every parameter, tied ones once.
 
-    LoRA adapters are merged for the time of the iteration and taken out again afterwards; ZeRO-3 shards are
-    gathered, one parameter at a time where nothing is merged. A tensor is valid until the next one is asked for.
+    LoRA adapters are added on the way: the weights below them stay as they are, as bfloat16 ones would not come
+    back from adding and subtracting. ZeRO-3 shards are gathered, one layer at a time. A tensor is valid until the
+    next one is asked for.
     """
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
     if not isinstance(model, PeftModel):
         for name, parameter in model.named_parameters():
             with gathered([parameter]):
                 yield name, parameter.data
         return
-    with gathered(list(model.parameters())):
-        model.merge_adapter()
-        try:
-            for name, parameter in model.named_parameters():
-                name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-                if model.prefix in name or "original_module" in name:
-                    continue
-                yield name.replace("modules_to_save.default.", ""), parameter.data
-        finally:
-            model.unmerge_adapter()
+    layers: dict[str, Any] = {
+        name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)
+    }
+    for name, parameter in model.named_parameters():
+        if model.prefix in name or "original_module" in name:
+            continue
+        layer = layers.get(name.removesuffix(".base_layer.weight"))
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        name = name.replace("modules_to_save.default.", "")
+        with gathered(list(layer.parameters()) if layer else [parameter]):
+            yield name, _with_adapters(layer, parameter.data) if layer else parameter.data
+
+
+def _with_adapters(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weight with its LoRA adapters added in float32, in its own data type."""
+    import torch
+
+    with torch.no_grad():
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for adapter in layer.active_adapters:
+            total = total + layer.get_delta_weight(adapter)
+        return total.to(weight.dtype)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ CPU_ENVIRONMENT = {
 }
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """Starts in less time, with the flag `--distributed-executor-backend uni`."""
-START_S = 300
+START_S = 600
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def count(completion, example):
 '''
 
 
-def train(ranks, tmp_path, model, url, records):
+def train(ranks, tmp_path, model, url, records, **learner):
     out = tmp_path / f"ranks-{ranks}"
     out.mkdir()
     write_records(out / "rl.parquet", records)
@@ -34,7 +34,7 @@ def train(ranks, tmp_path, model, url, records):
     job = {
         "stage": "rlvr",
         "kind": "rl",
-        "config": {**STAGE, "learner": {"processes": ranks}},
+        "config": {**STAGE, "learner": {"processes": ranks, **learner}},
         "model": str(model),
         "out": str(out),
         "seed": 0,
@@ -74,3 +74,14 @@ def test_two_ranks_train_what_one_rank_trains(server_url, client, tiny_core, rec
         # Adam divides by the gradient's own size, so sums in another order show up far above float32's epsilon.
         difference = (weights[0][name] - weights[1][name]).abs().max().item()
         assert difference == pytest.approx(0, abs=moved * 0.02), name
+
+
+@pytest.mark.slow
+def test_the_adapters_of_weights_in_shards_reach_the_server(server_url, client, tiny_core, records, tmp_path):
+    learner = {"deepspeed": {"zero_stage": 3}, "lora": {"r": 4}}
+    out = train(2, tmp_path, tiny_core, server_url, records, **learner)
+    metrics = read_jsonl(out / "metrics.jsonl")
+    assert len(metrics) == 3  # the parity guard passed after every update
+    assert max(line["grad_norm"] for line in metrics) > 0
+    differences = [line["parity/max_logprob_difference"] for line in metrics]
+    assert max(differences) < 1e-4
