@@ -2,8 +2,8 @@
 
 vLLM calls it in every process it starts (API server, engine core, workers), before it reads the model's
 configuration. vLLM's transformers backend then finds the classes through the Auto classes and as attributes
-of the `transformers` module. One question that vLLM asks no processor is answered for ours: which image is
-the costliest.
+of the `transformers` module. Two questions that vLLM asks no processor are answered for ours: which image is
+the costliest, and which token of an image that has only one stands for it.
 """
 
 from functools import wraps
@@ -16,6 +16,7 @@ def register() -> None:
 
     core.register()
     _measure_with_the_costliest_image()
+    _find_the_token_of_an_image_of_one()
 
 
 def _measure_with_the_costliest_image() -> None:
@@ -43,3 +44,23 @@ def _measure_with_the_costliest_image() -> None:
         return ImageSize(width=width, height=height)
 
     MultiModalProcessingInfo.get_image_size_with_most_features = costliest  # type: ignore[method-assign]
+
+
+def _find_the_token_of_an_image_of_one() -> None:
+    """Let vLLM put the features of an image of one token in that token's place.
+
+    vLLM 0.31 takes the most frequent of the tokens that an image becomes, which here are `<img>`, its tokens and
+    `</img>`. Where it has one token (of any resolution, up to 41 pixels a side) none is: the least id would win.
+    """
+    from vllm.model_executor.models.transformers import multimodal
+
+    stock = multimodal._get_embed_token_id
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @wraps(stock)
+    def between_its_marks(replacement_ids: Any) -> int:
+        ids = replacement_ids.tolist()
+        return ids[1] if len(set(ids)) == len(ids) == 3 else stock(replacement_ids)
+
+    multimodal._get_embed_token_id = between_its_marks

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from core import SailVL2ImageProcessor, SailVL2Processor, build_tiny
+from core import SailVL2ImageProcessor, SailVL2Processor, TinySize, build_tiny
 from rl.shared_prefix import TileStore
 from sft.data import count_tokens, prepare
 
@@ -93,9 +93,24 @@ def test_vllm_prepares_the_same_tokens(cores: dict[str, Path], tmp_path: Path) -
             expected = [tokens_by_rule(size, *CORES[name]) for size in sizes]
             assert answer["ids"] == expanded(processor, expected)
             assert answer["embeddings"] == expected
+            assert answer["holders"] == image_places(processor, answer)
             starts = [at for at, token in enumerate(answer["ids"]) if token == processor.image_token_ids[1]]
             ranges = zip(starts, (2 + count for count in expected), strict=True)
             assert answer["ranges"] == [list(span) for span in ranges]
+
+
+@pytest.mark.slow
+def test_vllm_puts_an_images_features_where_its_tokens_are_even_if_there_is_only_one(tmp_path: Path) -> None:
+    core = build_tiny(tmp_path / "core", words=["A", "compute"], seed=0, size=TinySize(any_resolution=True))
+    processor = SailVL2Processor.from_pretrained(core)
+    rows = [[(1, 1)], [(41, 41), (56, 28)]]
+    answers = prepared_by_vllm({"any": core}, rows, tmp_path)["any"]
+    assert [answer["embeddings"] for answer in answers] == [[1], [1, 2]]
+    assert [answer["holders"] for answer in answers] == [image_places(processor, each) for each in answers]
+
+
+def image_places(processor: SailVL2Processor, answer: dict) -> list[int]:
+    return [at for at, token in enumerate(answer["ids"]) if token == processor.image_token_id]
 
 
 def expanded(processor: SailVL2Processor, image_tokens: list[int]) -> list[int]:

@@ -244,3 +244,18 @@ def test_experts_in_shards_are_served_by_an_engine_of_several_processes_in_small
     ):
         for messages in CONVERSATIONS.values():
             _check_agreement(client, reference, messages)
+
+
+@pytest.mark.slow
+def test_images_of_any_resolution_are_served_at_their_own_size(tmp_path: Path) -> None:
+    released = write_released(tmp_path / "released")
+    import_released(released, tmp_path / "core", any_resolution=True)
+    reference = Reference(tmp_path / "core")
+    assert reference.processor.any_resolution
+    flags = [*FLAGS, "--distributed-executor-backend", "uni"]
+    with (
+        vllm_server(tmp_path / "core", tmp_path / "server.log", *flags, environment=ONE_PROCESS) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
+        for messages in CONVERSATIONS.values():
+            _check_agreement(client, reference, messages)

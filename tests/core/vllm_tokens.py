@@ -2,7 +2,7 @@
 
 `python -P vllm_tokens.py JOB` reads {"cores": {name: folder}, "prompts": [[text, [[width, height], ...]], ...],
 "out": file} and writes, per name and prompt, the token ids, the ranges of the images among them and how many
-embeddings each takes.
+embeddings each takes; and the places of these.
 """
 
 import json
@@ -32,6 +32,11 @@ def main(job: dict) -> None:
                     "ids": prepared["prompt_token_ids"],
                     "ranges": [[place.offset, place.length] for place in places],
                     "embeddings": [place.get_num_embeds() for place in places],
+                    "holders": [
+                        place.offset + at
+                        for place in places
+                        for at in place.is_embed.nonzero().flatten().tolist()
+                    ],
                 }
             )
     Path(job["out"]).write_text(json.dumps(answers))
