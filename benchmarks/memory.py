@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learner import Size, status_kib, build_core
+from benchmarks.learner import Size, build_core, status_kib
 from core.learner import LearnerConfig
 from core.memory import CoreShape, Memory, Work, estimate
 
