@@ -104,8 +104,9 @@ def test_the_only_server_may_leave_every_connection_open_and_be_replaced(fakes, 
 
 
 def test_a_server_may_leave_so_many_connections_open_that_no_thread_is_free_for_the_others(
-    fakes, monkeypatch
-):  # noqa: F811
+    fakes,  # noqa: F811
+    monkeypatch,
+):
     monkeypatch.setattr(module, "LOOK_S", 0.05)
     looks, wait = [], module.wait
 
