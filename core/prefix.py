@@ -7,7 +7,7 @@ the name `SHARED_PREFIX` (or `SHARED_PREFIX_FLEX`); a forward pass without a `pr
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -96,46 +96,27 @@ def shared_prefix_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     prefix: PrefixLayout | None = None,
+    flex: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (1, heads, tokens, dim) in, (1, tokens, heads, dim) and None out.
 
-    With `prefix` the row is packed as it says and `attention_mask` is not looked at. Raises ValueError for
-    attention dropout or a sliding window there.
+    With `prefix` the row is packed as it says and `attention_mask` is not looked at; `flex` takes flex attention
+    (arXiv:2412.05496), whose mask skips what no query sees. Raises ValueError for attention dropout or a sliding
+    window there.
     """
     if prefix is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     query, key, value, scale = _checked(query, key, value, scaling, dropout, kwargs)
+    if flex:
+        return _flex(query, key, value, prefix, scale), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if query.device.type == "cpu":
         return _Merged.apply(query, key, value, prefix, scale), None
     return _concatenated(query, key, value, prefix, scale), None
-
-
-def shared_prefix_flex(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    prefix: PrefixLayout | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """`shared_prefix_attention` by flex attention (arXiv:2412.05496), whose mask skips what no query sees."""
-    if prefix is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    query, key, value, scale = _checked(query, key, value, scaling, dropout, kwargs)
-    mask = _block_mask(prefix, query.device)
-    grouped = query.shape[1] != key.shape[1]
-    flex = _compiled(flex_attention)
-    return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2), None
 
 
 def _checked(
@@ -158,6 +139,14 @@ def _checked(
     return query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
+def _flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PrefixLayout, scale: float
+) -> torch.Tensor:
+    mask, grouped = _block_mask(layout, query.device), query.shape[1] != key.shape[1]
+    attend = _compiled(flex_attention)
+    return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
 @lru_cache(maxsize=2)
 def _block_mask(layout: PrefixLayout, device: torch.device) -> Any:
     """Of one packed row, for all layers and passes over it."""
@@ -171,7 +160,7 @@ def _compiled(function: Any) -> Any:
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
-AttentionInterface.register(SHARED_PREFIX_FLEX, shared_prefix_flex)
+AttentionInterface.register(SHARED_PREFIX_FLEX, partial(shared_prefix_attention, flex=True))
 for name in (SHARED_PREFIX, SHARED_PREFIX_FLEX):
     AttentionMaskInterface.register(name, sdpa_mask)
 

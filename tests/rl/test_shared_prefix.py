@@ -252,7 +252,7 @@ def test_mini_batches_hold_whole_groups(tiny_core, tmp_path):
 def test_the_attention_functions_agree_with_a_mask(monkeypatch):
     import torch
 
-    from core.prefix import PrefixGroup, PrefixLayout, _concatenated, _Merged, shared_prefix_flex
+    from core.prefix import PrefixGroup, PrefixLayout, _concatenated, _Merged, shared_prefix_attention
 
     layout = PrefixLayout((PrefixGroup(7, (5, 1, 0, 9)), PrefixGroup(3, (4,)), PrefixGroup(6, ())))
     allowed = torch.zeros(layout.tokens, layout.tokens, dtype=torch.bool)
@@ -290,5 +290,7 @@ def test_the_attention_functions_agree_with_a_mask(monkeypatch):
     assert torch.equal(seen, allowed)
     monkeypatch.setattr("core.prefix._compiled", lambda function: function)  # a minute of compiling
     with torch.no_grad():  # it has no backward pass on a CPU
-        flexed, _ = shared_prefix_flex(torch.nn.Module(), *inputs, None, scaling=0.3, prefix=layout)
+        flexed, _ = shared_prefix_attention(
+            torch.nn.Module(), *inputs, None, scaling=0.3, prefix=layout, flex=True
+        )
     assert torch.allclose(flexed, expected[0], atol=1e-5)
