@@ -32,6 +32,7 @@ import numpy as np
 
 from benchmarks.common import alternate, emit, show
 from benchmarks.workload import WORDS, learner_settings, on_gpu, random_core
+from recipes.worker import keep_engine_out
 
 TILE_TOKENS = 256
 SCALE = 16
@@ -275,6 +276,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    keep_engine_out()
     import torch
 
     torch.set_num_threads(1)

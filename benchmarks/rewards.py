@@ -153,7 +153,7 @@ def measure(quick: bool) -> dict[str, Any]:
     for system in systems.values():
         system.close()
 
-    mix, limit_s = hostile_mix(2, 1 if quick else 4), 8.0 if quick else 30.0
+    mix, limit_s = hostile_mix(2, 1 if quick else 4), 4.0 if quick else 30.0
     checker = MathChecker(workers=WORKERS + 1)
     # Starts the processes: only a worker finds out that these are different.
     checker.compare_many([(r"\sin^2 x", rf"{n}-\cos^2 x") for n in range(2, 20)])

@@ -62,15 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare(quick: bool) -> None:
     """Run all parts and print them."""
-    from rl.rollout.server import rollout_pool
+    from rl.rollout.client import CoreFacts
+    from rl.rollout.server import starting_pool
 
     repetitions = 3 if quick else 7
     sampling = simulate_dynamic_sampling(batches=40)
     with tempfile.TemporaryDirectory() as folder:
         core = random_core(Path(folder) / "core", "2b" if on_gpu() else "tiny")
         cfg = pool_of(max_model_tokens=MODEL_TOKENS, max_sequences=PROMPTS * GROUP)
-        with rollout_pool(cfg, core, Path(folder) / "logs") as urls:
-            client = compare_client(core, urls, repetitions)
+        with starting_pool(cfg, core, Path(folder) / "logs") as wait:
+            with _RawEngine(core, CoreFacts.of(core).banned_ids) as raw:  # they start beside each other
+                urls = wait()
+                client = compare_client(core, urls, raw, repetitions)
             sync_s = time_weight_sync(core, urls, repetitions)
             overlap = None if quick else compare_overlap(core, urls, cfg.model_dump_json(), Path(folder))
     rows: list[Sequence[Any]] = [
@@ -164,13 +167,14 @@ class _SimulatedPolicy:
         return answers
 
 
-def compare_client(core: Path, urls: Sequence[str], repetitions: int) -> dict[str, float]:
+def compare_client(
+    core: Path, urls: Sequence[str], raw: _RawEngine, repetitions: int
+) -> dict[str, float]:
     """Median seconds for the same prompts through our client and in one process; both give the same tokens."""
     from rl.data import prompt_messages
     from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
 
-    facts = CoreFacts.of(core)
-    client = RolloutClient(urls, facts)
+    client = RolloutClient(urls, CoreFacts.of(core))
     sampling = Sampling(max_tokens=TOKENS, n=GROUP, temperature=TEMPERATURE)
     answers: dict[str, list[Any]] = {}
 
@@ -180,18 +184,14 @@ def compare_client(core: Path, urls: Sequence[str], repetitions: int) -> dict[st
         found = client.generate(prompts, sampling)
         answers["client"] = [[c.token_ids for c in answer.completions] for answer in found]
 
-    with _RawEngine(core, facts.banned_ids) as raw:
+    def ask_raw(repetition: int) -> None:
+        answers["raw"] = raw.ask(repetition)
 
-        def ask_raw(repetition: int) -> None:
-            answers["raw"] = raw.ask(repetition)
-
-        for side in (ask_client, ask_raw):
-            side(99)
-        compared = _lengths if on_gpu() else list
-        assert compared(answers["client"]) == compared(answers["raw"]), (
-            "client and engine sample other tokens"
-        )
-        seconds = alternate({"client": ask_client, "raw": ask_raw}, repetitions)
+    for side in (ask_client, ask_raw):
+        side(99)
+    compared = _lengths if on_gpu() else list
+    assert compared(answers["client"]) == compared(answers["raw"]), "client and engine sample other tokens"
+    seconds = alternate({"client": ask_client, "raw": ask_raw}, repetitions)
     client.close()
     return {**seconds, "ratio": seconds["client"] / seconds["raw"]}
 
@@ -256,7 +256,7 @@ class _RawEngine:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        self._read()
+        self._ready = False
 
     def __enter__(self) -> _RawEngine:
         return self
@@ -269,6 +269,8 @@ class _RawEngine:
     def ask(self, repetition: int) -> list[list[list[int]]]:
         """Token ids of every prompt's completions."""
         assert self.process.stdin is not None
+        if not self._ready:
+            self._ready = bool(self._read())
         self.process.stdin.write(f"{repetition}\n")
         self.process.stdin.flush()
         return self._read()

@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.common import alternate, emit, show
 from benchmarks.learner import QUICK, SIDES, SMALL, Shape, Size, build_core, repeated, rows_of, trainer_of
+from recipes.worker import keep_engine_out
 
 MODULE = "benchmarks.scaling"
 BASE = Shape("base", group_size=4, images=1, text=32, completion=64, groups=2)
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
+    keep_engine_out()
     if chosen.rank:
         _rank(chosen.rank)
     else:

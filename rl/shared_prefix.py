@@ -20,6 +20,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 
 from core.modeling import no_images
 from core.prefix import SHARED_PREFIX, SHARED_PREFIX_FLEX, PrefixGroup, PrefixLayout
+from rl.correction import Correction
 
 TILES_AT_ONCE = 16
 """Tiles in one pass of a frozen tower. Images of any resolution, of up to 16 tiles' patches, pass one by one."""
@@ -243,6 +244,7 @@ def _flat(images: Any) -> Iterator[Any]:
 class SharedPrefixTrainer(GRPOTrainer):
     """GRPO whose three passes (old, reference, policy) compute prompts and images once per group.
 
+    Where one update follows each generation batch, the policy's pass also serves as the old one (rl/correction.py).
     A rank's micro-batch (`per_device_train_batch_size` rows) is cut into packs of at most `token_budget` tokens, each
     with a backward pass of its own: give all rows of an update and one accumulation step. Groups stay together when
     the generation batch is shuffled (TRL shuffles rows). tests/rl/test_trl_contract.py fails when TRL changes what
@@ -268,6 +270,8 @@ class SharedPrefixTrainer(GRPOTrainer):
         self.prefix, self.token_budget = prefix, token_budget
         self.budget_rows = budget_rows or self.args.per_device_train_batch_size
         self._tiles: TileStore | None = None
+        self._correction: Correction | None = None
+        self._scored: dict[str, Any] | None = None
         if prefix == "shared_flex" and self.accelerator.device.type != "cuda":
             raise ValueError(
                 f"learner.prefix=shared_flex on {self.accelerator.device}: flex attention has a backward pass on GPUs "
@@ -288,10 +292,19 @@ class SharedPrefixTrainer(GRPOTrainer):
         processor: Any = self.processing_class
         original = processor.image_processor
         self._tiles = processor.image_processor = TileStore(original)
+        corrected = self.vllm_importance_sampling_correction
+        if self._one_update and self.model.training:  # type: ignore[union-attr]
+            self.vllm_importance_sampling_correction = False  # and with it TRL's pass for old log-probabilities
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
             processor.image_processor = original
+            self.vllm_importance_sampling_correction = corrected
+
+    @property
+    def _one_update(self) -> bool:
+        """Whether a generation batch is one micro-batch of one update: its old policy is the policy."""
+        return self.args.steps_per_generation * self.num_iterations == 1  # type: ignore[attr-defined]
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's, but groups are shuffled, not rows, so that those of a group land in the same mini-batch."""
@@ -353,6 +366,8 @@ class SharedPrefixTrainer(GRPOTrainer):
             outputs.append(self._score(model, packed, size, logits_to_keep, images, compute_aux_loss))
             start += size
         logps, entropies, aux_losses = zip(*outputs, strict=True)
+        if self._scored is not None:
+            self._correct(self._scored, torch.cat(logps))
         return (
             torch.cat(logps),
             torch.cat(entropies) if compute_entropy else None,
@@ -444,15 +459,51 @@ class SharedPrefixTrainer(GRPOTrainer):
             return super()._compute_loss(model, inputs)
         packs = self._packs(inputs)
         done: Any = 0.0
-        for part, weight in packs[:-1]:
-            with self._gradients_held_back(model):
-                loss = super()._compute_loss(model, part) * weight
-                deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-                with torch.autocast(loss.device.type, enabled=False):
-                    self.accelerator.backward(loss, **deepspeed)
-            done = done + loss.detach()
-        part, weight = packs[-1]
-        return super()._compute_loss(model, part) * weight + done
+        with self._corrections_to_come(inputs):
+            for part, weight in packs[:-1]:
+                with self._gradients_held_back(model):
+                    loss = self._loss_of(model, part) * weight
+                    deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                    with torch.autocast(loss.device.type, enabled=False):
+                        self.accelerator.backward(loss, **deepspeed)
+                done = done + loss.detach()
+            part, weight = packs[-1]
+            return self._loss_of(model, part) * weight + done
+
+    def _loss_of(self, model: Any, part: dict[str, Any]) -> torch.Tensor:
+        if self._correction is None:
+            return super()._compute_loss(model, part)
+        self._scored = {**part}
+        try:
+            return super()._compute_loss(model, self._scored)
+        finally:
+            self._scored = None
+
+    @contextmanager
+    def _corrections_to_come(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """TRL's loss reads `importance_sampling_ratio` after its pass: of a batch without one it is made in between."""
+        wanted = self.use_vllm and self.vllm_importance_sampling_correction
+        if not wanted or "importance_sampling_ratio" in inputs:
+            yield
+            return
+        self._correction = Correction(
+            self.vllm_importance_sampling_mode,
+            self.vllm_importance_sampling_clip_min,
+            self.vllm_importance_sampling_clip_max,
+        )
+        try:
+            yield
+            for name, figure in self._correction.statistics(self.accelerator.gather).items():
+                self._metrics["train"][name].append(figure)
+        finally:
+            self._correction = None
+
+    def _correct(self, part: dict[str, Any], logps: torch.Tensor) -> None:
+        assert self._correction is not None
+        mask = part["completion_mask"] * part.get("tool_mask", 1)
+        part["importance_sampling_ratio"] = self._correction.ratio(
+            logps, part["sampling_per_token_logps"], mask
+        )
 
     def _packs(self, inputs: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
         """The micro-batch cut by tokens, each part with the weight that makes the sum the loss of the whole."""

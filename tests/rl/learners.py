@@ -75,8 +75,8 @@ def learner(
 ) -> Any:
     """A trainer of class `cls` on the core at `core`, and the batch that it made of the groups: (trainer, inputs).
 
-    `own` are arguments of the class beside TRL's, `config` goes to GRPOConfig. Old log-probabilities and the
-    importance-sampling correction are on, as with a rollout engine.
+    `own` are arguments of the class beside TRL's, `config` goes to GRPOConfig. The importance-sampling correction is
+    on, as with a rollout engine, and a batch is for two updates: there are old log-probabilities.
     """
     import os
 
@@ -115,6 +115,7 @@ def learner(
                 "output_dir": str(out / "trainer"),
                 "per_device_train_batch_size": len(rows),
                 "num_generations": 2,
+                "num_iterations": 2,
                 "max_completion_length": 64,
                 "temperature": 0.7,
                 "use_cpu": True,

@@ -21,7 +21,7 @@ CUT = (1, 2)
 """Group and sample of a completion without an end: truncated."""
 
 
-def config(**algorithm) -> RLConfig:
+def config(passes=1, **algorithm) -> RLConfig:
     stage = {
         "data": [{"set": "rl"}],
         "rewards": [{"name": "answer", "use": "answer", "weight": 1.0}],
@@ -34,6 +34,7 @@ def config(**algorithm) -> RLConfig:
         },
         "batches": 1,
         "mini_batch": 8,
+        "passes": passes,
         "optim": {"learning_rate": 1e-4, "micro_batch_size": 8, "schedule": "constant"},
         "learner": {"deepspeed": None},
         "parity": {"bound": 1e-3},
@@ -190,7 +191,7 @@ def test_truncated_completions_are_masked(setup):
 @pytest.mark.parametrize("shift", [0.0, 0.15, -0.4])
 def test_loss_and_gradients_equal_the_formula(setup, name, shift):
     """shift moves the old policy: 0 is on-policy, 0.15 inside the clip range, -0.4 clips the positive side."""
-    cfg = config(name=name)
+    cfg = config(passes=2, name=name)
     trainer, inputs, groups = setup(cfg)
     inputs["old_per_token_logps"] = inputs["old_per_token_logps"] + shift
     compare(trainer, inputs, groups, cfg, old_shift=shift)
