@@ -368,7 +368,9 @@ def status_kib(field: str) -> int:
 def measured_memory(index: int, quick: bool, at_once: int) -> dict[str, int]:
     """`peak_mib` of both sides on case number `index`, each in a child process, `at_once` of them beside each other."""
     with ThreadPoolExecutor(at_once) as children:
-        return dict(zip(SIDES, children.map(lambda side: _peak_of_child(side, index, quick), SIDES), strict=True))
+        return dict(
+            zip(SIDES, children.map(lambda side: _peak_of_child(side, index, quick), SIDES), strict=True)
+        )
 
 
 def _peak_of_child(side: str, index: int, quick: bool) -> int:
@@ -404,7 +406,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             lines.append(compare(size, shape, folder))
         print(f"{shape.name}: {lines[-1]['ratio']:.2f}", flush=True)
-    columns = ("group_size", "prompt", "completion", "stock_s", "shared_s", "ratio", "ratio_one_update")
+    columns: tuple[str, ...] = (
+        "group_size",
+        "prompt",
+        "completion",
+        "stock_s",
+        "shared_s",
+        "ratio",
+        "ratio_one_update",
+    )
     columns += ("grad_rel_diff", "stock_tokens_per_s", "shared_tokens_per_s")
     columns += ("stock_mfu", "shared_mfu") if gpu else ()
     show(

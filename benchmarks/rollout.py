@@ -44,6 +44,9 @@ MODULE = "benchmarks.rollout"
 SIMULATED_PROMPTS = 500
 """Prompts of the simulated stage; their pass rates are drawn from Beta(0.6, 0.6): many solved, many failed."""
 
+SIMULATED_BATCHES = (40, 160)
+"""Of 16 groups: about one and a half epochs, and six. A ledger has nothing to say before the second."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all parts; `--quick` does fewer repetitions."""
@@ -66,7 +69,8 @@ def compare(quick: bool) -> None:
     from rl.rollout.server import starting_pool
 
     repetitions = 3 if quick else 7
-    sampling = simulate_dynamic_sampling(batches=40)
+    horizons = SIMULATED_BATCHES[: 1 if quick else 2]
+    sampling = {str(batches): simulate_dynamic_sampling(batches) for batches in horizons}
     with tempfile.TemporaryDirectory() as folder:
         core = random_core(Path(folder) / "core", "2b" if on_gpu() else "tiny")
         cfg = pool_of(max_model_tokens=MODEL_TOKENS, max_sequences=PROMPTS * GROUP)
@@ -79,12 +83,15 @@ def compare(quick: bool) -> None:
     rows: list[Sequence[Any]] = [
         ("client path, s", client["client"], "vLLM in one process", client["raw"], client["ratio"]),
         ("weight update, s", sync_s, "", "", ""),
-        (
-            "useful groups per 1,000 completions",
-            sampling["ledger"],
-            "plain DAPO",
-            sampling["plain"],
-            sampling["ledger"] / sampling["plain"],
+        *(
+            (
+                f"useful groups per 1,000 completions, {batches} batches",
+                one["ledger"],
+                "plain DAPO",
+                one["plain"],
+                one["ledger"] / one["plain"],
+            )
+            for batches, one in sampling.items()
         ),
     ]
     if overlap:
@@ -167,9 +174,7 @@ class _SimulatedPolicy:
         return answers
 
 
-def compare_client(
-    core: Path, urls: Sequence[str], raw: _RawEngine, repetitions: int
-) -> dict[str, float]:
+def compare_client(core: Path, urls: Sequence[str], raw: _RawEngine, repetitions: int) -> dict[str, float]:
     """Median seconds for the same prompts through our client and in one process; both give the same tokens."""
     from rl.data import prompt_messages
     from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling

@@ -2,10 +2,10 @@
 
     python -P -m benchmarks.step [--quick]
 
-Both sides train the same random core on the same prompts with the same reward, group size and completion length, each
-in processes of its own: ours samples from a vLLM server, TRL's GRPOTrainer with transformers' generate. Completions
-of a random core run to the end but by chance, so both sides work on the same number of tokens (checked to 5%). On a
-GPU: SAIL-VL2-2B's shapes with random weights, bf16.
+All sides train the same random core on the same prompts with the same reward, group size and completion length, each
+in processes of its own: ours samples from a vLLM server, and with `rollout.overlap` while it trains; TRL's GRPOTrainer
+samples with transformers' generate. Completions of a random core run to the end but by chance, so all sides work on the
+same number of tokens (checked to 5%). On a GPU: SAIL-VL2-2B's shapes with random weights, bf16.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
 }
 """Per core: prompts in a batch, completion length in tokens, side of the pictures, completions in one backward pass,
 and the steps of a turn that count."""
+SIDES = ("stock", "ours", "overlap")
+QUICK_STEPS = 3
 PARTS = ("rollout/generating_seconds", "rollout/grading_seconds", "sync/seconds")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare on the tiny and the mid-size core; `--quick` on the tiny one, with fewer steps."""
     parser = argparse.ArgumentParser(prog=MODULE, description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the tiny core alone, fewer steps")
+    parser.add_argument("--quick", action="store_true", help="the tiny core alone, fewer steps, no overlap")
     parser.add_argument("--ours", help=argparse.SUPPRESS)
     parser.add_argument("--stock", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -63,29 +65,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def compare(quick: bool) -> None:
     """Run all sizes and print them."""
     sizes = ["2b"] if on_gpu() else ["tiny"] if quick else ["tiny", "mid"]
-    found = {name: _compare(name, turns=1 if quick else 2) for name in sizes}
-    rows = [
-        (
-            name,
-            one["ours_s"],
-            one["stock_s"],
-            one["ratio"],
-            *(f"{share:.0%}" for share in one["shares"].values()),
-        )
-        for name, one in found.items()
-    ]
+    found = {name: _compare(name, quick) for name in sizes}
     shares = next(iter(found.values()))["shares"]
-    show("One RL step, median seconds", ("core", "ours", "stock TRL", "times faster", *shares), rows)
+    rows = [
+        (name, side, seconds, one["stock_s"] / seconds, *(shown if side == "ours" else [""] * len(shown)))
+        for name, one in found.items()
+        for shown in [[f"{share:.0%}" for share in one["shares"].values()]]
+        for side, seconds in ((side, one[f"{side}_s"]) for side in SIDES if f"{side}_s" in one)
+    ]
+    show("One RL step, median seconds", ("core", "side", "seconds", "times faster", *shares), rows)
     emit("step", ratio={name: one["ratio"] for name, one in found.items()}, sizes=found)
 
 
-def _compare(name: str, turns: int) -> dict[str, Any]:
-    """Median seconds per step of both sides after the first two, in turns; and the parts of ours."""
+def _compare(name: str, quick: bool) -> dict[str, Any]:
+    """Median seconds per step of all sides after the first two, in turns; and the parts of ours."""
     from core.records import write_records
     from rl.rollout.server import rollout_pool
 
     shape = SHAPES[name]
-    batches = shape["steps"] + 2
+    sides, turns = (SIDES[:2], 1) if quick else (SIDES, 2)
+    batches = (QUICK_STEPS if quick else shape["steps"]) + 2
     stage = rl_stage(
         batches=batches,
         prompts=shape["prompts"],
@@ -93,7 +92,7 @@ def _compare(name: str, turns: int) -> dict[str, Any]:
         tokens=shape["tokens"],
         rows_per_pass=shape["rows_per_pass"],
     )
-    seconds: dict[str, list[float]] = {"ours": [], "stock": []}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     tokens: dict[str, float] = {}
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
@@ -101,22 +100,27 @@ def _compare(name: str, turns: int) -> dict[str, Any]:
         core, data = random_core(folder / "core", name), folder / "rl.parquet"
         write_records(data, records(shape["prompts"] * batches, side_px=shape["side_px"]))
         pool = pool_of(max_model_tokens=1024 if on_gpu() else 512, max_sequences=128)
-        job = {"stage": stage, "model": str(core), "data": str(data), "pool": pool.model_dump_json()}
+        job = {"model": str(core), "data": str(data), "pool": pool.model_dump_json()}
         with rollout_pool(pool, core, folder / "logs") as urls:
-            order = [("ours", "stock") if turn % 2 else ("stock", "ours") for turn in range(turns)]
-            for turn, side in ((turn, side) for turn, sides in enumerate(order) for side in sides):
+            order = [reversed(sides) if turn % 2 else sides for turn in range(turns)]
+            for turn, side in ((turn, side) for turn, own in enumerate(order) for side in own):
                 out = folder / f"{side}-{turn}"
-                command = child(MODULE, f"--{side}", {**job, "out": str(out), "urls": urls})
-                run_child(command, folder / f"{side}.log")
+                stage["rollout"]["overlap"] = side == "overlap"
+                option = "--stock" if side == "stock" else "--ours"
+                run_child(
+                    child(MODULE, option, {**job, "stage": stage, "out": str(out), "urls": urls}),
+                    folder / f"{side}.log",
+                )
                 logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
                 seconds[side] += [
                     after - before for before, after in pairwise([one["elapsed"] for one in logged[1:]])
                 ]
                 tokens[side] = fmean(one["completions/mean_length"] for one in logged)
                 lines += logged[2:] if side == "ours" else []
-    if abs(tokens["ours"] / tokens["stock"] - 1) > 0.05:
-        raise AssertionError(f"the two sides did not do the same work: {tokens} tokens per completion")
-    ours, stock = median(seconds["ours"]), median(seconds["stock"])
+    if max(tokens.values()) / min(tokens.values()) > 1.05:
+        raise AssertionError(f"the sides did not do the same work: {tokens} tokens per completion")
+    medians = {f"{side}_s": median(found) for side, found in seconds.items()}
+    ours, stock = medians["ours_s"], medians["stock_s"]
     parts = {
         name.split("/")[1].removesuffix("_seconds"): median(one[name] for one in lines) / ours
         for name in PARTS
@@ -125,9 +129,9 @@ def _compare(name: str, turns: int) -> dict[str, Any]:
     shares = {names[part]: share for part, share in parts.items()}
     shares["learner"] = 1 - sum(shares.values())
     return {
-        "ours_s": ours,
-        "stock_s": stock,
+        **medians,
         "ratio": stock / ours,
+        **({} if quick else {"ratio_overlap": stock / medians["overlap_s"]}),
         "shares": shares,
         "tokens": tokens["ours"],
     }

@@ -31,6 +31,7 @@ PINNED = (
 )
 """Distributions whose version a manifest records; what is not installed is left out."""
 _CHUNK_BYTES = 1 << 20
+_SAME = ".same"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,31 +90,42 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def atomic_dir(path: Path) -> Iterator[Path]:
+def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
     """A folder to fill, `<name>.partial`, which becomes `path` when the block ends without an exception.
 
-    On an exception the partial folder stays, for a look at it; the next start removes it. A folder already
-    at `path` is replaced at the end, in two renames.
+    On an exception the partial folder stays, for a look at it; the next start removes it, unless it was left by a
+    block of the `same` name, which then goes on in it. A folder already at `path` is replaced at the end, in two
+    renames.
     """
     partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old")
-    for stale in (partial, old):
+    mark = partial / _SAME
+    goes_on = same is not None and mark.exists() and mark.read_text(encoding="utf-8") == same
+    for stale in (old,) if goes_on else (partial, old):
         if stale.exists():
             shutil.rmtree(stale)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    if same is not None:
+        write_text(mark, same)
     readable = partial.stat().st_mode & 0o666
     yield partial
-    for folder, _, files in os.walk(partial):
-        for name in files:
-            if name.endswith(".safetensors"):  # written for their owner alone, whatever the umask
-                Path(folder, name).chmod(readable)
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
+    mark.unlink(missing_ok=True)
+    for file in partial.rglob("*.safetensors"):
+        file.chmod(readable)  # written for their owner alone, whatever the umask
+    sync_tree(partial)
     if path.exists():
         path.rename(old)
     partial.rename(path)
     _fsync(path.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def sync_tree(path: Path) -> None:
+    """Have everything in a folder on disk."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            _fsync(Path(folder, name))
+        _fsync(Path(folder))
 
 
 def sha256_file(path: Path) -> str:

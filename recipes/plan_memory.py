@@ -169,9 +169,12 @@ class StageFit:
             room = f" of {self.machine.host_gib:.0f}" if self.machine.host_gib is not None else ""
             what = "offloaded states, weights on their way" if self.gpu else "all ranks"
             lines.append(f"host memory of a node: {gib(self.host)}{room} GiB ({what})")
+        passing = (
+            f"up to {gib(self.unfinished)} GiB more while it runs (save_every)" if self.unfinished else ""
+        )
         lines.append(
             f"disk: {self.checkpoints} checkpoint{'s' if self.checkpoints > 1 else ''}, "
-            f"{gib(self.disk)} GiB; optimizer states are not kept"
+            f"{gib(self.disk)} GiB; {passing or 'optimizer states are not kept'}"
         )
         return lines
 
@@ -238,6 +241,20 @@ class StageFit:
     @property
     def disk(self) -> int:
         return self.checkpoint * self.checkpoints
+
+    @property
+    def unfinished(self) -> int:
+        """Bytes of the two checkpoints with optimizer states that lie there while the newer one is written."""
+        if not isinstance(self.config, SFTStage) or self.config.save_every is None:
+            return 0
+        frozen = set.intersection(*(set(one.frozen) for one in self.passes))
+        moved = sum(count for module, count in self.shape.parameters().items() if module not in frozen)
+        if self.learner.lora:
+            everywhere = self.learner.lora.targets == "all_linear"
+            moved = self.shape.adapter_parameters(self.learner.lora.r, everywhere)
+        weights = moved * 4 if self.learner.lora else self.checkpoint
+        # AdamW's two moments in float32; DeepSpeed has master weights as well, and writes the weights once more.
+        return 2 * (2 * weights + moved * 12 if self.learner.deepspeed else weights + moved * 8)
 
     # What cannot be
 

@@ -88,8 +88,9 @@ class Resources:
 
     @property
     def disk(self) -> float:
-        """Bytes of all checkpoints that the chain keeps."""
+        """Bytes of all checkpoints that the chain keeps, and of the largest that lie there on the way."""
         own = sum(fit.disk for fit in self.fits.values())
+        own += max((fit.unfinished for fit in self.fits.values()), default=0)
         return own + (self._soups * self.fits["basic_sft"].checkpoint if "basic_sft" in self.fits else 0)
 
     @property

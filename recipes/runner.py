@@ -251,7 +251,14 @@ class Chain:
             self.settle()
         inputs = self.inputs(stage, config)
         finished = self._making(
-            stage.name, self.folder(stage), config, fingerprint, inputs, parent, preparation.seconds
+            stage.name,
+            self.folder(stage),
+            config,
+            fingerprint,
+            inputs,
+            parent,
+            preparation.seconds,
+            saves=stage.saves(self.recipe),
         )
         with finished as partial, self.display.step(stage.name):
             if preparation.kept:
@@ -395,11 +402,16 @@ class Chain:
         inputs: dict[str, str],
         parent: Stage | None,
         seconds_before: float = 0.0,
+        *,
+        saves: bool = False,
     ) -> Iterator[Path]:
-        """The folder to fill, with its config and, at the end, its manifest; then it takes its final name."""
+        """The folder to fill, with its config and, at the end, its manifest; then it takes its final name.
+
+        What an interruption left there stays if the stage `saves` and its fingerprint is still the same.
+        """
         started, clock = now(), time.monotonic()
         dump = config.model_dump(mode="json")
-        with atomic_dir(folder) as partial:
+        with atomic_dir(folder, same=fingerprint if saves else None) as partial:
             write_json(partial / "config.json", dump)
             yield partial
             seconds = time.monotonic() - clock

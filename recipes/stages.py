@@ -164,6 +164,11 @@ class Stage:
             return 1, getattr(config, "threads", 1)
         return learner.processes, learner.threads
 
+    def saves(self, recipe: Recipe) -> bool:
+        """Whether it leaves checkpoints on its way, from which it goes on after an interruption."""
+        config = recipe.basic_sft if self.kind == "soup" else self.config(recipe)
+        return getattr(config, "save_every", None) is not None
+
 
 def evaluate_soup(context: Context) -> Scores:
     """Held-out scores of the merge, and for the report those of its ingredients."""

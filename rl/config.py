@@ -138,7 +138,8 @@ class DynamicSampling(Strict):
     carry: bool = True
     """Groups with spread beyond the batch wait for the next one (within rollout.max_staleness)."""
     rest_epochs: int = Field(default=1, ge=0)
-    """A prompt whose group was solved or failed throughout is passed over for so many epochs."""
+    """A prompt whose group was solved or failed throughout is passed over for so many epochs, and for twice as many
+    after each further such group in a row, up to eight times as many."""
     retry_share: float = Field(default=0.1, ge=0, le=1)
     """Of the prompts passed over, this share is asked all the same: policies forget, and they learn."""
 

@@ -12,6 +12,8 @@ UNKNOWN = 0.5
 """Chance of spread of a prompt before anything is known of any."""
 LEAST = 0.05
 """No prompt is counted for less: a round would ask for too many."""
+LONGEST_REST = 8
+"""A prompt rests at most so many times `rest_epochs`."""
 
 
 @dataclass
@@ -19,7 +21,8 @@ class _Visit:
     correct: float
     of: int
     epoch: int
-    uniform: bool
+    uniform: int
+    """Groups in a row, this one the last, that were all solved, or all failed."""
 
 
 class Ledger:
@@ -45,7 +48,10 @@ class Ledger:
 
     def record(self, prompt: str, *, correct: float, of: int, epoch: int, spread: bool) -> None:
         """Note a group: `correct` of `of` judged completions, and whether its rewards differ."""
-        uniform = not spread and of > 0 and correct in (0, of)
+        uniform, before = 0, self._last.get(prompt)
+        if not spread and of > 0 and correct in (0, of):
+            as_before = before is not None and bool(before.correct) == bool(correct)
+            uniform = 1 + (before.uniform if before and as_before else 0)
         self._last[prompt] = _Visit(correct, of, epoch, uniform)
         self._correct += correct
         self._of += of
@@ -70,9 +76,14 @@ class Ledger:
         )
 
     def settled(self, prompt: str, *, epoch: int, rest_epochs: int) -> bool:
-        """Whether the prompt's last group was solved or failed throughout, at most `rest_epochs` epochs ago."""
+        """Whether the prompt's last group was solved or failed throughout, and it still rests.
+
+        It rests for `rest_epochs`, twice as long after each further such group in a row, at most `LONGEST_REST` times.
+        """
         visit = self._last.get(prompt)
-        return visit is not None and visit.uniform and epoch - visit.epoch <= rest_epochs
+        if visit is None or not visit.uniform:
+            return False
+        return epoch - visit.epoch <= rest_epochs * min(LONGEST_REST, 2 ** (visit.uniform - 1))
 
     def take(self, prompts: Sequence[str], wanted: float) -> int:
         """How many of the prompts, in their order, are expected to give `wanted` groups with spread."""

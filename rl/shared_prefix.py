@@ -294,7 +294,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         self._tiles = processor.image_processor = TileStore(original)
         corrected = self.vllm_importance_sampling_correction
         if self._one_update and self.model.training:  # type: ignore[union-attr]
-            self.vllm_importance_sampling_correction = False  # and with it TRL's pass for old log-probabilities
+            self.vllm_importance_sampling_correction = False  # with it goes the pass for the old policy
         try:
             return super()._generate_and_score_completions(inputs)
         finally:

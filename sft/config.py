@@ -60,6 +60,9 @@ class SFTConfig(Strict):
     mean per micro-batch)."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Updates between checkpoints with the optimizer's states: an interrupted stage, started again unchanged, goes on
+    from the last one, and its finished phases stand. None: it starts again from its beginning."""
 
     @field_validator("packing", mode="before")
     @classmethod

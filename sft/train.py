@@ -10,12 +10,13 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.artifacts import append_jsonl, write_json
+from core.artifacts import append_jsonl, hash_config, read_json, write_json
 from core.learner import (
     apply_freeze,
     join_process_group,
@@ -30,6 +31,7 @@ from sft.config import Phase, SFTConfig, Variant
 from sft.data import Collator, Lesson, Lessons, Mixture, blank_lesson, fit, load_mixture
 from sft.packed_rows import PackedCollator, attend_within_samples
 from sft.packing import ByRows, ByTokens, Plan
+from sft.resume import allow_numbered_cpus, drop_metrics_after, marker, saved
 from sft.soup import START
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def train(cfg: SFTConfig, *, model: Path, out: Path, seed: int, sets: Mapping[st
 
     Writes `out/metrics.jsonl`, `out/data.json` (rows, dropped rows and packing, by phase) and, for every phase
     but the last, `out/phases/<number>_<name>`. Every rank calls it. `sets` maps the names in the configuration to
-    Parquet files, folders or hub ids.
+    Parquet files, folders or hub ids. With `save_every`, an interrupted call in the same `out` is gone on with if the
+    configuration, the start's weights, the seed and the rows' lengths are the same.
     """
     out = Path(out)
     join_process_group(cfg.learner)
@@ -73,14 +76,29 @@ def train(cfg: SFTConfig, *, model: Path, out: Path, seed: int, sets: Mapping[st
             },
         )
     start, steps = Path(model), 0
+    identity = _identity(cfg, start, seed, data) if cfg.save_every else None
     with _imports_set_aside():
         for number, (mixture, plan) in enumerate(zip(data, plans, strict=True)):
             steps += run_phase(
-                cfg, number, mixture, plan, start=start, out=out, seed=seed, steps_before=steps
+                cfg,
+                number,
+                mixture,
+                plan,
+                start=start,
+                out=out,
+                seed=seed,
+                steps_before=steps,
+                identity=identity,
             )
             start = phase_folder(cfg, out, number)
             _release()
     return start
+
+
+def _identity(cfg: SFTConfig, start: Path, seed: int, data: Sequence[Mixture]) -> str:
+    """Of a stage that an interrupted one must be to be gone on with."""
+    facts = {"config": cfg.model_dump(mode="json"), "weights": weights_hash(start), "seed": seed}
+    return hash_config({**facts, "rows": [mixture.sizes for mixture in data]})[:16]
 
 
 def phase_folder(cfg: SFTConfig, out: Path, number: int) -> Path:
@@ -143,22 +161,41 @@ def run_phase(
     out: Path,
     seed: int,
     steps_before: int,
+    identity: str | None,
 ) -> int:
-    """Train one phase with a fresh optimizer and write its checkpoint; returns its optimizer updates."""
+    """Train one phase with a fresh optimizer and write its checkpoint; returns its optimizer updates.
+
+    With an `identity` it goes on where an interrupted run of the same one left off in `out`.
+    """
     phase, target = cfg.phases[number], phase_folder(cfg, out, number)
+    if identity and (target / START).exists() and (facts := read_json(target / START))["stage"] == identity:
+        log.info("phase %s: finished before the interruption", phase.name)
+        return facts["updates"]
+    unfinished = out / "unfinished" / f"{phase.name}-{identity}" if identity else target.parent
+    checkpoint, done = (identity and saved(unfinished)) or (None, {"updates": 0, "tokens": 0})
     processor = load_processor(start)
     trainer = phase_trainer(
-        cfg, phase, Lessons(mixture, processor), plan, start=start, folder=target.parent, seed=seed
+        cfg, phase, Lessons(mixture, processor), plan, start=start, folder=unfinished, seed=seed
     )
+    if trainer.accelerator.is_main_process:
+        drop_metrics_after(out / "metrics.jsonl", steps_before + done["updates"])
     trainer.add_callback(_metrics_writer(out / "metrics.jsonl", phase.name, steps_before))
+    trainer.add_callback(marker(lambda: trainer._total_train_tokens))
+    trainer._total_train_tokens = done["tokens"]  # of the log; TRL counts from 0
     log.info("phase %s: %d rows from %s", phase.name, len(mixture), start)
     if plan:
         log.info("phase %s: packed: %s", phase.name, plan.summary())
-    trainer.train()
+    if checkpoint:
+        allow_numbered_cpus()
+        log.info("phase %s: goes on after update %d", phase.name, done["updates"])
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     steps = trainer.state.global_step
     save_checkpoint(trainer, processor, target)
     if trainer.accelerator.is_main_process:
-        write_json(target / START, {"weights": weights_hash(start), "phase": phase.name, "seed": seed})
+        facts = {"weights": weights_hash(start), "phase": phase.name, "seed": seed}
+        write_json(target / START, {**facts, "updates": steps, "stage": identity})
+        shutil.rmtree(out / "unfinished", ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     return steps
 
@@ -216,6 +253,8 @@ def trl_config(cfg: SFTConfig, phase: Phase, plan: Plan | None, folder: Path, se
 
     optim = phase.optim
     arguments = training_arguments(optim, cfg.learner, seed=seed)
+    if cfg.save_every:
+        arguments |= {"save_strategy": "steps", "save_steps": cfg.save_every}
     if plan:
         arguments |= {
             "per_device_train_batch_size": 1,

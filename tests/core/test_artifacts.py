@@ -62,6 +62,26 @@ def test_a_stale_partial_folder_does_not_leak_into_the_next_attempt(tmp_path):
     assert [path.name for path in (tmp_path / "stage").iterdir()] == ["new"]
 
 
+def test_an_interrupted_block_of_the_same_name_goes_on_and_another_starts_anew(tmp_path):
+    def fill(same, *, fail=False):
+        with atomic_dir(tmp_path / "stage", same=same) as partial:
+            seen = sorted(path.name for path in partial.iterdir() if not path.name.startswith("."))
+            (partial / f"file{len(seen)}").write_text("x")
+            if fail:
+                raise RuntimeError
+        return seen
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            fill("one", fail=True)
+    assert fill("one") == ["file0", "file1"]
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["file0", "file1", "file2"]
+    for before, after in (("one", "other"), ("one", None), (None, "one"), (None, None)):
+        with pytest.raises(RuntimeError):
+            fill(before, fail=True)
+        assert fill(after) == []
+
+
 def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
     write_text(tmp_path / "file", "old")
     with pytest.raises(UnicodeEncodeError):

@@ -12,6 +12,7 @@ from recipes.plan_resources import DoesNotFit, resources
 
 ROOT = Path(__file__).parents[2] / "recipes"
 REAL = ("sailvl2_2b", "sailvl2_8b", "sailvl2_a3b", "sailvl2_2b_lora", "sailvl2_8b_lora")
+SAVING = ("basic_sft", "longcot_sft", "think_fusion")
 TRAINED = {"basic_sft", "longcot_sft", "rlvr", "think_fusion", "mixed_rl"}
 
 
@@ -42,8 +43,14 @@ def test_the_plan_says_where_the_memory_goes_and_who_is_on_which_gpu(tmp_path):
     assert "packing: passes of at most 40960 tokens, rows of at most 20480" in shown
     assert "GPU memory of a server: weights 4.5 GiB, cache" in shown
     assert "counted for a core of 2.42B parameters on 8 GPUs of 80 GiB (the recipe's hardware)" in shown
-    # Four phases of basic SFT, two more checkpoints of the soup, one of each other stage, 2 bytes per parameter.
-    assert found.disk == (4 + 2 + 4) * 2 * 2_419_400_192
+    # Four phases of basic SFT, two more checkpoints of the soup, one of each other stage, 2 bytes per parameter; two
+    # of 16 bytes while a stage is trained: a tiny core's took 16.1 on disk.
+    kept, unfinished = (4 + 2 + 4) * 2 * 2_419_400_192, 2 * 16 * 2_419_400_192
+    assert found.disk == kept + unfinished
+    assert f"{unfinished / GIB:.1f} GiB more while it runs (save_every)" in shown
+    without = taken("sailvl2_2b", *(f"{name}.save_every=null" for name in SAVING))
+    assert without.disk == kept
+    assert "optimizer states are not kept" in without.lines("basic_sft")[-1]
     told = as_json(recipe, plan(recipe, tmp_path), found)["resources"]
     assert told["stages"]["rlvr"]["weights"] == memory.weights
     assert told["problems"] == []

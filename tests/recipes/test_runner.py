@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -108,6 +109,21 @@ def test_a_failed_stage_shows_its_last_lines_and_the_next_run_continues_there(to
     monkeypatch.delenv("TOY_FAIL")
     toy.run()
     assert toy.calls() == ["rlvr"]
+
+
+def test_a_failed_stage_that_saves_goes_on_in_its_folder_unless_it_changed(toy, monkeypatch):
+    saving = "basic_sft.save_every=1"
+    left = toy.run_dir / "basic_sft.partial" / "left"
+    for overrides, stays in (([saving], True), ([saving, "basic_sft.max_tokens=65"], False), ([], False)):
+        monkeypatch.setenv("TOY_FAIL", "basic_sft")
+        with pytest.raises(StageFailed):
+            toy.run(saving, until="basic_sft")
+        left.write_text("half of it")
+        monkeypatch.delenv("TOY_FAIL")
+        (left.parent / "checkpoint").rmdir()
+        toy.run(*overrides, until="basic_sft")
+        assert (toy.run_dir / "basic_sft" / "left").exists() == stays
+        shutil.rmtree(toy.run_dir / "basic_sft")
 
 
 def test_data_made_for_a_stage_survives_its_failure_and_a_change_of_its_training(toy, monkeypatch):

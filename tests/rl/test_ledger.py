@@ -48,6 +48,23 @@ def test_enough_prompts_are_taken_to_expect_what_is_wanted():
     assert ledger.take(["0", "1", "2"], 10) == 3
 
 
+def test_a_rest_doubles_with_every_group_of_no_use_up_to_eight_times():
+    ledger = Ledger(4)
+
+    def rest(correct: int, epoch: int, spread: bool = False) -> int:
+        ledger.record("prompt", correct=correct, of=4, epoch=epoch, spread=spread)
+        rested = 0
+        while ledger.settled("prompt", epoch=epoch + rested + 1, rest_epochs=3):
+            rested += 1
+        return rested
+
+    assert [rest(4, epoch) for epoch in (1, 5, 12, 25, 50)] == [3, 6, 12, 24, 24]
+    assert rest(0, 60) == 3  # failed, not solved: something changed
+    assert rest(0, 70) == 6
+    assert rest(2, 80, spread=True) == 0
+    assert rest(4, 90) == 3
+
+
 def test_what_could_not_be_judged_settles_nothing():
     ledger = Ledger(4)
     ledger.record("down", correct=0, of=0, epoch=1, spread=False)

@@ -146,9 +146,7 @@ def test_one_update_runs_the_core_once(tiny_core, tmp_path, monkeypatch):
     monkeypatch.setattr(Qwen3Model, "forward", lambda *args, **kw: passes.append(1) or forward(*args, **kw))
     for iterations, count in ((1, 1), (2, 2)):
         passes.clear()
-        trainer, inputs = learner(
-            SharedPrefixTrainer, tiny_core, GROUPS, tmp_path, num_iterations=iterations
-        )
+        trainer, inputs = learner(SharedPrefixTrainer, tiny_core, GROUPS, tmp_path, num_iterations=iterations)
         backward(trainer, inputs)
         assert len(passes) == count
 

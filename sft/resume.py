@@ -1,0 +1,72 @@
+"""Where an interrupted phase goes on: transformers' own checkpoints (weights, optimizer, schedule, random states).
+
+What is left to see to: a checkpoint counts once it is whole, the one before goes only then, and the metrics that the
+interrupted run wrote after it are dropped, as those updates are made again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.artifacts import read_json, sync_tree, write_json, write_text
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+MARK = "whole.json"
+"""Written last: a checkpoint without it was being written when its process ended."""
+
+
+def saved(folder: Path) -> tuple[Path, dict[str, int]] | None:
+    """The latest whole checkpoint in `folder`, with its `updates` and `tokens`; None where there is none."""
+    marks = [(read_json(mark), mark.parent) for mark in Path(folder).glob(f"checkpoint-*/{MARK}")]
+    if not marks:
+        return None
+    facts, checkpoint = max(marks, key=lambda found: found[0]["updates"])
+    return checkpoint, facts
+
+
+def marker(tokens: Callable[[], int]) -> TrainerCallback:
+    """A callback that marks each checkpoint as whole, with the phase's `tokens` so far, and removes the one before."""
+    from transformers import TrainerCallback
+
+    class Marker(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            import torch
+
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()  # each rank has written its part
+            if not state.is_world_process_zero:
+                return
+            new = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            sync_tree(new)
+            write_json(new / MARK, {"updates": state.global_step, "tokens": tokens()})
+            for old in new.parent.glob("checkpoint-*"):
+                if old != new:
+                    shutil.rmtree(old)
+
+    return Marker()
+
+
+@lru_cache(maxsize=1)  # torch takes no second entry of one priority
+def allow_numbered_cpus() -> None:
+    """Have torch load states for `cpu:0`, where transformers sends them if ranks are CPUs without DeepSpeed."""
+    import torch
+
+    torch.serialization.register_package(
+        1000, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+    )
+
+
+def drop_metrics_after(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to `step`; of the last one the interrupted run may have written a part."""
+    if not path.exists():
+        return
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= step]
+    write_text(path, "".join(f"{line}\n" for line in kept))
