@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.common import alternate, emit, show
 from benchmarks.workload import (
     TEMPERATURE,
+    Child,
     child,
     environment,
     learner_settings,
@@ -35,7 +36,6 @@ from benchmarks.workload import (
     random_core,
     records,
     rl_stage,
-    run_child,
     train_rl,
 )
 
@@ -237,10 +237,11 @@ def compare_overlap(core: Path, urls: Sequence[str], pool: str, folder: Path) ->
                 "model": str(core),
                 "out": str(out),
                 "data": str(data),
-                "urls": list(urls),
                 "pool": pool,
             }
-            run_child(child(MODULE, "--train", job), folder / "train.log")
+            with Child(child(MODULE, "--train", job), folder / "train.log") as process:
+                process.wait_until_ready()
+                process.run(list(urls))
             elapsed = [
                 json.loads(line)["elapsed"] for line in (out / "metrics.jsonl").read_text().splitlines()
             ]

@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -22,6 +23,7 @@ from typing import Any
 from benchmarks.common import emit, show
 from benchmarks.workload import (
     TEMPERATURE,
+    Child,
     child,
     learner_settings,
     on_gpu,
@@ -29,9 +31,10 @@ from benchmarks.workload import (
     random_core,
     records,
     rl_stage,
-    run_child,
     train_rl,
+    wait_for_the_word,
 )
+from core.artifacts import read_jsonl
 
 MODULE = "benchmarks.step"
 GROUP = 8
@@ -43,14 +46,20 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
 """Per core: prompts in a batch, completion length in tokens, side of the pictures, completions in one backward pass,
 and the steps of a turn that count."""
 SIDES = ("stock", "ours", "overlap")
-QUICK_STEPS = 3
-PARTS = ("rollout/generating_seconds", "rollout/grading_seconds", "sync/seconds")
+QUICK = {"prompts": 8, "steps": 2}
+PARTS = {
+    "rollout": "rollout/generating_seconds",
+    "rewards": "rollout/grading_seconds",
+    "sync": "sync/seconds",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare on the tiny and the mid-size core; `--quick` on the tiny one, with fewer steps."""
     parser = argparse.ArgumentParser(prog=MODULE, description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the tiny core alone, fewer steps, no overlap")
+    parser.add_argument(
+        "--quick", action="store_true", help="the tiny core alone, fewer prompts and steps, no overlap"
+    )
     parser.add_argument("--ours", help=argparse.SUPPRESS)
     parser.add_argument("--stock", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -82,59 +91,71 @@ def _compare(name: str, quick: bool) -> dict[str, Any]:
     from core.records import write_records
     from rl.rollout.server import rollout_pool
 
-    shape = SHAPES[name]
+    shape = {**SHAPES[name], **(QUICK if quick else {})}
     sides, turns = (SIDES[:2], 1) if quick else (SIDES, 2)
-    batches = (QUICK_STEPS if quick else shape["steps"]) + 2
+    order = [(turn, side) for turn in range(turns) for side in (reversed(sides) if turn % 2 else sides)]
+    logs: dict[str, list[list[dict[str, Any]]]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as place, ExitStack() as running:
+        folder = Path(place)
+        core, data = folder / "core", folder / "rl.parquet"
+        pool = pool_of(max_model_tokens=1024 if on_gpu() else 512, max_sequences=128)
+        job = {"model": str(core), "data": str(data), "pool": pool.model_dump_json()}
+        children = []
+        for turn, side in order:  # they import while the core is made and the server starts
+            own = {
+                **job,
+                "stage": _stage(shape, overlap=side == "overlap"),
+                "out": str(folder / f"{side}-{turn}"),
+            }
+            command = child(MODULE, "--stock" if side == "stock" else "--ours", own)
+            children.append(running.enter_context(Child(command, folder / f"{side}.log")))
+        random_core(core, name)
+        write_records(data, records(shape["prompts"] * (shape["steps"] + 2), side_px=shape["side_px"]))
+        urls = running.enter_context(rollout_pool(pool, core, folder / "logs"))
+        for one in children:
+            one.wait_until_ready()
+        for (turn, side), one in zip(order, children, strict=True):
+            one.run(urls)
+            logs[side].append(read_jsonl(folder / f"{side}-{turn}" / "metrics.jsonl"))
+    tokens = {
+        side: fmean(line["completions/mean_length"] for turn in own for line in turn)
+        for side, own in logs.items()
+    }
+    if max(tokens.values()) / min(tokens.values()) > 1.05:
+        raise AssertionError(f"the sides did not do the same work: {tokens} tokens per completion")
+    medians = {side: _step_seconds(own) for side, own in logs.items()}
+    return {
+        **{f"{side}_s": seconds for side, seconds in medians.items()},
+        "ratio": medians["stock"] / medians["ours"],
+        **({} if quick else {"ratio_overlap": medians["stock"] / medians["overlap"]}),
+        "shares": _shares(logs["ours"], medians["ours"]),
+        "tokens": tokens["ours"],
+    }
+
+
+def _stage(shape: Mapping[str, int], overlap: bool) -> dict[str, Any]:
     stage = rl_stage(
-        batches=batches,
+        batches=shape["steps"] + 2,
         prompts=shape["prompts"],
         group=GROUP,
         tokens=shape["tokens"],
         rows_per_pass=shape["rows_per_pass"],
     )
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    tokens: dict[str, float] = {}
-    lines: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        core, data = random_core(folder / "core", name), folder / "rl.parquet"
-        write_records(data, records(shape["prompts"] * batches, side_px=shape["side_px"]))
-        pool = pool_of(max_model_tokens=1024 if on_gpu() else 512, max_sequences=128)
-        job = {"model": str(core), "data": str(data), "pool": pool.model_dump_json()}
-        with rollout_pool(pool, core, folder / "logs") as urls:
-            order = [reversed(sides) if turn % 2 else sides for turn in range(turns)]
-            for turn, side in ((turn, side) for turn, own in enumerate(order) for side in own):
-                out = folder / f"{side}-{turn}"
-                stage["rollout"]["overlap"] = side == "overlap"
-                option = "--stock" if side == "stock" else "--ours"
-                run_child(
-                    child(MODULE, option, {**job, "stage": stage, "out": str(out), "urls": urls}),
-                    folder / f"{side}.log",
-                )
-                logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-                seconds[side] += [
-                    after - before for before, after in pairwise([one["elapsed"] for one in logged[1:]])
-                ]
-                tokens[side] = fmean(one["completions/mean_length"] for one in logged)
-                lines += logged[2:] if side == "ours" else []
-    if max(tokens.values()) / min(tokens.values()) > 1.05:
-        raise AssertionError(f"the sides did not do the same work: {tokens} tokens per completion")
-    medians = {f"{side}_s": median(found) for side, found in seconds.items()}
-    ours, stock = medians["ours_s"], medians["stock_s"]
-    parts = {
-        name.split("/")[1].removesuffix("_seconds"): median(one[name] for one in lines) / ours
-        for name in PARTS
-    }
-    names = {"generating": "rollout", "grading": "rewards", "seconds": "sync"}
-    shares = {names[part]: share for part, share in parts.items()}
-    shares["learner"] = 1 - sum(shares.values())
-    return {
-        **medians,
-        "ratio": stock / ours,
-        **({} if quick else {"ratio_overlap": stock / medians["overlap_s"]}),
-        "shares": shares,
-        "tokens": tokens["ours"],
-    }
+    stage["rollout"]["overlap"] = overlap
+    return stage
+
+
+def _step_seconds(turns: Sequence[Sequence[Mapping[str, Any]]]) -> float:
+    """Median over all turns' steps but the first two of each."""
+    ends = ([line["elapsed"] for line in lines[1:]] for lines in turns)
+    return median(after - before for own in ends for before, after in pairwise(own))
+
+
+def _shares(turns: Sequence[Sequence[Mapping[str, Any]]], step_s: float) -> dict[str, float]:
+    """Of a step of ours: sampling, rewards, the weight update, and what is left, the learner."""
+    counted = [line for lines in turns for line in lines[2:]]
+    shares = {part: median(line[figure] for line in counted) / step_s for part, figure in PARTS.items()}
+    return {**shares, "learner": 1 - sum(shares.values())}
 
 
 def _train_stock(job: Mapping[str, Any]) -> None:
@@ -157,6 +178,7 @@ def _train_stock(job: Mapping[str, Any]) -> None:
     from rl.data import example_of, prompt_messages
     from rl.trainer import ban_tokens
 
+    wait_for_the_word()
     cfg = parse(RLConfig, job["stage"], "benchmark")
     rows = {row["id"]: row for row in load_records(Path(job["data"]))}
     answer, out, started = AnswerReward(), Path(job["out"]), time.monotonic()

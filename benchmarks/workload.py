@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ WORDS = (
 TINY_WORDS = 560
 """Of the tiny core, whose output layer keeps the share that way that the 2B's has: a fifth of the language model."""
 TEMPERATURE = 0.7
+READY = "ready"
 SIZES: Mapping[str, TinySize] = {"tiny": TinySize(text_layers=2), "mid": SMALL["mid"]}
 """`tiny` is the demo's architecture with a layer less; `mid` has real tiles: 448 px, 256 tokens each."""
 
@@ -106,15 +108,20 @@ def rl_stage(
 
 
 def train_rl(job: Mapping[str, Any]) -> None:
-    """Run an RL stage in this process; job: stage, model, out, data, urls, pool (JSON)."""
+    """Run an RL stage in this process, a `Child` that is told the servers' URLs; job: stage, model, out, data, pool
+    (JSON)."""
     from core.strict import parse
     from recipes.worker import keep_engine_out
     from rl.config import RLConfig
 
     keep_engine_out()
+    import deepspeed  # noqa: F401
+
+    import rl.trainer  # noqa: F401
     from rl.rollout.weights import weights_folder
     from rl.train import train
 
+    urls = wait_for_the_word()
     with weights_folder(None) as weights:
         train(
             parse(RLConfig, job["stage"], "benchmark"),
@@ -123,7 +130,7 @@ def train_rl(job: Mapping[str, Any]) -> None:
             seed=0,
             sets={"rl": Path(job["data"])},
             pool=PoolConfig.model_validate_json(job["pool"]),
-            urls=job["urls"],
+            urls=urls,
             weights=weights,
         )
 
@@ -141,10 +148,61 @@ def environment(threads: int = 1) -> dict[str, str]:
     return learner_environment(threads) | server_environment(pool_of(max_model_tokens=256, threads=threads))
 
 
-def run_child(command: Sequence[str], log: Path) -> None:
-    """Run to its end, or raise with the end of its log."""
-    with log.open("ab") as output:
-        done = subprocess.run(command, env=environment(), stdout=output, stderr=output, check=False)
-    if done.returncode:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-        raise RuntimeError(f"{' '.join(command[:5])} ended with code {done.returncode}:\n{end}")
+class Child:
+    """A process that imports while others start, and works when it is told to, so that nobody's start is timed.
+
+    Args:
+        command: of a program that calls `wait_for_the_word` before it works.
+        log: takes what it prints.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.command, self.log = command, log
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                env=environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+            )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def wait_until_ready(self) -> None:
+        """Return when it has imported everything."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:  # imports print warnings
+            if line.strip() == READY:
+                return
+        self._fail()
+
+    def run(self, told: Any = None) -> None:
+        """Let it work to its end, with what it is told. Raises RuntimeError with the end of its log if it fails."""
+        self._process.communicate(f"{json.dumps(told)}\n")
+        if self._process.returncode:
+            self._fail()
+
+    def _fail(self) -> None:
+        self._process.kill()
+        code = self._process.wait()
+        end = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+        raise RuntimeError(f"{' '.join(self.command[:5])} ended with code {code}:\n{end}")
+
+
+def wait_for_the_word() -> Any:
+    """In a `Child`: say that everything is imported, and wait for what it is told. What it prints goes to the log."""
+    answer = os.dup(1)
+    os.dup2(2, 1)
+    os.write(answer, f"{READY}\n".encode())
+    os.close(answer)
+    word = sys.stdin.readline()
+    if not word:
+        raise SystemExit("the benchmark has ended")
+    return json.loads(word)

@@ -313,6 +313,10 @@ def join_process_group(cfg: LearnerConfig) -> None:
             **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         }
+    import torch
+
+    if not torch.cuda.is_available():  # on CPUs nothing of ours is compiled, and an optimizer that DeepSpeed
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # imports would load the compiler: two seconds
     import deepspeed
 
     # On CPU accelerate opens torch's group only; ZeRO-3, loading a model, would take itself for one rank.
