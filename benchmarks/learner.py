@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -290,6 +290,31 @@ def repeated(trainer: Any, inputs: dict[str, Any]) -> Callable[[int], None]:
     return run
 
 
+def checked_equal(name: str, model: Any, sides: Mapping[str, tuple[Any, dict[str, Any]]]) -> float:
+    """The largest relative difference of a side's gradients of `model` from stock's.
+
+    Raises AssertionError if a side's gradients or loss differ by more than rounding.
+    """
+    import torch
+
+    results = {}
+    for side, (trainer, inputs) in sides.items():
+        loss = step(trainer, inputs)
+        results[side] = loss, [p.grad.float().cpu() for p in model.parameters() if p.grad is not None]
+    stock_loss, stock = results.pop("stock")
+    length = sum(float(gradient.square().sum()) for gradient in stock) ** 0.5
+    bound = 5e-2 if torch.cuda.is_available() else 1e-5  # bf16 rounds at 4e-3 in every operation
+    largest = 0.0
+    for side, (loss, gradients) in results.items():
+        apart = sum(float((a - b).square().sum()) for a, b in zip(gradients, stock, strict=True)) ** 0.5
+        largest = max(largest, apart / length)
+        if not apart / length <= bound or abs(loss - stock_loss) > bound:
+            raise AssertionError(
+                f"{name}, {side}: gradients differ by {apart / length:.1e}, losses {loss} {stock_loss}"
+            )
+    return largest
+
+
 def mfu(size: Size, shape: Shape, seconds: float) -> float | None:
     """Share of the GPU's peak that a step of so many seconds used; None on a CPU or a GPU that is not listed."""
     import torch
@@ -303,30 +328,13 @@ def mfu(size: Size, shape: Shape, seconds: float) -> float | None:
 
 def compare(size: Size, shape: Shape, folder: str) -> dict[str, Any]:
     """Assert that both sides agree, then time them in turn."""
-    import torch
-
     model, processor = build_core(size)
     rows = rows_of(shape, size, processor)
     sides = {}
     for side in (*SIDES, ONE_UPDATE):
         # One model: a later trainer's fused head wraps the one before, and all then call it alike.
         sides[side] = trainer_of(side, model, processor, rows, folder)
-    results = {}
-    for side, (trainer, inputs) in sides.items():
-        loss = step(trainer, inputs)
-        results[side] = loss, [p.grad.float().cpu() for p in model.parameters() if p.grad is not None]
-    stock_loss, stock = results.pop("stock")
-    length = sum(float(gradient.square().sum()) for gradient in stock) ** 0.5
-    bound = 5e-2 if torch.cuda.is_available() else 1e-5  # bf16 rounds at 4e-3 in every operation
-    difference = 0.0
-    for side, (loss, gradients) in results.items():
-        apart = sum(float((a - b).square().sum()) for a, b in zip(gradients, stock, strict=True)) ** 0.5
-        difference = max(difference, apart / length)
-        if not apart / length <= bound or abs(loss - stock_loss) > bound:
-            raise AssertionError(
-                f"{shape.name}, {side}: gradients differ by {apart / length:.1e}, losses {loss} {stock_loss}"
-            )
-    del results, stock, gradients
+    difference = checked_equal(shape.name, model, sides)
     seconds = alternate({name: repeated(*side) for name, side in sides.items()}, REPEATS)
     tokens = sum(len(row["completion_ids"]) for row in rows)
     return {

@@ -4,7 +4,8 @@
 
 One factor is doubled at a time, the others stay. Seconds of a step (benchmarks.learner) are fitted by
 seconds = a x factor^exponent; sharing shows as exponents near 0 for what a group has in common, where stock TRL's are
-near 1. Ranks share one batch, each with its own groups.
+near 1. Ranks share one batch, each with its own groups. Both sides' gradients are compared before anything is timed,
+and so are those of one rank and of two.
 """
 
 from __future__ import annotations
@@ -22,7 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import alternate, emit, show
-from benchmarks.learner import QUICK, SIDES, SMALL, Shape, Size, build_core, repeated, rows_of, trainer_of
+from benchmarks.learner import (
+    QUICK,
+    SIDES,
+    SMALL,
+    Shape,
+    Size,
+    build_core,
+    checked_equal,
+    repeated,
+    rows_of,
+    trainer_of,
+)
 from recipes.worker import keep_engine_out
 
 MODULE = "benchmarks.scaling"
@@ -77,8 +89,13 @@ def measure(quick: bool) -> None:
             )
             rows.append((factor, side, shown, exponents[factor][side]))
     show("Seconds of a learner step", ("factor", "side", "seconds", "exponent"), rows)
-    ranks = {} if quick else {str(count): _with_ranks(count) for count in RANKS}
+    found_with = {} if quick else {str(count): _with_ranks(count) for count in RANKS}
+    ranks = {count: one["seconds"] for count, one in found_with.items()}
     if ranks:
+        for one, other in zip(*(one["norms"] for one in found_with.values()), strict=True):
+            assert math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6), (
+                "ranks train something else than one rank"
+            )
         show(
             f"{RANK_GROUPS} groups shared by ranks, one thread each",
             ("ranks", "seconds", "times faster"),
@@ -102,12 +119,13 @@ def _seconds(size: Size, shape: Shape, repeats: int) -> dict[str, float]:
     model, processor = build_core(size)
     rows = rows_of(shape, size, processor)
     with tempfile.TemporaryDirectory() as folder:
-        sides = {side: repeated(*trainer_of(side, model, processor, rows, folder)) for side in SIDES}
-        return alternate(sides, repeats)
+        sides = {side: trainer_of(side, model, processor, rows, folder) for side in SIDES}
+        checked_equal(shape.name, model, sides)
+        return alternate({side: repeated(*own) for side, own in sides.items()}, repeats)
 
 
-def _with_ranks(count: int) -> float:
-    """Median seconds of a step that `count` gloo ranks share."""
+def _with_ranks(count: int) -> dict[str, Any]:
+    """Median `seconds` of a step that `count` gloo ranks share, and the `norms` of its gradients."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
         command = [
@@ -134,12 +152,16 @@ def _rank(out: Path) -> None:
     torch.distributed.init_process_group("gloo")
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     model, processor = build_core(SMALL)
-    shape = replace(BASE, group_size=8, groups=RANK_GROUPS // world)
-    rows = rows_of(shape, SMALL, processor)
+    rows = rows_of(replace(BASE, group_size=8, groups=RANK_GROUPS), SMALL, processor)
+    rows = rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
     with tempfile.TemporaryDirectory() as folder:
         trainer, inputs = trainer_of("shared", model, processor, rows, folder)
         trainer.model = trainer.model_wrapped = trainer.accelerator.prepare_model(model)
         run = repeated(trainer, inputs)
+        run(0)
+        norms = [
+            float(parameter.grad.norm()) for parameter in model.parameters() if parameter.grad is not None
+        ]
 
         def together(number: int) -> None:
             run(number)
@@ -147,7 +169,7 @@ def _rank(out: Path) -> None:
 
         seconds = alternate({"step": together}, 5)["step"]
     if rank == 0:
-        out.write_text(json.dumps(seconds))
+        out.write_text(json.dumps({"seconds": seconds, "norms": norms}))
     torch.distributed.destroy_process_group()
 
 

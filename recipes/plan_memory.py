@@ -245,7 +245,7 @@ class StageFit:
     @property
     def unfinished(self) -> int:
         """Bytes of the two checkpoints with optimizer states that lie there while the newer one is written."""
-        if not isinstance(self.config, SFTStage) or self.config.save_every is None:
+        if self.config.save_every is None:
             return 0
         frozen = set.intersection(*(set(one.frozen) for one in self.passes))
         moved = sum(count for module, count in self.shape.parameters().items() if module not in frozen)

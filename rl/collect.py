@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from rewards.components import component_metrics
 from rewards.example import Example
@@ -110,6 +111,25 @@ class Collector:
         self._generating_s = self._grading_s = 0.0
         self._waiting: list[Record] = []
         self._carried: list[Group] = []
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next batch depends on beside the policy, for `restore`."""
+        return {
+            "stream": self.stream.state(),
+            "ledger": self.ledger,
+            "waiting": self._waiting,
+            "carried": self._carried,
+            "errors": self.mixture.errors,
+            "drawn": self.drawn,
+            "version": self.version,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where another collector of the same stage was."""
+        self.stream.restore(state["stream"])
+        self.ledger, self._waiting, self._carried = state["ledger"], state["waiting"], state["carried"]
+        self.mixture.errors.update(state["errors"])
+        self.drawn, self.version = state["drawn"], state["version"]
 
     def collect(self) -> Batch:
         """One batch of `prompts_per_batch` groups.

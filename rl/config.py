@@ -322,6 +322,9 @@ class RLConfig(Strict):
     watch: Watch = Watch()
     log_completions_every: int = Field(default=1, ge=1)
     """Rollout batches between two records of completions with their verdicts."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Rollout batches between checkpoints with the optimizer's states and the prompts' ledger: an interrupted stage,
+    started again unchanged, goes on from the last one. None: it starts again from its beginning."""
 
     @property
     def completions_per_batch(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class PromptStream:
         self.rows, self.epoch, self.passed_over = rows, 0, 0
         self.passes_over, self.retry_share = passes_over, retry_share
         self._rng, self._retry = random.Random(seed), random.Random(f"{seed} retry")
-        self._order: Iterator[int] = iter(())
+        self._order: deque[int] = deque()
 
     def take(self, count: int) -> list[Record]:
         """The next `count` rows."""
@@ -120,11 +121,29 @@ class PromptStream:
         return self._draw()
 
     def _draw(self) -> Record:
-        try:
-            return self.rows[next(self._order)]
-        except StopIteration:
+        if not self._order:
             order = list(range(len(self.rows)))
             self._rng.shuffle(order)
-            self._order = iter(order)
+            self._order = deque(order)
             self.epoch += 1
-            return self.rows[next(self._order)]
+        return self.rows[self._order.popleft()]
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, for `restore`."""
+        generators = self._rng.getstate(), self._retry.getstate()
+        return {
+            "epoch": self.epoch,
+            "passed_over": self.passed_over,
+            "order": [*self._order],
+            "random": generators,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where another stream over the same rows was."""
+        self.epoch, self.passed_over, self._order = (
+            state["epoch"],
+            state["passed_over"],
+            deque(state["order"]),
+        )
+        for generator, own in zip((self._rng, self._retry), state["random"], strict=True):
+            generator.setstate(own)

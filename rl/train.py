@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from core.learner import (
     peft_config,
     save_checkpoint,
     training_arguments,
+    weights_hash,
 )
+from core.resume import FOLDER, allow_numbered_cpus, drop_lines_after, identity, marker, saved
 from rewards.answer import AnswerReward
 from rewards.judge import Judge, statistics
 from rewards.length import SoftOverlong
@@ -29,6 +32,7 @@ from rl.collect import Collector, Group, Pipeline, Sample
 from rl.config import PoolConfig, RLConfig
 from rl.data import Record, example_of, load_rows, prompt_messages
 from rl.evaluate import judge
+from rl.resume import StageState
 from rl.reward import mixture_of
 from rl.rollout.client import CoreFacts, Prompt, RolloutClient
 from rl.rollout.parity import ParityGuard
@@ -56,7 +60,8 @@ def train(
         cfg: the stage.
         model: checkpoint folder of the policy to start from.
         out: the stage's folder; takes checkpoint/, metrics.jsonl, completions.jsonl, record.jsonl and
-            alarms.jsonl.
+            alarms.jsonl. With `save_every`, an interrupted call in it is gone on with if the configuration, the
+            policy's weights, the seed and the rows' ids are the same.
         seed: of prompts, completions and updates.
         sets: data set name -> Parquet file or folder.
         pool: configuration of the rollout pool behind `urls`.
@@ -70,9 +75,15 @@ def train(
     from rl.trainer import RolloutTrainer, reward_function
 
     join_process_group(cfg.learner)
-    arguments = trl_config(cfg, out, seed)  # before the model: ZeRO-3 splits weights as they load
-    set_seed(seed)
     records = load_rows(cfg.data, sets, seed)
+    same = None
+    if cfg.save_every:
+        rows = [record["id"] for record in records]
+        same = identity(config=cfg.model_dump(mode="json"), weights=weights_hash(model), seed=seed, rows=rows)
+    unfinished = out / FOLDER / same if same else out / "trainer"
+    checkpoint, done = (same and saved(unfinished)) or (None, {"updates": 0, "batches": 0})
+    arguments = trl_config(cfg, unfinished, seed)  # before the model: ZeRO-3 splits weights as they load
+    set_seed(seed)
     probes = _probes(records, cfg.parity.sequences)
     guard = ParityGuard(
         cfg.parity,
@@ -82,10 +93,10 @@ def train(
     policy, processor = load_model(model, cfg.learner), load_processor(model)
     apply_freeze(policy, cfg.learner.freeze)
     core = CoreFacts.of(model)
-    rank_0 = os.environ.get("RANK", "0") == "0"
-    record = RunLog(cfg, out)
-    client = None
-    if rank_0:
+    record, lead, client = RunLog(cfg, out), None, None
+    if os.environ.get("RANK", "0") == "0":
+        if same:
+            record.drop_after(**done)
         client = RolloutClient(
             urls,
             core,
@@ -96,26 +107,20 @@ def train(
             share_gpus=pool.share_gpus,
             warn=record.alarm_of_servers,
         )
-    watcher = _watcher(cfg, client, out, sets, folders, seed) if client else None
-
-    def on_batch(batch: Sequence[Group], sampled: Sequence[Group], metrics: Mapping[str, float]) -> None:
-        assert watcher is not None
-        seen, alarms = watcher.batch(sampled)
-        figures = {**metrics, **seen, **{f"judge/{name}": count for name, count in statistics().items()}}
-        assert client is not None
-        figures |= client.fleet.figures()
-        record.batch(batch, sampled, figures, with_completions=bool(alarms))
-        watcher.stop_for(alarms)
-
+        watcher = _watcher(cfg, client, out, sets, folders, seed)
+        rollouts = _rollouts(cfg, client, records, folders, seed, cfg.batches - done["batches"])
+        lead = Lead(client, rollouts, watcher, record, records)
+        if checkpoint:
+            lead.state.read(checkpoint)
     trainer = RolloutTrainer(
-        rollouts=_rollouts(cfg, client, records, folders, seed) if client else None,
+        rollouts=lead.rollouts if lead else None,
         sync=_sync(pool, client, len(urls), policy, weights),
         guard=guard,
         records=records,
         probes=probes,
         banned_ids=core.banned_ids,
         share_gpus=pool.share_gpus,
-        on_batch=on_batch,
+        on_batch=lead.on_batch if lead else None,
         model=policy,
         processing_class=processor,
         # TRL draws from this; RolloutTrainer puts collected prompts in its place.
@@ -128,27 +133,68 @@ def train(
         token_budget=cfg.learner.token_budget,
         budget_rows=cfg.optim.micro_batch_size,
         peft_config=peft_config(cfg.learner),
-        callbacks=[record.callback()],
+        callbacks=[
+            record.callback(),
+            marker(lambda: {"batches": record.batches}, lead.state.write if lead else None),
+        ],
     )
     try:
-        trainer.train()
-        return save_checkpoint(trainer, processor, out / "checkpoint")
+        if checkpoint:
+            log.info("goes on after batch %d", done["batches"])
+            allow_numbered_cpus()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        path = save_checkpoint(trainer, processor, out / "checkpoint")
+        if lead:
+            shutil.rmtree(out / FOLDER, ignore_errors=True)
+        return path
     finally:
         if client:
             client.close()
 
 
-def trl_config(cfg: RLConfig, out: Path, seed: int) -> Any:
-    """The stage as TRL's GRPOConfig."""
+class Lead:
+    """What rank 0 has beside its trainer: servers, batches, watcher, files; and their state, for a checkpoint."""
+
+    def __init__(
+        self,
+        client: RolloutClient,
+        rollouts: Pipeline,
+        watcher: Watcher,
+        record: RunLog,
+        records: Sequence[Record],
+    ) -> None:
+        self.client, self.rollouts, self.watcher, self.record = client, rollouts, watcher, record
+        self.state = StageState(
+            {"collector": rollouts.collector, "watcher": watcher, "record": record}, records
+        )
+
+    def on_batch(
+        self, batch: Sequence[Group], sampled: Sequence[Group], metrics: Mapping[str, float]
+    ) -> None:
+        """Look at a batch and write it down. Raises rl.watch.RewardAlarm."""
+        seen, alarms = self.watcher.batch(sampled)
+        figures = {**metrics, **seen, **{f"judge/{name}": count for name, count in statistics().items()}}
+        figures |= self.client.fleet.figures()
+        self.record.batch(batch, sampled, figures, with_completions=bool(alarms))
+        self.watcher.stop_for(alarms)
+        every = self.record.cfg.save_every
+        if every and self.record.batches % every == 0:
+            self.state.note()  # now: with overlap the next batch is under way when the checkpoint is written
+
+
+def trl_config(cfg: RLConfig, folder: Path, seed: int) -> Any:
+    """The stage as TRL's GRPOConfig; `folder` takes its checkpoints."""
     from trl import GRPOConfig
 
     algorithm, rollout, correction = cfg.algorithm, cfg.rollout, cfg.algorithm.importance_sampling
     shared = cfg.learner.prefix != "stock"  # an update's rows come at once and are cut by tokens
     per_pass = cfg.mini_batch if shared else cfg.optim.micro_batch_size * cfg.learner.processes
+    arguments = training_arguments(cfg.optim, cfg.learner, seed=seed)
+    if cfg.save_every:  # between two batches
+        arguments |= {"save_strategy": "steps", "save_steps": cfg.save_every * cfg.updates_per_batch}
     return GRPOConfig(
-        **training_arguments(cfg.optim, cfg.learner, seed=seed)
-        | {"per_device_train_batch_size": per_pass // cfg.learner.processes},
-        output_dir=str(out / "trainer"),
+        **arguments | {"per_device_train_batch_size": per_pass // cfg.learner.processes},
+        output_dir=str(folder),
         max_steps=cfg.max_steps,
         num_generations=rollout.group_size,
         gradient_accumulation_steps=cfg.mini_batch // per_pass,
@@ -216,6 +262,20 @@ class RunLog:
                     append_jsonl(self.out / "completions.jsonl", self._completion(group, sample))
         self.batches += 1
 
+    def state(self) -> dict[str, Any]:
+        """How far it is, for `restore`."""
+        return {"batches": self.batches, "seconds": time.monotonic() - self.started}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where another record of the same stage was."""
+        self.batches, self.started = state["batches"], time.monotonic() - state["seconds"]
+
+    def drop_after(self, updates: int, batches: int) -> None:
+        """Forget what was written after so many updates and batches: they are made again."""
+        drop_lines_after(self.out / "metrics.jsonl", "step", updates)
+        for name in ("record.jsonl", "completions.jsonl", ALARMS):
+            drop_lines_after(self.out / name, "batch", batches - 1)
+
     def alarm_of_servers(self, text: str) -> None:
         """Tell of a rollout server that was lost or came back, where alarms are told."""
         log.warning("%s", text)
@@ -270,7 +330,12 @@ def _probes(records: Sequence[Any], count: int) -> list[Any]:
 
 
 def _rollouts(
-    cfg: RLConfig, client: RolloutClient, records: Sequence[Record], folders: Sequence[Path], seed: int
+    cfg: RLConfig,
+    client: RolloutClient,
+    records: Sequence[Record],
+    folders: Sequence[Path],
+    seed: int,
+    batches: int,
 ) -> Pipeline:
     overlong = None
     if cfg.overlong:
@@ -278,7 +343,7 @@ def _rollouts(
     mixture = mixture_of(cfg.rewards, folders)
     check_rewards(mixture, records, cfg.self_test_rows, seed)
     collector = Collector(cfg, client, records, mixture, AnswerReward(), overlong, seed)
-    return Pipeline(collector, cfg.batches, cfg.rollout.overlap)
+    return Pipeline(collector, batches, cfg.rollout.overlap)
 
 
 class RewardsFail(RuntimeError):

@@ -105,6 +105,22 @@ class Watcher:
         self._batches += 1
         return metrics, alarms
 
+    def state(self) -> dict[str, Any]:
+        """What was seen so far, for `restore`."""
+        return {
+            "batches": self._batches,
+            "unscorable": self._unscorable,
+            "means": dict(self._means),
+            "looks": self._looks,
+            "rewards": self._rewards,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where another watcher of the same stage was."""
+        self._batches, self._unscorable = state["batches"], state["unscorable"]
+        self._means.update(state["means"])
+        self._looks, self._rewards = state["looks"], state["rewards"]
+
     def stop_for(self, alarms: Sequence[Alarm]) -> None:
         """Raise RewardAlarm if the recipe lets one of the alarms end the run."""
         fatal = [f"{alarm.name}: {alarm.text}" for alarm in alarms if alarm.name in self.cfg.stop_on]

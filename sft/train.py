@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.artifacts import append_jsonl, hash_config, read_json, write_json
+from core.artifacts import append_jsonl, read_json, write_json
 from core.learner import (
     apply_freeze,
     join_process_group,
@@ -27,11 +27,11 @@ from core.learner import (
     training_arguments,
     weights_hash,
 )
+from core.resume import FOLDER, allow_numbered_cpus, drop_lines_after, identity, marker, saved
 from sft.config import Phase, SFTConfig, Variant
 from sft.data import Collator, Lesson, Lessons, Mixture, blank_lesson, fit, load_mixture
 from sft.packed_rows import PackedCollator, attend_within_samples
 from sft.packing import ByRows, ByTokens, Plan
-from sft.resume import allow_numbered_cpus, drop_metrics_after, marker, saved
 from sft.soup import START
 
 if TYPE_CHECKING:
@@ -76,7 +76,10 @@ def train(cfg: SFTConfig, *, model: Path, out: Path, seed: int, sets: Mapping[st
             },
         )
     start, steps = Path(model), 0
-    identity = _identity(cfg, start, seed, data) if cfg.save_every else None
+    same = None
+    if cfg.save_every:
+        rows = [mixture.sizes for mixture in data]
+        same = identity(config=cfg.model_dump(mode="json"), weights=weights_hash(start), seed=seed, rows=rows)
     with _imports_set_aside():
         for number, (mixture, plan) in enumerate(zip(data, plans, strict=True)):
             steps += run_phase(
@@ -88,17 +91,11 @@ def train(cfg: SFTConfig, *, model: Path, out: Path, seed: int, sets: Mapping[st
                 out=out,
                 seed=seed,
                 steps_before=steps,
-                identity=identity,
+                same=same,
             )
             start = phase_folder(cfg, out, number)
             _release()
     return start
-
-
-def _identity(cfg: SFTConfig, start: Path, seed: int, data: Sequence[Mixture]) -> str:
-    """Of a stage that an interrupted one must be to be gone on with."""
-    facts = {"config": cfg.model_dump(mode="json"), "weights": weights_hash(start), "seed": seed}
-    return hash_config({**facts, "rows": [mixture.sizes for mixture in data]})[:16]
 
 
 def phase_folder(cfg: SFTConfig, out: Path, number: int) -> Path:
@@ -161,26 +158,26 @@ def run_phase(
     out: Path,
     seed: int,
     steps_before: int,
-    identity: str | None,
+    same: str | None,
 ) -> int:
     """Train one phase with a fresh optimizer and write its checkpoint; returns its optimizer updates.
 
-    With an `identity` it goes on where an interrupted run of the same one left off in `out`.
+    With `same`, the stage's identity, it goes on where an interrupted run of the same stage left off in `out`.
     """
     phase, target = cfg.phases[number], phase_folder(cfg, out, number)
-    if identity and (target / START).exists() and (facts := read_json(target / START))["stage"] == identity:
+    if same and (target / START).exists() and (facts := read_json(target / START))["stage"] == same:
         log.info("phase %s: finished before the interruption", phase.name)
         return facts["updates"]
-    unfinished = out / "unfinished" / f"{phase.name}-{identity}" if identity else target.parent
-    checkpoint, done = (identity and saved(unfinished)) or (None, {"updates": 0, "tokens": 0})
+    unfinished = out / FOLDER / f"{phase.name}-{same}" if same else target.parent
+    checkpoint, done = (same and saved(unfinished)) or (None, {"updates": 0, "tokens": 0})
     processor = load_processor(start)
     trainer = phase_trainer(
         cfg, phase, Lessons(mixture, processor), plan, start=start, folder=unfinished, seed=seed
     )
     if trainer.accelerator.is_main_process:
-        drop_metrics_after(out / "metrics.jsonl", steps_before + done["updates"])
+        drop_lines_after(out / "metrics.jsonl", "step", steps_before + done["updates"])
     trainer.add_callback(_metrics_writer(out / "metrics.jsonl", phase.name, steps_before))
-    trainer.add_callback(marker(lambda: trainer._total_train_tokens))
+    trainer.add_callback(marker(lambda: {"tokens": trainer._total_train_tokens}))
     trainer._total_train_tokens = done["tokens"]  # of the log; TRL counts from 0
     log.info("phase %s: %d rows from %s", phase.name, len(mixture), start)
     if plan:
@@ -193,8 +190,8 @@ def run_phase(
     save_checkpoint(trainer, processor, target)
     if trainer.accelerator.is_main_process:
         facts = {"weights": weights_hash(start), "phase": phase.name, "seed": seed}
-        write_json(target / START, {**facts, "updates": steps, "stage": identity})
-        shutil.rmtree(out / "unfinished", ignore_errors=True)
+        write_json(target / START, {**facts, "updates": steps, "stage": same})
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     return steps

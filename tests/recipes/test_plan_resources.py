@@ -12,7 +12,7 @@ from recipes.plan_resources import DoesNotFit, resources
 
 ROOT = Path(__file__).parents[2] / "recipes"
 REAL = ("sailvl2_2b", "sailvl2_8b", "sailvl2_a3b", "sailvl2_2b_lora", "sailvl2_8b_lora")
-SAVING = ("basic_sft", "longcot_sft", "think_fusion")
+SAVING = ("basic_sft", "longcot_sft", "rlvr", "think_fusion", "mixed_rl")
 TRAINED = {"basic_sft", "longcot_sft", "rlvr", "think_fusion", "mixed_rl"}
 
 

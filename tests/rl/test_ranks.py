@@ -20,21 +20,36 @@ STAGE = {
     "parity": {"bound": 1e-3, "sequences": 2, "tokens": 6},
 }
 REWARD = '''
+import pathlib
+
+calls = 0
+
+
 def count(completion, example):
-    """A reward with spread: the share of digits that the completion could hold."""
+    """A reward with spread: the share of digits that the completion could hold; it fails where a file says when."""
+    global calls
+    calls += 1
+    fails = pathlib.Path(__file__).with_name("fails")
+    if fails.exists() and calls > int(fails.read_text()):
+        raise RuntimeError("interrupted")
     return min(1.0, sum(letter.isdigit() for letter in completion) / 6)
 '''
 
 
-def train(ranks, tmp_path, model, url, records, **learner):
-    out = tmp_path / f"ranks-{ranks}"
-    out.mkdir()
+def train(ranks, tmp_path, model, url, records, *, name="", fails_after=None, save_every=None, **learner):
+    """The stage's folder; `fails_after` so many graded completions the training is to fail."""
+    out = tmp_path / (name or f"ranks-{ranks}")
+    out.mkdir(exist_ok=True)
+    if fails_after:
+        (out / "fails").write_text(str(fails_after))
+    else:
+        (out / "fails").unlink(missing_ok=True)
     write_records(out / "rl.parquet", records)
     (out / "tests_digits.py").write_text(REWARD)
     job = {
         "stage": "rlvr",
         "kind": "rl",
-        "config": {**STAGE, "learner": {"processes": ranks, **learner}},
+        "config": {**STAGE, "save_every": save_every, "learner": {"processes": ranks, **learner}},
         "model": str(model),
         "out": str(out),
         "seed": 0,
@@ -54,8 +69,29 @@ def train(ranks, tmp_path, model, url, records, **learner):
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert bool(done.returncode) == bool(fails_after), done.stdout[-3000:] + done.stderr[-3000:]
     return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", [None, {"zero_stage": 2}, {"zero_stage": 3}])
+def test_two_ranks_go_on_after_an_interruption(server_url, client, tiny_core, records, tmp_path, deepspeed):
+    from core.learner import weights_hash
+    from core.resume import FOLDER, saved
+
+    def run(name, **how):
+        client.load_checkpoint(tiny_core)
+        return train(
+            2, tmp_path, tiny_core, server_url, records, name=name, save_every=1, deepspeed=deepspeed, **how
+        )
+
+    unbroken = run("unbroken")
+    run("out", fails_after=40)  # in the second or third batch of 16
+    assert saved(next((tmp_path / "out" / FOLDER).iterdir()))
+    out = run("out")
+    log = [[line["step"] for line in read_jsonl(folder / "metrics.jsonl")] for folder in (unbroken, out)]
+    assert log[0] == log[1] == [1, 2, 3]
+    assert weights_hash(out / "checkpoint") == weights_hash(unbroken / "checkpoint")
 
 
 def test_two_ranks_train_what_one_rank_trains(server_url, client, tiny_core, records, tmp_path):

@@ -151,6 +151,19 @@ def test_one_update_runs_the_core_once(tiny_core, tmp_path, monkeypatch):
         assert len(passes) == count
 
 
+@pytest.mark.parametrize("batch", ["two groups", "unequal groups", "text among images"])
+def test_the_attention_of_other_devices_trains_as_in_stock_trl(tiny_core, tmp_path, monkeypatch, batch):
+    from types import SimpleNamespace
+
+    from core import prefix
+
+    calls = []
+    other = SimpleNamespace(apply=lambda *inputs: calls.append(1) or prefix._concatenated(*inputs))
+    monkeypatch.setattr(prefix, "_Merged", other)
+    compare(tiny_core, BATCHES[batch], tmp_path, beta=0.1)
+    assert calls
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(tiny_core, tmp_path, reentrant):
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}

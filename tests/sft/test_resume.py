@@ -9,9 +9,9 @@ import pytest
 
 from core.artifacts import read_json, read_jsonl, write_json
 from core.learner import weights_hash
+from core.resume import MARK, drop_lines_after, saved
 from sft import train as module
 from sft.config import SFTConfig
-from sft.resume import MARK, drop_metrics_after, saved
 from sft.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -150,9 +150,9 @@ def test_without_save_every_nothing_is_saved_on_the_way(run, tmp_path):
 
 def test_lines_after_the_checkpoint_and_a_part_of_a_line_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    drop_metrics_after(path, 3)  # none there
+    drop_lines_after(path, "step", 3)  # none there
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 6)) + '{"step": 6, "lo')
-    drop_metrics_after(path, 3)
+    drop_lines_after(path, "step", 3)
     assert [line["step"] for line in read_jsonl(path)] == [1, 2, 3]
 
 

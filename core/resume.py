@@ -1,29 +1,37 @@
-"""Where an interrupted phase goes on: transformers' own checkpoints (weights, optimizer, schedule, random states).
+"""Where an interrupted training goes on: transformers' own checkpoints (weights, optimizer, schedule, random states).
 
-What is left to see to: a checkpoint counts once it is whole, the one before goes only then, and the metrics that the
-interrupted run wrote after it are dropped, as those updates are made again.
+What is left to see to: a checkpoint counts once it is whole, the one before goes only then, it is gone on with by the
+same training alone, and what the interrupted run logged after it is dropped, as those updates are made again.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.artifacts import read_json, sync_tree, write_json, write_text
+from core.artifacts import hash_config, read_json, sync_tree, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+FOLDER = "unfinished"
+"""In a stage's folder: the checkpoints of a training that is under way."""
 MARK = "whole.json"
 """Written last: a checkpoint without it was being written when its process ended."""
 
 
+def identity(**facts: Any) -> str:
+    """Of a training: what another must have in common with it to go on from its checkpoints."""
+    return hash_config(facts)[:16]
+
+
 def saved(folder: Path) -> tuple[Path, dict[str, int]] | None:
-    """The latest whole checkpoint in `folder`, with its `updates` and `tokens`; None where there is none."""
+    """The latest whole checkpoint in `folder`, with its `updates` and what else it was marked with; None if there is
+    none."""
     marks = [(read_json(mark), mark.parent) for mark in Path(folder).glob(f"checkpoint-*/{MARK}")]
     if not marks:
         return None
@@ -31,8 +39,13 @@ def saved(folder: Path) -> tuple[Path, dict[str, int]] | None:
     return checkpoint, facts
 
 
-def marker(tokens: Callable[[], int]) -> TrainerCallback:
-    """A callback that marks each checkpoint as whole, with the phase's `tokens` so far, and removes the one before."""
+def marker(
+    facts: Callable[[], Mapping[str, int]], add: Callable[[Path], None] | None = None
+) -> TrainerCallback:
+    """A callback that marks each checkpoint as whole, with its `facts`, and removes the one before.
+
+    `add` puts into the checkpoint's folder, on rank 0, what the trainer does not know of.
+    """
     from transformers import TrainerCallback
 
     class Marker(TrainerCallback):
@@ -44,8 +57,10 @@ def marker(tokens: Callable[[], int]) -> TrainerCallback:
             if not state.is_world_process_zero:
                 return
             new = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if add:
+                add(new)
             sync_tree(new)
-            write_json(new / MARK, {"updates": state.global_step, "tokens": tokens()})
+            write_json(new / MARK, {"updates": state.global_step, **facts()})
             for old in new.parent.glob("checkpoint-*"):
                 if old != new:
                     shutil.rmtree(old)
@@ -63,10 +78,11 @@ def allow_numbered_cpus() -> None:
     )
 
 
-def drop_metrics_after(path: Path, step: int) -> None:
-    """Keep the lines of metrics.jsonl up to `step`; of the last one the interrupted run may have written a part."""
+def drop_lines_after(path: Path, key: str, last: int) -> None:
+    """Keep a JSONL file's lines whose `key` is at most `last`; of its last line the interrupted run may have written a
+    part."""
     if not path.exists():
         return
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= step]
+    kept = [line for line in whole.splitlines() if json.loads(line)[key] <= last]
     write_text(path, "".join(f"{line}\n" for line in kept))

@@ -1,0 +1,156 @@
+"""An RL stage that is interrupted and started again goes on as if nothing had happened, batch for batch."""
+
+import pytest
+
+from core.artifacts import read_jsonl
+from core.learner import weights_hash
+from core.resume import FOLDER, saved
+from core.strict import parse
+from rl.config import PoolConfig, RLConfig
+from rl.rollout.server import rollout_pool
+
+REWARD = """
+def even(completion, example):
+    return float(len(completion) % 2 == 0)
+"""
+BATCHES, UPDATES = 4, 2
+POOL = PoolConfig(engine="hf", max_model_tokens=256)
+TIMES = ("seconds", "elapsed", "runtime", "_time", "per_second", "/requests")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stage(**fields):
+    """Four batches of two updates each; groups without spread are replaced, and surplus ones carried."""
+    values = {
+        "data": [{"set": "rl"}],
+        "rewards": [{"name": "even", "use": "reward.py:even", "weight": 1.0}],
+        "algorithm": {"clip_low": 0.2, "clip_high": 0.28},
+        "rollout": {"prompts_per_batch": 2, "group_size": 4, "max_completion_tokens": 4, "temperature": 1.0},
+        "dynamic_sampling": {"max_rounds": 2, "oversample": 3, "rest_epochs": 1},
+        "batches": BATCHES,
+        "mini_batch": 4,
+        "optim": {"learning_rate": 1e-3, "micro_batch_size": 4, "schedule": "linear"},
+        "learner": {"deepspeed": None},
+        "parity": {"bound": 1e-3, "sequences": 1, "tokens": 2},
+        "self_test_rows": 0,
+        "save_every": 1,
+    }
+    return parse(RLConfig, values | fields, "test")
+
+
+@pytest.fixture(scope="module")
+def urls(tiny_core, tmp_path_factory):
+    with rollout_pool(POOL, tiny_core, tmp_path_factory.mktemp("hf")) as urls:
+        yield urls
+
+
+@pytest.fixture
+def run(tiny_core, records, urls, tmp_path, tmp_path_factory, monkeypatch):
+    """`run(cfg, name, stop=n)` trains in the folder `name`, and breaks off after update n if told so."""
+    from core.records import write_records
+    from rl import trainer as module
+    from rl.train import train
+
+    write_records(tmp_path / "rl.parquet", records)
+    (tmp_path / "reward.py").write_text(REWARD)
+
+    def run(cfg, name="out", stop=0, seed=0):
+        done = 0
+
+        class Stopping(module.RolloutTrainer):
+            def training_step(self, *args, **kwargs):
+                nonlocal done
+                loss = super().training_step(*args, **kwargs)
+                done += 1
+                if done == stop:
+                    raise Interrupted
+                return loss
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "RolloutTrainer", Stopping)
+            checkpoint = train(
+                cfg,
+                model=tiny_core,
+                out=tmp_path / name,
+                seed=seed,
+                sets={"rl": tmp_path / "rl.parquet"},
+                pool=POOL,
+                urls=urls,
+                weights=tmp_path_factory.mktemp("weights"),
+                folders=[tmp_path],
+            )
+        return checkpoint, done
+
+    return run
+
+
+def logged(folder, name):
+    """The lines of a stage's file, without what is measured in seconds."""
+    return [
+        {key: value for key, value in line.items() if not any(word in key for word in TIMES)}
+        for line in read_jsonl(folder / name)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "stop"),
+    [
+        ({}, 5),  # in the third batch
+        ({"save_every": 2}, 6),  # in the third too, but saved after the second
+        ({"learner": {"deepspeed": {"zero_stage": 2}}}, 4),
+        (
+            {
+                "learner": {"deepspeed": None, "lora": {"r": 4}},
+                "algorithm": {"clip_low": 0.2, "clip_high": 0.2, "kl_beta": 0.1},
+            },
+            5,
+        ),
+    ],
+    ids=["every batch", "every other batch", "zero-2", "lora and reference"],
+)
+def test_an_interrupted_stage_goes_on_to_the_same_weights_and_record(run, tmp_path, fields, stop):
+    cfg = stage(**fields)
+    unbroken, updates = run(cfg, "unbroken")
+    assert updates == BATCHES * UPDATES
+    with pytest.raises(Interrupted):
+        run(cfg, stop=stop)
+    checkpoint, updates = run(cfg)
+    every = cfg.save_every * UPDATES
+    assert updates == BATCHES * UPDATES - (stop - 1) // every * every
+    assert weights_hash(checkpoint) == weights_hash(unbroken)
+    for name in ("metrics.jsonl", "record.jsonl", "completions.jsonl"):
+        lines = logged(tmp_path / "out", name)
+        assert lines
+        assert lines == logged(tmp_path / "unbroken", name), name
+    assert any(line.get("rollout/groups_carried") for line in logged(tmp_path / "out", "metrics.jsonl"))
+    assert not (tmp_path / "out" / FOLDER).exists()
+
+
+def test_with_overlap_it_goes_on_from_the_batch_that_was_trained_on(run, tmp_path):
+    cfg = stage(rollout={**stage().rollout.model_dump(), "overlap": True})
+    with pytest.raises(Interrupted):
+        run(cfg, stop=5)
+    _, updates = run(cfg)
+    assert updates == UPDATES * 2
+    lines = read_jsonl(tmp_path / "out/metrics.jsonl")
+    assert [line["step"] for line in lines] == [*range(1, BATCHES * UPDATES + 1)]
+    assert [line["rollout/staleness"] for line in lines if "rollout/staleness" in line][:2] == [0, 1]
+
+
+def test_interrupted_before_the_first_checkpoint_it_starts_from_its_beginning(run, tmp_path):
+    with pytest.raises(Interrupted):
+        run(stage(), stop=1)
+    assert saved(next((tmp_path / "out" / FOLDER).iterdir(), tmp_path)) is None
+    _, updates = run(stage())
+    assert updates == BATCHES * UPDATES
+    assert [line["step"] for line in read_jsonl(tmp_path / "out/metrics.jsonl")] == [*range(1, updates + 1)]
+
+
+def test_another_seed_does_not_go_on_with_it(run):
+    with pytest.raises(Interrupted):
+        run(stage(), stop=5)
+    with pytest.raises(Interrupted):
+        run(stage(), seed=1, stop=8)  # the last of all, none of which was there
