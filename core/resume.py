@@ -7,16 +7,20 @@ same training alone, and what the interrupted run logged after it is dropped, as
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.artifacts import hash_config, read_json, sync_tree, write_json, write_text
+from core.artifacts import hash_config, read_json, sync_tree, write_json
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+log = logging.getLogger(__name__)
 
 FOLDER = "unfinished"
 """In a stage's folder: the checkpoints of a training that is under way."""
@@ -29,14 +33,31 @@ def identity(**facts: Any) -> str:
     return hash_config(facts)[:16]
 
 
-def saved(folder: Path) -> tuple[Path, dict[str, int]] | None:
-    """The latest whole checkpoint in `folder`, with its `updates` and what else it was marked with; None if there is
-    none."""
-    marks = [(read_json(mark), mark.parent) for mark in Path(folder).glob(f"checkpoint-*/{MARK}")]
-    if not marks:
-        return None
-    facts, checkpoint = max(marks, key=lambda found: found[0]["updates"])
-    return checkpoint, facts
+class Unfinished:
+    """A training's checkpoints: the last whole one, if there is one, and how far the training was then.
+
+    Args:
+        folder: where they lie.
+        count: what is counted beside `updates`.
+    """
+
+    def __init__(self, folder: Path, count: str) -> None:
+        self.folder = folder
+        self.checkpoint: Path | None = None
+        self.done = {"updates": 0, count: 0}
+        for mark in Path(folder).glob(f"checkpoint-*/{MARK}"):
+            facts = read_json(mark)
+            if facts["updates"] > self.done["updates"]:
+                self.checkpoint, self.done = mark.parent, facts
+
+    def train(self, trainer: Any) -> None:
+        """Train, from the checkpoint if there is one."""
+        if self.checkpoint is None:
+            trainer.train()
+            return
+        log.info("goes on after %s", ", ".join(f"{count} {what}" for what, count in self.done.items()))
+        _allow_numbered_cpus()
+        trainer.train(resume_from_checkpoint=str(self.checkpoint))
 
 
 def marker(
@@ -69,7 +90,7 @@ def marker(
 
 
 @lru_cache(maxsize=1)  # torch takes no second entry of one priority
-def allow_numbered_cpus() -> None:
+def _allow_numbered_cpus() -> None:
     """Have torch load states for `cpu:0`, where transformers sends them if ranks are CPUs without DeepSpeed."""
     import torch
 
@@ -83,6 +104,9 @@ def drop_lines_after(path: Path, key: str, last: int) -> None:
     part."""
     if not path.exists():
         return
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    kept = [line for line in whole.splitlines() if json.loads(line)[key] <= last]
-    write_text(path, "".join(f"{line}\n" for line in kept))
+    kept = path.with_name(f".{path.name}.kept")
+    with path.open(encoding="utf-8") as lines, kept.open("w", encoding="utf-8") as out:
+        out.writelines(line for line in lines if line.endswith("\n") and json.loads(line)[key] <= last)
+        out.flush()
+        os.fsync(out.fileno())
+    kept.replace(path)

@@ -89,18 +89,10 @@ class Pool:
         """The client of the servers, which have been started with `model` at the latest now."""
         urls = self.urls(model)
         if self._client is None:
-            from rl.rollout.client import CoreFacts, RolloutClient
+            from rl.rollout.client import RolloutClient
 
             assert self.cfg is not None
-            self._client = RolloutClient(
-                urls,
-                CoreFacts.of(model),
-                concurrency=self.cfg.concurrency,
-                share_gpus=self.cfg.share_gpus,
-                timeout_s=self.cfg.request_timeout_s,
-                patience_s=self.cfg.patience_s,
-                max_returns=self.cfg.max_restarts,
-            )
+            self._client = RolloutClient.of_pool(self.cfg, urls, model)
             self._stack.callback(self._client.close)
         return self._client
 

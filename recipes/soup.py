@@ -83,22 +83,13 @@ def _scorer(recipe: Recipe, core: Path, urls: list[str], sets: Mapping[str, Path
     """A function from a checkpoint folder to the share of validation rows that it answers right, greedily."""
     from core.records import load_records
     from rl.evaluate import judge
-    from rl.rollout.client import CoreFacts, RolloutClient
+    from rl.rollout.client import RolloutClient
 
     if recipe.eval is None or recipe.rollout is None or recipe.soup is None:
         raise ConfigError("soup scores its ingredients by generating: the recipe needs rollout and eval")
     source, max_tokens = recipe.soup.validation, recipe.eval.max_completion_tokens
     rows = load_records(sets[source.set], split=source.split, rows=source.rows, seed=recipe.seed)
-    pool = recipe.rollout
-    client = RolloutClient(
-        urls,
-        CoreFacts.of(core),
-        concurrency=pool.concurrency,
-        timeout_s=pool.request_timeout_s,
-        patience_s=pool.patience_s,
-        max_returns=pool.max_restarts,
-        share_gpus=pool.share_gpus,
-    )
+    client = RolloutClient.of_pool(recipe.rollout, urls, core)
 
     def score(checkpoint: Path) -> float:
         client.load_checkpoint(checkpoint)

@@ -140,10 +140,7 @@ class PromptStream:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where another stream over the same rows was."""
-        self.epoch, self.passed_over, self._order = (
-            state["epoch"],
-            state["passed_over"],
-            deque(state["order"]),
-        )
+        self.epoch, self.passed_over = state["epoch"], state["passed_over"]
+        self._order = deque(state["order"])
         for generator, own in zip((self._rng, self._retry), state["random"], strict=True):
             generator.setstate(own)

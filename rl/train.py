@@ -21,7 +21,7 @@ from core.learner import (
     training_arguments,
     weights_hash,
 )
-from core.resume import FOLDER, allow_numbered_cpus, drop_lines_after, identity, marker, saved
+from core.resume import FOLDER, Unfinished, drop_lines_after, identity, marker
 from rewards.answer import AnswerReward
 from rewards.judge import Judge, statistics
 from rewards.length import SoftOverlong
@@ -76,13 +76,10 @@ def train(
 
     join_process_group(cfg.learner)
     records = load_rows(cfg.data, sets, seed)
-    same = None
-    if cfg.save_every:
-        rows = [record["id"] for record in records]
-        same = identity(config=cfg.model_dump(mode="json"), weights=weights_hash(model), seed=seed, rows=rows)
-    unfinished = out / FOLDER / same if same else out / "trainer"
-    checkpoint, done = (same and saved(unfinished)) or (None, {"updates": 0, "batches": 0})
-    arguments = trl_config(cfg, unfinished, seed)  # before the model: ZeRO-3 splits weights as they load
+    unfinished = _unfinished(cfg, model, out, seed, records)
+    arguments = trl_config(
+        cfg, unfinished.folder, seed
+    )  # before the model: ZeRO-3 splits weights as they load
     set_seed(seed)
     probes = _probes(records, cfg.parity.sequences)
     guard = ParityGuard(
@@ -92,33 +89,23 @@ def train(
     )
     policy, processor = load_model(model, cfg.learner), load_processor(model)
     apply_freeze(policy, cfg.learner.freeze)
-    core = CoreFacts.of(model)
-    record, lead, client = RunLog(cfg, out), None, None
+    record, lead = RunLog(cfg, out), None
     if os.environ.get("RANK", "0") == "0":
-        if same:
-            record.drop_after(**done)
-        client = RolloutClient(
-            urls,
-            core,
-            concurrency=pool.concurrency,
-            timeout_s=pool.request_timeout_s,
-            patience_s=pool.patience_s,
-            max_returns=pool.max_restarts,
-            share_gpus=pool.share_gpus,
-            warn=record.alarm_of_servers,
-        )
+        if cfg.save_every:
+            record.drop_after(**unfinished.done)
+        client = RolloutClient.of_pool(pool, urls, model, record.alarm_of_servers)
         watcher = _watcher(cfg, client, out, sets, folders, seed)
-        rollouts = _rollouts(cfg, client, records, folders, seed, cfg.batches - done["batches"])
-        lead = Lead(client, rollouts, watcher, record, records)
-        if checkpoint:
-            lead.state.read(checkpoint)
+        left = cfg.batches - unfinished.done["batches"]
+        lead = Lead(client, _rollouts(cfg, client, records, folders, seed, left), watcher, record, records)
+        if unfinished.checkpoint:
+            lead.state.read(unfinished.checkpoint)
     trainer = RolloutTrainer(
         rollouts=lead.rollouts if lead else None,
-        sync=_sync(pool, client, len(urls), policy, weights),
+        sync=_sync(pool, lead.client if lead else None, len(urls), policy, weights),
         guard=guard,
         records=records,
         probes=probes,
-        banned_ids=core.banned_ids,
+        banned_ids=CoreFacts.of(model).banned_ids,
         share_gpus=pool.share_gpus,
         on_batch=lead.on_batch if lead else None,
         model=policy,
@@ -139,17 +126,23 @@ def train(
         ],
     )
     try:
-        if checkpoint:
-            log.info("goes on after batch %d", done["batches"])
-            allow_numbered_cpus()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        unfinished.train(trainer)
         path = save_checkpoint(trainer, processor, out / "checkpoint")
         if lead:
             shutil.rmtree(out / FOLDER, ignore_errors=True)
         return path
     finally:
-        if client:
-            client.close()
+        if lead:
+            lead.client.close()
+
+
+def _unfinished(cfg: RLConfig, model: Path, out: Path, seed: int, records: Sequence[Record]) -> Unfinished:
+    """The checkpoints of this very stage."""
+    if not cfg.save_every:
+        return Unfinished(out / "trainer", "batches")
+    rows = [record["id"] for record in records]
+    same = identity(config=cfg.model_dump(mode="json"), weights=weights_hash(model), seed=seed, rows=rows)
+    return Unfinished(out / FOLDER / same, "batches")
 
 
 class Lead:

@@ -27,7 +27,7 @@ from core.learner import (
     training_arguments,
     weights_hash,
 )
-from core.resume import FOLDER, allow_numbered_cpus, drop_lines_after, identity, marker, saved
+from core.resume import FOLDER, Unfinished, drop_lines_after, identity, marker
 from sft.config import Phase, SFTConfig, Variant
 from sft.data import Collator, Lesson, Lessons, Mixture, blank_lesson, fit, load_mixture
 from sft.packed_rows import PackedCollator, attend_within_samples
@@ -168,24 +168,20 @@ def run_phase(
     if same and (target / START).exists() and (facts := read_json(target / START))["stage"] == same:
         log.info("phase %s: finished before the interruption", phase.name)
         return facts["updates"]
-    unfinished = out / FOLDER / f"{phase.name}-{same}" if same else target.parent
-    checkpoint, done = (same and saved(unfinished)) or (None, {"updates": 0, "tokens": 0})
+    unfinished = Unfinished(out / FOLDER / f"{phase.name}-{same}" if same else target.parent, "tokens")
     processor = load_processor(start)
     trainer = phase_trainer(
-        cfg, phase, Lessons(mixture, processor), plan, start=start, folder=unfinished, seed=seed
+        cfg, phase, Lessons(mixture, processor), plan, start=start, folder=unfinished.folder, seed=seed
     )
     if trainer.accelerator.is_main_process:
-        drop_lines_after(out / "metrics.jsonl", "step", steps_before + done["updates"])
+        drop_lines_after(out / "metrics.jsonl", "step", steps_before + unfinished.done["updates"])
     trainer.add_callback(_metrics_writer(out / "metrics.jsonl", phase.name, steps_before))
     trainer.add_callback(marker(lambda: {"tokens": trainer._total_train_tokens}))
-    trainer._total_train_tokens = done["tokens"]  # of the log; TRL counts from 0
+    trainer._total_train_tokens = unfinished.done["tokens"]  # of the log; TRL counts from 0
     log.info("phase %s: %d rows from %s", phase.name, len(mixture), start)
     if plan:
         log.info("phase %s: packed: %s", phase.name, plan.summary())
-    if checkpoint:
-        allow_numbered_cpus()
-        log.info("phase %s: goes on after update %d", phase.name, done["updates"])
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    unfinished.train(trainer)
     steps = trainer.state.global_step
     save_checkpoint(trainer, processor, target)
     if trainer.accelerator.is_main_process:

@@ -19,6 +19,7 @@ from typing import Any
 from uuid import uuid4
 
 from core.pictures import as_rgb
+from rl.config import PoolConfig
 from rl.rollout.fleet import Fleet
 from rl.rollout.server import MODEL_NAME
 
@@ -165,6 +166,26 @@ class RolloutClient:
         self._under_way = concurrency * len(urls)
         self._session.mount("http://", HTTPAdapter(pool_maxsize=self._under_way))
         self._threads = self._new_threads()
+
+    @classmethod
+    def of_pool(
+        cls,
+        pool: PoolConfig,
+        urls: Sequence[str],
+        model: Path,
+        warn: Callable[[str], None] = log.warning,
+    ) -> RolloutClient:
+        """The client that a recipe's `rollout` describes, of servers of the core at `model`."""
+        return cls(
+            urls,
+            CoreFacts.of(model),
+            concurrency=pool.concurrency,
+            timeout_s=pool.request_timeout_s,
+            patience_s=pool.patience_s,
+            max_returns=pool.max_restarts,
+            share_gpus=pool.share_gpus,
+            warn=warn,
+        )
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

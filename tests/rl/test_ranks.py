@@ -77,7 +77,7 @@ def train(ranks, tmp_path, model, url, records, *, name="", fails_after=None, sa
 @pytest.mark.parametrize("deepspeed", [None, {"zero_stage": 2}, {"zero_stage": 3}])
 def test_two_ranks_go_on_after_an_interruption(server_url, client, tiny_core, records, tmp_path, deepspeed):
     from core.learner import weights_hash
-    from core.resume import FOLDER, saved
+    from core.resume import FOLDER, Unfinished
 
     def run(name, **how):
         client.load_checkpoint(tiny_core)
@@ -87,7 +87,7 @@ def test_two_ranks_go_on_after_an_interruption(server_url, client, tiny_core, re
 
     unbroken = run("unbroken")
     run("out", fails_after=40)  # in the second or third batch of 16
-    assert saved(next((tmp_path / "out" / FOLDER).iterdir()))
+    assert Unfinished(next((tmp_path / "out" / FOLDER).iterdir()), "batches").checkpoint
     out = run("out")
     log = [[line["step"] for line in read_jsonl(folder / "metrics.jsonl")] for folder in (unbroken, out)]
     assert log[0] == log[1] == [1, 2, 3]

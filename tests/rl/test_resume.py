@@ -4,7 +4,7 @@ import pytest
 
 from core.artifacts import read_jsonl
 from core.learner import weights_hash
-from core.resume import FOLDER, saved
+from core.resume import FOLDER, Unfinished
 from core.strict import parse
 from rl.config import PoolConfig, RLConfig
 from rl.rollout.server import rollout_pool
@@ -143,7 +143,9 @@ def test_with_overlap_it_goes_on_from_the_batch_that_was_trained_on(run, tmp_pat
 def test_interrupted_before_the_first_checkpoint_it_starts_from_its_beginning(run, tmp_path):
     with pytest.raises(Interrupted):
         run(stage(), stop=1)
-    assert saved(next((tmp_path / "out" / FOLDER).iterdir(), tmp_path)) is None
+    assert not any(
+        Unfinished(folder, "batches").checkpoint for folder in (tmp_path / "out" / FOLDER).iterdir()
+    )
     _, updates = run(stage())
     assert updates == BATCHES * UPDATES
     assert [line["step"] for line in read_jsonl(tmp_path / "out/metrics.jsonl")] == [*range(1, updates + 1)]

@@ -9,7 +9,7 @@ import pytest
 
 from core.artifacts import read_json, read_jsonl, write_json
 from core.learner import weights_hash
-from core.resume import MARK, drop_lines_after, saved
+from core.resume import FOLDER, MARK, Unfinished, drop_lines_after
 from sft import train as module
 from sft.config import SFTConfig
 from sft.train import train
@@ -98,15 +98,15 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights_and_curve(run, tmp_pat
     assert [trainer.state.global_step for trainer in run.trainers] == [UPDATES]  # the first phase stands
     assert weights_hash(checkpoint) == weights_hash(unbroken)
     assert read_jsonl(tmp_path / "out/metrics.jsonl") == read_jsonl(tmp_path / "unbroken/metrics.jsonl")
-    assert not (tmp_path / "out/unfinished").exists()
+    assert not (tmp_path / "out" / FOLDER).exists()
 
 
 def test_only_what_was_not_saved_is_trained_again(run, tmp_path):
     cfg = stage()
     with pytest.raises(Interrupted):
         run(cfg, stop=4)
-    checkpoint, facts = saved(next((tmp_path / "out/unfinished").iterdir()))
-    assert (checkpoint.name, facts["updates"]) == ("checkpoint-2", 2)  # interrupted before update 4 was saved
+    left = Unfinished(next((tmp_path / "out" / FOLDER).iterdir()), "tokens")
+    assert (left.checkpoint.name, left.done["updates"]) == ("checkpoint-2", 2)  # before update 4 was saved
     with pytest.raises(Interrupted):
         run(cfg, stop=1)
     assert run.trainers[0].state.global_step == 3
@@ -117,9 +117,9 @@ def test_a_checkpoint_that_is_not_whole_does_not_count(run, tmp_path):
     unbroken = run(cfg, "unbroken")
     with pytest.raises(Interrupted):
         run(cfg, stop=5)
-    (folder,) = (tmp_path / "out/unfinished").iterdir()
+    (folder,) = (tmp_path / "out" / FOLDER).iterdir()
     (folder / "checkpoint-4" / MARK).unlink()
-    assert saved(folder) is None
+    assert Unfinished(folder, "tokens").checkpoint is None
     assert weights_hash(run(cfg)) == weights_hash(unbroken)
 
 
@@ -142,7 +142,7 @@ def test_another_stage_in_the_same_folder_starts_from_its_beginning(run, tmp_pat
 def test_without_save_every_nothing_is_saved_on_the_way(run, tmp_path):
     with pytest.raises(Interrupted):
         run(stage(save_every=None), stop=UPDATES + 3)
-    assert not (tmp_path / "out/unfinished").exists()
+    assert not (tmp_path / "out" / FOLDER).exists()
     run(stage(save_every=None), "out")
     assert len(run.trainers) == 2
     assert [line["step"] for line in read_jsonl(tmp_path / "out/metrics.jsonl")] == [*range(1, 11)]
