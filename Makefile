@@ -91,7 +91,7 @@ test: setup ## the tests that CI runs, without a GPU or a network
 test-all: setup ## also the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest
 
-bench: setup ## the benchmarks, each a table and one JSON line; QUICK=1 for short runs
+bench: setup ## the benchmarks, each a table and one JSON line; QUICK=1: each within a minute
 	@for bench in learner packing rollout step scaling memory rewards; do \
 	  $(BIN)/python -P -m benchmarks.$$bench $(if $(QUICK),--quick) || exit 1; done
 

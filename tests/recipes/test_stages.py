@@ -47,8 +47,12 @@ def test_samples_are_written_anew_with_their_images(tmp_path):
 class FakeClient:
     """A RolloutClient that only notes what it is asked to load."""
 
-    def __init__(self, urls, core, **options):
+    def __init__(self, urls):
         self.urls, self.loaded, self.fails, self.closed = urls, [], False, False
+
+    @classmethod
+    def of_pool(cls, pool, urls, model):
+        return cls(urls)
 
     def load_checkpoint(self, folder: Path) -> None:
         if self.fails:
@@ -63,7 +67,6 @@ class FakeClient:
 def checkpoints(tmp_path, monkeypatch) -> list[Path]:
     """Two checkpoint folders, and a client that does nothing."""
     monkeypatch.setattr(rollout_client, "RolloutClient", FakeClient)
-    monkeypatch.setattr(rollout_client.CoreFacts, "of", classmethod(lambda cls, model: None))
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()

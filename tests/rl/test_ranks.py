@@ -22,28 +22,23 @@ STAGE = {
 REWARD = '''
 import pathlib
 
-calls = 0
-
 
 def count(completion, example):
     """A reward with spread: the share of digits that the completion could hold; it fails where a file says when."""
-    global calls
-    calls += 1
-    fails = pathlib.Path(__file__).with_name("fails")
-    if fails.exists() and calls > int(fails.read_text()):
+    here = pathlib.Path(__file__).parent
+    if (here / "fails").exists() and (here / "metrics.jsonl").exists():
         raise RuntimeError("interrupted")
     return min(1.0, sum(letter.isdigit() for letter in completion) / 6)
 '''
 
 
-def train(ranks, tmp_path, model, url, records, *, name="", fails_after=None, save_every=None, **learner):
-    """The stage's folder; `fails_after` so many graded completions the training is to fail."""
+def train(ranks, tmp_path, model, url, records, *, name="", fails=False, save_every=None, **learner):
+    """The stage's folder; `fails`: after the first update the training is to."""
     out = tmp_path / (name or f"ranks-{ranks}")
     out.mkdir(exist_ok=True)
-    if fails_after:
-        (out / "fails").write_text(str(fails_after))
-    else:
-        (out / "fails").unlink(missing_ok=True)
+    (out / "fails").unlink(missing_ok=True)
+    if fails:
+        (out / "fails").touch()
     write_records(out / "rl.parquet", records)
     (out / "tests_digits.py").write_text(REWARD)
     job = {
@@ -69,7 +64,7 @@ def train(ranks, tmp_path, model, url, records, *, name="", fails_after=None, sa
         text=True,
         timeout=300,
     )
-    assert bool(done.returncode) == bool(fails_after), done.stdout[-3000:] + done.stderr[-3000:]
+    assert bool(done.returncode) == fails, done.stdout[-3000:] + done.stderr[-3000:]
     return out
 
 
@@ -86,7 +81,7 @@ def test_two_ranks_go_on_after_an_interruption(server_url, client, tiny_core, re
         )
 
     unbroken = run("unbroken")
-    run("out", fails_after=40)  # in the second or third batch of 16
+    run("out", fails=True)
     assert Unfinished(next((tmp_path / "out" / FOLDER).iterdir()), "batches").checkpoint
     out = run("out")
     log = [[line["step"] for line in read_jsonl(folder / "metrics.jsonl")] for folder in (unbroken, out)]
