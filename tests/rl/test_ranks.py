@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -51,7 +52,7 @@ def train(ranks, tmp_path, model, url, records, *, name="", fails=False, save_ev
         "sets": {"rl": str(out / "rl.parquet")},
         "urls": [url],
         "pool": {"max_model_tokens": 256},
-        "weights": str(out),
+        "weights": tempfile.mkdtemp(dir=out),
         "folders": [str(out)],
     }
     (out / "job.json").write_text(json.dumps(job))
