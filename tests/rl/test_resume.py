@@ -99,14 +99,15 @@ def logged(folder, name):
     ("fields", "stop"),
     [
         ({}, 5),  # in the third batch
-        ({"save_every": 2}, 6),  # in the third too, but saved after the second
-        ({"learner": {"deepspeed": {"zero_stage": 2}}}, 4),
-        (
+        pytest.param({"save_every": 2}, 6, marks=pytest.mark.slow),  # in the third too, saved after the second
+        pytest.param({"learner": {"deepspeed": {"zero_stage": 2}}}, 4, marks=pytest.mark.slow),
+        pytest.param(
             {
                 "learner": {"deepspeed": None, "lora": {"r": 4}},
                 "algorithm": {"clip_low": 0.2, "clip_high": 0.2, "kl_beta": 0.1},
             },
             5,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["every batch", "every other batch", "zero-2", "lora and reference"],

@@ -111,9 +111,13 @@ def test_an_objective_is_stock_trls_with_its_statistics(tiny_core, tmp_path, obj
 
 
 @pytest.mark.parametrize(
-    "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "off"]
+    ("batch", "mode"),
+    [
+        *(("two groups", mode) for mode in ("token_truncate", "token_mask", "sequence_truncate", "off")),
+        ("truncated", "sequence_mask"),
+        ("nothing scored", "token_truncate"),
+    ],
 )
-@pytest.mark.parametrize("batch", ["two groups", "truncated", "nothing scored"])
 def test_one_update_per_batch_needs_no_pass_for_the_old_policy(tiny_core, tmp_path, batch, mode):
     config = {
         "num_iterations": 1,

@@ -83,11 +83,11 @@ def run(core_path, mixed_set, tmp_path, monkeypatch):
     [
         {},
         {"packing": "off"},
-        {"packing": {"micro_batch_tokens": 70}},
         {"learner": {"deepspeed": {"zero_stage": 2}}},
-        {"learner": {"lora": {"r": 4}}},
+        pytest.param({"packing": {"micro_batch_tokens": 70}}, marks=pytest.mark.slow),
+        pytest.param({"learner": {"lora": {"r": 4}}}, marks=pytest.mark.slow),
     ],
-    ids=["packed", "padded", "several packs", "zero-2", "lora"],
+    ids=["packed", "padded", "zero-2", "several packs", "lora"],
 )
 def test_an_interrupted_stage_goes_on_to_the_same_weights_and_curve(run, tmp_path, fields):
     cfg = stage(**fields)
