@@ -99,7 +99,9 @@ def logged(folder, name):
     ("fields", "stop"),
     [
         ({}, 5),  # in the third batch
-        pytest.param({"save_every": 2}, 6, marks=pytest.mark.slow),  # in the third too, saved after the second
+        pytest.param(
+            {"save_every": 2}, 6, marks=pytest.mark.slow
+        ),  # in the third too, saved after the second
         pytest.param({"learner": {"deepspeed": {"zero_stage": 2}}}, 4, marks=pytest.mark.slow),
         pytest.param(
             {
