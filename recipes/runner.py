@@ -412,6 +412,8 @@ class Chain:
         started, clock = now(), time.monotonic()
         dump = config.model_dump(mode="json")
         with atomic_dir(folder, same=fingerprint if saves else None) as partial:
+            if (partial / "config.json").exists():
+                self.display.line(f"{name}: goes on where an interrupted run left off")
             write_json(partial / "config.json", dump)
             yield partial
             seconds = time.monotonic() - clock

@@ -123,6 +123,7 @@ def test_a_failed_stage_that_saves_goes_on_in_its_folder_unless_it_changed(toy, 
         (left.parent / "checkpoint").rmdir()
         toy.run(*overrides, until="basic_sft")
         assert (toy.run_dir / "basic_sft" / "left").exists() == stays
+        assert ("basic_sft: goes on where an interrupted run left off" in toy.printed) == stays
         shutil.rmtree(toy.run_dir / "basic_sft")
 
 
