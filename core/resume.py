@@ -60,6 +60,12 @@ class Unfinished:
         trainer.train(resume_from_checkpoint=str(self.checkpoint))
 
 
+def forget(out: Path) -> None:
+    """Remove what a stage in `out` would have gone on from: it is finished."""
+    if (out / FOLDER).exists():
+        shutil.rmtree(out / FOLDER)
+
+
 def marker(
     facts: Callable[[], Mapping[str, int]], add: Callable[[Path], None] | None = None
 ) -> TrainerCallback:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from core.learner import (
     training_arguments,
     weights_hash,
 )
-from core.resume import FOLDER, Unfinished, drop_lines_after, identity, marker
+from core.resume import FOLDER, Unfinished, drop_lines_after, forget, identity, marker
 from rewards.answer import AnswerReward
 from rewards.judge import Judge, statistics
 from rewards.length import SoftOverlong
@@ -77,9 +76,8 @@ def train(
     join_process_group(cfg.learner)
     records = load_rows(cfg.data, sets, seed)
     unfinished = _unfinished(cfg, model, out, seed, records)
-    arguments = trl_config(
-        cfg, unfinished.folder, seed
-    )  # before the model: ZeRO-3 splits weights as they load
+    # Before the model: ZeRO-3 splits weights as they load.
+    arguments = trl_config(cfg, unfinished.folder, seed)
     set_seed(seed)
     probes = _probes(records, cfg.parity.sequences)
     guard = ParityGuard(
@@ -129,7 +127,7 @@ def train(
         unfinished.train(trainer)
         path = save_checkpoint(trainer, processor, out / "checkpoint")
         if lead:
-            shutil.rmtree(out / FOLDER, ignore_errors=True)
+            forget(out)
         return path
     finally:
         if lead:
@@ -171,8 +169,9 @@ class Lead:
         self.record.batch(batch, sampled, figures, with_completions=bool(alarms))
         self.watcher.stop_for(alarms)
         every = self.record.cfg.save_every
-        if every and self.record.batches % every == 0:
-            self.state.note()  # now: with overlap the next batch is under way when the checkpoint is written
+        # The trainer saves after the last batch too. Noted now: with overlap the next batch is under way then.
+        if every and (self.record.batches % every == 0 or not self.rollouts.left):
+            self.state.note()
 
 
 def trl_config(cfg: RLConfig, folder: Path, seed: int) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from core.learner import (
     training_arguments,
     weights_hash,
 )
-from core.resume import FOLDER, Unfinished, drop_lines_after, identity, marker
+from core.resume import FOLDER, Unfinished, drop_lines_after, forget, identity, marker
 from sft.config import Phase, SFTConfig, Variant
 from sft.data import Collator, Lesson, Lessons, Mixture, blank_lesson, fit, load_mixture
 from sft.packed_rows import PackedCollator, attend_within_samples
@@ -187,7 +186,7 @@ def run_phase(
     if trainer.accelerator.is_main_process:
         facts = {"weights": weights_hash(start), "phase": phase.name, "seed": seed}
         write_json(target / START, {**facts, "updates": steps, "stage": same})
-        shutil.rmtree(out / FOLDER, ignore_errors=True)
+        forget(out)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     return steps

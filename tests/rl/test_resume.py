@@ -154,6 +154,23 @@ def test_interrupted_before_the_first_checkpoint_it_starts_from_its_beginning(ru
     assert [line["step"] for line in read_jsonl(tmp_path / "out/metrics.jsonl")] == [*range(1, updates + 1)]
 
 
+def test_interrupted_after_the_last_update_it_only_writes_what_it_trained(run, monkeypatch):
+    from rl import train as module
+
+    def full(*_):
+        raise OSError("disk full")
+
+    cfg = stage(save_every=BATCHES + 1)  # the trainer saves at its end all the same
+    unbroken, _ = run(cfg, "unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", full)
+        with pytest.raises(OSError, match="disk full"):
+            run(cfg)
+    checkpoint, updates = run(cfg)
+    assert updates == 0
+    assert weights_hash(checkpoint) == weights_hash(unbroken)
+
+
 def test_another_seed_does_not_go_on_with_it(run):
     with pytest.raises(Interrupted):
         run(stage(), stop=5)

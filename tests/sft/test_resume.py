@@ -112,6 +112,21 @@ def test_only_what_was_not_saved_is_trained_again(run, tmp_path):
     assert run.trainers[0].state.global_step == 3
 
 
+def test_interrupted_after_the_last_update_a_phase_only_writes_what_it_trained(run, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    unbroken = run(stage(), "unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", full)
+        with pytest.raises(OSError, match="disk full"):
+            run(stage())
+    with pytest.raises(Interrupted):
+        run(stage(), stop=1)  # the second phase's first update, or it would be the first phase's
+    assert len(run.trainers) == 2
+    assert weights_hash(run(stage())) == weights_hash(unbroken)
+
+
 def test_a_checkpoint_that_is_not_whole_does_not_count(run, tmp_path):
     cfg = stage()
     unbroken = run(cfg, "unbroken")
