@@ -98,7 +98,7 @@ bench: setup ## the benchmarks, each a table and one JSON line; QUICK=1: each wi
 check: setup ## ruff, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy core rewards sft rl recipes benchmarks
+	$(BIN)/mypy core corpus rewards sft rl chain recipes benchmarks
 
 format: setup ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

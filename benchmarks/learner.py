@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.common import alternate, bars, emit, show
-from recipes.worker import keep_engine_out
+from chain.worker import keep_engine_out
 
 REPEATS = 5
 SIDES = ("stock", "shared")
@@ -85,7 +85,7 @@ class Size:
 SMALL = Size(112, (128, 4, 4, 256), (192, 4, 4, 576), 2, 48, 2048)
 PROOF = Size(448, (128, 6, 4, 256), (192, 6, 4, 576), 2, 48, 2048)
 QUICK = Size(112, (96, 2, 4, 192), (128, 3, 4, 256), 2, 32, 512)
-# As core.sizes has it; tests/test_benchmarks.py compares.
+# As core.model.sizes has it; tests/test_benchmarks.py compares.
 SAIL_2B = Size(448, (1536, 24, 12, 4096), (2048, 28, 16, 6144), 8, 128, 151_936)
 
 PROOF_SHAPE = Shape("proof", 8, images=2, text=43, completion=128, groups=1)
@@ -134,9 +134,9 @@ def build_core(size: Size) -> tuple[Any, Any]:
     import torch
 
     from core import SailVL2ForConditionalGeneration, TinySize, register
-    from core.sizes import blueprint
-    from core.tiny import tiny_config, tiny_processor
-    from core.tokenizer import build_word_tokenizer
+    from core.model.sizes import blueprint
+    from core.model.tiny import tiny_config, tiny_processor
+    from core.model.tokenizer import build_word_tokenizer
 
     register()
     gpu = torch.cuda.is_available()
@@ -177,7 +177,7 @@ def rows_of(shape: Shape, size: Size, processor: Any) -> list[dict[str, Any]]:
     import torch
     from PIL import Image
 
-    from core.tokenizer import IMAGE_END, IMAGE_START, token_id
+    from core.model.tokenizer import IMAGE_END, IMAGE_START, token_id
 
     tokenizer = processor.tokenizer
     image = [processor.image_token_id] * size.tile_tokens

@@ -1,4 +1,4 @@
-"""What a learner's steps take, measured, beside what core/memory.py says they take.
+"""What a learner's steps take, measured, beside what core/training/memory.py says they take.
 
     python -P -m benchmarks.memory [--quick]
 
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learner import Size, build_core, status_kib
-from core.learner import LearnerConfig
-from core.memory import CoreShape, Memory, Work, estimate
+from core.training.learner import LearnerConfig
+from core.training.memory import CoreShape, Memory, Work, estimate
 
 AT_ONCE = 2
 """Cases measured beside each other: what they take is their own, whatever their time."""
@@ -106,7 +106,7 @@ CASES = (
 
 
 def estimated(case: Case) -> Memory:
-    """What core/memory.py says of a case."""
+    """What core/training/memory.py says of a case."""
     config = build_config(case)
     return estimate(CoreShape.of(config.to_dict()), case.cfg, case.work, gpu=False)
 
@@ -130,8 +130,8 @@ def measured(case: Case) -> float:
 
 def peak_bytes(case: Case) -> int:
     """Train the case in this process; its highest resident memory above what was there before the model."""
-    from core.learner import join_process_group
-    from recipes.worker import keep_engine_out
+    from chain.worker import keep_engine_out
+    from core.training.learner import join_process_group
 
     keep_engine_out()
     join_process_group(case.cfg)
@@ -174,7 +174,7 @@ def sft_trainer(case: Case, core: Path, folder: Path) -> Any:
     import numpy as np
     import torch
 
-    from core.learner import load_processor
+    from core.training.learner import load_processor
     from sft.config import SFTConfig
     from sft.packing import ByRows, Plan
     from sft.train import phase_trainer
@@ -213,7 +213,7 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
     from datasets import Dataset
 
     from benchmarks.learner import Shape, rows_of
-    from core.learner import load_model, load_processor, peft_config
+    from core.training.learner import load_model, load_processor, peft_config
     from rewards.mix import Graded
     from rewards.verdict import Status, Verdict
     from rl.collect import Batch, Group, Pipeline, Sample

@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks.common import alternate, emit, show
 from benchmarks.workload import WORDS, learner_settings, on_gpu, random_core
-from recipes.worker import keep_engine_out
+from chain.worker import keep_engine_out
 
 TILE_TOKENS = 256
 SCALE = 16
@@ -96,7 +96,7 @@ def dealt_imbalance(sizes: np.ndarray) -> tuple[float, float]:
 
 def build_core(folder: Path) -> Path:
     """SAIL-VL2-2B with widths divided by 16 and layers by 4: Qwen3-1.7B and SAIL-ViT-Huge; undivided on a GPU."""
-    from core.tiny import TinySize, build_tiny
+    from core.model.tiny import TinySize, build_tiny
 
     if on_gpu():
         return random_core(folder, "2b")
@@ -158,7 +158,7 @@ class Bench:
     """Trains the same rows padded and packed, and times the updates."""
 
     def __init__(self, folder: Path, updates: int, rows: int) -> None:
-        from core.learner import load_processor
+        from core.training.learner import load_processor
 
         self.folder, self.updates, self.rows = folder, updates, rows
         self.core = build_core(folder / "core")

@@ -207,7 +207,7 @@ def _lengths(answers: list[list[list[int]]]) -> list[list[int]]:
 
 def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float:
     """Median seconds from the learner's weights to servers that serve them, all caches forgotten."""
-    from core.learner import LearnerConfig, load_model
+    from core.training.learner import LearnerConfig, load_model
     from rl.rollout.client import CoreFacts, RolloutClient
     from rl.rollout.weights import FileSync, weights_folder
 
@@ -222,7 +222,7 @@ def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float
 
 def compare_overlap(core: Path, urls: Sequence[str], pool: str, folder: Path) -> dict[str, float]:
     """Median seconds per batch of the same RL stage with overlap off and on."""
-    from core.records import write_records
+    from corpus.records import write_records
 
     seconds: dict[str, list[float]] = {"off": [], "on": []}
     data = folder / "rl.parquet"
@@ -294,7 +294,7 @@ def _raw_engine(job: dict[str, Any]) -> None:
     os.dup2(2, 1)  # whatever vLLM prints must not end up between the answers
     from vllm import LLM, SamplingParams
 
-    from core.learner import load_processor
+    from core.training.learner import load_processor
     from rl.data import prompt_messages
 
     options: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}

@@ -35,7 +35,7 @@ from benchmarks.learner import (
     rows_of,
     trainer_of,
 )
-from recipes.worker import keep_engine_out
+from chain.worker import keep_engine_out
 
 MODULE = "benchmarks.scaling"
 BASE = Shape("base", group_size=4, images=1, text=32, completion=64, groups=2)

@@ -34,7 +34,7 @@ from benchmarks.workload import (
     train_rl,
     wait_for_the_word,
 )
-from core.artifacts import read_jsonl
+from core.files import read_jsonl
 
 MODULE = "benchmarks.step"
 GROUP = 8
@@ -88,7 +88,7 @@ def compare(quick: bool) -> None:
 
 def _compare(name: str, quick: bool) -> dict[str, Any]:
     """Median seconds per step of all sides after the first two, in turns; and the parts of ours."""
-    from core.records import write_records
+    from corpus.records import write_records
     from rl.rollout.server import rollout_pool
 
     shape = {**SHAPES[name], **(QUICK if quick else {})}
@@ -162,17 +162,17 @@ def _train_stock(job: Mapping[str, Any]) -> None:
     """TRL's GRPOTrainer as its documentation shows it, on the same prompts."""
     import time
 
-    from recipes.worker import keep_engine_out
+    from chain.worker import keep_engine_out
 
     keep_engine_out()
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from core.artifacts import append_jsonl
-    from core.learner import LearnerConfig, load_model, load_processor
-    from core.records import load_records
+    from core.files import append_jsonl
     from core.strict import parse
+    from core.training.learner import LearnerConfig, load_model, load_processor
+    from corpus.records import load_records
     from rewards.answer import AnswerReward
     from rl.config import RLConfig
     from rl.data import example_of, prompt_messages

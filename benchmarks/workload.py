@@ -11,9 +11,9 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from core.new import new_core, plan_core
-from core.sizes import SMALL
-from core.tiny import TinySize, build_tiny
+from core.checkpoint.new import new_core, plan_core
+from core.model.sizes import SMALL
+from core.model.tiny import TinySize, build_tiny
 from rl.config import PoolConfig
 
 WORDS = (
@@ -38,7 +38,7 @@ def on_gpu() -> bool:
 
 
 def random_core(path: Path, size: str = "tiny") -> Path:
-    """A core with random weights, which never ends its turn early but by chance; also of core.sizes' real sizes."""
+    """A core with random weights, which never ends its turn early but by chance; core.model.sizes has the real ones."""
     if size in SIZES:
         words = WORDS[:TINY_WORDS] if size == "tiny" else WORDS
         return build_tiny(path, words=words, seed=0, size=SIZES[size])
@@ -110,8 +110,8 @@ def rl_stage(
 def train_rl(job: Mapping[str, Any]) -> None:
     """Run an RL stage in this process, a `Child` that is told the servers' URLs; job: stage, model, out, data, pool
     (JSON)."""
+    from chain.worker import keep_engine_out
     from core.strict import parse
-    from recipes.worker import keep_engine_out
     from rl.config import RLConfig
 
     keep_engine_out()
@@ -142,7 +142,7 @@ def child(module: str, option: str, job: Mapping[str, Any]) -> list[str]:
 
 def environment(threads: int = 1) -> dict[str, str]:
     """What a rollout server gets, and a learner: so that two sides differ in nothing else."""
-    from recipes.launch import environment as learner_environment
+    from chain.launch import environment as learner_environment
     from rl.rollout.server import environment as server_environment
 
     return learner_environment(threads) | server_environment(pool_of(max_model_tokens=256, threads=threads))

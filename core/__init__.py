@@ -9,11 +9,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from core.configuration import SailVL2Config
-    from core.image_tiles import SailVL2ImageProcessor
-    from core.modeling import SailVL2ForConditionalGeneration, SailVL2Model
-    from core.processing import SailVL2Processor
-    from core.tiny import TinySize, build_tiny
+    from core.model.configuration import SailVL2Config
+    from core.model.image_tiles import SailVL2ImageProcessor
+    from core.model.modeling import SailVL2ForConditionalGeneration, SailVL2Model
+    from core.model.processing import SailVL2Processor
+    from core.model.tiny import TinySize, build_tiny
 
 __all__ = [
     "SailVL2Config",
@@ -27,13 +27,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "SailVL2Config": "core.configuration",
-    "SailVL2ForConditionalGeneration": "core.modeling",
-    "SailVL2ImageProcessor": "core.image_tiles",
-    "SailVL2Model": "core.modeling",
-    "SailVL2Processor": "core.processing",
-    "TinySize": "core.tiny",
-    "build_tiny": "core.tiny",
+    "SailVL2Config": "core.model.configuration",
+    "SailVL2ForConditionalGeneration": "core.model.modeling",
+    "SailVL2ImageProcessor": "core.model.image_tiles",
+    "SailVL2Model": "core.model.modeling",
+    "SailVL2Processor": "core.model.processing",
+    "TinySize": "core.model.tiny",
+    "build_tiny": "core.model.tiny",
 }
 
 
@@ -54,10 +54,10 @@ def register() -> None:
     # Not from `transformers`: without torchvision that name is a placeholder which raises.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    from core.configuration import SailVL2Config
-    from core.image_tiles import SailVL2ImageProcessor
-    from core.modeling import SailVL2ForConditionalGeneration, SailVL2Model
-    from core.processing import SailVL2Processor
+    from core.model.configuration import SailVL2Config
+    from core.model.image_tiles import SailVL2ImageProcessor
+    from core.model.modeling import SailVL2ForConditionalGeneration, SailVL2Model
+    from core.model.processing import SailVL2Processor
 
     AutoConfig.register(SailVL2Config.model_type, SailVL2Config, exist_ok=True)
     AutoModel.register(SailVL2Config, SailVL2Model, exist_ok=True)

@@ -21,15 +21,15 @@ from rewards.names import nearest
 
 REWARDS = {
     "answer": "rewards.answer:AnswerReward",
-    "literal_answer": "rewards.literal:LiteralAnswer",
-    "think_format": "rewards.format:ThinkFormat",
-    "direct_format": "rewards.format:DirectFormat",
-    "format": "rewards.format:Format",
-    "repetition": "rewards.repetition:Repetition",
-    "language": "rewards.language:Language",
-    "vision_judge": "rewards.judge:VisionJudge",
-    "answer_judge": "rewards.judge:AnswerJudge",
-    "judging": "rewards.judge:JudgingReward",
+    "literal_answer": "rewards.style.literal:LiteralAnswer",
+    "think_format": "rewards.style.format:ThinkFormat",
+    "direct_format": "rewards.style.format:DirectFormat",
+    "format": "rewards.style.format:Format",
+    "repetition": "rewards.style.repetition:Repetition",
+    "language": "rewards.style.language:Language",
+    "vision_judge": "rewards.judge.judges:VisionJudge",
+    "answer_judge": "rewards.judge.judges:AnswerJudge",
+    "judging": "rewards.judge.judges:JudgingReward",
 }
 """Built-in name -> where it lives; imported when it is asked for."""
 FOREIGN = {"trl": "rewards.adapters:from_trl", "verl": "rewards.adapters:from_verl"}

@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from core.learner import LearnerConfig, Optim
-from core.records import DataSource
 from core.strict import Strict
+from core.training.learner import LearnerConfig, Optim
+from corpus.records import DataSource
 from rewards.mix import check_terms
 
 Mode = Literal["think", "direct"]

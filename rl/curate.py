@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.artifacts import read_jsonl
-from core.records import load_records, write_records
+from core.files import read_jsonl
+from corpus.records import load_records, write_records
 from rewards.answer import AnswerReward
 from rewards.extract import parse_thinking
-from rewards.format import ThinkFormat
+from rewards.style.format import ThinkFormat
 from rl.config import HardCases, Harvest, PassAtK
 from rl.data import Record, example_of, prompt_messages
 from rl.rollout.client import Completion, Prompt, RolloutClient, Sampling

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.prompts import messages
-from core.records import DataSource, Records, load_records
+from core.model.prompts import messages
+from corpus.records import DataSource, Records, load_records
 from rewards.answer import GoldError, gold_problem
 from rewards.example import Example
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.records import load_records
 from core.stats import wilson
+from corpus.records import load_records
 from rewards.answer import AnswerReward
-from rewards.format import DirectFormat, ThinkFormat
 from rewards.mix import Reward
+from rewards.style.format import DirectFormat, ThinkFormat
 from rewards.verdict import Verdict
 from rl.config import EvalConfig
 from rl.data import Record, example_of, prompt_messages

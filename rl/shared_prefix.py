@@ -2,7 +2,7 @@
 
 TRL repeats a group's prompt, image tokens and tower pass for each of its completions, and pads. Here the rows of a
 batch are packed into one row, [prompt, its completions, next prompt, ...]; completions attend to their prompt's keys
-and values with gradients (core/prefix.py), and only tokens that are scored reach the output layer. TRL's own
+and values with gradients (rl/prefix_attention.py), and only tokens that are scored reach the output layer. TRL's own
 `_compute_loss` runs on the result, so the loss, its masks and its statistics stay TRL's.
 """
 
@@ -18,9 +18,9 @@ from transformers import BatchFeature
 from trl import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-from core.modeling import no_images
-from core.prefix import SHARED_PREFIX, SHARED_PREFIX_FLEX, PrefixGroup, PrefixLayout
+from core.model.modeling import no_images
 from rl.correction import Correction
+from rl.prefix_attention import SHARED_PREFIX, SHARED_PREFIX_FLEX, PrefixGroup, PrefixLayout
 
 TILES_AT_ONCE = 16
 """Tiles in one pass of a frozen tower. Images of any resolution, of up to 16 tiles' patches, pass one by one."""

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.artifacts import append_jsonl
-from core.learner import (
+from core.files import append_jsonl
+from core.training.learner import (
     apply_freeze,
     join_process_group,
     load_model,
@@ -20,13 +20,13 @@ from core.learner import (
     training_arguments,
     weights_hash,
 )
-from core.resume import FOLDER, Unfinished, drop_lines_after, forget, identity, marker
+from core.training.resume import FOLDER, Unfinished, drop_lines_after, forget, identity, marker
 from rewards.answer import AnswerReward
-from rewards.judge import Judge, statistics
-from rewards.length import SoftOverlong
+from rewards.judge.judges import Judge, statistics
 from rewards.mix import Mixture
 from rewards.registry import load_reward
 from rewards.selftest import self_test
+from rewards.style.length import SoftOverlong
 from rl.collect import Collector, Group, Pipeline, Sample
 from rl.config import PoolConfig, RLConfig
 from rl.data import Record, example_of, load_rows, prompt_messages
@@ -346,7 +346,7 @@ def check_rewards(mixture: Mixture, records: Sequence[Record], rows: int, seed: 
     """Refuse to train if a row has no reward, if a judge can be talked round, or if on a sample of `rows` a gold
     answer earns too little or a corrupted one too much (rewards.selftest).
 
-    Raises ValueError, rewards.judge_canaries.JudgeRefused or RewardsFail.
+    Raises ValueError, rewards.judge.canaries.JudgeRefused or RewardsFail.
     """
     examples = [example_of(record) for record in records]
     for example in examples:

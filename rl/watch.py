@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from core.artifacts import append_jsonl
+from core.files import append_jsonl
 from rewards.mix import Reward
 from rewards.verdict import Status, as_verdict
 from rl.collect import Group, Sample

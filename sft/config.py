@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from core.learner import LearnerConfig, Module, Optim
-from core.records import DataSource
 from core.strict import Strict
+from core.training.learner import LearnerConfig, Module, Optim
+from corpus.records import DataSource
 
 
 class Packing(Strict):
@@ -52,7 +52,7 @@ class SFTConfig(Strict):
     overlong: Literal["refuse", "drop"] = "refuse"
     """What happens to a longer row. It is never cut: a cut chain teaches to stop in mid-thought."""
     on_bad: Literal["raise", "drop"] = "raise"
-    """What happens to a row that breaks a rule of core.records: the stage stops, or the row is left out."""
+    """What happens to a row that breaks a rule of corpus.records: the stage stops, or the row is left out."""
     learner: LearnerConfig = LearnerConfig()
     packing: Packing | None = Packing()
     """How rows share a micro-batch; `off` pads them into batches of micro_batch_size instead. Updates hold the

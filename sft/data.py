@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from core.prompts import messages
-from core.records import DataSource, Record, load_records
+from core.model.prompts import messages
 from core.strict import ConfigError, nearest
+from corpus.records import DataSource, Record, load_records
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def load_mixture(
 ) -> Mixture:
     """The rows of the named sets, each drawn by the seed where its source limits them.
 
-    Raises ConfigError naming the known sets for an unknown one, and core.records.RecordError for bad rows.
+    Raises ConfigError naming the known sets for an unknown one, and corpus.records.RecordError for bad rows.
     """
     places: list[tuple[Sequence[Record], int]] = []
     dropped: Counter[str] = Counter()

@@ -26,7 +26,7 @@ class PackedCollator:
     `keep` (K,) are the positions that predict a labelled token and `shift_labels` (1, K) those tokens: only they
     reach the output layer, which off the GPU scores every position it is given (TRL 1.16).
     The images are those of all samples in order. A pack without one gets `no_images` when they are given
-    (core.modeling.no_images): the core then runs a blank image times zero, so that the tower and the adapter
+    (core.model.modeling.no_images): the core then runs a blank image times zero, so that the tower and the adapter
     get a gradient (of zeros) on every rank in every step, for which ZeRO-2 and ZeRO-3 wait.
     A pack without a row, of an update with fewer rows than packs, holds two padding tokens and no label.
     """

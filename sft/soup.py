@@ -21,8 +21,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from core import released_files
-from core.artifacts import atomic_dir, read_json
+from core.checkpoint import released_files
+from core.files import atomic_dir, read_json
 from sft.config import SoupConfig
 
 log = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ def _start_of(path: Path) -> str:
     if not (path / START).exists():
         raise SoupError(
             f"{path}: no {START}, so nothing says what it was fine-tuned from; sft.train writes it, or put "
-            '{"weights": <core.learner.weights_hash of the start>} there'
+            '{"weights": <core.training.learner.weights_hash of the start>} there'
         )
     return str(read_json(path / START)["weights"])
 

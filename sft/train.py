@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.artifacts import append_jsonl, read_json, write_json
-from core.learner import (
+from core.files import append_jsonl, read_json, write_json
+from core.training.learner import (
     apply_freeze,
     join_process_group,
     load_model,
@@ -26,7 +26,7 @@ from core.learner import (
     training_arguments,
     weights_hash,
 )
-from core.resume import FOLDER, Unfinished, drop_lines_after, forget, identity, marker
+from core.training.resume import FOLDER, Unfinished, drop_lines_after, forget, identity, marker
 from sft.config import Phase, SFTConfig, Variant
 from sft.data import Collator, Lesson, Lessons, Mixture, blank_lesson, fit, load_mixture
 from sft.packed_rows import PackedCollator, attend_within_samples
@@ -206,7 +206,7 @@ def phase_trainer(
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    from core.modeling import no_images
+    from core.model.modeling import no_images
 
     freeze = cfg.learner.freeze if phase.freeze is None else phase.freeze
     processor = load_processor(start)

@@ -31,7 +31,7 @@ def test_a_power_law_gives_back_its_exponent():
 
 
 def test_the_2b_that_is_timed_on_a_gpu_has_the_released_shapes():
-    from core.sizes import core_config
+    from core.model.sizes import core_config
 
     config = core_config("2b")
     vision, text = config.vision_config, config.text_config

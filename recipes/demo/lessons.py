@@ -48,8 +48,8 @@ class Frame:
 
 def frame_of(processor: Any) -> Frame:
     """The frame of a native core's processor; its chat template decides, as in every stage."""
-    from core.prompts import messages
-    from core.tokenizer import IMAGE_TOKEN, PAD, TURN_END
+    from core.model.prompts import messages
+    from core.model.tokenizer import IMAGE_TOKEN, PAD, TURN_END
 
     probe = {"images": [None], "question": "?", "mode": "direct"}
     chat = processor.apply_chat_template(messages(probe), add_generation_prompt=True, tokenize=False)

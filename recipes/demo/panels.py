@@ -59,7 +59,7 @@ def generate(
         heldout: rows of each of the two held-out sets.
         general: rows of the set of that name, and so for the others.
     """
-    from core.records import write_records
+    from corpus.records import write_records
 
     if not 0 <= hasty_share <= 1:
         raise ValueError(f"hasty_share={hasty_share}: a share lies between 0 and 1")

@@ -46,9 +46,9 @@ def build(
     """
     import torch
 
-    from core.artifacts import append_jsonl, atomic_dir
-    from core.learner import LearnerConfig, load_model, load_processor
-    from core.tiny import build_tiny
+    from core.files import append_jsonl, atomic_dir
+    from core.model.tiny import build_tiny
+    from core.training.learner import LearnerConfig, load_model, load_processor
 
     out = Path(out)
     metrics = out.with_name("metrics.jsonl")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from core.pictures import as_rgb
+from core.model.pictures import as_rgb
 from rl.config import PoolConfig
 from rl.rollout.fleet import Fleet
 from rl.rollout.server import MODEL_NAME

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from core.launchers import launcher_variables
+from core.processes import launcher_variables
 from rl.config import PoolConfig
 from rl.rollout.shm_engine import BACKEND
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from core.stream import write_stream
+from core.checkpoint.stream import write_stream
 from rl.rollout.client import RolloutClient
 
 if TYPE_CHECKING:

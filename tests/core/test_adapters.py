@@ -23,7 +23,7 @@ CPU_ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def cores(tmp_path_factory):
-    from core.tiny import TinySize, build_tiny
+    from core.model.tiny import TinySize, build_tiny
 
     folder, words = tmp_path_factory.mktemp("cores"), ["A", "B", "compute"]
     moe = TinySize(experts=2, tie_embeddings=False)
@@ -39,7 +39,7 @@ def adapters(cores, tmp_path_factory):
     import torch
     from peft import get_peft_model
 
-    from core.learner import LearnerConfig, LoRAConfig, load_model, peft_config
+    from core.training.learner import LearnerConfig, LoRAConfig, load_model, peft_config
 
     def build(kind, targets, **options):
         config = peft_config(LearnerConfig(lora=LoRAConfig(r=3, alpha=6, targets=targets)))
@@ -66,7 +66,7 @@ def adapters(cores, tmp_path_factory):
 
 
 def test_an_adapter_of_the_language_model_is_served_under_a_name_of_its_own(adapters, cores):
-    from core.adapters import check_servable, vllm_arguments
+    from core.checkpoint.adapters import check_servable, vllm_arguments
 
     adapter = check_servable(adapters["language"], cores["dense"])
     assert adapter.rank == 3
@@ -89,7 +89,7 @@ def test_an_adapter_of_the_language_model_is_served_under_a_name_of_its_own(adap
     ],
 )
 def test_what_vllm_cannot_serve_is_refused_with_the_reason_and_the_remedy(adapters, cores, name, reasons):
-    from core.adapters import AdapterError, check_servable
+    from core.checkpoint.adapters import AdapterError, check_servable
 
     for reason in [*reasons, f"posttrain core merge {adapters[name]} DST"]:
         with pytest.raises(AdapterError, match=reason):
@@ -97,7 +97,7 @@ def test_what_vllm_cannot_serve_is_refused_with_the_reason_and_the_remedy(adapte
 
 
 def test_lora_on_a_mixture_of_experts_is_refused_on_a_cpu_alone(adapters, cores):
-    from core.adapters import AdapterError, check_servable
+    from core.checkpoint.adapters import AdapterError, check_servable
 
     with pytest.raises(AdapterError, match="which its CPU build has not"):
         check_servable(adapters["experts"], cores["moe"], "cpu")
@@ -105,21 +105,21 @@ def test_lora_on_a_mixture_of_experts_is_refused_on_a_cpu_alone(adapters, cores)
 
 
 def test_an_adapter_of_another_core_is_not_served(adapters, cores):
-    from core.adapters import AdapterError, check_servable
+    from core.checkpoint.adapters import AdapterError, check_servable
 
     with pytest.raises(AdapterError, match=r"does not fit(.|\n)*mlp\.down_proj: no such layer"):
         check_servable(adapters["language"], cores["moe"], "gpu")
 
 
 def test_variants_of_lora_are_refused(adapters):
-    from core.adapters import AdapterError, read_adapter
+    from core.checkpoint.adapters import AdapterError, read_adapter
 
     with pytest.raises(AdapterError, match="use_dora=True: a variant of LoRA that is not supported"):
         read_adapter(adapters["dora"])
 
 
 def test_a_checkpoint_folder_is_no_adapter_but_the_one_inside_is_named(cores, adapters, tmp_path):
-    from core.adapters import AdapterError, read_adapter
+    from core.checkpoint.adapters import AdapterError, read_adapter
 
     (tmp_path / "adapter").symlink_to(adapters["language"])
     with pytest.raises(AdapterError, match=r"adapter_config\.json is missing; did you mean .*/adapter\?"):
@@ -129,7 +129,7 @@ def test_a_checkpoint_folder_is_no_adapter_but_the_one_inside_is_named(cores, ad
 
 
 def test_a_pickled_adapter_is_not_read(adapters, tmp_path):
-    from core.adapters import AdapterError, read_adapter
+    from core.checkpoint.adapters import AdapterError, read_adapter
 
     (tmp_path / "adapter_config.json").write_text((adapters["language"] / "adapter_config.json").read_text())
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04N.")
@@ -145,8 +145,8 @@ def test_a_pickled_adapter_is_not_read(adapters, tmp_path):
     ],
 )
 def test_a_rollout_server_that_takes_no_adapter_says_so(adapters, cores, pool, reason):
+    from chain.serve import with_adapter
     from core.strict import ConfigError
-    from recipes.evaluation import with_adapter
     from rl.config import PoolConfig
 
     with pytest.raises(ConfigError, match=reason):
@@ -154,7 +154,7 @@ def test_a_rollout_server_that_takes_no_adapter_says_so(adapters, cores, pool, r
 
 
 def test_a_rollout_server_with_an_adapter_gets_vllms_flags(adapters, cores):
-    from recipes.evaluation import with_adapter
+    from chain.serve import with_adapter
     from rl.config import PoolConfig
     from rl.rollout.server import command
 

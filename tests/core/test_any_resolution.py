@@ -9,8 +9,8 @@ from PIL import Image
 
 import core
 from core import SailVL2Config, SailVL2ForConditionalGeneration, SailVL2Processor, TinySize, build_tiny
-from core.any_resolution import interpolated_positions
-from core.image_patches import fitted_size
+from core.model.any_resolution import interpolated_positions
+from core.model.image_patches import fitted_size
 
 SIZE = TinySize(any_resolution=True, image_px=84)
 QUESTION = "<IMG_CONTEXT>compute A"
@@ -195,7 +195,7 @@ def test_several_completions_of_each_row_see_the_images_of_their_row(
 def test_a_batch_without_images_reads_as_text_and_reaches_the_towers_gradients(
     model: SailVL2ForConditionalGeneration,
 ) -> None:
-    from core.modeling import no_images
+    from core.model.modeling import no_images
 
     ids = torch.tensor([[1, 8, 9]])
     model.zero_grad()
@@ -248,7 +248,7 @@ def test_a_fixed_size_core_does_not_mention_any_resolution_in_its_files(tmp_path
 
 
 def test_the_longest_side_of_the_released_core_is_1792() -> None:
-    from core.image_patches import SailVL2AnyResImageProcessor
+    from core.model.image_patches import SailVL2AnyResImageProcessor
 
     images = SailVL2AnyResImageProcessor()
     assert images.get_number_of_image_patches(10_000, 10_000) == 128**2

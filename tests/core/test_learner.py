@@ -3,7 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from core.learner import (
+from core.strict import ConfigError, parse
+from core.training.learner import (
     MODULES,
     DeepSpeedConfig,
     LearnerConfig,
@@ -17,12 +18,11 @@ from core.learner import (
     save_checkpoint,
     weights_hash,
 )
-from core.strict import ConfigError, parse
 
 
 @pytest.fixture(scope="module")
 def core_path(tmp_path_factory):
-    from core.tiny import TinySize, build_tiny
+    from core.model.tiny import TinySize, build_tiny
 
     size = TinySize(
         vision_hidden=32, vision_layers=1, vision_mlp=32, text_hidden=32, text_layers=1, text_mlp=32

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from core.learner import LearnerConfig
-from core.memory import SHAPES, CoreShape, Work, estimate
+from core.training.learner import LearnerConfig
+from core.training.memory import SHAPES, CoreShape, Work, estimate
 
 TOKENS, TILES = 192, 3
 SIZES = {
@@ -20,8 +20,8 @@ def model_of(size: str, device: str = "cpu", **changes):
     import torch
 
     from core import SailVL2ForConditionalGeneration, TinySize, register
-    from core.tiny import tiny_config
-    from core.tokenizer import build_word_tokenizer
+    from core.model.tiny import tiny_config
+    from core.model.tokenizer import build_word_tokenizer
 
     register()
     config = tiny_config(build_word_tokenizer(["A"]), TinySize(**SIZES[size], **changes))
@@ -32,7 +32,7 @@ def model_of(size: str, device: str = "cpu", **changes):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_are_those_of_the_model(size):
-    from core.learner import module_of
+    from core.training.learner import module_of
 
     model, shape = model_of(size, "meta")
     model.tie_weights()
@@ -55,7 +55,7 @@ def test_the_released_sizes_have_the_published_language_models(size, published):
 def test_adapters_have_the_parameters_that_peft_makes(targets):
     from peft import get_peft_model
 
-    from core.learner import LoRAConfig, peft_config
+    from core.training.learner import LoRAConfig, peft_config
 
     model, shape = model_of("dense")
     lora = LoRAConfig(r=3, targets=targets)
@@ -68,7 +68,7 @@ def kept_bytes(model, shape, dtype, packed, autocast):
     """Bytes of what a forward pass keeps for the backward pass, each storage once, weights not counted."""
     import torch
 
-    from core.prefix import SHARED_PREFIX, PrefixGroup, PrefixLayout
+    from rl.prefix_attention import SHARED_PREFIX, PrefixGroup, PrefixLayout
     from sft.packed_rows import attend_within_samples
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -134,13 +134,15 @@ def test_activations_are_what_autograd_keeps(case):
     import torch
     from peft import get_peft_model
 
-    from core.learner import apply_freeze, peft_config
+    from core.training.learner import apply_freeze, peft_config
 
     sizes = {"vision_layers": 4, "text_layers": 4, "text_hidden": 192, "text_mlp": 448, "image_px": 112}
     model, shape = model_of(case.size, **sizes)
     learner = LearnerConfig(**case.learner)
     autocast = learner.dtype == "bfloat16" and learner.deepspeed is None
-    half = learner.dtype == "bfloat16" and (learner.lora or not autocast)  # as core.learner.load_model has it
+    half = learner.dtype == "bfloat16" and (
+        learner.lora or not autocast
+    )  # as core.training.learner.load_model has it
     dtype = torch.bfloat16 if half else torch.float32
     model = model.to(dtype)
     if learner.lora:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.adapters import AdapterError, read_adapter, write_base
-from core.learner import LearnerConfig, LoRAConfig, load_model, peft_config, weights_hash
-from core.merge import merge_adapter
+from core.checkpoint.adapters import AdapterError, read_adapter, write_base
+from core.checkpoint.merge import merge_adapter
+from core.model.tiny import TinySize, build_tiny
 from core.strict import ConfigError
-from core.tiny import TinySize, build_tiny
+from core.training.learner import LearnerConfig, LoRAConfig, load_model, peft_config, weights_hash
 
 SMALL = {
     "vision_hidden": 32,
@@ -93,7 +93,7 @@ def test_merging_gives_pefts_merge_bit_for_bit(cores, tmp_path, kind, dtype):
 
 
 def test_the_result_is_a_checkpoint_with_all_that_the_core_had(cores, tmp_path):
-    from core.learner import load_processor
+    from core.training.learner import load_processor
 
     adapter = train_none(cores["dense"], tmp_path / "adapter")
     write_base(adapter, cores["dense"], weights_hash(cores["dense"]))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from core.new import DiskFull, fresh_tensors, new_core, plan_core
-from core.parameters import count
-from core.sizes import blueprint, core_config
+from core.checkpoint.new import DiskFull, fresh_tensors, new_core, plan_core
+from core.model.parameters import count
+from core.model.sizes import blueprint, core_config
+from core.model.tokenizer import build_padded_tokenizer
 from core.strict import ConfigError
-from core.tokenizer import build_padded_tokenizer
 
 VOCABULARY = 151936
 # hidden, layers, query heads, key/value heads, dense mlp or (experts, per token, expert mlp), tied
@@ -98,7 +98,7 @@ def native_names_and_shapes(core):
 
 def test_a_tiny_core_loads_runs_and_has_the_names_that_transformers_saves(tmp_path):
     import core
-    from core.learner import LearnerConfig, load_model, load_processor
+    from core.training.learner import LearnerConfig, load_model, load_processor
 
     core.register()
     path = new_core(plan_core("tiny", tmp_path / "core"), tmp_path / "core")
@@ -113,9 +113,9 @@ def test_a_tiny_core_loads_runs_and_has_the_names_that_transformers_saves(tmp_pa
 
 def test_experts_are_written_one_by_one_and_load_as_the_stack_they_are(tmp_path):
     import core
-    from core.stream import write_stream
-    from core.tiny import TinySize, tiny_config
-    from core.tokenizer import build_word_tokenizer
+    from core.checkpoint.stream import write_stream
+    from core.model.tiny import TinySize, tiny_config
+    from core.model.tokenizer import build_word_tokenizer
 
     core.register()
     config = tiny_config(build_word_tokenizer(["A"]), TinySize(experts=3, tie_embeddings=False))
@@ -130,7 +130,7 @@ def test_experts_are_written_one_by_one_and_load_as_the_stack_they_are(tmp_path)
 
 
 def test_weights_are_drawn_as_transformers_draws_them():
-    from core.modeling import SailVL2ForConditionalGeneration
+    from core.model.modeling import SailVL2ForConditionalGeneration
 
     config = blueprint("tiny").config
     ours = dict(fresh_tensors(config, seed=0))
@@ -171,8 +171,8 @@ def test_shards_hold_what_one_file_holds_and_their_index_finds_it(tmp_path):
 
 
 def test_no_tensor_drags_a_larger_one_along():
-    from core.tiny import TinySize, tiny_config
-    from core.tokenizer import build_word_tokenizer
+    from core.model.tiny import TinySize, tiny_config
+    from core.model.tokenizer import build_word_tokenizer
 
     config = tiny_config(build_word_tokenizer(["A"]), TinySize(experts=3, tie_embeddings=False))
     # An expert cut from its stack as a view would keep the whole stack until its file is written.
@@ -182,7 +182,7 @@ def test_no_tensor_drags_a_larger_one_along():
 
 
 def test_the_released_layout_imports_to_the_native_core(tmp_path):
-    from core.released import import_released
+    from core.checkpoint.released import import_released
 
     plan = plan_core("tiny", tmp_path / "released", layout="released")
     imported = import_released(new_core(plan, tmp_path / "released", seed=3), tmp_path / "imported")
@@ -212,7 +212,7 @@ def test_a_folder_that_is_there_and_a_size_and_a_word_that_are_none_are_refused(
 
 
 def test_the_command_prints_the_parts_and_writes_nothing_when_it_plans(tmp_path, capsys):
-    from recipes.cli import main
+    from chain.cli.main import main
 
     assert main(["core", "new", "--size", "a3b", "--plan-only", str(tmp_path / "core")]) == 0
     text = " ".join(capsys.readouterr().out.split())

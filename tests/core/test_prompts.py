@@ -1,6 +1,6 @@
 import pytest
 
-from core.prompts import THINK_CONTRACT, messages, target_text, user_text
+from core.model.prompts import THINK_CONTRACT, messages, target_text, user_text
 
 ROW = {
     "id": "a",
@@ -64,7 +64,7 @@ def test_the_target_is_an_assistant_turn():
 
 
 def test_the_question_is_tokenized_alike_in_both_modes():
-    from core.tokenizer import build_word_tokenizer
+    from core.model.tokenizer import build_word_tokenizer
 
     tokenizer = build_word_tokenizer(["What", "is", "B"])
     direct = tokenizer.encode(user_text("What is B?", "direct"), add_special_tokens=False)

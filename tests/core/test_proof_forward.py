@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core import SailVL2ForConditionalGeneration
-from core.released import import_released
+from core.checkpoint.released import import_released
 
 from .released_reference import (
     IDS,

@@ -11,8 +11,8 @@ from PIL import Image
 
 import core
 from core import SailVL2ImageProcessor, SailVL2Processor, build_tiny
-from core.pictures import as_rgb
-from core.records import RecordError, write_records
+from core.model.pictures import as_rgb
+from corpus.records import RecordError, write_records
 from rl.rollout.client import openai_messages
 
 from . import internvl_tiles as internvl

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import core
-from core import SailVL2Processor, TinySize, build_tiny, released, shards
-from core.artifacts import Manifest
-from core.released import export_released, import_released
-from core.released_files import hand_on
-from core.shards import LayoutError, Tensors
+from core import SailVL2Processor, TinySize, build_tiny
+from core.checkpoint import released, shards
+from core.checkpoint.released import export_released, import_released
+from core.checkpoint.released_files import hand_on
+from core.checkpoint.shards import LayoutError, Tensors
+from core.files import Manifest
 
 from .released_reference import IDS, Sizes, compute, read_released, write_released
 
@@ -181,7 +182,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 from safetensors.torch import load_file
-from core.released import export_released, import_released
+from core.checkpoint.released import export_released, import_released
 
 def peak(work):
     # In MiB, over what is resident now; mapped files count like memory of the process's own.

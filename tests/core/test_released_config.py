@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from core import SailVL2Processor
-from core.released import import_released
-from core.released_config import _feature_layer, _select_layer
-from core.released_text import load_tokenizer, native_generation_config, native_template
-from core.tokenizer import chat_template
+from core.checkpoint.released import import_released
+from core.checkpoint.released_config import _feature_layer, _select_layer
+from core.checkpoint.released_text import load_tokenizer, native_generation_config, native_template
+from core.model.tokenizer import chat_template
 
 from .released_reference import CHAT_TEMPLATE, IDS, write_released
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core import TinySize, build_tiny
-from core.released import export_released, import_released
-from core.shards import INDEX, LayoutError, Tensors
+from core.checkpoint.released import export_released, import_released
+from core.checkpoint.shards import INDEX, LayoutError, Tensors
 
 from .released_reference import write_released
 

@@ -14,8 +14,8 @@ from typing import Any
 import openai
 import pytest
 
-from core.prompts import user_text
-from core.released import import_released
+from core.checkpoint.released import import_released
+from core.model.prompts import user_text
 
 from .released_reference import write_released
 from .serving import MAX_TOKENS, ONE_PROCESS, Reference, ask, data_url, encoded, picture, user, vllm_server

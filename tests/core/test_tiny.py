@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from core import SailVL2ForConditionalGeneration, TinySize, build_tiny
-from core.prompts import THINK_CONTRACT
-from core.tokenizer import build_word_tokenizer, generation_config
+from core.model.prompts import THINK_CONTRACT
+from core.model.tokenizer import build_word_tokenizer, generation_config
 
 WORDS = ["A", "B", "C", "D", "compute", "largest", "minus", "smallest"]
 

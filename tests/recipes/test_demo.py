@@ -6,8 +6,8 @@ from random import Random
 import pytest
 from PIL import Image
 
-from core.records import load_records
-from recipes.config import load_recipe
+from chain.recipe import load_recipe
+from corpus.records import load_records
 from recipes.demo.drawing import scans_of
 from recipes.demo.lessons import MIXTURES, Frame, draw_lessons
 from recipes.demo.panels import SETS, generate
@@ -122,9 +122,9 @@ def test_pre_training_reads_what_the_processor_gives(tmp_path):
     import numpy as np
     import torch
 
-    from core.learner import load_processor
-    from core.prompts import messages
-    from core.tiny import build_tiny
+    from core.model.prompts import messages
+    from core.model.tiny import build_tiny
+    from core.training.learner import load_processor
     from recipes.demo.drawing import render
     from recipes.demo.lessons import frame_of
     from recipes.demo.pretrain import normalized, tokens

@@ -13,7 +13,7 @@ SHUFFLED = '''
 """Rewards that say nothing: each completion gets the score of one that came before it, whichever."""
 import random, threading
 from rewards.answer import AnswerReward
-from rewards.format import ThinkFormat
+from rewards.style.format import ThinkFormat
 
 
 class Shuffled:
@@ -31,7 +31,7 @@ class Shuffled:
 
 def run(runs: Path, name: str, *words: str) -> dict:
     """`posttrain run recipes/demo`; the stages of its report by name."""
-    command = [sys.executable, "-P", "-m", "recipes.cli", "run", str(ROOT / "recipes/demo")]
+    command = [sys.executable, "-P", "-m", "chain.cli.main", "run", str(ROOT / "recipes/demo")]
     done = subprocess.run(
         [*command, "--name", name, "--runs-dir", str(runs), *words], cwd=runs, capture_output=True, text=True
     )

@@ -17,9 +17,9 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from core.artifacts import read_json, read_jsonl, write_json
-from core.records import write_records
-from core.shards import Tensors
+from core.checkpoint.shards import Tensors
+from core.files import read_json, read_jsonl, write_json
+from corpus.records import write_records
 
 from ..core.serving import ONE_PROCESS, ask, picture, user, vllm_server
 from .memory import MemoryWatch
@@ -159,7 +159,7 @@ def answer(model: Path, log: Path) -> Any:
 def posttrain(folder: Path, *words: str) -> None:
     """Run the command line in a folder, as a user would; its output is seen if it fails."""
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "recipes.cli", *words],
+        [sys.executable, "-P", "-m", "chain.cli.main", *words],
         cwd=folder,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes.config import load_recipe
-from recipes.plan import plan
-from recipes.yaml_files import check_sources
+from chain.plan.text import plan
+from chain.recipe import load_recipe
+from chain.yaml_files import check_sources
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(str(file.parent.relative_to(ROOT)) for file in (ROOT / "recipes").rglob("pipeline.yaml"))

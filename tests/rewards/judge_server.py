@@ -5,7 +5,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from rewards.judge import CRITERIA
+from rewards.judge.judges import CRITERIA
 
 
 class FakeJudge(ThreadingHTTPServer):

@@ -8,9 +8,9 @@ import pytest
 from rewards.adapters import as_trl
 from rewards.answer import AnswerReward
 from rewards.example import Example
-from rewards.format import ThinkFormat
 from rewards.mix import Mixture, RewardError, Term
 from rewards.registry import load_reward
+from rewards.style.format import ThinkFormat
 from rewards.verdict import Status, Verdict
 
 ROW = Example("r", "2 + 2?", "4", "think", source="sums", meta={"level": 3})

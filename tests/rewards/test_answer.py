@@ -8,7 +8,7 @@ from rewards import answer as answer_module
 from rewards.answer import AnswerReward, GoldError, validate_gold
 from rewards.equality import Outcome
 from rewards.example import Example
-from rewards.format import ThinkFormat
+from rewards.style.format import ThinkFormat
 from rewards.verdict import Status
 
 

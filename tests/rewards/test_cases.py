@@ -9,8 +9,8 @@ import pytest
 from rewards import answer
 from rewards.answer import KINDS, UNGRADED, AnswerReward, gold_problem
 from rewards.example import Example
-from rewards.format import DirectFormat, ThinkFormat
 from rewards.mathcheck import MathChecker
+from rewards.style.format import DirectFormat, ThinkFormat
 
 CASES = json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8"))["cases"]
 FAST = [case for case in CASES if not case.get("slow")]

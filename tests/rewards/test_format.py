@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.example import Example
-from rewards.format import DirectFormat, Format, ThinkFormat
+from rewards.style.format import DirectFormat, Format, ThinkFormat
 
 THINK, DIRECT = Example("t", "q", "4", "think"), Example("d", "q", "4", "direct")
 PIECES = st.lists(

@@ -11,10 +11,10 @@ import threading
 import pytest
 from PIL import Image
 
-from rewards import judge_client
 from rewards.example import Example
-from rewards.judge import AnswerJudge, JudgingReward, VisionJudge, statistics
-from rewards.judge_canaries import INJECTIONS, JudgeRefused
+from rewards.judge import client as judge_client
+from rewards.judge.canaries import INJECTIONS, JudgeRefused
+from rewards.judge.judges import AnswerJudge, JudgingReward, VisionJudge, statistics
 from rewards.verdict import Status
 
 from .judge_server import asked, chat, criterion, material, serving

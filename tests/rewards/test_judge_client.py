@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from rewards import judge_client
-from rewards.judge_cache import ReplyCache
-from rewards.judge_client import Breaker, Endpoint, Failure, Limits, Meter, Question, Reply, ask
+from rewards.judge import client as judge_client
+from rewards.judge.cache import ReplyCache
+from rewards.judge.client import Breaker, Endpoint, Failure, Limits, Meter, Question, Reply, ask
 
 from .judge_server import chat, material, serving
 
@@ -216,7 +216,7 @@ def test_a_resumed_run_pays_nothing_twice_and_failures_are_not_kept(server, tmp_
 def test_another_model_wording_picture_or_material_is_another_key():
     from PIL import Image
 
-    from rewards.judge_client import Picture, _key
+    from rewards.judge.client import Picture, _key
 
     red, same, blue = (Picture.of(Image.new("RGB", (4, 4), c)) for c in ("red", "red", "blue"))
     keys = [
@@ -248,8 +248,8 @@ def test_a_broken_cache_costs_money_and_not_rows(server, tmp_path, caplog):
 
 CHILD = """
 import sys
-from rewards.judge_cache import ReplyCache
-from rewards.judge_client import Endpoint, Limits, Meter, Question, Reply, ask
+from rewards.judge.cache import ReplyCache
+from rewards.judge.client import Endpoint, Limits, Meter, Question, Reply, ask
 url, path, start = sys.argv[1:]
 asked = [Question("system", f"material {n}", "Right?") for n in range(int(start), int(start) + 60)]
 meter = Meter()
@@ -293,9 +293,9 @@ def test_a_forked_child_asks_on_connections_of_its_own(server):
 
 FORK = """
 import gc, os, sys, weakref
-from rewards import judge_client
-from rewards.judge_cache import cache_at
-from rewards.judge_client import Endpoint, Limits, Meter, Question, Reply, ask
+from rewards.judge import client as judge_client
+from rewards.judge.cache import cache_at
+from rewards.judge.client import Endpoint, Limits, Meter, Question, Reply, ask
 def put(material):
     (reply,) = ask(Endpoint(sys.argv[1], "m"), [Question("system", material, "Right?")],
                    Limits(max_retries=0), Meter(), cache_at(sys.argv[2]))

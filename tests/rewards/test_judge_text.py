@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.judge_text import disarm, quoted
+from rewards.judge.quoting import disarm, quoted
 
 
 @pytest.mark.parametrize(

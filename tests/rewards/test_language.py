@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.example import Example
-from rewards.language import Language, words_by_script
+from rewards.style.language import Language, words_by_script
 
 CHINESE, ENGLISH = "图中有几个苹果？", "How many apples are in the picture?"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewards.length import SoftOverlong
+from rewards.style.length import SoftOverlong
 
 
 def test_punishment_of_dapo_equation_13():

@@ -18,10 +18,10 @@ from rewards.answer import KINDS, AnswerReward, gold_problem, kind_of
 from rewards.equality import Outcome, quick, quick_list
 from rewards.example import Example
 from rewards.extract import parse_direct, parse_thinking
-from rewards.format import DirectFormat, ThinkFormat
 from rewards.grounding import Box, iou, overlap
 from rewards.normal import exact_number, plain_latex, plain_text
 from rewards.quantity import read
+from rewards.style.format import DirectFormat, ThinkFormat
 from rewards.verdict import Status
 
 settings.register_profile("rewards", derandomize=True, deadline=None, database=None, max_examples=150)

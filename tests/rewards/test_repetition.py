@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.example import Example
-from rewards.repetition import Repetition
+from rewards.style.repetition import Repetition
 
 ROW = Example("r", "q", "4", "think")
 HONEST = (

@@ -4,11 +4,11 @@ import pytest
 
 from rewards.answer import AnswerReward
 from rewards.example import Example
-from rewards.format import DirectFormat, Format, ThinkFormat
-from rewards.language import Language
 from rewards.mix import Mixture, Term
-from rewards.repetition import Repetition
 from rewards.selftest import cases, self_test
+from rewards.style.format import DirectFormat, Format, ThinkFormat
+from rewards.style.language import Language
+from rewards.style.repetition import Repetition
 from rewards.verdict import Verdict
 
 ROWS = [

@@ -29,7 +29,7 @@ POOL = PoolConfig(max_model_tokens=1024, max_sequences=64)
 
 @pytest.fixture(scope="session")
 def tiny_core(tmp_path_factory) -> Path:
-    from core.tiny import build_tiny
+    from core.model.tiny import build_tiny
 
     return build_tiny(tmp_path_factory.mktemp("core") / "tiny", words=WORDS, seed=0)
 

@@ -83,7 +83,7 @@ def learner(
     from datasets import Dataset
     from trl import GRPOConfig
 
-    from core.learner import LearnerConfig, load_model, load_processor
+    from core.training.learner import LearnerConfig, load_model, load_processor
     from rl.trainer import ban_tokens
 
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

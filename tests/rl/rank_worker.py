@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from core.learner import (
+from core.strict import parse
+from core.training.learner import (
     apply_freeze,
     join_process_group,
     load_model,
@@ -23,7 +24,6 @@ from core.learner import (
     peft_config,
     save_checkpoint,
 )
-from core.strict import parse
 from rewards.mix import Graded
 from rewards.verdict import Verdict
 from rl.collect import Group, Pipeline, Sample

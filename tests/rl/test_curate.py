@@ -2,9 +2,9 @@
 
 import pytest
 
-from core.artifacts import append_jsonl
-from core.records import load_records, write_records
+from core.files import append_jsonl
 from core.strict import parse
+from corpus.records import load_records, write_records
 from rl.config import HardCases, Harvest, PassAtK
 from rl.curate import TooFewRows, hard_cases, harvest, pass_at_k
 from rl.rollout.client import Answer, Completion

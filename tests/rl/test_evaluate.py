@@ -2,8 +2,8 @@
 
 import pytest
 
-from core.records import write_records
 from core.strict import parse
+from corpus.records import write_records
 from rl.config import EvalConfig
 from rl.evaluate import evaluate
 from rl.rollout.client import Answer, Completion

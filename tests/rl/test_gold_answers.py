@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from core.records import VERIFIERS, DataSource, write_records
+from corpus.records import VERIFIERS, DataSource, write_records
 from rewards.answer import KINDS, GoldError
 from rl.data import load_rows
 

@@ -85,8 +85,8 @@ def test_a_server_ends_with_a_runner_that_is_killed(tmp_path):
 def test_an_rl_stage_that_shares_gpus_lets_the_servers_sleep_through_every_update(
     tiny_core, records, tmp_path, monkeypatch
 ):
-    from core.records import write_records
     from core.strict import parse
+    from corpus.records import write_records
     from rl.config import RLConfig
     from rl.train import train
 

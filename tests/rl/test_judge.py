@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rewards import judge_client
-from rewards.judge import AnswerJudge, JudgingReward, VisionJudge
-from rewards.judge_canaries import JudgeRefused
+from rewards.judge import client as judge_client
+from rewards.judge.canaries import JudgeRefused
+from rewards.judge.judges import AnswerJudge, JudgingReward, VisionJudge
 from rl.data import example_of
 from rl.rollout.server import MODEL_NAME
 

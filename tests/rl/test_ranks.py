@@ -7,8 +7,8 @@ import tempfile
 
 import pytest
 
-from core.artifacts import read_jsonl
-from core.records import write_records
+from core.files import read_jsonl
+from corpus.records import write_records
 
 STAGE = {
     "data": [{"set": "rl"}],
@@ -60,7 +60,7 @@ def train(ranks, tmp_path, model, url, records, *, name="", fails=False, save_ev
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     )
     done = subprocess.run(
-        [sys.executable, "-P", *launcher, "-m", "recipes.worker", str(out / "job.json")],
+        [sys.executable, "-P", *launcher, "-m", "chain.worker", str(out / "job.json")],
         capture_output=True,
         text=True,
         timeout=300,
@@ -72,8 +72,8 @@ def train(ranks, tmp_path, model, url, records, *, name="", fails=False, save_ev
 @pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", [None, {"zero_stage": 2}, {"zero_stage": 3}])
 def test_two_ranks_go_on_after_an_interruption(server_url, client, tiny_core, records, tmp_path, deepspeed):
-    from core.learner import weights_hash
-    from core.resume import FOLDER, Unfinished
+    from core.training.learner import weights_hash
+    from core.training.resume import FOLDER, Unfinished
 
     def run(name, **how):
         client.load_checkpoint(tiny_core)

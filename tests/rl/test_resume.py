@@ -2,10 +2,10 @@
 
 import pytest
 
-from core.artifacts import read_jsonl
-from core.learner import weights_hash
-from core.resume import FOLDER, Unfinished
+from core.files import read_jsonl
 from core.strict import parse
+from core.training.learner import weights_hash
+from core.training.resume import FOLDER, Unfinished
 from rl.config import PoolConfig, RLConfig
 from rl.rollout.server import rollout_pool
 
@@ -50,7 +50,7 @@ def urls(tiny_core, tmp_path_factory):
 @pytest.fixture
 def run(tiny_core, records, urls, tmp_path, tmp_path_factory, monkeypatch):
     """`run(cfg, name, stop=n)` trains in the folder `name`, and breaks off after update n if told so."""
-    from core.records import write_records
+    from corpus.records import write_records
     from rl import trainer as module
     from rl.train import train
 

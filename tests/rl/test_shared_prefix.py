@@ -48,7 +48,7 @@ OBJECTIVES = {
 
 @pytest.fixture(scope="module")
 def moe_core(tmp_path_factory):
-    from core.tiny import TinySize, build_tiny
+    from core.model.tiny import TinySize, build_tiny
 
     folder = tmp_path_factory.mktemp("moe") / "tiny"
     return build_tiny(folder, words=WORDS, seed=0, size=TinySize(experts=4, text_layers=2))
@@ -56,7 +56,7 @@ def moe_core(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def any_core(tmp_path_factory):
-    from core.tiny import TinySize, build_tiny
+    from core.model.tiny import TinySize, build_tiny
 
     folder = tmp_path_factory.mktemp("any") / "tiny"
     return build_tiny(folder, words=WORDS, seed=0, size=TinySize(any_resolution=True, text_layers=2))
@@ -159,7 +159,7 @@ def test_one_update_runs_the_core_once(tiny_core, tmp_path, monkeypatch):
 def test_the_attention_of_other_devices_trains_as_in_stock_trl(tiny_core, tmp_path, monkeypatch, batch):
     from types import SimpleNamespace
 
-    from core import prefix
+    from rl import prefix_attention as prefix
 
     calls = []
     other = SimpleNamespace(apply=lambda *inputs: calls.append(1) or prefix._concatenated(*inputs))
@@ -176,7 +176,7 @@ def test_gradient_checkpointing(tiny_core, tmp_path, reentrant):
 
 
 def test_lora(tiny_core, tmp_path):
-    from core.learner import LearnerConfig, LoRAConfig, peft_config
+    from core.training.learner import LearnerConfig, LoRAConfig, peft_config
 
     ours, _ = compare(
         tiny_core, GROUPS, tmp_path, lora=peft_config(LearnerConfig(lora=LoRAConfig(r=4))), beta=0.1
@@ -316,7 +316,7 @@ def test_mini_batches_hold_whole_groups(tiny_core, tmp_path):
 def test_the_attention_functions_agree_with_a_mask(monkeypatch):
     import torch
 
-    from core.prefix import PrefixGroup, PrefixLayout, _concatenated, _Merged, shared_prefix_attention
+    from rl.prefix_attention import PrefixGroup, PrefixLayout, _concatenated, _Merged, shared_prefix_attention
 
     layout = PrefixLayout((PrefixGroup(7, (5, 1, 0, 9)), PrefixGroup(3, (4,)), PrefixGroup(6, ())))
     allowed = torch.zeros(layout.tokens, layout.tokens, dtype=torch.bool)
@@ -352,7 +352,7 @@ def test_the_attention_functions_agree_with_a_mask(monkeypatch):
     places = torch.arange(layout.tokens)
     seen = layout.sees("cpu")(0, 0, places[:, None], places[None])
     assert torch.equal(seen, allowed)
-    monkeypatch.setattr("core.prefix._compiled", lambda function: function)  # a minute of compiling
+    monkeypatch.setattr("rl.prefix_attention._compiled", lambda function: function)  # a minute of compiling
     with torch.no_grad():  # it has no backward pass on a CPU
         flexed, _ = shared_prefix_attention(
             torch.nn.Module(), *inputs, None, scaling=0.3, prefix=layout, flex=True

@@ -62,7 +62,7 @@ def test_ranks_in_packs_train_what_stock_trains(tiny_core, tmp_path, stock, rank
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_images_of_any_resolution_on_two_ranks(tmp_path, zero_stage):
-    from core.tiny import TinySize, build_tiny
+    from core.model.tiny import TinySize, build_tiny
 
     size = TinySize(any_resolution=True)
     core = build_tiny(tmp_path / "any", words=WORDS, seed=0, size=size)

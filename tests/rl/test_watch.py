@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from core.artifacts import read_jsonl
+from core.files import read_jsonl
 from rewards.example import Example
 from rewards.mix import Graded
 from rewards.verdict import Status, Verdict

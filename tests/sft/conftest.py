@@ -9,7 +9,7 @@ WORDS = ["compute", "What", "is", "in", "cell", "A", "B", "C", "four", "seven"]
 @pytest.fixture(scope="session")
 def core_path(tmp_path_factory):
     """A core of 30,000 parameters, untrained: what is tested here is the machinery, not what it learns."""
-    from core.tiny import TinySize, build_tiny
+    from core.model.tiny import TinySize, build_tiny
 
     size = TinySize(
         vision_hidden=32,
@@ -25,7 +25,7 @@ def core_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def processor(core_path):
-    from core.learner import load_processor
+    from core.training.learner import load_processor
 
     return load_processor(core_path)
 
@@ -53,7 +53,7 @@ def make_record():
 @pytest.fixture(scope="session")
 def mixed_set(make_record, tmp_path_factory):
     """24 rows: thinking and direct, every third one without an image."""
-    from core.records import write_records
+    from corpus.records import write_records
 
     path = tmp_path_factory.mktemp("data") / "mixed.parquet"
     rows = [

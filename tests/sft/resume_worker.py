@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from core.artifacts import read_json, write_json
+from core.files import read_json, write_json
 from sft import train as module
 from sft.config import SFTConfig
 

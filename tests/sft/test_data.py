@@ -3,9 +3,9 @@ import torch
 from PIL import Image
 
 import sft.data
-from core.prompts import messages
-from core.records import DataSource, write_records
+from core.model.prompts import messages
 from core.strict import ConfigError
+from corpus.records import DataSource, write_records
 from sft.data import (
     IGNORED,
     Collator,

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from core.learner import LearnerConfig, load_model, load_processor
-from core.modeling import no_images
-from core.tiny import TinySize, build_tiny
+from core.model.modeling import no_images
+from core.model.tiny import TinySize, build_tiny
+from core.training.learner import LearnerConfig, load_model, load_processor
 from sft.data import IGNORED, Collator, Lessons, blank_lesson, count_tokens
 from sft.packed_rows import PackedCollator, attend_within_samples, pack_rows
 from sft.packing import ByRows, Plan

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from core.artifacts import read_json, read_jsonl, write_json
-from core.learner import weights_hash
-from core.resume import FOLDER, MARK, Unfinished, drop_lines_after
+from core.files import read_json, read_jsonl, write_json
+from core.training.learner import weights_hash
+from core.training.resume import FOLDER, MARK, Unfinished, drop_lines_after
 from sft import train as module
 from sft.config import SFTConfig
 from sft.train import train
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_is_not_whole_does_not_count(run, tmp_path):
 
 
 def test_another_stage_in_the_same_folder_starts_from_its_beginning(run, tmp_path, make_record):
-    from core.records import write_records
+    from corpus.records import write_records
 
     with pytest.raises(Interrupted):
         run(stage(), stop=UPDATES + 3)

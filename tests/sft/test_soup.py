@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sft.soup
-from core.learner import LearnerConfig, load_model, weights_hash
-from core.records import DataSource
+from core.training.learner import LearnerConfig, load_model, weights_hash
+from corpus.records import DataSource
 from sft.config import SoupConfig, Variant
 from sft.soup import SoupError, check_ingredients, distances, greedy, merge, soup
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core.artifacts import read_json, read_jsonl
-from core.learner import MODULES, LearnerConfig, load_model, module_of, weights_hash
+from core.files import read_json, read_jsonl
+from core.training.learner import MODULES, LearnerConfig, load_model, module_of, weights_hash
 from sft.config import SFTConfig, Variant
 from sft.train import train, variant_of, variant_start
 
@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run):
 
 
 def test_the_first_loss_is_the_plain_mean_over_the_assistants_tokens(run, core_path, mixed_set, processor):
-    from core.records import load_records
+    from corpus.records import load_records
     from sft.data import prepare
 
     model = load_model(core_path, LearnerConfig(deepspeed=None)).eval()
@@ -154,7 +154,7 @@ def test_lora_moves_its_targets_by_the_scaled_product_and_nothing_else(run, core
 
 
 def test_a_stages_adapter_merges_into_its_start_to_the_stages_checkpoint(run, core_path, tmp_path):
-    from core.merge import merge_adapter
+    from core.checkpoint.merge import merge_adapter
 
     checkpoint = run(stage({}, {}, learner={"lora": {"r": 2, "alpha": 6, "targets": "all_linear"}}))
     merged = merge_adapter(checkpoint / "adapter", tmp_path / "merged")

@@ -1,0 +1,1 @@
+"""One recipe, run: the command and the orchestrator."""

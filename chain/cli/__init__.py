@@ -1,0 +1,1 @@
+"""The command `posttrain`, one file a family of subcommands."""

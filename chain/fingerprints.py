@@ -1,0 +1,102 @@
+"""Whether a finished folder is still what its recipe asks for.
+
+A fingerprint is a hash of a resolved config, the chain's seed, the content of the input sets and of the code
+that the config names, and the manifest of the stage before. As that manifest holds when its stage ran, every
+stage after one that ran again has another fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from chain.inputs import code_file, is_hub_id
+from chain.recipe import sources
+from core.files import Manifest, append_jsonl, hash_config, hash_tree, read_jsonl, sha256_file
+
+
+class Fingerprints:
+    """Hashes of what a run's steps read.
+
+    Args:
+        seed: the chain's.
+        sets: data set name -> Parquet file, folder or hub id.
+        memory: file that remembers content hashes.
+    """
+
+    def __init__(self, seed: int, sets: Mapping[str, str], memory: Path) -> None:
+        self.seed, self.sets = seed, sets
+        self.hashes = Hashes(memory)
+
+    def fingerprint(self, name: str, config: BaseModel, inputs: Mapping[str, str]) -> str:
+        """One hash of everything that determines what a step makes."""
+        dump = config.model_dump(mode="json")
+        return hash_config({"name": name, "config": dump, "seed": self.seed, "inputs": inputs})
+
+    def of_sources(self, config: BaseModel, without: Collection[str] = ()) -> dict[str, str]:
+        """Content hash of every set that a config reads; `without` the ones that follow from the rest."""
+        names = {source.set for _, source in sources(config)} - set(without)
+        return {f"set:{name}": self.hashes.of(self.sets[name]) for name in sorted(names)}
+
+    def of_files(self, config: BaseModel) -> dict[str, str]:
+        """Hash of the core that a config names by path, and of the source files it names by import string."""
+        names = [getattr(config, "build", None), getattr(config, "by", None)]
+        names += [term.use for term in getattr(config, "rewards", ())]
+        found = {f"code:{name}": self.of_code(name) for name in names if name and ":" in name}
+        if path := getattr(config, "path", None):
+            found["core"] = self.hashes.of(str(Path(path).expanduser()))
+        return found
+
+    def of_code(self, import_string: str) -> str:
+        """Hash of the source that an import string names: its file, in a package its neighbours as well."""
+        file = code_file(import_string)
+        if file is None:
+            return "missing"
+        in_package = (file.parent / "__init__.py").exists()
+        files = sorted(file.parent.glob("*.py")) if in_package else [file]
+        return hash_config({one.name: self.hashes.of(str(one)) for one in files})
+
+
+def identity(manifest: Manifest) -> str:
+    """A finished stage, this very execution of it: run again, it is another one."""
+    return hash_config(manifest.model_dump(mode="json"))
+
+
+def is_current(folder: Path, fingerprint: str) -> bool:
+    """Whether the folder is finished and was made from just these inputs."""
+    manifest = Manifest.read(folder)
+    return manifest is not None and manifest.fingerprint == fingerprint
+
+
+@dataclass
+class Hashes:
+    """Content hashes of files and folders, remembered beside the run by path, size and time of change.
+
+    A run's data may be hundreds of gigabytes: it is read once, not at every start.
+    """
+
+    memory: Path
+    known: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for line in read_jsonl(self.memory):
+            self.known[line["state"]] = line["hash"]
+
+    def of(self, place: str) -> str:
+        """The hash of what lies at `place`; a hub id stands for itself, a missing file is `missing`."""
+        if is_hub_id(place):
+            return f"hub:{place}"
+        path = Path(place)
+        if not path.exists():
+            return "missing"
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        state = json.dumps([str(path), stats])
+        if state not in self.known:
+            self.known[state] = sha256_file(path) if path.is_file() else hash_tree(path)
+            append_jsonl(self.memory, {"state": state, "hash": self.known[state]})
+        return self.known[state]

@@ -1,0 +1,56 @@
+"""Where the things that a recipe names are: data sets, and the source files of import strings."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from chain.recipe import STAGE_NAMES, Recipe, made_between, split_import
+from rewards.registry import split_adapter
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def data_folder(run: Path) -> Path:
+    """Where a run keeps the sets it generates."""
+    return run / "data"
+
+
+def prepared_folder(run: Path, stage: str) -> Path:
+    """Where a run keeps the sets that it made before a stage, with the policy that the stage starts from."""
+    return run / "prepared" / stage
+
+
+def locate_sets(recipe: Recipe, run: Path) -> dict[str, str]:
+    """Set name -> Parquet file, folder or hub id, for every set of the recipe, there or not yet."""
+    generated = recipe.data.generate.sets if recipe.data.generate else ()
+    located = {name: str(data_folder(run) / f"{name}.parquet") for name in generated}
+    located |= {name: _absolute(text) for name, text in recipe.data.sets.items()}
+    for stage in STAGE_NAMES:
+        config = getattr(recipe, stage)
+        for name in made_between(config) if config else ():
+            located[name] = str(prepared_folder(run, stage) / f"{name}.parquet")
+    return located
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a set's place is an `owner/name` on the hub; what exists or ends in .parquet is local."""
+    is_path = text.startswith(".") or text.endswith(".parquet") or Path(text).exists()
+    return not is_path and _HUB_ID.fullmatch(text) is not None
+
+
+def code_file(import_string: str) -> Path | None:
+    """The source file of a `package.module:name`, found without importing it; None if there is none."""
+    module, _ = split_import(split_adapter(import_string)[1])
+    if module.endswith(".py"):
+        return Path(module) if Path(module).is_file() else None
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _absolute(text: str) -> str:
+    return text if is_hub_id(text) else str(Path(text).expanduser().resolve())

@@ -1,0 +1,1 @@
+"""What a recipe takes of a machine, told before anything runs."""

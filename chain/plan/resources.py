@@ -1,0 +1,170 @@
+"""What a whole chain takes of a machine: stage by stage, its rollout servers, its disk; and what cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from chain.plan.machine import Machine, machine_of
+from chain.plan.memory import StageFit, gib
+from chain.recipe import STAGE_NAMES, Recipe, SFTStage
+from core.strict import ConfigError
+from core.training.memory import GIB, SHAPES, CoreShape
+from rl.config import PoolConfig, RLConfig
+
+SERVER_WORK = 2.0 * GIB
+"""What a server's largest prefill takes besides weights and cache."""
+
+
+class DoesNotFit(ConfigError):
+    """The recipe asks for more than the machine has. The message has a line per problem, with the key to change."""
+
+
+def resources(recipe: Recipe, runs_dir: Path = Path("runs"), gpu_gib: float | None = None) -> Resources:
+    """What the recipe takes of the machine that `machine_of` finds; nothing is counted of a core of unknown shape."""
+    machine = machine_of(recipe, runs_dir, gpu_gib)
+    shape = core_shape(recipe, runs_dir / recipe.name)
+    fits: dict[str, StageFit] = {}
+    server = None
+    if shape is not None:
+        for name in STAGE_NAMES:
+            config = getattr(recipe, name)
+            if isinstance(config, SFTStage | RLConfig):
+                fits[name] = StageFit(name, config, recipe, shape, machine)
+        pool = recipe.rollout
+        if (
+            pool
+            and machine.gpu_gib is not None
+            and (pool.device == "gpu" or pool.urls)
+            and pool.engine == "vllm"
+        ):
+            server = ServerFit(pool, shape, machine)
+    return Resources(recipe, machine, shape, fits, server)
+
+
+def core_shape(recipe: Recipe, run_dir: Path) -> CoreShape | None:
+    """The core's shape: from its folder, or that of an earlier run, or `core.size`; None if nothing says."""
+    places = [Path(recipe.core.path).expanduser()] if recipe.core.path else []
+    for place in (*places, run_dir / "core" / "checkpoint"):
+        if (place / "config.json").is_file():
+            return CoreShape.read(place)
+    return SHAPES[recipe.core.size] if recipe.core.size else None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """A recipe on a machine."""
+
+    recipe: Recipe
+    machine: Machine
+    shape: CoreShape | None
+    fits: dict[str, StageFit]
+    """By stage; empty where the core's shape is not known."""
+    server: ServerFit | None
+
+    def lines(self, stage: str) -> list[str]:
+        """What one stage takes."""
+        if stage == "soup" and "basic_sft" in self.fits:
+            return [
+                f"disk: {self._soups} checkpoints, {gib(self._soups * self.fits['basic_sft'].checkpoint)} GiB"
+            ]
+        return self.fits[stage].lines() if stage in self.fits else []
+
+    def summary(self) -> list[str]:
+        """The chain as a whole: servers, disk, and what it was held against."""
+        if self.shape is None:
+            return ["memory: not counted, as the core is not there and core.size does not say what it is"]
+        lines = [self.server.line()] if self.server else []
+        room = f" of {self.machine.disk_gib:.0f}" if self.machine.disk_gib is not None else ""
+        lines.append(f"disk for the chain's checkpoints: {gib(self.disk)}{room} GiB")
+        total = sum(self.shape.parameters().values())
+        size = f"{total / 1e9:.2f}B" if total >= 1e8 else f"{total / 1e6:.1f}M"
+        return [*lines, f"counted for a core of {size} parameters on {self.machine}"]
+
+    @property
+    def _soups(self) -> int:
+        return len(self.recipe.soup.variants) + 1 if self.recipe.soup else 0
+
+    @property
+    def disk(self) -> float:
+        """Bytes of all checkpoints that the chain keeps, and of the largest that lie there on the way."""
+        own = sum(fit.disk for fit in self.fits.values())
+        own += max((fit.unfinished for fit in self.fits.values()), default=0)
+        return own + (self._soups * self.fits["basic_sft"].checkpoint if "basic_sft" in self.fits else 0)
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything that cannot be, each with the key to change."""
+        found = [problem for fit in self.fits.values() for problem in fit.problems()]
+        found += self.server.problems() if self.server else []
+        if self.machine.disk_gib is not None and self.disk > self.machine.disk_gib * GIB:
+            found.append(
+                f"disk: the chain's checkpoints take {gib(self.disk)} GiB of {self.machine.disk_gib:.0f} GiB; choose "
+                "another --runs-dir, or leave stages out"
+            )
+        return list(dict.fromkeys(found))  # every stage finds the servers' problems
+
+    def check(self) -> None:
+        """Raise DoesNotFit with every problem; return if there is none."""
+        if self.problems:
+            raise DoesNotFit("\n".join(self.problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a program: bytes, by stage."""
+        return {
+            "machine": asdict(self.machine),
+            "stages": {name: fit.to_dict() for name, fit in self.fits.items()},
+            "server": {"weights": self.server.weights, "cache_tokens": self.server.cache_tokens}
+            if self.server
+            else None,
+            "disk": self.disk,
+            "problems": self.problems,
+        }
+
+
+@dataclass(frozen=True)
+class ServerFit:
+    """What a rollout server's GPU holds."""
+
+    pool: PoolConfig
+    shape: CoreShape
+    machine: Machine
+
+    @property
+    def weights(self) -> float:
+        """Bytes of weights on one GPU."""
+        width = 2 if self.pool.dtype == "bfloat16" else 4
+        return sum(self.shape.parameters().values()) * width / self.pool.gpus_per_server
+
+    @property
+    def cache(self) -> float:
+        """Bytes left for keys and values on one GPU."""
+        assert self.machine.gpu_gib is not None
+        return self.machine.gpu_gib * GIB * self.pool.gpu_memory_utilization - self.weights - SERVER_WORK
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens whose keys and values fit into a server's cache."""
+        width = 2 if self.pool.dtype == "bfloat16" else 4
+        # Tensor parallel servers split heads, down to one per GPU.
+        split = min(self.pool.gpus_per_server, self.shape.kv_heads)
+        return int(max(0.0, self.cache) / (self.shape.cache_token(width) / split))
+
+    def line(self) -> str:
+        """Weights, cache, and how many of the longest sequences it holds."""
+        tokens = self.cache_tokens
+        return (
+            f"GPU memory of a server: weights {gib(self.weights)} GiB, cache {gib(max(0.0, self.cache))} GiB = "
+            f"{tokens:,} tokens = {tokens // self.pool.max_model_tokens} sequences of {self.pool.max_model_tokens}"
+        )
+
+    def problems(self) -> list[str]:
+        """[] if at least one sequence of the longest kind fits."""
+        if self.cache_tokens >= self.pool.max_model_tokens:
+            return []
+        return [
+            f"rollout: a server's cache holds {self.cache_tokens} tokens (weights {gib(self.weights)} GiB on each of "
+            f"{self.pool.gpus_per_server} GPUs of {self.machine.gpu_gib:g} GiB), and max_model_tokens="
+            f"{self.pool.max_model_tokens}; raise rollout.gpus_per_server or gpu_memory_utilization"
+        ]

@@ -1,0 +1,326 @@
+"""What a recipe would do, resolved and checked without a model: stages, data, batch sizes, rewards.
+
+Where it would run, and whether it fits, is in chain/plan/resources.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from chain.inputs import code_file, is_hub_id, locate_sets
+from chain.plan.resources import Resources
+from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
+from chain.stages import STAGES, Stage
+from core.strict import ConfigError, Strict
+from core.training.learner import LearnerConfig, Optim
+from corpus.records import DataSource
+from rl.config import RewardTerm, RLConfig
+from sft.config import Phase, SoupConfig
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage as it would run."""
+
+    name: str
+    title: str
+    parent: str | None
+    sets: dict[str, str]
+    """Name of each set that it reads -> where it comes from, and whether it is there."""
+    details: tuple[str, ...]
+    """What it does, in lines: batches, updates, rewards, learner."""
+
+
+def plan(
+    recipe: Recipe,
+    runs_dir: Path = Path("runs"),
+    stages: Sequence[Stage] = STAGES,
+    resources: Resources | None = None,
+) -> list[StagePlan]:
+    """The recipe's stages, resolved. Raises ConfigError for import strings and rewards that do not exist."""
+    check_names(recipe)
+    states = _Sets(recipe, (runs_dir / recipe.name).resolve())
+    plans: list[StagePlan] = []
+    for stage in stages:
+        config = stage.config(recipe)
+        if config is None:
+            continue
+        parent = plans[-1].name if plans else None
+        named = {source.set: states.state(source.set) for _, source in sources(config)}
+        details = [*_details(stage, config, recipe, states)]
+        details += resources.lines(stage.name) if resources else []
+        plans.append(StagePlan(stage.name, stage.title, parent, named, tuple(details)))
+    return plans
+
+
+def text(
+    recipe: Recipe,
+    plans: Sequence[StagePlan],
+    runs_dir: Path = Path("runs"),
+    resources: Resources | None = None,
+) -> str:
+    """The plan for a reader."""
+    lines = [f"{recipe.name} (seed {recipe.seed}) -> {runs_dir / recipe.name}"]
+    lines += [recipe.about] if recipe.about else []
+    if generate := recipe.data.generate:
+        lines.append(f"data: {generate.by} makes {', '.join(generate.sets)}")
+    for one in plans:
+        lines.append(f"\n{one.name}: {one.title}" + (f", from {one.parent}" if one.parent else ""))
+        lines += [f"  {detail}" for detail in one.details]
+        lines += [f"  set {name}: {state}" for name, state in one.sets.items()]
+    if recipe.eval:
+        lines.append("\nafter each stage: " + _evaluation(recipe))
+    if recipe.rollout:
+        lines.append(f"rollout: {_pool(recipe)}")
+    lines += resources.summary() if resources else []
+    return "\n".join(lines)
+
+
+def as_json(recipe: Recipe, plans: Sequence[StagePlan], resources: Resources | None = None) -> dict[str, Any]:
+    """The plan and the resolved recipe, for a program."""
+    return {
+        **({"resources": resources.to_dict()} if resources else {}),
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "stages": [asdict(one) for one in plans],
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def check_names(recipe: Recipe) -> None:
+    """Refuse, in one ConfigError, modules and rewards that a recipe names and nobody provides."""
+    problems = []
+    generate = recipe.data.generate
+    for key, name in (("data.generate.by", generate and generate.by), ("core.build", recipe.core.build)):
+        if name and code_file(name) is None:
+            problems.append(f"{key} = {name!r}: no such module; is its package installed, or on PYTHONPATH?")
+    for stage in STAGE_NAMES:
+        config = getattr(recipe, stage)
+        if isinstance(config, RLConfig):
+            problems += _reward_problems(stage, config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_data(recipe: Recipe) -> None:
+    """Refuse, in one ConfigError, a recipe whose data or core is not there. Hub ids are not looked up."""
+    problems = [
+        f"data.sets.{name} = {place!r}: no such file or folder"
+        for name, place in recipe.data.sets.items()
+        if not is_hub_id(place) and not Path(place).expanduser().exists()
+    ]
+    path = recipe.core.path
+    if path is not None and not (Path(path).expanduser() / "config.json").is_file():
+        problems.append(f"core.path = {path!r}: no checkpoint folder: config.json is missing")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _reward_problems(stage: str, config: RLConfig) -> list[str]:
+    problems = []
+    for index, term in enumerate(config.rewards):
+        problem = _reward_problem(term)
+        if problem:
+            problems.append(f"{stage}.rewards[{index}].use = {term.use!r}: {problem}")
+    return problems
+
+
+def _reward_problem(term: RewardTerm) -> str | None:
+    """What is wrong with a reward's name or parameters; a user's own code is looked for, not run."""
+    if ":" in term.use:
+        found = code_file(term.use)
+        return None if found else "no such module or file; is its package installed, or on PYTHONPATH?"
+    from rewards.registry import load_reward
+
+    try:
+        load_reward(term.use, term.params)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None
+
+
+class _Sets:
+    """Where the named sets are and how many rows they have."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
+        self.places = locate_sets(recipe, run_dir)
+        self.generated = set(recipe.data.generate.sets if recipe.data.generate else ())
+        self.made = {
+            name: stage
+            for stage in STAGE_NAMES
+            for name in made_between(getattr(recipe, stage) or recipe.core)
+        }
+
+    def state(self, name: str) -> str:
+        """Origin of a set, and whether it is there."""
+        place = self.places[name]
+        if name in self.made:
+            return f"made before {self.made[name]}"
+        rows = self.rows(name)
+        count = f", {rows} rows" if rows is not None else ""
+        if name in self.generated:
+            return f"generated (there{count})" if Path(place).exists() else "generated (at the first run)"
+        if is_hub_id(place):
+            return f"{place} on the hub"
+        return f"{place} (found{count})" if Path(place).exists() else f"{place} (MISSING)"
+
+    def rows(self, name: str) -> int | None:
+        """Rows of a local set; None if it is not there."""
+        path = Path(self.places[name])
+        if not path.exists():
+            return None
+        import pyarrow.parquet as pq
+
+        files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+        return sum(pq.read_metadata(file).num_rows for file in files)
+
+
+def _details(stage: Stage, config: Strict, recipe: Recipe, states: _Sets) -> list[str]:
+    if isinstance(config, SFTStage):
+        return [
+            *_prepared(config),
+            *(_phase(phase, states) for phase in config.phases),
+            _packs(config),
+            _learner(config.learner),
+        ]
+    if isinstance(config, RLConfig):
+        return [
+            *_prepared(config),
+            *_rl(config),
+            _prefix(config),
+            *_watched(config),
+            _learner(config.learner),
+        ]
+    if isinstance(config, SoupConfig) and recipe.basic_sft:
+        last = recipe.basic_sft.phases[-1].name
+        rates = ", ".join(f"{variant.learning_rate or 'same'}" for variant in config.variants)
+        return [
+            f"{len(config.variants)} more runs of basic_sft's phase {last} (learning rate: {rates}), "
+            f"{config.method} merge of {len(config.variants) + 1}",
+            _learner(recipe.basic_sft.learner),
+        ]
+    return [f"checkpoint {recipe.core.path}" if recipe.core.path else f"built by {recipe.core.build}"]
+
+
+def _prepared(config: SFTStage | RLConfig) -> list[str]:
+    prepare, lines = config.prepare, []
+    if hard := prepare.hard_cases:
+        lines.append(
+            f"first: {hard.into} = prompts that {hard.stage} solved at most {hard.max_pass_rate:.0%} of times"
+        )
+    if part := prepare.pass_at_k:
+        lines.append(f"first: {part.into} = {_amount(part.source)} filtered by pass@{part.samples}")
+    if own := prepare.harvest:
+        lines.append(f"first: {own.into} = up to {own.keep} own correct chains on {_amount(own.source)}")
+    return lines
+
+
+def _phase(phase: Phase, states: _Sets) -> str:
+    optim = phase.optim
+    counts = [source.rows if source.rows is not None else states.rows(source.set) for source in phase.data]
+    rows = sum(count for count in counts if count is not None) if None not in counts else None
+    updates = f"{optim.max_steps} updates" if optim.max_steps else f"{optim.epochs:g} epochs"
+    if optim.epochs and rows is not None and optim.global_batch_size:
+        steps = math.ceil(rows / optim.global_batch_size) * optim.epochs
+        updates = f"{rows} rows x {optim.epochs:g} epochs = {steps:.0f} updates"
+    mixture = " + ".join(_amount(source) for source in phase.data)
+    size = f" of {optim.global_batch_size} rows" if optim.global_batch_size else ""
+    return f"phase {phase.name}: {mixture}; {updates}{size}; {_rate(optim)}"
+
+
+def _rl(config: RLConfig) -> list[str]:
+    rollout, algorithm = config.rollout, config.algorithm
+    lines = [
+        f"data: {' + '.join(_amount(source) for source in config.data)}",
+        f"batch: {rollout.prompts_per_batch} prompts x {rollout.group_size} completions of at most "
+        f"{rollout.max_completion_tokens} tokens = {config.completions_per_batch} completions",
+        f"updates: {config.completions_per_batch // config.mini_batch} mini-batches of {config.mini_batch} x "
+        f"{config.passes} passes = {config.updates_per_batch} per batch; {config.batches} batches = "
+        f"{config.max_steps} updates; {_rate(config.optim)}",
+        f"loss: {algorithm.name}, clip {algorithm.clip_low:g}/{algorithm.clip_high:g}, "
+        f"KL {algorithm.kl_beta:g}, "
+        f"dynamic sampling up to {config.dynamic_sampling.max_rounds} more rounds",
+    ]
+    for mode in ("think", "direct"):
+        terms = [_term(term) for term in config.rewards if mode in term.modes]
+        lines += [f"reward, {mode}: {' + '.join(terms)}"] if terms else []
+    return lines
+
+
+def _term(term: RewardTerm) -> str:
+    limits = [f"graded {term.graded[0]} only"] if len(term.graded) == 1 else []
+    limits += [f"if {term.gate}"] if term.gate else []
+    return f"{term.weight:g} {term.name} ({', '.join([term.use, *limits])})"
+
+
+def _packs(config: SFTStage) -> str:
+    if not config.packing:
+        return f"packing: off; rows of at most {config.max_tokens} tokens"
+    budgets = {config.micro_batch_tokens(phase) for phase in config.phases}
+    sizes = " or ".join(str(budget) for budget in sorted(budgets))
+    by = f", updates of {config.packing.update_tokens} tokens" if config.packing.update_tokens else ""
+    return f"packing: passes of at most {sizes} tokens, rows of at most {config.max_tokens}{by}"
+
+
+def _prefix(config: RLConfig) -> str:
+    learner = config.learner
+    if learner.prefix == "stock":
+        return f"prefix: stock, {config.optim.micro_batch_size} padded rows a pass"
+    size = (
+        f"{learner.token_budget} tokens"
+        if learner.token_budget
+        else (f"as many tokens as {config.optim.micro_batch_size} padded rows")
+    )
+    return f"prefix: shared, passes of {size}"
+
+
+def _watched(config: RLConfig) -> list[str]:
+    watch = config.watch
+    looks = [f"stop on {', '.join(watch.stop_on)}"] if watch.stop_on else []
+    looks += [f"second verifier {watch.second_verifier}"] if watch.second_verifier else []
+    if watch.held_out:
+        looks.append(f"{_amount(watch.held_out)} every {watch.every} batches")
+    return [f"watch: {'; '.join(looks)}"] if looks else []
+
+
+def _learner(learner: LearnerConfig) -> str:
+    deepspeed = learner.deepspeed
+    engine = f"DeepSpeed ZeRO-{deepspeed.zero_stage}" if deepspeed else "plain PyTorch"
+    offload = ", CPU offload" if deepspeed and deepspeed.offload == "cpu" else ""
+    how = f"LoRA r={learner.lora.r}" if learner.lora else "all parameters"
+    frozen = f", {', '.join(learner.freeze)} frozen" if learner.freeze else ""
+    ranks = f"{learner.processes} process{'es' if learner.processes > 1 else ''} x {learner.threads} threads"
+    again = ", gradient checkpointing" if learner.gradient_checkpointing else ""
+    return f"learner: {engine}{offload}, {ranks}, {learner.dtype}, {how}{frozen}{again}"
+
+
+def _rate(optim: Optim) -> str:
+    warm = f", warm-up {optim.warmup_ratio:g}" if optim.warmup_ratio else ""
+    return f"learning rate {optim.learning_rate:g} {optim.schedule}{warm}"
+
+
+def _amount(source: DataSource) -> str:
+    return f"{source.rows} of {source.set}" if source.rows is not None else f"all of {source.set}"
+
+
+def _evaluation(recipe: Recipe) -> str:
+    cfg = recipe.eval
+    assert cfg is not None
+    return (
+        f"thinking on {_amount(cfg.thinking)}, direct on {_amount(cfg.direct)}, greedy, "
+        f"at most {cfg.max_completion_tokens} tokens"
+    )
+
+
+def _pool(recipe: Recipe) -> str:
+    pool = recipe.rollout
+    assert pool is not None
+    if pool.urls:
+        return f"{pool.engine} at {', '.join(pool.urls)}"
+    return (
+        f"{pool.servers} {pool.engine} server{'s' if pool.servers > 1 else ''} on {pool.device}, {pool.dtype}"
+    )

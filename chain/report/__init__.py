@@ -1,0 +1,1 @@
+"""A run's figures: read, drawn, and written as one page."""

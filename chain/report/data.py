@@ -1,0 +1,237 @@
+"""report.json: what a chain measured, in a schema that stays; report.html shows it with the stages' files.
+
+    {
+      "schema_version": 1,
+      "recipe": "demo", "about": "...", "seed": 0,
+      "chain": "demo-1f0c2a9b",            W&B group
+      "commit": "0123456789ab" or null,    of the code that ran the last stage
+      "versions": {"python": "3.11.7", "torch": "2.13.0", ...},
+      "written": "2026-01-31T12:00:00+00:00",
+      "stages": [                          finished ones, in the chain's order
+        {
+          "name": "rlvr", "parent": "longcot_sft", "finished": "2026-01-31T11:58:00+00:00",
+          "seconds": 61.2,                 training and the data made for it
+          "eval_seconds": 9.8,
+          "eval": {                        {} without held-out sets
+            "thinking": {"accuracy": 0.87, "n": 500, "ci95": [0.84, 0.90], "format_rate": 1.0,
+                         "mean_tokens": 24.1},
+            "direct": {...}
+          },
+          "train": {"steps": 40, "last": {"reward": 0.81, ...}},    each metric's last logged value
+          "prepare": {"pass_at_k": {"kept": 812, "dropped": {"never solved": 1185, "always solved": 3}}},
+          "alarms": [{"batch": 12, "name": "repeats", "text": "..."}]    signs of reward hacking; RL stages
+        }
+      ],
+      "outdated": [],                      left out of stages: made from an earlier run of a stage before
+      "soup": null or {
+        "ingredients": [                   the first is basic SFT's own checkpoint
+          {"name": "basic_sft", "score": 0.97, "distance": 0.08, "eval": {"thinking": {...}, "direct": {...}}}
+        ],
+        "merged": {"method": "uniform", "used": [0, 1], "score": 0.98, "eval": {...}},
+        "distances": {"pairwise": {"0-1": 0.1}, "cosine": {"0-1": 0.4}}
+      }                                    scores on the validation split; distances relative to the start
+    }
+
+Accuracies and rates lie in [0, 1]; lengths are in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from rich import box
+from rich.table import Table
+
+from chain import soup
+from chain.fingerprints import identity
+from chain.recipe import STAGE_NAMES
+from core.files import Manifest, now, read_json, read_jsonl, write_json, write_text
+from core.strict import ConfigError
+from rl.watch import ALARMS
+
+JSON, HTML = "report.json", "report.html"
+MODES = ("thinking", "direct")
+
+
+class ModeScores(BaseModel):
+    """Greedy held-out scores in one mode."""
+
+    accuracy: float
+    n: int
+    ci95: tuple[float, float]
+    format_rate: float
+    mean_tokens: float
+
+
+class StageReport(BaseModel):
+    """One finished stage."""
+
+    name: str
+    parent: str | None
+    finished: str
+    seconds: float
+    eval_seconds: float | None
+    eval: dict[str, ModeScores]
+    train: dict[str, Any]
+    prepare: dict[str, Any]
+    alarms: list[dict[str, Any]] = []
+
+
+class SoupReport(BaseModel):
+    """The soup's ingredients and their merge."""
+
+    model_config = ConfigDict(extra="allow")
+
+    ingredients: list[dict[str, Any]]
+    merged: dict[str, Any]
+
+
+class Report(BaseModel):
+    """The whole of report.json."""
+
+    schema_version: int = 1
+    recipe: str
+    about: str
+    seed: int
+    chain: str
+    commit: str | None
+    versions: dict[str, str]
+    written: str
+    stages: list[StageReport]
+    outdated: list[str]
+    soup: SoupReport | None
+
+
+def build(run_dir: Path) -> Report:
+    """The report of a run's finished stages. Raises ConfigError if the folder is no run."""
+    if not (run_dir / "recipe.json").exists():
+        raise ConfigError(f"{run_dir} is no run folder: recipe.json is missing; `posttrain run` makes one")
+    recipe, chain = read_json(run_dir / "recipe.json"), read_json(run_dir / "chain.json")
+    manifests = {name: Manifest.read(run_dir / name) for name in _names(recipe)}
+    finished = {name: manifest for name, manifest in manifests.items() if manifest}
+    shown = _chain(_names(recipe), finished)
+    cooked = soup.record(run_dir / "soup") if "soup" in shown else None
+    last = max((finished[name] for name in shown), key=lambda manifest: manifest.finished, default=None)
+    return Report(
+        recipe=recipe["name"],
+        about=recipe["about"],
+        seed=recipe["seed"],
+        chain=chain["id"],
+        commit=last.commit if last else None,
+        versions=last.versions if last else {},
+        written=now(),
+        stages=[_stage(run_dir / name, finished[name]) for name in shown],
+        outdated=[name for name in finished if name not in shown],
+        soup=SoupReport.model_validate(cooked) if cooked else None,
+    )
+
+
+def write(run_dir: Path) -> Report:
+    """Write report.json and report.html of a run; return the report."""
+    from chain.report.page import page
+
+    report = build(run_dir)
+    write_json(run_dir / JSON, report)
+    write_text(run_dir / HTML, page(report, run_dir))
+    return report
+
+
+def read(run_dir: Path) -> Report:
+    """The report that `write` left in a run's folder."""
+    return Report.model_validate(read_json(run_dir / JSON))
+
+
+def table(report: Report) -> Table:
+    """The chain as a table: a row per stage, accuracies with their 95% intervals."""
+    rows = Table(
+        title=f"{report.recipe}, seed {report.seed}: held-out, greedy, 95% intervals",
+        caption="format rate and mean tokens: thinking/direct" + _outdated_text(report),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=0,
+    )
+    rows.add_column("stage", no_wrap=True)
+    for heading in ("thinking", "direct", "format", "tokens", "seconds"):
+        rows.add_column(heading, justify="right", no_wrap=True)
+    for stage in report.stages:
+        scores = [stage.eval.get(mode) for mode in MODES]
+        rows.add_row(
+            stage.name,
+            *(accuracy_text(score) for score in scores),
+            "/".join(f"{score.format_rate:.2f}" if score else "-" for score in scores),
+            "/".join(f"{score.mean_tokens:.1f}" if score else "-" for score in scores),
+            f"{stage.seconds:.0f}",
+        )
+    return rows
+
+
+def accuracy_text(scores: ModeScores | None) -> str:
+    """`0.874 [.842, .900]`, or `-` if it was not measured."""
+    if scores is None:
+        return "-"
+    low, high = (f"{end:.3f}".removeprefix("0") for end in scores.ci95)
+    return f"{scores.accuracy:.3f} [{low}, {high}]"
+
+
+def scores_text(scores: dict[str, dict[str, Any]]) -> str:
+    """An evaluation in one line."""
+    parts = [f"{mode} {accuracy_text(ModeScores.model_validate(found))}" for mode, found in scores.items()]
+    return ", ".join(parts) or "not evaluated"
+
+
+def _outdated_text(report: Report) -> str:
+    if not report.outdated:
+        return ""
+    return f"\nnot shown: {', '.join(report.outdated)}, made from an earlier run of a stage before"
+
+
+def _chain(names: Sequence[str], finished: Mapping[str, Manifest]) -> list[str]:
+    """Of the recipe's stages the finished ones that descend from one another as they are now, in order.
+
+    A stage that ran again leaves the ones after it as they were until they run again, too: children of a
+    checkpoint that is no more.
+    """
+    chain: list[str] = []
+    for before, name in zip([None, *names], names, strict=False):
+        manifest = finished.get(name)
+        if manifest is None or manifest.parent != before:
+            continue
+        known = manifest.inputs.get(f"stage:{before}")
+        if before is None or (before in chain and known == identity(finished[before])):
+            chain.append(name)
+    return chain
+
+
+def _names(recipe: dict[str, Any]) -> list[str]:
+    """Stages of a resolved recipe, in order."""
+    return [name for name in STAGE_NAMES if recipe.get(name) is not None]
+
+
+def _stage(folder: Path, manifest: Manifest) -> StageReport:
+    def optional(name: str) -> dict[str, Any]:
+        return read_json(folder / name) if (folder / name).exists() else {}
+
+    scored = optional("eval.json")
+    return StageReport(
+        name=manifest.stage,
+        parent=manifest.parent,
+        finished=manifest.finished,
+        seconds=manifest.seconds,
+        eval_seconds=scored.get("seconds"),
+        eval=scored.get("scores", {}),
+        train=_train(read_jsonl(folder / "metrics.jsonl")),
+        prepare=optional("prepare.json"),
+        alarms=read_jsonl(folder / ALARMS),
+    )
+
+
+def _train(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    last: dict[str, float] = {}
+    for record in metrics:
+        last |= {key: value for key, value in record.items() if isinstance(value, int | float)}
+    steps = last.pop("step", 0)
+    return {"steps": steps, "last": last}

@@ -1,0 +1,135 @@
+"""One checkpoint outside a chain: scored on a recipe's held-out sets, or served until interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from chain import run as runner
+from chain.display import Display
+from chain.inputs import locate_sets
+from chain.pool import OpenPool, Pool
+from chain.recipe import Recipe
+from chain.report import data as report
+from chain.stages import STAGES, Context
+from core.files import read_json, write_json
+from core.strict import ConfigError
+from rl.config import PoolConfig
+from rl.rollout.server import MODEL_NAME
+
+ADAPTER_NAME = "adapter"
+"""What a server calls the core with a LoRA adapter applied."""
+
+
+def evaluate_checkpoint(
+    recipe: Recipe,
+    model: Path,
+    out: Path,
+    *,
+    runs_dir: Path = Path("runs"),
+    open_pool: OpenPool | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score the checkpoint folder `model` in both modes; eval.json and the samples go to `out`.
+
+    The recipe's own sets are generated first if its run has none. Raises ConfigError if it has no eval.
+    """
+    cfg = recipe.eval
+    if cfg is None:
+        raise ConfigError(f"recipe {recipe.name} has no eval: it names the held-out sets")
+    _require_checkpoint(model)
+    display = Display()
+    runner.data(recipe, runs_dir=runs_dir, display=display)
+    out.mkdir(parents=True, exist_ok=True)
+    with Pool(recipe.rollout, out / "logs", open_pool) as pool, display.step("evaluation"):
+        context = Context(
+            recipe=recipe,
+            stage=STAGES[-1],
+            config=cfg,
+            model=model.resolve(),
+            out=out,
+            sets=locate_sets(recipe, (runs_dir / recipe.name).resolve()),
+            folders={},
+            pool=pool,
+            progress=display.passing,
+        )
+        scores = STAGES[-1].evaluate(context)
+    write_json(out / "eval.json", {"model": str(model.resolve()), "scores": scores})
+    display.line(report.scores_text(scores))
+    display.line(f"samples and scores: {out}")
+    return scores
+
+
+def serve(
+    recipe: Recipe,
+    model: Path,
+    runs_dir: Path = Path("runs"),
+    host: str | None = None,
+    port: int | None = None,
+    adapter: Path | None = None,
+) -> None:
+    """Start the recipe's rollout servers on a checkpoint, print their URLs, keep them until interrupted.
+
+    They are started here even if the recipe names `rollout.urls`. `host` and `port` take the place of its
+    `rollout.host` and `rollout.first_port`. With a LoRA `adapter` the servers have a second model by the name
+    `adapter`: the checkpoint with it applied. Raises ServerFailed when the servers have ended once too often.
+    """
+    _require_checkpoint(model)
+    if recipe.rollout is None:
+        raise ConfigError(f"recipe {recipe.name} has no rollout: it says how servers are started")
+    own = {"urls": (), "host": host or recipe.rollout.host, "first_port": port or recipe.rollout.first_port}
+    cfg = recipe.rollout.model_copy(update=own)
+    display = Display()
+    if adapter is not None:
+        cfg = with_adapter(cfg, model, adapter)
+    here = "-".join([socket.gethostname(), *([str(cfg.first_port)] if cfg.first_port else [])])
+    with Pool(cfg, runs_dir / recipe.name / "logs" / here) as pool:
+        with display.step("starting"):
+            pool.urls(model.resolve())
+        urls = [url.replace("//0.0.0.0:", f"//{socket.gethostname()}:") for url in pool.urls(model)]
+        for url in urls:
+            display.line(url)
+        if adapter is not None:
+            display.line(
+                f"models: {MODEL_NAME} is the checkpoint alone, {ADAPTER_NAME} has {adapter} applied"
+            )
+        if cfg.host == "0.0.0.0":
+            display.line(
+                "Whoever reaches these ports can change the served weights: let none but this cluster reach them."
+            )
+        display.line(
+            "Ctrl-C stops them. A recipe uses them with --set 'rollout.urls=[" + ", ".join(urls) + "]'"
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(1)
+                pool.urls(model)
+    display.line("stopped")
+
+
+def with_adapter(cfg: PoolConfig, model: Path, adapter: Path) -> PoolConfig:
+    """The pool's configuration with a LoRA adapter of `model` served beside it.
+
+    Raises ConfigError where no vLLM server is started, AdapterError for what vLLM cannot serve.
+    """
+    from core.checkpoint.adapters import MERGE, check_servable, vllm_arguments
+
+    if cfg.urls or cfg.engine != "vllm":
+        why = "rollout.urls names servers that run already" if cfg.urls else f"rollout.engine={cfg.engine}"
+        raise ConfigError(
+            f"--adapter: {why}, only vLLM servers that we start take one; merge it: {MERGE} {adapter} DST"
+        )
+    arguments = vllm_arguments(check_servable(adapter, model, cfg.device), ADAPTER_NAME)
+    return cfg.model_copy(update={"extra_args": (*cfg.extra_args, *arguments)})
+
+
+def _require_checkpoint(model: Path) -> None:
+    if not (model / "config.json").is_file():
+        raise ConfigError(f"{model}: no checkpoint folder: config.json is missing")
+    kind = read_json(model / "config.json").get("model_type")
+    if kind != "sailvl2":
+        raise ConfigError(
+            f"{model}: model_type={kind!r}, a core has sailvl2; `posttrain core import` makes one"
+        )

@@ -1,0 +1,1 @@
+"""Checkpoints: shards, adapters, merging, and the released layout in and out."""

@@ -1,0 +1,257 @@
+"""LoRA adapters in PEFT's format: what one holds, which core it belongs to, and whether vLLM can serve it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from core.checkpoint.shards import LayoutError, Tensors, listed, own_file, read_object
+from core.files import write_json
+from core.model.parameters import EXPERTS
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE = "base.json"
+"""Beside the adapter, written by our stages: path and weights' hash of the core that it was trained on."""
+MERGE = "posttrain core merge"
+_PREFIX = "base_model.model."
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank. Source: vllm.config.lora (0.31)."""
+_SHOWN = 12
+"""Problems that an error lists of an adapter of another core, which may have one per layer."""
+_TOWER_SIDE = ("model.vision_tower.", "model.multi_modal_projector.")
+
+
+class AdapterError(ValueError):
+    """An adapter is not what it is taken for; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: configuration and tensor names, opened but not read."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Tensors
+    pairs: Mapping[str, tuple[str, str]]
+    """Module -> names of its A (rank, in) and B (out, rank)."""
+    whole: Mapping[str, str]
+    """Parameter of the core -> name of the tensor that replaces it (`modules_to_save`)."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """`base.json`; empty for adapters from elsewhere."""
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max((self.tensors.entries[a].shape[0] for a, _ in self.pairs.values()), default=0)
+
+    def scaling(self, module: str) -> float:
+        """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) where the configuration says rslora."""
+        from peft.utils.other import get_pattern_key
+
+        # As peft finds a module's own alpha: the first pattern that matches, else the adapter's.
+        alphas: dict[str, float] = self.config.get("alpha_pattern") or {}
+        alpha: float = alphas.get(get_pattern_key(list(alphas), module), self.config["lora_alpha"])
+        rank = self.tensors.entries[self.pairs[module][0]].shape[0]
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in a folder. Raises AdapterError for a folder without one, for weights that are no safetensors,
+    for a kind other than plain LoRA on linear layers, and for tensors that belong to no such adapter.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        inside = folder / "adapter"
+        hint = f"; did you mean {inside}?" if (inside / CONFIG).is_file() else ""
+        raise AdapterError(f"{folder}: no adapter: {CONFIG} is missing{hint}")
+    if not (folder / WEIGHTS).is_file():
+        raise AdapterError(
+            f"{folder}: no {WEIGHTS}; adapters are read from safetensors only (a .bin file runs code when read): "
+            "save it again with peft's save_pretrained"
+        )
+    try:
+        config, tensors = read_object(folder / CONFIG), Tensors(folder)
+        base = read_object(folder / BASE) if (folder / BASE).is_file() else {}
+    except LayoutError as error:
+        raise AdapterError(str(error)) from None
+    problems = _kind_problems(config)
+    problems += [
+        f"{BASE}: {key}={base.get(key)!r}: a text is needed" for key in base if not isinstance(base[key], str)
+    ]
+    halves: dict[str, dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    for name in tensors.entries:
+        module, found, half = name.removeprefix(_PREFIX).rpartition(".lora_")
+        if not name.startswith(_PREFIX):
+            problems.append(f"{name}: not of an adapter, whose tensors begin with {_PREFIX}")
+        elif found and half in ("A.weight", "B.weight"):
+            halves.setdefault(module, {})[half[0]] = name
+        elif "lora_" in name:
+            problems.append(f"{name}: not of a linear layer's plain LoRA")
+        else:
+            whole[name.removeprefix(_PREFIX)] = name
+    for module, pair in halves.items():
+        shapes = {half: tensors.entries[name].shape for half, name in pair.items()}
+        if len(pair) < 2:
+            problems.append(f"{module}: only lora_{next(iter(pair))}, the other half is missing")
+        elif (
+            any(len(shape) != 2 or 0 in shape for shape in shapes.values())
+            or shapes["A"][0] != shapes["B"][1]
+        ):
+            problems.append(f"{module}: lora_A {shapes['A']} and lora_B {shapes['B']} do not multiply")
+    if not halves and not whole:
+        problems.append(f"{WEIGHTS} holds no tensors")
+    if problems:
+        raise AdapterError(listed(f"{folder}: cannot use this adapter", problems))
+    pairs = {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
+    return Adapter(folder, config, tensors, pairs, whole, base)
+
+
+def _kind_problems(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type={config.get('peft_type')!r}: only LORA is supported")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        problems.append(f"lora_alpha={config.get('lora_alpha')!r}: a number is needed")
+    if config.get("bias", "none") != "none":
+        problems.append(
+            f"bias={config['bias']!r}: biases that were trained along are not supported; use none"
+        )
+    problems += [
+        f"{key}={config[key]!r}: a variant of LoRA that is not supported"
+        for key in (
+            *("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "trainable_token_indices"),
+            *("target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config"),
+            *("use_bdlora", "velora_config", "monteclora_config", "kasa_config", "mica"),
+        )
+        if config.get(key)
+    ]
+    return problems
+
+
+def check_fits(adapter: Adapter, base: Tensors, core: Path) -> None:
+    """Raise AdapterError, with a line per problem, unless every tensor of the adapter has its place in the core
+    and every layer that the adapter's configuration means has one in the adapter.
+    """
+    problems = []
+    for module, (a, b) in adapter.pairs.items():
+        shape = (adapter.tensors.entries[b].shape[0], adapter.tensors.entries[a].shape[1])
+        there = base.entries.get(f"{module}.weight")
+        if there is None:
+            problems.append(f"{module}: no such layer in the core")
+        elif there.shape != shape:
+            problems.append(f"{module}: for a layer of shape {shape}, the core's is {there.shape}")
+    for name, tensor in adapter.whole.items():
+        there = base.entries.get(name)
+        if there is None and name == "lm_head.weight":
+            problems.append(
+                f"{name}: the core ties its output layer to the embeddings, it has no weight of its own"
+            )
+        elif there is None:
+            problems.append(f"{name}: no such parameter in the core")
+        elif there.shape != adapter.tensors.entries[tensor].shape:
+            problems.append(
+                f"{name}: of shape {adapter.tensors.entries[tensor].shape}, the core's is {there.shape}"
+            )
+    problems += [
+        f"{module}: the adapter's target_modules mean it, the adapter has nothing for it"
+        for module in _targets(adapter, base)
+        if module not in adapter.pairs
+    ]
+    if problems:
+        more = [f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        shown = [f"  {problem}" for problem in problems[:_SHOWN]]
+        raise AdapterError(
+            "\n".join([f"{adapter.folder} does not fit {core}; {len(problems)} problems:", *shown, *more])
+            + "\nname the core it was trained on (`core merge --core`)"
+        )
+
+
+def check_base(adapter: Adapter, core: Path, weights: str) -> bool:
+    """Whether the adapter says which weights it was trained on. Raises AdapterError if it says others than
+    `weights`, the `core.training.learner.weights_hash` of `core`.
+    """
+    expected = adapter.base.get("weights")
+    if expected and expected != weights:
+        raise AdapterError(
+            f"{adapter.folder}: was trained on the weights {expected[:12]} of {adapter.base.get('path')}, and {core} "
+            f"holds {weights[:12]}; name the core it was trained on"
+        )
+    return bool(expected)
+
+
+def write_base(folder: Path, core: Path, weights: str) -> None:
+    """Write into an adapter's folder which core it was trained on: its path, and `weights_hash` of it."""
+    write_json(folder / BASE, {"path": str(Path(core).resolve()), "weights": weights})
+    config = read_object(folder / CONFIG)
+    write_json(folder / CONFIG, config | {"base_model_name_or_path": str(Path(core).resolve())})
+
+
+def check_servable(folder: Path, core: Path, device: Literal["cpu", "gpu"] = "cpu") -> Adapter:
+    """The adapter, if it belongs to `core` and a vLLM server of it on `device` applies all of it.
+
+    Raises AdapterError otherwise, with each reason and the remedy. This has to be asked before a server starts:
+    vLLM 0.31 takes an adapter with tower tensors without a word and serves the language model's half of it.
+    """
+    from core.training.learner import weights_hash
+
+    adapter = read_adapter(folder)
+    text = read_object(own_file(core / "config.json")).get("text_config") or {}
+    check_fits(adapter, Tensors(core), core)
+    if adapter.base:
+        check_base(adapter, core, weights_hash(core))
+    problems = []
+    for prefix, part in zip(
+        _TOWER_SIDE, ("vision tower", "adapter between tower and language model"), strict=True
+    ):
+        count = sum(module.startswith(prefix) for module in adapter.pairs)
+        if count:
+            problems.append(
+                f"{count} LoRA pairs on the {part}: vLLM applies LoRA to the language model only and would leave "
+                "them out without an error"
+            )
+    if adapter.whole:
+        names = ", ".join(sorted(adapter.whole))
+        problems.append(f"whole weights ({names}): vLLM takes low-rank pairs only")
+    if adapter.rank > _VLLM_RANKS[-1]:
+        problems.append(f"rank {adapter.rank}: vLLM takes ranks up to {_VLLM_RANKS[-1]}")
+    if device == "cpu" and text.get("model_type") == "qwen3_moe":
+        problems.append(
+            "the core is a mixture of experts: with LoRA enabled vLLM runs the experts by a Triton kernel, "
+            "which its CPU build has not"
+        )
+    if problems:
+        raise AdapterError(
+            listed(f"{folder}: vLLM cannot serve this adapter as it is", problems)
+            + f"\nmerge it and serve the result: {MERGE} {folder} DST"
+        )
+    return adapter
+
+
+def vllm_arguments(adapter: Adapter, name: str) -> list[str]:
+    """Arguments of vLLM's API server that serve the adapter under a model name of its own, beside the core."""
+    rank = next(rank for rank in _VLLM_RANKS if rank >= adapter.rank)
+    return [
+        *("--enable-lora", "--max-lora-rank", str(rank)),
+        *("--lora-modules", f"{name}={adapter.folder.resolve()}"),
+    ]
+
+
+def _targets(adapter: Adapter, base: Tensors) -> Iterator[str]:
+    """Linear layers of the core that the adapter's `target_modules` match, as peft matches them."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config: Any = LoraConfig.from_pretrained(str(adapter.folder))
+    if not config.target_modules:
+        return
+    for name, entry in base.entries.items():
+        # Experts are one stacked parameter to peft, which plain LoRA leaves alone.
+        if name.endswith(".weight") and len(entry.shape) == 2 and EXPERTS not in name:
+            module = name.removesuffix(".weight")
+            if check_target_module_exists(config, module):
+                yield module

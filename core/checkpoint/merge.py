@@ -1,0 +1,186 @@
+"""A LoRA adapter added to the weights of its core, tensor by tensor: memory for one weight file, and what is mapped
+of another, which the system can drop."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.checkpoint import released_files
+from core.checkpoint.adapters import Adapter, AdapterError, check_base, check_fits, read_adapter
+from core.checkpoint.shards import BYTES, INDEX, Entry, LayoutError, Progress, Tensors, own_file, read_object
+from core.checkpoint.stream import SHARD_BYTES, write_stream
+from core.files import MANIFEST, Manifest, atomic_dir, git_commit, hash_config, hash_tree, now, versions
+from core.strict import ConfigError
+from core.training.learner import MODULES, module_of, weights_hash
+
+if TYPE_CHECKING:
+    import torch
+
+_NOT_COPIED = (INDEX, MANIFEST, "start.json")
+"""What a checkpoint folder says about its own making."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did."""
+
+    core: Path
+    modules: dict[str, int]
+    """Linear layers that were changed, by part of the core."""
+    replaced: int
+    """Parameters that the adapter brought whole."""
+    checked_base: bool
+    """Whether the adapter says which weights it was trained on, and these are they."""
+
+    def text(self) -> str:
+        """The same in words."""
+        parts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self.modules.items())
+        lines = [
+            f"merged into {self.core}: linear layers changed: {parts}; whole parameters: {self.replaced}"
+        ]
+        if not self.checked_base:
+            lines.append(
+                "The adapter does not say which weights it was trained on: only names and shapes were compared."
+            )
+        return "\n".join(lines)
+
+
+def merge_adapter(
+    adapter: Path,
+    dst: Path,
+    *,
+    core: Path | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda work, done, total: None,
+) -> Merged:
+    """Write the core of the adapter at `adapter`, with the adapter merged in, to the folder `dst`.
+
+    `core` is the core it was trained on; default: the one that the adapter names. The result keeps the core's
+    data type, configuration, processor, tokenizer and template, and is written whole or not at all. It equals
+    peft's merge_and_unload bit for bit in float32 and bfloat16.
+
+    Raises ConfigError for a `dst` that is there, and AdapterError, with a line for everything that does not fit,
+    if the adapter belongs to another core or is of a kind that cannot be merged.
+    """
+    if dst.exists():
+        raise ConfigError(f"{dst}: is there already; name another folder, or remove it")
+    started, clock = now(), time.monotonic()
+    opened = read_adapter(adapter)
+    start = core or _named_core(opened)
+    base = _open(start)
+    check_fits(opened, base, start)
+    progress("reading the core", 0, base.nbytes)
+    weights = weights_hash(start)
+    checked = check_base(opened, start, weights)
+    with atomic_dir(dst) as folder:
+        merge_weights(opened, base, folder, max_shard_bytes=max_shard_bytes, progress=progress)
+        _copy_files(start, folder)
+        inputs = {"core": weights, "adapter": hash_tree(adapter)}
+        config_hash = hash_config(read_object(start / "config.json"))
+        Manifest(
+            stage="core merge",
+            fingerprint=hash_config({**inputs, "config": config_hash}),
+            config_hash=config_hash,
+            inputs=inputs,
+            versions=versions(),
+            seed=0,
+            commit=git_commit(),
+            started=started,
+            finished=now(),
+            seconds=time.monotonic() - clock,
+        ).write(folder)
+    counts = dict.fromkeys(MODULES, 0)
+    for module in opened.pairs:
+        counts[module_of(f"{module}.")] += 1
+    return Merged(start, counts, len(opened.whole), checked)
+
+
+def merge_weights(
+    adapter: Adapter,
+    base: Tensors,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda work, done, total: None,
+) -> None:
+    """Write the weights of a core with an adapter that fits it merged in to the folder `out`, files and index.
+
+    The core's weights are taken in `dtype` (default: their own), and the sum is rounded to it once. Raises
+    AdapterError if the sum is not finite.
+    """
+    size = None if dtype is None else dtype.itemsize
+    total = sum(_nbytes(entry, size) for entry in base.entries.values())
+    write_stream(
+        _merged_tensors(adapter, base, dtype),
+        out,
+        total_bytes=total,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+
+
+def _merged_tensors(
+    adapter: Adapter, base: Tensors, dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    import torch
+    from safetensors import safe_open
+
+    (file,) = adapter.tensors.files
+    with safe_open(adapter.folder / file, "pt") as lora:
+        for shard in base.files:
+            with safe_open(base.folder / shard, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  # no mapping
+                    tensor = weights.get_tensor(name)
+                    tensor = tensor if dtype is None else tensor.to(dtype)
+                    module = name.removesuffix(".weight")
+                    if name in adapter.whole:
+                        tensor = lora.get_tensor(adapter.whole[name]).to(tensor.dtype)
+                    elif module in adapter.pairs:
+                        a, b = (lora.get_tensor(half).float() for half in adapter.pairs[module])
+                        # The product and the sum in float32, rounded once: peft's order, and so its bits.
+                        wide = torch.promote_types(tensor.dtype, torch.float32)
+                        tensor = tensor.to(wide).add(b @ a * adapter.scaling(module)).to(tensor.dtype)
+                        if not tensor.isfinite().all():
+                            raise AdapterError(
+                                f"{adapter.folder}: {module} is not finite once merged; the adapter is broken, "
+                                "take an earlier one"
+                            )
+                    yield name, tensor
+
+
+def _nbytes(entry: Entry, itemsize: int | None) -> int:
+    return entry.nbytes if itemsize is None else entry.nbytes // BYTES[entry.dtype] * itemsize
+
+
+def _named_core(adapter: Adapter) -> Path:
+    named = adapter.base.get("path") or adapter.config.get("base_model_name_or_path")
+    if not named or not Path(named).is_dir():
+        raise AdapterError(
+            f"{adapter.folder}: names its core as {named!r}, where there is no folder; say where it is with --core"
+        )
+    return Path(named)
+
+
+def _open(core: Path) -> Tensors:
+    try:
+        if read_object(core / "config.json").get("model_type") != "sailvl2":
+            raise AdapterError(
+                f"{core}: not a native core (model_type sailvl2); `posttrain core import` makes one"
+            )
+        return Tensors(core)
+    except LayoutError as error:
+        raise AdapterError(str(error)) from None
+
+
+def _copy_files(core: Path, out: Path) -> None:
+    """Every file of a checkpoint folder but its weights and what it says about its own making."""
+    for path in sorted(core.iterdir()):
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_COPIED:
+            shutil.copyfile(own_file(path), out / path.name)
+    released_files.hand_on(core, out)

@@ -1,0 +1,177 @@
+"""Cores of any size with random weights, made tensor by tensor: memory for one weight file, whatever the size."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.checkpoint.shards import Progress
+from core.checkpoint.stream import SHARD_BYTES, write_stream
+from core.files import PARTIAL, Manifest, atomic_dir, git_commit, hash_config, now, versions
+from core.model.parameters import EXPERTS, Parameters, count, empty_model
+from core.model.sizes import WORDS, Blueprint, blueprint
+from core.model.tokenizer import generation_config
+from core.strict import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from core.model.configuration import SailVL2Config
+
+Layout = Literal["native", "released"]
+_BYTES = {"float32": 4, "bfloat16": 2}
+_FILES_BYTES = 8 << 20
+"""Room for what lies beside the weights; the padded tokenizer is the largest, at 4 MB."""
+
+
+class DiskFull(RuntimeError):
+    """There is less room on the disk than a core needs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a core of some size comes to, before anything is written."""
+
+    size: str
+    layout: Layout
+    blueprint: Blueprint
+    parameters: Parameters
+    weight_bytes: int
+    disk_bytes: int
+    """At the worst moment: the released layout is written from a native core beside it, which then goes."""
+    free_bytes: int
+
+
+def plan_core(
+    size: str, dst: Path, *, words: Sequence[str] = WORDS, dtype: str | None = None, layout: Layout = "native"
+) -> Plan:
+    """What `new_core` would make, from shapes alone. Raises ConfigError for an unknown size or a taken `dst`."""
+    if dst.exists():
+        raise ConfigError(f"{dst}: is there already; name another folder, or remove it")
+    drawn = blueprint(size, words=words, dtype=dtype)
+    parameters = count(drawn.config)
+    weights = parameters.total * _BYTES[str(drawn.config.dtype).removeprefix("torch.")]
+    disk = weights + _FILES_BYTES
+    if layout == "released":
+        tied = parameters.embeddings if drawn.config.tie_word_embeddings else 0  # written out there
+        disk += (parameters.total + tied) * weights // parameters.total + _FILES_BYTES
+    place = next(folder for folder in dst.absolute().parents if folder.is_dir())
+    return Plan(size, layout, drawn, parameters, weights, disk, shutil.disk_usage(place).free)
+
+
+def new_core(
+    plan: Plan,
+    dst: Path,
+    *,
+    seed: int = 0,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda work, done, total: None,
+) -> Path:
+    """Write the core of a plan with random weights to the folder `dst`, whole or not at all; returns `dst`.
+
+    The distributions are those that transformers initialises with. The same plan and seed give the same weights,
+    whatever happened to torch's random state before. Raises DiskFull before anything is written.
+    """
+    if plan.disk_bytes > plan.free_bytes:
+        raise DiskFull(
+            f"{dst}: a core of size {plan.size} takes {plan.disk_bytes / 1e9:.1f} GB and "
+            f"{plan.free_bytes / 1e9:.1f} GB are free there; free some, name a folder on another disk, or take "
+            "a smaller size"
+        )
+    if plan.layout == "native":
+        with atomic_dir(dst) as folder:
+            _write_native(plan, folder, seed, max_shard_bytes, progress)
+        return dst
+    from core.checkpoint.released import export_released
+
+    native = dst.with_name(f"{dst.name}.native{PARTIAL}")
+    shutil.rmtree(native, ignore_errors=True)
+    native.mkdir(parents=True)
+    try:
+        _write_native(plan, native, seed, max_shard_bytes, progress)
+        export_released(native, dst, max_shard_bytes=max_shard_bytes, progress=progress)
+    finally:
+        shutil.rmtree(native)
+    return dst
+
+
+def _write_native(plan: Plan, folder: Path, seed: int, max_shard_bytes: int, progress: Progress) -> None:
+    started, clock = now(), time.monotonic()
+    config = plan.blueprint.config
+    config.architectures = ["SailVL2ForConditionalGeneration"]
+    write_stream(
+        fresh_tensors(config, seed),
+        folder,
+        total_bytes=plan.weight_bytes,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+    config.save_pretrained(folder)
+    generation_config(plan.blueprint.tokenizer).save_pretrained(folder)
+    plan.blueprint.processor.save_pretrained(folder)
+    values = config.to_dict()
+    Manifest(
+        stage="core new",
+        fingerprint=hash_config({"size": plan.size, "config": values, "seed": seed}),
+        config_hash=hash_config(values),
+        versions=versions(),
+        seed=seed,
+        commit=git_commit(),
+        started=started,
+        finished=now(),
+        seconds=time.monotonic() - clock,
+    ).write(folder)
+
+
+def fresh_tensors(config: SailVL2Config, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Freshly initialised weights by their names in a native checkpoint, made as they are asked for.
+
+    Memory: the tensors of one module (of one layer's experts, for a mixture of experts). Each module draws from a
+    generator of its own, seeded by its name.
+    """
+    from transformers import PreTrainedModel
+
+    model = empty_model(config)
+    tied = set(model.all_tied_weights_keys)
+    models = {place: part for place, part in model.named_modules() if isinstance(part, PreTrainedModel)}
+    for place, module in model.named_modules():
+        names = [f"{place}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        if not names or tied.intersection(names):
+            continue
+        # Each part initialises with its own configuration: the innermost model around the module.
+        owner = models[max((at for at in models if f"{place}.".startswith(f"{at}." if at else "")), key=len)]
+        for name, tensor in zip(names, _initialised(owner, module, f"{seed} {place}"), strict=True):
+            yield from _on_disk(name, tensor)
+
+
+def _initialised(owner: Any, module: torch.nn.Module, seed: str) -> list[torch.Tensor]:
+    """The parameters of one module of an empty model, initialised as its model would; the module stays empty."""
+    import torch
+
+    module.to_empty(device="cpu", recurse=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7]))
+        owner._init_weights(module)
+    tensors = [parameter.detach() for parameter in module.parameters(recurse=False)]
+    module.to_empty(device="meta", recurse=False)
+    return tensors
+
+
+def _on_disk(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Under the names of files: transformers stacks experts in memory, and writes each by itself."""
+    if EXPERTS not in name:
+        yield name, tensor
+        return
+    stem, part = name.rsplit(".", 1)
+    for number, expert in enumerate(tensor):
+        if part == "gate_up_proj":
+            gate, up = expert.chunk(2)
+            yield f"{stem}.{number}.gate_proj.weight", gate.clone()
+            yield f"{stem}.{number}.up_proj.weight", up.clone()
+        else:
+            yield f"{stem}.{number}.{part}.weight", expert.clone()

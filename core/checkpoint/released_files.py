@@ -1,0 +1,98 @@
+"""The files of a release beside its weights: carried inside a native core as data, so that an export is complete.
+
+Nothing here is executed. They lie in the folder `released/` of a core and of every checkpoint trained from it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.checkpoint.released_names import RELEASED_HEAD
+from core.checkpoint.shards import INDEX, LayoutError, Tensors, own_file, read_object
+from core.files import MANIFEST, write_json
+
+FOLDER = "released"
+RECORD = "import.json"
+"""In that folder: what an export has to know and the files do not say."""
+_SUFFIXES = {".py", ".json", ".jinja", ".txt", ".md", ".model", ".tiktoken"}
+_LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_MAX_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release's files, found in the release itself or in a core that carries them."""
+
+    folder: Path
+    head_stored: bool
+    """Whether the release stores its output layer, also where that is the embedding."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Release | None:
+        """The release that a native checkpoint carries, or that the folder is; None for neither.
+
+        Raises LayoutError if the folder does not exist.
+        """
+        if not folder.is_dir():
+            raise LayoutError(f"{folder}: no folder")
+        if (folder / FOLDER / RECORD).exists():
+            return cls(folder / FOLDER, read_object(folder / FOLDER / RECORD).get("head_stored") is True)
+        if (folder / "config.json").exists() and "llm_config" in read_object(folder / "config.json"):
+            return cls(folder, RELEASED_HEAD in Tensors(folder))
+        return None
+
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return read_object(self.folder / "config.json")
+
+
+def carried(folder: Path) -> list[str]:
+    """Names of the files beside the weights that go with a release, sorted. Raises LayoutError for links outside."""
+    return sorted(
+        own_file(path).name
+        for path in folder.iterdir()
+        if path.is_file()
+        and (path.suffix in _SUFFIXES or legal(path.name))
+        and path.name not in (INDEX, MANIFEST, RECORD)
+        and not path.name.startswith(".")
+        and path.stat().st_size <= _MAX_BYTES
+    )
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Names of what lies in a release and is neither weights nor carried, sorted; hidden files do not count."""
+    known = {*carried(folder), INDEX, MANIFEST, RECORD}
+    return sorted(
+        path.name + ("/" if path.is_dir() else "")
+        for path in folder.iterdir()
+        if path.name not in known and path.suffix != ".safetensors" and not path.name.startswith(".")
+    )
+
+
+def legal(name: str) -> bool:
+    """Whether a file of this name holds a licence or notice."""
+    return name.upper().startswith(_LEGAL)
+
+
+def store(source: Path, names: list[str], out: Path, *, head_stored: bool) -> None:
+    """Copy the files of a release into the native core `out`, its licence to the top as well."""
+    (out / FOLDER).mkdir()
+    for name in names:
+        shutil.copyfile(source / name, out / FOLDER / name)
+        if legal(name):
+            shutil.copyfile(source / name, out / name)
+    write_json(out / FOLDER / RECORD, {"head_stored": head_stored})
+
+
+def hand_on(start: Path, out: Path) -> None:
+    """Give a checkpoint the release's files and licence of the one it was made from; nothing if that has none."""
+    if not start.is_dir():  # a hub id
+        return
+    if (start / FOLDER).is_dir():
+        shutil.copytree(start / FOLDER, out / FOLDER)
+    for path in start.iterdir():
+        if path.is_file() and legal(path.name):
+            shutil.copyfile(path, out / path.name)

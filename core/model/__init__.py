@@ -1,0 +1,1 @@
+"""The SAIL-VL2 model: configuration, modeling, processing, tokenizer and the vLLM plug-in."""

@@ -1,0 +1,136 @@
+"""The sizes of core that there are: SAIL-VL2's own three and two small ones, as configurations without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from core.model.tiny import IMAGENET_MEAN, IMAGENET_STD, TinySize, tiny_config, tiny_processor
+from core.model.tokenizer import (
+    IMAGE_TOKEN,
+    PAD,
+    RELEASED_IDS,
+    RELEASED_VOCABULARY,
+    TURN_END,
+    build_padded_tokenizer,
+    build_word_tokenizer,
+)
+from core.strict import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from core.model.configuration import SailVL2Config
+    from core.model.processing import SailVL2Processor
+
+SMALL = {
+    "tiny": TinySize(),
+    "mid": TinySize(
+        image_px=448,
+        vision_hidden=256,
+        vision_layers=6,
+        vision_mlp=512,
+        text_hidden=384,
+        text_layers=8,
+        text_heads=6,
+        text_head_dim=64,
+        text_mlp=1024,
+    ),
+}
+"""`tiny` is the demo's architecture; `mid` has 18M parameters and real tiles: 448 px, 256 tokens each."""
+
+DEFAULT_VISION = {
+    "model_type": "aimv2_vision_model",
+    **{"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 12},
+    **{"image_size": 448, "patch_size": 14, "rms_norm_eps": 1e-5, "use_head": False},
+}
+"""SAIL-ViT-Huge. Source: the released `vision_config` (hidden 1536, 24 blocks, 12 heads, SwiGLU 4096)."""
+_QWEN3 = {
+    **{"model_type": "qwen3", "vocab_size": RELEASED_VOCABULARY, "head_dim": 128, "rms_norm_eps": 1e-6},
+    **{"num_key_value_heads": 8, "max_position_embeddings": 40960},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    **{"pad_token_id": RELEASED_IDS[PAD], "eos_token_id": RELEASED_IDS[TURN_END]},
+}
+TEXT: dict[str, dict[str, Any]] = {
+    "2b": _QWEN3
+    | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
+    | {"num_attention_heads": 16, "tie_word_embeddings": True},
+    "8b": _QWEN3
+    | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+    | {"num_attention_heads": 32, "tie_word_embeddings": False},
+    "a3b": _QWEN3
+    | {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48}
+    | {"num_attention_heads": 32, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+}
+"""Language models of SAIL-VL2-2B, -8B and -A3B: Qwen3-1.7B, Qwen3-8B and Qwen3-30B-A3B. Source: their config.json."""
+MAX_TILES = 10
+"""Tiles that the released image processor cuts from an image, at most (a thumbnail comes on top)."""
+WORDS = ("compute", "A", "B", "plus", "minus", "digit", "cell", "question", "read", "image", "yes", "no")
+"""Words of the word-level tokenizer, unless the user names others."""
+
+SIZES = (*SMALL, *TEXT)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All of a core but its weights."""
+
+    config: SailVL2Config
+    tokenizer: PreTrainedTokenizerBase
+    processor: SailVL2Processor
+
+
+def core_config(size: str) -> SailVL2Config:
+    """The configuration of one of the real sizes: SAIL-ViT-Huge and a Qwen3. Raises ConfigError for another name."""
+    from core.model.configuration import SailVL2Config
+
+    if size not in TEXT:
+        raise ConfigError(f"size {size!r}: {nearest(size, TEXT)}")
+    return SailVL2Config(
+        vision_config=dict(DEFAULT_VISION),
+        text_config=dict(TEXT[size]),
+        image_token_id=RELEASED_IDS[IMAGE_TOKEN],
+    )
+
+
+def blueprint(size: str, *, words: Sequence[str] = WORDS, dtype: str | None = None) -> Blueprint:
+    """Configuration, tokenizer and processor of a size.
+
+    No released vocabulary is at hand, so every size gets a word-level tokenizer of `words`; the real sizes' is
+    padded to the released vocabulary, with the chat tokens at their released ids. `dtype` is float32 or bfloat16;
+    default: float32 for tiny and mid, bfloat16 for the others. Raises ConfigError for another size, and for words
+    that are none.
+    """
+    if size not in SIZES:
+        raise ConfigError(f"size {size!r}: {nearest(size, SIZES)}")
+    try:
+        tokenizer = (build_word_tokenizer if size in SMALL else build_padded_tokenizer)(words)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if size in SMALL:
+        config = tiny_config(tokenizer, SMALL[size])
+        processor = tiny_processor(tokenizer, SMALL[size])
+    else:
+        config = core_config(size)
+        processor = _tiling_processor(tokenizer, config)
+    for part in (config, config.vision_config, config.text_config):
+        part.dtype = dtype or ("float32" if size in SMALL else "bfloat16")
+    return Blueprint(config, tokenizer, processor)
+
+
+def _tiling_processor(tokenizer: PreTrainedTokenizerBase, config: SailVL2Config) -> SailVL2Processor:
+    from core.model.image_tiles import SailVL2ImageProcessor
+    from core.model.processing import SailVL2Processor
+
+    side = config.vision_config.image_size
+    image_processor = SailVL2ImageProcessor(
+        size={"height": side, "width": side},
+        min_patches=1,
+        max_patches=MAX_TILES,
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )
+    assert config.image_seq_length is not None
+    return SailVL2Processor(image_processor, tokenizer, image_seq_length=config.image_seq_length)

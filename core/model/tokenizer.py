@@ -1,0 +1,136 @@
+r"""The chat tokens of a SAIL-VL2 core, its chat template, and the word-level tokenizer of the tiny cores.
+
+The word-level tokenizer drops white space and decodes without it ("C=9;9+7=16"), so encoding a decoded text
+gives the same ids, with one exception: two words side by side decode to one ("read A" -> "readA"). (Symbols
+given as words can make another: "<", "think" and ">" side by side spell a tag.) What a tiny core is taught to
+write has a symbol, a digit or a tag between any two words; questions have not, and are never re-encoded.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, product
+from pathlib import Path
+from string import ascii_lowercase
+from typing import TYPE_CHECKING
+
+from core.model.prompts import THINK_CONTRACT
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+PAD = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+IMAGE_START = "<img>"
+IMAGE_END = "</img>"
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+UNKNOWN = "[UNK]"
+
+SPECIAL_TOKENS = (PAD, TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_TOKEN, UNKNOWN)
+"""Dropped by `skip_special_tokens=True`."""
+MARKUP_TOKENS = ("<think>", "</think>", r"\boxed{", "}", THINK_CONTRACT)
+"""Single tokens that are part of the text: `skip_special_tokens=True` keeps them, so rewards see them."""
+RELEASED_IDS = {
+    **{PAD: 151643, TURN_START: 151644, TURN_END: 151645, "<think>": 151667, "</think>": 151668},
+    **{IMAGE_START: 151669, IMAGE_END: 151670, IMAGE_TOKEN: 151671},
+}
+"""Where the released vocabulary has the tokens that every core needs."""
+RELEASED_VOCABULARY = 151936
+"""Rows of the released embeddings, which are more than the tokens. Source: Qwen3's config.json."""
+SYMBOLS = tuple("+-*/=.,;:?!()")
+ROLES = ("system", "user", "assistant")
+
+_PIECE = r"[A-Za-z]+|[^A-Za-z\s]"
+
+
+def chat_template() -> str:
+    """The Jinja source every native core is saved with."""
+    return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+
+
+def generation_config(tokenizer: "PreTrainedTokenizerBase") -> "GenerationConfig":
+    """What `generate` and vLLM stop at (the end of the turn and of the text) and pad with (the latter).
+
+    Holds no sampling parameters on purpose: vLLM would make them every request's defaults. Raises ValueError
+    if the tokenizer lacks one of the two tokens.
+    """
+    from transformers import GenerationConfig
+
+    ends = [token_id(tokenizer, token) for token in (TURN_END, PAD)]
+    return GenerationConfig(eos_token_id=ends, pad_token_id=ends[-1])
+
+
+def token_id(tokenizer: "PreTrainedTokenizerBase", token: str) -> int:
+    """The id of a token that every SAIL-VL2 tokenizer has; raises ValueError if this one has not."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    if not isinstance(found, int) or found == tokenizer.unk_token_id:
+        raise ValueError(f"the tokenizer has no token {token}: it is not the tokenizer of a SAIL-VL2 core")
+    return found
+
+
+def build_word_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerBase":
+    """A tokenizer with one token per word, digit and symbol, and the chat tokens of the real one.
+
+    Ids depend on the order of `words` alone. A word is letters only, or one symbol; repeated words count
+    once. Raises ValueError for anything else, as the pre-tokenizer would cut it and never find it again.
+    """
+    return _tokenizer({word: i for i, word in enumerate(_vocabulary(words))})
+
+
+def build_padded_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerBase":
+    """The word-level tokenizer in the shape of the released one: `RELEASED_VOCABULARY` tokens, chat tokens at
+    their released ids, and words that no text holds ("unusedaaaa") at the ids in between.
+
+    For cores of the real sizes with random weights: whatever id such a core samples is one word, and every id
+    that a configuration names means what it means in a release. Raises ValueError as `build_word_tokenizer`.
+    """
+    vocabulary = [word for word in _vocabulary(words) if word not in RELEASED_IDS]
+    fillers = (f"unused{''.join(letters)}" for letters in product(ascii_lowercase, repeat=4))
+    taken = {*vocabulary, *RELEASED_IDS}
+    given = chain(vocabulary, (filler for filler in fillers if filler not in taken))
+    at = {number: word for word, number in RELEASED_IDS.items()}
+    return _tokenizer(
+        {
+            at[number] if number in at else next(given): number
+            for number in range(max(RELEASED_VOCABULARY, len(vocabulary) + len(at)))
+        }
+    )
+
+
+def _tokenizer(vocabulary: Mapping[str, int]) -> "PreTrainedTokenizerBase":
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(WordLevel(dict(vocabulary), unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\s+"), behavior="removed"),
+            pre_tokenizers.Split(Regex(_PIECE), behavior="isolated"),
+        ]
+    )
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKUP_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=TURN_END,
+        unk_token=UNKNOWN,
+        extra_special_tokens=[TURN_START, IMAGE_START, IMAGE_END, IMAGE_TOKEN],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=chat_template(),
+    )
+
+
+def _vocabulary(words: Iterable[str]) -> Sequence[str]:
+    asked = list(words)
+    for word in asked:
+        if not re.fullmatch(_PIECE, word):
+            raise ValueError(
+                f"word {word!r}: a word is letters A-Z a-z only, or one other character; split it up"
+            )
+    return list(dict.fromkeys([*SPECIAL_TOKENS, *MARKUP_TOKENS, *"0123456789", *SYMBOLS, *ROLES, *asked]))

@@ -1,0 +1,66 @@
+"""The `vllm.general_plugins` entry point that lets a stock vLLM server load a native core.
+
+vLLM calls it in every process it starts (API server, engine core, workers), before it reads the model's
+configuration. vLLM's transformers backend then finds the classes through the Auto classes and as attributes
+of the `transformers` module. Two questions that vLLM asks no processor are answered for ours: which image is
+the costliest, and which token of an image that has only one stands for it.
+"""
+
+from functools import wraps
+from typing import Any
+
+
+def register() -> None:
+    """Register the core with transformers and vLLM; idempotent, as vLLM may call a plug-in more than once."""
+    import core
+
+    core.register()
+    _measure_with_the_costliest_image()
+    _find_the_token_of_an_image_of_one()
+
+
+def _measure_with_the_costliest_image() -> None:
+    """Let vLLM size its encoder cache and its memory by the image of a core with the most tokens.
+
+    vLLM 0.31 takes a square of 10,000 pixels for that image and refuses what has more tokens where a step takes
+    few of them (2,048, its default on A100s, GPUs below 70 GB and CPUs). Of up to twelve tiles a square gets nine and a
+    thumbnail, 2,562 tokens, a 4:3 image thirteen, 3,330. Resizing the square also takes ten seconds of each start.
+    """
+    from vllm.model_executor.models.transformers.multimodal import MultiModalProcessingInfo
+    from vllm.multimodal.parse import ImageSize
+
+    from core.model.processing import SailVL2Processor
+
+    stock = MultiModalProcessingInfo.get_image_size_with_most_features
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @wraps(stock)
+    def costliest(self: Any) -> ImageSize:
+        processor = self.get_hf_processor()
+        if not isinstance(processor, SailVL2Processor):
+            return stock(self)
+        height, width = processor.costliest_image()
+        return ImageSize(width=width, height=height)
+
+    MultiModalProcessingInfo.get_image_size_with_most_features = costliest  # type: ignore[method-assign]
+
+
+def _find_the_token_of_an_image_of_one() -> None:
+    """Let vLLM put the features of an image of one token in that token's place.
+
+    vLLM 0.31 takes the most frequent of the tokens that an image becomes, which here are `<img>`, its tokens and
+    `</img>`. Where it has one token (of any resolution, up to 41 pixels a side) none is: the least id would win.
+    """
+    from vllm.model_executor.models.transformers import multimodal
+
+    stock = multimodal._get_embed_token_id
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @wraps(stock)
+    def between_its_marks(replacement_ids: Any) -> int:
+        ids = replacement_ids.tolist()
+        return ids[1] if len(set(ids)) == len(ids) == 3 else stock(replacement_ids)
+
+    multimodal._get_embed_token_id = between_its_marks

@@ -1,0 +1,428 @@
+"""How much memory a rank needs to train a core: arithmetic over shapes, without torch.
+
+What transformers, TRL and DeepSpeed keep is counted tensor by tensor from their source, for the versions that this
+project pins; tests/core/test_memory.py holds it against what autograd keeps and against measured peaks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.model.sizes import DEFAULT_VISION, TEXT
+from core.training.learner import LearnerConfig, Module
+
+GIB = 2**30
+LIVE = 1_000_000_000
+"""DeepSpeed's stage3_max_live_parameters: weights that ZeRO-3 holds whole at a time, in elements."""
+HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
+"""The tile of logits that TRL's fused output layer computes at a time: the whole matrix never exists."""
+HEAD_COPIES = {"cpu": 7, "gpu": 0}
+"""float32 copies of that tile that its backward pass makes: torch's operations on a CPU, one Triton kernel on a GPU."""
+FP32, BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class CoreShape:
+    """The sizes that decide what a core takes; from its config.json."""
+
+    image_px: int
+    patch_px: int
+    vision_hidden: int
+    vision_layers: int
+    vision_heads: int
+    vision_mlp: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocabulary: int
+    tied: bool
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_mlp: int = 0
+
+    @classmethod
+    def read(cls, folder: Path) -> CoreShape:
+        """The shape of the native core in a folder; its weights are not looked at."""
+        return cls.of(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> CoreShape:
+        """The shape in a native core's config.json. Raises KeyError naming what is missing."""
+        vision, text = config["vision_config"], config["text_config"]
+        return cls(
+            image_px=vision["image_size"],
+            patch_px=vision["patch_size"],
+            vision_hidden=vision["hidden_size"],
+            vision_layers=vision["num_hidden_layers"],
+            vision_heads=vision["num_attention_heads"],
+            vision_mlp=vision["intermediate_size"],
+            hidden=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+            kv_heads=text["num_key_value_heads"],
+            head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+            mlp=text["intermediate_size"],
+            vocabulary=text["vocab_size"],
+            tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+            experts=text.get("num_experts") or text.get("num_local_experts") or 0,
+            experts_per_token=text.get("num_experts_per_tok") or 0,
+            expert_mlp=text.get("moe_intermediate_size") or 0,
+        )
+
+    @property
+    def patches(self) -> int:
+        """Patches of one tile."""
+        return (self.image_px // self.patch_px) ** 2
+
+    @property
+    def tile_tokens(self) -> int:
+        """Language-model tokens of one tile: two by two patches become one."""
+        return self.patches // 4
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the input embedding; an output layer of its own has as many."""
+        return self.vocabulary * self.hidden
+
+    def parameters(self) -> dict[Module, int]:
+        """Parameters of each module."""
+        h, m, t = self.vision_hidden, self.vision_mlp, self.hidden
+        tower = (
+            (3 * self.patch_px**2 + 1) * h + self.patches * h + 2 * h
+        )  # patches, positions, first and last norm
+        tower += self.vision_layers * (4 * h * h + 3 * h * m + 2 * h)
+        adapter = 2 * 4 * h + (4 * h + 1) * t + (t + 1) * t
+        feed_forward = 3 * t * self.mlp
+        if self.experts:
+            feed_forward = self.experts * (3 * t * self.expert_mlp + t)
+        layer = t * (2 * self.query + 2 * self.key) + 2 * self.head_dim + 2 * t + feed_forward
+        language_model = self.layers * layer + t + self.embedding * (1 if self.tied else 2)
+        return {"tower": tower, "adapter": adapter, "language_model": language_model}
+
+    def adapter_parameters(self, rank: int, everywhere: bool) -> int:
+        """Parameters of LoRA adapters of this rank on the language model's linear layers, or on all.
+
+        A mixture of experts keeps its experts in one tensor per layer, which gets no adapter.
+        """
+        t = self.hidden
+        pairs = 2 * (t + self.query) + 2 * (t + self.key)
+        pairs += 0 if self.experts else 3 * (t + self.mlp)
+        total = self.layers * pairs
+        if everywhere:
+            h, m = self.vision_hidden, self.vision_mlp
+            total += self.vision_layers * (4 * 2 * h + 3 * (h + m)) + (4 * h + t) + 2 * t
+        return rank * total
+
+    def cache_token(self, width: int = BF16) -> int:
+        """Bytes of one token's keys and values in a server's cache."""
+        return 2 * self.layers * self.key * width
+
+
+SHAPES = {
+    size: CoreShape.of({"vision_config": DEFAULT_VISION, "text_config": text}) for size, text in TEXT.items()
+}
+"""SAIL-VL2-2B, -8B and -A3B: SAIL-ViT-Huge with Qwen3-1.7B, Qwen3-8B and Qwen3-30B-A3B."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest forward-backward pass of one rank."""
+
+    tokens: int
+    """In the packed row."""
+    tiles: int = 0
+    scored: int | None = None
+    """Positions that reach the output layer; None: all."""
+    attended: int | None = None
+    """Keys and values that attention keeps, in tokens: those of a prompt once per completion where attention reads
+    copies of them (shared prefix on a GPU); None: each once."""
+    repeats_heads: bool = False
+    """Whether keys and values are repeated for every query head before attention (shared prefix)."""
+    accumulates: bool = True
+    """Whether gradients of earlier passes wait while this one runs: several passes per update."""
+    reference: bool = False
+    """Whether a frozen copy of the policy is held (the KL term of full-parameter training)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One rank's bytes on its device, by what they are, and on the host."""
+
+    weights: int
+    optimizer: int
+    """Master weights and AdamW's moments."""
+    gradients: int
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    recomputed: int
+    """What one layer takes while it is computed again; 0 without gradient checkpointing."""
+    head: int
+    """The output layer's tile of logits and its gradient in float32."""
+    buffers: int
+    """Communication buckets, and copies that hold while they are filled."""
+    step: int
+    """What the optimizer step needs for a moment."""
+    accumulates: bool
+    host: int
+    """Offloaded states, gradients included."""
+    head_gradient: int
+    """Of the output layer's weight, from the beginning of the backward pass on."""
+    tied: bool
+    """Whether the embedding's gradient joins it at the end: both, and for a moment their sum."""
+
+    @property
+    def resident(self) -> int:
+        """What stays between two updates: what a server that shares the GPU has to live with."""
+        return self.weights + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """The most at any time: at the turn from forward to backward, at the end of backward, or in the step."""
+        waiting = self.gradients if self.accumulates else 0
+        # The output layer's backward pass is over when the last layer is computed again; its gradient stays.
+        turn = (
+            waiting + self.activations + max(self.head, self.recomputed + self.head_gradient) + self.buffers
+        )
+        end = self.gradients + (2 * self.head_gradient if self.tied else 0) + self.buffers
+        return self.resident + max(turn, end, self.gradients + self.step)
+
+
+def estimate(
+    shape: CoreShape,
+    learner: LearnerConfig,
+    work: Work,
+    *,
+    frozen: tuple[Module, ...] | None = None,
+    gpu: bool = True,
+) -> Memory:
+    """What one rank of the learner takes at its largest pass.
+
+    Args:
+        shape: the core.
+        learner: precision, ZeRO, LoRA, checkpointing.
+        work: the pass.
+        frozen: modules that stay as they are; None: the learner's.
+        gpu: on a CPU, offloaded states stay in the same memory, AdamW goes tensor by tensor, and the output layer
+            works on whole tiles.
+    """
+    parameters = shape.parameters()
+    frozen = learner.freeze if frozen is None else frozen
+    total = sum(parameters.values())
+    lora = learner.lora
+    moving: set[Module]
+    if lora:
+        everywhere = lora.targets == "all_linear"
+        trained = shape.adapter_parameters(lora.r, everywhere)
+        moving = {"language_model", "tower", "adapter"} if everywhere else {"language_model"}
+        total_held = total + trained
+    else:
+        moving = set(parameters) - set(frozen)
+        trained = sum(parameters[name] for name in moving)
+        total_held = total
+    widths = _widths(learner)
+    states = _states(learner, total_held, trained, widths, gpu, work, shape)
+    headed = "language_model" in moving and not lora
+    kept, recomputed = _activations(shape, learner, work, moving, widths)
+    return Memory(
+        activations=kept,
+        recomputed=recomputed,
+        head=_head(shape, work, widths, gpu, weight=headed),
+        head_gradient=shape.embedding * widths.weight if headed else 0,
+        tied=shape.tied,
+        accumulates=work.accumulates,
+        **states,
+    )
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """Bytes per number."""
+
+    weight: int
+    compute: int
+    stream: int
+    """The residual stream: float32 where weights are, even when layers compute in bfloat16."""
+    adapter: int
+    """LoRA adapters; peft keeps them in float32 unless DeepSpeed casts them."""
+
+    @property
+    def autocast(self) -> bool:
+        return self.compute < self.weight
+
+
+def _widths(learner: LearnerConfig) -> _Widths:
+    if learner.dtype == "float32":
+        return _Widths(FP32, FP32, FP32, FP32)
+    half = learner.deepspeed is not None or learner.lora is not None
+    weight = BF16 if half else FP32
+    return _Widths(weight, BF16, weight, BF16 if learner.deepspeed else FP32)
+
+
+def _states(
+    learner: LearnerConfig,
+    total: int,
+    trained: int,
+    widths: _Widths,
+    gpu: bool,
+    work: Work,
+    shape: CoreShape,
+) -> dict[str, int]:
+    """Weights, optimizer states, gradients and buffers, on the device and on the host."""
+    deepspeed, ranks = learner.deepspeed, learner.processes
+    own = widths.adapter if learner.lora else widths.weight
+    frozen = total - trained
+    weights = frozen * widths.weight + trained * own
+    if work.reference and not learner.lora:
+        weights += frozen * widths.weight + trained * widths.weight
+    if deepspeed is None or deepspeed.zero_stage == 0:
+        master = FP32 * trained if deepspeed else 0  # DeepSpeed keeps masters even of float32 weights
+        gradients = own * trained
+        buffers = widths.compute * total if widths.autocast else 0  # autocast's copies of the weights
+        buffers += gradients if ranks > 1 else 0  # DDP's buckets
+        largest = max(shape.embedding, _largest(shape)) if not learner.lora else trained // 64
+        return {
+            "weights": weights,
+            "optimizer": master + 2 * FP32 * trained,
+            "gradients": gradients + (FP32 * trained if deepspeed else 0),
+            "buffers": buffers,
+            # AdamW makes one copy of what it works on: of all tensors at once on a GPU, else of one at a time.
+            "step": FP32 * trained if gpu else 2 * FP32 * min(largest, trained),
+            "host": 0,
+        }
+    stage, offload = deepspeed.zero_stage, deepspeed.offload == "cpu"
+    part = -(-trained // ranks)
+    if stage == 3:
+        weights = -(-weights // ranks) + own * min(LIVE, total)
+    optimizer = 3 * FP32 * part
+    gradients = own * (trained if stage == 1 else part)
+    bucket = deepspeed.bucket_elements if gpu else min(deepspeed.bucket_elements, trained)
+    largest = min(trained, _largest(shape) if learner.lora else max(shape.embedding, _largest(shape)))
+    # Two buckets of gradients on their way, and the gradient that just came; offload copies that one once more.
+    buckets = own * ((2 if stage >= 2 else 1) * bucket + largest * (2 if offload else 1))
+    step = FP32 * part * (2 if gpu else 3)  # gradients in float32, and AdamW's copies
+    if not offload:
+        return {
+            "weights": weights,
+            "optimizer": optimizer,
+            "gradients": gradients,
+            "buffers": buckets,
+            "step": step,
+            "host": 0,
+        }
+    # Gradients wait on the host in float32 for their own part, and whole where passes accumulate.
+    host = optimizer + FP32 * part + 2 * FP32 * part
+    host += own * trained if work.accumulates else 0
+    if stage == 3:
+        host += own * -(-total // ranks)
+        weights = own * min(LIVE, total)
+    device = {"weights": weights, "optimizer": 0, "gradients": 0, "buffers": buckets, "step": 0, "host": host}
+    if gpu:
+        return device
+    return {**device, "optimizer": optimizer + FP32 * part, "gradients": gradients, "step": step, "host": 0}
+
+
+def _largest(shape: CoreShape) -> int:
+    """Parameters of the largest single tensor of a layer."""
+    experts = shape.experts * 2 * shape.expert_mlp * shape.hidden
+    return max(experts, shape.mlp * shape.hidden, shape.vision_mlp * shape.vision_hidden)
+
+
+def _activations(
+    shape: CoreShape, learner: LearnerConfig, work: Work, moving: set[Module], widths: _Widths
+) -> tuple[int, int]:
+    """Bytes that the forward pass keeps, and those of a layer that is computed again."""
+    text_layer = _text_layer(
+        shape, learner, work, widths, full="language_model" in moving and not learner.lora
+    )
+    sees = bool(moving & {"tower"})
+    lora = learner.lora is not None
+    patches = work.tiles * shape.patches
+    vision_layer = _vision_layer(shape, patches, widths, full=sees and not lora) if sees else 0
+    # Below the language model nothing is kept unless something there moves.
+    between = _adapter(shape, work.tiles * shape.tile_tokens, widths) if moving & {"tower", "adapter"} else 0
+    between += patches * shape.vision_hidden * (widths.stream + FP32) if sees else 0
+    stream = work.tokens * shape.hidden * widths.stream
+    last = work.tokens * shape.hidden * (FP32 + widths.stream) + stream
+    if not learner.gradient_checkpointing:
+        return shape.layers * text_layer + shape.vision_layers * vision_layer + between + last, 0
+    inputs = shape.layers * stream
+    inputs += shape.vision_layers * patches * shape.vision_hidden * widths.stream if sees else 0
+    # One layer is computed again at a time; its gradients are made while its activations are there.
+    wide = shape.experts_per_token * shape.expert_mlp if shape.experts else shape.mlp
+    again = text_layer + _in_flight(work.tokens, wide, shape.hidden, widths)
+    if sees:
+        seen = vision_layer + _in_flight(patches, shape.vision_mlp, shape.vision_hidden, widths)
+        again = max(again, seen)
+    return inputs + between + last, again
+
+
+def _in_flight(positions: int, wide: int, hidden: int, widths: _Widths) -> int:
+    """Gradients of a layer's activations that exist together while it is walked back."""
+    return positions * 2 * (widths.compute * wide + widths.stream * hidden)
+
+
+def _norm(width: int, widths: _Widths, full: bool) -> int:
+    """An RMS norm of one position: its input in float32, and what its weight is multiplied with."""
+    return FP32 * width + (widths.stream * width if full else 0)
+
+
+def _text_layer(shape: CoreShape, learner: LearnerConfig, work: Work, widths: _Widths, *, full: bool) -> int:
+    """One layer of the language model; `full` where its own weights move, not adapters beside them."""
+    c, h, q, k = widths.compute, shape.hidden, shape.query, shape.key
+    lora = learner.lora is not None
+    linear = full or lora  # a linear layer keeps its input for the weight's gradient
+    token = 2 * _norm(h, widths, full) + _norm(q + k, widths, full)
+    token += 2 * c * h if linear else 0  # inputs of attention and of the feed-forward part
+    token += c * (q + q) + FP32 * shape.heads  # rotated queries, attention's output, its log-sum-exp
+    token += (
+        0 if work.repeats_heads else (c * q if linear else 0)
+    )  # packed rows are put together: a second output
+    if shape.experts:
+        token += 3 * FP32 * shape.experts
+        token += shape.experts_per_token * c * (3 * h + 4 * shape.expert_mlp)
+    else:
+        token += c * shape.mlp * (4 if linear else 3)
+    attended = work.tokens if work.attended is None else work.attended
+    return work.tokens * token + attended * 2 * c * (q if work.repeats_heads else k)
+
+
+def _vision_layer(shape: CoreShape, patches: int, widths: _Widths, *, full: bool) -> int:
+    """One layer of the tower."""
+    c, h = widths.compute, shape.vision_hidden
+    patch = (
+        2 * _norm(h, widths, full)
+        + 2 * c * h
+        + 4 * c * h
+        + FP32 * shape.vision_heads
+        + 4 * c * shape.vision_mlp
+    )
+    return patches * patch
+
+
+def _adapter(shape: CoreShape, tokens: int, widths: _Widths) -> int:
+    """The projector: its norm's input and output, GELU's input and output."""
+    return tokens * widths.compute * (8 * shape.vision_hidden + 2 * shape.hidden)
+
+
+def _head(shape: CoreShape, work: Work, widths: _Widths, gpu: bool, *, weight: bool) -> int:
+    """The output layer's backward pass: a tile of logits, gradients of hidden states and of the weight in float32."""
+    scored = work.tokens if work.scored is None else work.scored
+    tile = min(scored, HEAD_TOKENS) * min(shape.vocabulary, HEAD_VOCABULARY)
+    copies = FP32 * HEAD_COPIES["gpu" if gpu else "cpu"]
+    gradient = (FP32 + (widths.weight if widths.weight < FP32 else 0)) * shape.embedding if weight else 0
+    return tile * (widths.compute + copies) + gradient + scored * shape.hidden * (widths.compute + FP32)

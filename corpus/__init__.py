@@ -1,0 +1,1 @@
+"""Rows: their schema, reading and writing."""

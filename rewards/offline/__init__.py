@@ -1,0 +1,1 @@
+"""Rewards outside a run: score, diff, gold-answer tests, judge audits."""

@@ -1,0 +1,288 @@
+"""`posttrain score`: stored completions through any rewards, without a model; a line in, a line out."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from core.strict import ConfigError
+from rewards.calls import Caller, Pending, Reward, RewardError, problem_text
+from rewards.example import Example
+from rewards.offline.rows import Line, RowError, completion_of_row, example_of_row, read_lines
+from rewards.registry import load_reward
+from rewards.verdict import Verdict
+
+CHUNK_ROWS = 512
+CHUNK_BYTES = 8 << 20
+"""Rows and bytes that are graded together, and held in memory twice."""
+
+
+@dataclass
+class Summary:
+    """What was scored."""
+
+    rows: int = 0
+    """Lines of the input."""
+    errors: int = 0
+    """Of them the ones that are no rows."""
+    seconds: float = 0.0
+    statuses: dict[str, Counter[str]] = field(default_factory=dict)
+    """By reward."""
+    sums: Counter[str] = field(default_factory=Counter)
+    """Of scores, by reward."""
+    scored: Counter[str] = field(default_factory=Counter)
+    """Completions with a score, by reward."""
+    raised: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """By reward that raised: how often, and the first error."""
+
+
+def rewards_of(
+    names: str, params: Mapping[str, Mapping[str, Any]], folders: Sequence[Path]
+) -> dict[str, Reward]:
+    """The rewards that a list names, by the names they are shown under.
+
+    Args:
+        names: separated by commas; each a name of rewards.registry, or `shown=name`.
+        params: of some of them, by shown name.
+        folders: where users' own modules are looked for.
+
+    Raises ConfigError for an unknown name or a parameter that does not fit.
+    """
+    found: dict[str, Reward] = {}
+    for text in filter(None, (part.strip() for part in names.split(","))):
+        shown, equals, use = text.partition("=")
+        if not equals:
+            use = text
+        if shown in found:
+            raise ConfigError(f"--rewards: {shown!r} twice; call one by another name: other={use}")
+        found[shown] = load(use, params.get(shown, {}), folders)
+    if not found:
+        raise ConfigError("--rewards names none; write some, separated by commas: answer,format")
+    strange = sorted(set(params) - set(found))
+    if strange:
+        raise ConfigError(f"--param is for {strange[0]!r}, which --rewards does not name")
+    return found
+
+
+def load(use: str, params: Mapping[str, Any], folders: Sequence[Path]) -> Reward:
+    """One reward. Raises ConfigError where it is not there or its parameters do not fit."""
+    try:
+        return load_reward(use, params, folders)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def score(
+    source: Path,
+    target: Path,
+    rewards: Mapping[str, Reward],
+    workers: int,
+    mode: str | None = None,
+    on_bytes: Any = None,
+) -> Summary:
+    """Write every row of a JSONL file with its verdicts under "rewards" to another, in order.
+
+    A line that is no row becomes {"line": number, "error": why}; a reward that raises leaves that one verdict
+    unscorable with the error as its reason. Memory does not grow with the file. The target appears when it is
+    whole; it may be the source.
+
+    Args:
+        rewards: by the names they are shown under.
+        workers: completions that are graded at once.
+        mode: of rows that do not name theirs; None reads it off the row (rewards.offline.rows).
+        on_bytes: called with the bytes done since the last call.
+    """
+    started = time.monotonic()
+    summary = Summary(statuses={name: Counter() for name in rewards})
+    caller = Caller(workers)
+    begun: list[_Chunk] = []
+    with _draft(target) as file:
+        try:
+            for lines in _chunks(source):
+                begun.append(_Chunk.begin(lines, source.parent, rewards, caller, mode))
+                if (
+                    len(begun) > 1
+                ):  # one is under way while the last completions of the one before are waited for
+                    begun.pop(0).write(file, summary, on_bytes)
+            for chunk in begun:
+                chunk.write(file, summary, on_bytes)
+        finally:
+            for chunk in begun:
+                chunk.cancel()
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+@dataclass
+class _Chunk:
+    """Lines whose completions are being graded."""
+
+    lines: list[Line]
+    problems: dict[int, str]
+    """By place in the chunk, what is wrong with a line."""
+    pending: dict[str, Pending]
+
+    @classmethod
+    def begin(
+        cls, lines: list[Line], folder: Path, rewards: Mapping[str, Reward], caller: Caller, mode: str | None
+    ) -> _Chunk:
+        problems: dict[int, str] = {}
+        completions: list[str] = []
+        examples: list[Example] = []
+        for place, line in enumerate(lines):
+            try:
+                if line.row is None:
+                    raise RowError(line.problem)
+                example = example_of_row(line.row, line.number, folder, mode)
+                completions.append(completion_of_row(line.row, example))
+                examples.append(example)
+            except RowError as error:
+                problems[place] = str(error)
+        pending = {}
+        if examples:
+            pending = {
+                name: caller.start(reward, name, completions, examples) for name, reward in rewards.items()
+            }
+        return cls(lines, problems, pending)
+
+    def cancel(self) -> None:
+        """Drop what has not begun."""
+        for pending in self.pending.values():
+            pending.cancel()
+
+    def write(self, file: IO[str], summary: Summary, on_bytes: Any) -> None:
+        graded = {name: iter(pending.results()) for name, pending in self.pending.items()}
+        for place, line in enumerate(self.lines):
+            summary.rows += 1
+            problem = self.problems.get(place)
+            if problem is None:
+                verdicts = {name: _counted(name, next(results), summary) for name, results in graded.items()}
+                text = _json(line.row or {}, verdicts)
+                problem = "" if text else "nested too deeply to be written"
+            if problem:
+                summary.errors += 1
+                text = json.dumps(_error_line(line, problem))
+            file.write(text + "\n")
+        if on_bytes:
+            on_bytes(sum(line.size for line in self.lines))
+
+
+def _counted(name: str, result: Verdict | RewardError, summary: Summary) -> Verdict:
+    if isinstance(result, RewardError):
+        count, first = summary.raised.get(name, (0, str(result)))
+        summary.raised[name] = count + 1, first
+        result = Verdict.unscored(problem_text(result.__cause__ or result))
+    summary.statuses[name][result.status.value] += 1
+    if result.score is not None:
+        summary.scored[name] += 1
+        summary.sums[name] += result.score  # type: ignore[assignment]  # a Counter adds floats as well
+    return result
+
+
+def _json(row: Mapping[str, Any], verdicts: Mapping[str, Verdict]) -> str:
+    """The row with its verdicts; "" if it is nested too deeply to be written."""
+    scored = {
+        name: {
+            "score": verdict.score,
+            "status": verdict.status,
+            "answer": verdict.answer,
+            "why": verdict.reason,
+        }
+        for name, verdict in verdicts.items()
+    }
+    try:
+        text = json.dumps({**row, "rewards": scored}, ensure_ascii=False)
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:  # half a surrogate pair has no UTF-8; escaped it can be written
+        return json.dumps({**row, "rewards": scored})
+    except RecursionError:
+        return ""
+
+
+def _error_line(line: Line, problem: str) -> dict[str, Any]:
+    identity = (line.row or {}).get("id")
+    known = {"id": identity} if isinstance(identity, str | int) else {}
+    return {"line": line.number, **known, "error": problem}
+
+
+def _chunks(source: Path) -> Iterator[list[Line]]:
+    chunk: list[Line] = []
+    size = 0
+    for line in read_lines(source):
+        chunk.append(line)
+        size += line.size
+        if len(chunk) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[IO[str]]:
+    """A file to write, which takes its place when the block ends without an exception."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def run(
+    source: Path,
+    target: Path,
+    names: str,
+    params: Mapping[str, Mapping[str, Any]],
+    workers: int,
+    mode: str | None,
+) -> Summary:
+    """The command: score with a progress bar, and print the summary. Raises ConfigError for what is not there."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from chain.display import new_console
+
+    if not source.is_file():
+        raise ConfigError(f"--input {source}: no such file")
+    rewards = rewards_of(names, params, [Path.cwd()])
+    console = new_console()
+    columns = (TextColumn("scoring"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("scoring", total=source.stat().st_size)
+        summary = score(source, target, rewards, workers, mode, lambda size: progress.advance(task, size))
+    console.print(_table(summary))
+    rate = summary.rows / summary.seconds if summary.seconds else 0.0
+    console.print(
+        f"{summary.rows} rows, {summary.errors} of them no rows, in {summary.seconds:.1f}s: "
+        f"{rate:,.0f} pairs/s; written to {target}",
+        markup=False,
+        soft_wrap=True,
+    )
+    for name, (count, first) in summary.raised.items():
+        console.print(f"{name} raised {count} times; the first: {first}", markup=False, soft_wrap=True)
+    return summary
+
+
+def _table(summary: Summary) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("reward", "mean score", "scored", "statuses")
+    for name, statuses in summary.statuses.items():
+        scored = summary.scored[name]
+        mean = f"{summary.sums[name] / scored:.4f}" if scored else "-"
+        counts = ", ".join(f"{status} {count}" for status, count in statuses.most_common())
+        table.add_row(escape(name), mean, str(scored), counts)
+    return table

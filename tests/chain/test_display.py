@@ -1,0 +1,50 @@
+"""The terminal shows what is going on: whole lines of a growing file, few of them where nobody watches."""
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from chain import display as progress
+from chain.display import Display, Tail, duration, metrics_text
+
+
+def test_a_tail_gives_each_line_once_and_only_when_it_is_whole(tmp_path):
+    tail = Tail(tmp_path / "metrics.jsonl")
+    assert tail.new() == []
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1}\n{"st')
+        file.flush()
+        assert tail.new() == [{"step": 1}]
+        assert tail.new() == []
+        file.write('ep": 2}\n')
+    assert tail.new() == [{"step": 2}]
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    display = Display(Console(file=StringIO(), width=80))
+    with display.step("rlvr"):  # at 0 s; then one look every 6 s
+        for text in ("step 1", "step 2", "step 3", "step 3", "step 3", "step 4"):
+            display.passing(text)
+    printed = display.console.file.getvalue().splitlines()
+    assert printed == ["rlvr: step 2  12s", "rlvr: step 3  24s", "rlvr: step 4  36s"]
+
+
+def test_text_from_outside_is_not_read_as_markup():
+    display = Display(Console(file=StringIO(), width=80, force_terminal=True, highlight=False))
+    with display.step("[red]x[/red]"):
+        display.passing("[/nonsense]")
+    display.line("[bold]kept[/bold]")
+    assert "[bold]kept[/bold]" in display.console.file.getvalue()
+
+
+def test_a_metrics_line_in_few_words():
+    record = {"step": 12, "phase": "mixed", "loss": 0.5, "reward": None, "rollout/correct": 1, "lr": 1e-3}
+    assert metrics_text(record) == "mixed  step 12  loss 0.500  correct 1.000"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.4, "59s"), (185, "3m05s"), (7620, "2h07m")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,314 @@
+"""The runner: what runs, what is skipped, and what a crash leaves behind."""
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from chain import run as runner
+from chain.launch import Rendezvous, StageFailed, command, environment, last_lines, run_job
+from chain.pool import Pool
+from core.files import Manifest, read_json
+from core.strict import ConfigError
+from rl.rollout.client import RolloutError
+
+EVERYTHING = ["data", "core", "basic_sft", "rlvr"]
+
+
+def test_a_chain_leaves_a_checkpoint_config_manifest_and_scores_per_stage(toy):
+    toy.run()
+    assert toy.calls() == EVERYTHING
+    for stage in ("core", "basic_sft", "rlvr"):
+        folder = toy.run_dir / stage
+        assert (folder / "checkpoint" / "config.json").exists()
+        assert read_json(folder / "config.json")
+        assert read_json(folder / "eval.json")["scores"]["direct"]["accuracy"] == 0.5
+    manifest = Manifest.read(toy.run_dir / "rlvr")
+    assert (manifest.parent, manifest.seed) == ("basic_sft", 0)
+    assert set(manifest.inputs) == {"set:extra", "stage:basic_sft", "code:toy_stages:train"}
+    report = read_json(toy.run_dir / "report.json")
+    assert [stage["name"] for stage in report["stages"]] == ["core", "basic_sft", "rlvr"]
+    assert (toy.run_dir / "report.html").exists()
+    assert not list(toy.run_dir.glob("*.partial"))
+
+
+def test_a_second_run_skips_finished_stages_and_says_so(toy):
+    toy.run()
+    toy.calls()
+    toy.evaluated.clear()
+    toy.run()
+    assert toy.calls() == []
+    assert toy.evaluated == []
+    assert "rlvr: finished, inputs and config unchanged — skipped" in toy.printed
+
+
+def test_a_changed_stage_and_everything_after_it_runs_again(toy):
+    toy.run()
+    toy.calls()
+    toy.run("basic_sft.phases.0.optim.learning_rate=0.002")
+    assert toy.calls() == ["basic_sft", "rlvr"]
+
+
+def test_a_stage_run_again_by_force_makes_the_next_one_run_again_later(toy):
+    toy.run()
+    toy.calls()
+    toy.run(from_="basic_sft", until="basic_sft", force=True)
+    assert toy.calls() == ["basic_sft"]
+    toy.run()
+    assert toy.calls() == ["rlvr"]
+
+
+def test_changed_data_reruns_only_the_stages_that_read_it(toy):
+    toy.run()
+    toy.calls()
+    toy.run("data.generate.params={flavour: sweet}")  # changes the set `extra`, which rlvr filters
+    assert toy.calls() == ["data", "rlvr"]
+
+
+def test_changed_generator_code_makes_the_data_again(toy):
+    toy.run(until="core")
+    toy.calls()
+    code = toy.root / "code" / "toy_stages.py"
+    code.write_text(code.read_text() + "\n# another generator\n")
+    toy.run(until="core")
+    assert toy.calls() == ["data", "core"]
+
+
+def test_a_half_written_stage_is_not_taken_for_a_finished_one(toy):
+    toy.run()
+    toy.calls()
+    # Killed between training and the rename: everything is there, under the other name.
+    (toy.run_dir / "rlvr").rename(toy.run_dir / "rlvr.partial")
+    toy.run()
+    assert toy.calls() == ["rlvr"]
+    assert not (toy.run_dir / "rlvr.partial").exists()
+
+
+def test_a_folder_without_a_manifest_is_not_a_finished_stage(toy):
+    toy.run()
+    toy.calls()
+    (toy.run_dir / "rlvr" / "manifest.json").unlink()
+    toy.run()
+    assert toy.calls() == ["rlvr"]
+
+
+def test_a_failed_stage_shows_its_last_lines_and_the_next_run_continues_there(toy, monkeypatch):
+    monkeypatch.setenv("TOY_FAIL", "rlvr")
+    with pytest.raises(
+        StageFailed, match=r"(?s)rlvr: .*exit code 3.*rlvr\.partial/log\.txt.*the reason is here"
+    ):
+        toy.run()
+    assert toy.pools[-1] == "stop"
+    assert not (toy.run_dir / "rlvr").exists()
+    toy.calls()
+    monkeypatch.delenv("TOY_FAIL")
+    toy.run()
+    assert toy.calls() == ["rlvr"]
+
+
+def test_a_failed_stage_that_saves_goes_on_in_its_folder_unless_it_changed(toy, monkeypatch):
+    saving = "basic_sft.save_every=1"
+    left = toy.run_dir / "basic_sft.partial" / "left"
+    for overrides, stays in (([saving], True), ([saving, "basic_sft.max_tokens=65"], False), ([], False)):
+        monkeypatch.setenv("TOY_FAIL", "basic_sft")
+        with pytest.raises(StageFailed):
+            toy.run(saving, until="basic_sft")
+        left.write_text("half of it")
+        monkeypatch.delenv("TOY_FAIL")
+        (left.parent / "checkpoint").rmdir()
+        toy.run(*overrides, until="basic_sft")
+        assert (toy.run_dir / "basic_sft" / "left").exists() == stays
+        assert ("basic_sft: goes on where an interrupted run left off" in toy.printed) == stays
+        shutil.rmtree(toy.run_dir / "basic_sft")
+
+
+def test_data_made_for_a_stage_survives_its_failure_and_a_change_of_its_training(toy, monkeypatch):
+    monkeypatch.setenv("TOY_FAIL", "rlvr")
+    with pytest.raises(StageFailed):
+        toy.run()
+    monkeypatch.delenv("TOY_FAIL")
+    toy.run("rlvr.optim.learning_rate=0.1")
+    assert toy.prepared == ["rlvr"]
+    assert "rlvr: pass_at_k kept 3, dropped 2 (never solved 2)" in toy.printed
+    assert read_json(toy.run_dir / "rlvr" / "prepare.json")["pass_at_k"]["kept"] == 3
+
+
+def test_from_needs_the_stages_before_it(toy):
+    with pytest.raises(ConfigError, match=r"--from rlvr: not finished: core, basic_sft .*start from core"):
+        toy.run(from_="rlvr")
+    assert toy.calls() == []
+
+
+def test_from_takes_earlier_stages_as_they_are_and_warns(toy):
+    toy.run()
+    toy.calls()
+    toy.run("basic_sft.max_tokens=65", "rlvr.batches=3", from_="rlvr")
+    assert toy.calls() == ["rlvr"]
+    assert "basic_sft: its config or inputs have changed since it ran" in toy.printed
+
+
+def test_until_stops_there_and_an_unknown_stage_names_the_nearest(toy):
+    toy.run(until="basic_sft")
+    assert toy.calls() == ["data", "core", "basic_sft"]
+    with pytest.raises(ConfigError, match="did you mean rlvr"):
+        toy.run(until="rlvrr")
+    with pytest.raises(ConfigError, match="comes after --until"):
+        toy.run(from_="rlvr", until="core")
+
+
+def test_one_pool_serves_the_chain_and_starts_only_when_needed(toy):
+    toy.run(until="basic_sft")
+    assert toy.pools == ["start with core", "stop"]
+    toy.run(until="basic_sft")
+    assert len(toy.pools) == 2
+    toy.run()
+    assert toy.pools[2:] == ["start with basic_sft", "stop"]
+    assert json.loads((toy.run_dir / "rlvr" / "metrics.jsonl").read_text().splitlines()[0])["urls"] == 1
+
+
+def test_a_stage_is_evaluated_while_the_next_one_trains_unless_that_one_samples(toy, monkeypatch):
+    begun = []
+    real = runner.run_job
+
+    def run_job_of(job, *args, **options):
+        begun.append((job["stage"], list(toy.evaluated)))
+        if job["stage"] == "basic_sft":
+            trained.set()
+        real(job, *args, **options)
+
+    trained = threading.Event()
+    monkeypatch.setattr(runner, "run_job", run_job_of)
+    toy.before_scores = lambda stage: trained.wait(60) if stage == "core" else None
+    toy.run()
+    assert begun[2:] == [("basic_sft", []), ("rlvr", ["core", "basic_sft"])]
+
+
+def test_servers_that_share_gpus_sleep_before_every_learner_and_nothing_is_evaluated_beside_it(
+    toy, monkeypatch
+):
+    happened = []
+
+    class Client:
+        def sleep(self):
+            happened.append("sleep")
+
+    real = runner.run_job
+
+    def run_job_of(job, *args, **options):
+        happened.append(job["stage"])
+        real(job, *args, **options)
+
+    monkeypatch.setattr(runner, "run_job", run_job_of)
+    monkeypatch.setattr(Pool, "_connected", lambda pool, model: Client())
+    toy.before_scores = lambda stage: happened.append(f"evaluate {stage}")
+    toy.run("rollout.share_gpus=true", "rollout.device=gpu")
+    assert happened == [
+        *("data", "core", "evaluate core"),
+        *("sleep", "basic_sft", "evaluate basic_sft"),
+        *("sleep", "rlvr", "evaluate rlvr"),
+    ]
+
+
+def test_an_evaluation_that_fails_stops_the_chain_and_is_done_again_later(toy, monkeypatch):
+    def fail(stage):
+        raise RolloutError("the server is gone")
+
+    toy.before_scores = fail
+    with pytest.raises(RolloutError, match="the server is gone"):
+        toy.run()
+    assert toy.calls() == ["data", "core", "basic_sft"]
+    assert toy.pools[-1] == "stop"
+    toy.before_scores = lambda stage: None
+    toy.run()
+    assert toy.calls() == ["rlvr"]
+    assert toy.evaluated == ["core", "basic_sft", "rlvr"]
+
+
+def test_another_evaluation_scores_again_without_training(toy):
+    toy.run()
+    toy.calls()
+    toy.evaluated.clear()
+    toy.run("eval.max_completion_tokens=16")
+    assert toy.calls() == []
+    assert toy.evaluated == ["core", "basic_sft", "rlvr"]
+
+
+def test_two_chains_cannot_share_a_folder(toy):
+    from chain.run import _locked
+
+    toy.run_dir.mkdir(parents=True)
+    with _locked(toy.run_dir), pytest.raises(ConfigError, match="in use by another posttrain"):
+        toy.run()
+
+
+def test_missing_data_stops_the_chain_before_it_starts(toy):
+    with pytest.raises(ConfigError, match=r"data\.sets\.more = 'nowhere\.parquet': no such file"):
+        toy.run("data.sets.more=nowhere.parquet")
+    assert toy.calls() == []
+
+
+def test_folders_named_like_ours_where_the_user_stands_are_not_imported(toy, monkeypatch):
+    for name in ("core", "rl", "recipes"):
+        (toy.root / "here" / name).mkdir(parents=True)
+        (toy.root / "here" / name / "__init__.py").write_text("raise SystemExit('a stranger')")
+    monkeypatch.chdir(toy.root / "here")
+    toy.run(until="core")
+    assert toy.calls() == ["data", "core"]
+
+
+def test_an_interrupt_stops_the_child_and_what_it_started(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(
+        "import os, pathlib, subprocess, time\n"
+        "def work(job):\n"
+        "    grandchild = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        "    pathlib.Path(job['out'], 'pids').write_text(f'{os.getpid()} {grandchild.pid}')\n"
+        "    time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pids = tmp_path / "pids"
+
+    def interrupt_when_running():
+        if pids.exists() and pids.read_text():
+            raise KeyboardInterrupt
+
+    job = {"stage": "slow", "kind": "slow:work", "out": str(tmp_path)}
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, tmp_path, on_poll=interrupt_when_running)
+    time.sleep(0.1)
+    for pid in map(int, pids.read_text().split()):
+        # A zombie has ended; whoever adopted it has not yet looked.
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_several_processes_run_under_torchrun_and_none_searches_the_working_directory(tmp_path):
+    one, two = command(tmp_path / "job.json", 1), command(tmp_path / "job.json", 2)
+    assert one[:5] == [sys.executable, "-P", "-m", "chain.worker", str(tmp_path / "job.json")]
+    assert two[1:5] == ["-P", "-m", "rl.rollout.tethered", str(os.getpid())]
+    assert two[5:11] == [*one[:3], "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    several = command(tmp_path / "job.json", 1, Rendezvous(2, 1, "10.0.0.7", 4321))
+    assert several[8:14] == [
+        "torch.distributed.run",
+        *(
+            "--nnodes=2",
+            "--node-rank=1",
+            "--master-addr=10.0.0.7",
+            "--master-port=4321",
+            "--nproc-per-node=1",
+        ),
+    ]
+    env = environment(threads=3)
+    assert (env["OMP_NUM_THREADS"], env["PYTHONSAFEPATH"]) == ("3", "1")
+
+
+def test_a_failed_rank_is_heard_over_torchruns_own_traceback(tmp_path):
+    torchrun = "E1121 09:31:28 29 lib/torch/distributed/elastic/multiprocessing/api.py:1002] failed"
+    lines = [*map(str, range(50)), "RuntimeError: rank one broke", torchrun, *["  File torchrun"] * 40]
+    (tmp_path / "log.txt").write_text("\n".join(lines))
+    shown = last_lines(tmp_path / "log.txt").splitlines()
+    assert shown[-1] == "RuntimeError: rank one broke"
+    assert len(shown) == 40

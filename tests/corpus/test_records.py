@@ -1,0 +1,233 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from core.model.prompts import THINK_CONTRACT
+from core.strict import ConfigError, parse
+from corpus.records import FIELDS, RecordError, load_records, problem_of, write_records
+
+PIXELS = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
+
+
+def record(number: int = 0, **changes):
+    row = {
+        **{
+            "id": f"row-{number}",
+            "images": [Image.fromarray(PIXELS)],
+            "question": "What is A?",
+            "answer": "4",
+        },
+        **{"mode": "think", "verifier": "exact", "chain": "A = 4 .", "source": "panels", "meta": {"A": 4}},
+    }
+    return {**row, **changes}
+
+
+def stored(number: int = 0, **changes):
+    """A row as a file of somebody else holds it: nothing checked it."""
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "PNG")
+    row = {
+        **record(number),
+        "images": [{"bytes": buffer.getvalue(), "path": None}],
+        "meta": "{}",
+        "response": None,
+    }
+    return {**row, **changes}
+
+
+def raw(path, rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path):
+    path = tmp_path / "set.parquet"
+    assert write_records(path, [record()]) == 1
+    (row,) = load_records(path)
+    assert tuple(row) == FIELDS
+    assert np.array_equal(np.asarray(row["images"][0]), PIXELS)
+    expected = {**record(), "response": None}
+    assert {name: row[name] for name in FIELDS if name != "images"} == {
+        name: expected[name] for name in FIELDS if name != "images"
+    }
+
+
+def test_the_images_column_is_pictures_to_datasets(tmp_path):
+    import datasets
+
+    write_records(tmp_path / "set.parquet", [record()])
+    row = datasets.load_dataset("parquet", data_files=str(tmp_path / "set.parquet"), split="train")[0]
+    assert row["images"][0].size == (6, 8)
+
+
+def test_fields_left_out_get_their_defaults(tmp_path):
+    path = raw(
+        tmp_path / "set.parquet",
+        [{"id": "a", "question": "2+2?", "answer": "4", "mode": "direct", "verifier": "number"}],
+    )
+    (row,) = load_records(path)
+    assert (row["images"], row["chain"], row["source"], row["meta"]) == ([], None, "", {})
+
+
+def test_a_seed_draws_the_same_rows_again_and_another_seed_others(tmp_path):
+    path = tmp_path / "set.parquet"
+    write_records(path, [record(number) for number in range(40)])
+    draws = [[row["id"] for row in load_records(path, rows=5, seed=seed)] for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert draws[0] == sorted(draws[0], key=lambda name: int(name.split("-")[1]))  # in the file's order
+
+
+def test_without_a_seed_the_first_rows_are_taken(tmp_path):
+    path = tmp_path / "set.parquet"
+    write_records(path, [record(number) for number in range(4)])
+    assert [row["id"] for row in load_records(path, rows=2)] == ["row-0", "row-1"]
+
+
+def test_more_rows_than_there_are_is_an_error_not_a_smaller_mixture(tmp_path):
+    path = tmp_path / "set.parquet"
+    write_records(path, [record()])
+    with pytest.raises(RecordError, match="rows=2 were asked for, 1 usable"):
+        load_records(path, rows=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": [{"bytes": b"\x89PNG broken", "path": None}]}, "images: must decode"),
+        ({"images": [{"bytes": None, "path": "/etc/hostname"}]}, "images: must decode.*only a path"),
+        ({"answer": ""}, "answer: gold answer is missing.*response"),
+        ({"answer": None}, "answer: must be a string"),
+        ({"question": "  "}, "question: must not be empty"),
+        ({"id": ""}, "id: must not be empty"),
+        ({"mode": "thinking"}, "mode: must be one of think, direct.*'thinking'.*did you mean think"),
+        ({"verifier": "maths"}, "verifier: must be one of.*did you mean math"),
+        ({"question": "<IMG_CONTEXT> What?"}, "question: holds an image placeholder.*IMG_CONTEXT.*remove it"),
+        ({"answer": "4<|im_end|>"}, "answer: holds an image placeholder or chat token"),
+        ({"chain": "</img>"}, "chain: holds an image placeholder"),
+        ({"response": "<|im_start|>user"}, "response: holds an image placeholder or chat token"),
+        ({"chain": "<think>A = 4"}, "chain: holds a think tag.*response"),
+        ({"question": f"What?\n{THINK_CONTRACT}"}, "question: holds the thinking contract.*adds it"),
+        ({"meta": "[1, 2]"}, "meta: must be a JSON object"),
+        ({"meta": "{"}, "meta: must be a JSON object"),
+    ],
+)
+def test_a_bad_row_is_refused_with_file_row_field_rule_and_remedy(tmp_path, changes, message):
+    path = raw(tmp_path / "bad.parquet", [stored(0), stored(1), stored(2, **changes)])
+    with pytest.raises(RecordError, match=f"(?s)bad.parquet: row 2: {message}"):
+        load_records(path)
+
+
+def test_a_truncated_picture_is_found(tmp_path):
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "JPEG")
+    path = raw(tmp_path / "bad.parquet", [stored(images=[{"bytes": buffer.getvalue()[:-200], "path": None}])])
+    with pytest.raises(RecordError, match=r"images: must decode.*truncated"):
+        load_records(path)
+
+
+def test_a_second_row_of_the_same_id_is_refused(tmp_path):
+    path = raw(tmp_path / "bad.parquet", [stored(0), stored(0)])
+    with pytest.raises(RecordError, match=r"row 1: id: must be unique.*'row-0'"):
+        load_records(path)
+
+
+def test_dropped_rows_are_counted_by_rule(tmp_path, caplog):
+    rows = [stored(0), stored(1, answer=""), stored(2, answer=""), stored(3, mode="x"), stored(4)]
+    records = load_records(raw(tmp_path / "bad.parquet", rows), on_bad="drop")
+    assert [row["id"] for row in records] == ["row-0", "row-4"]
+    assert records.dropped == {"answer: gold answer is missing": 2, "mode: must be one of think, direct": 1}
+    assert "dropped 3 rows" in caplog.text
+
+
+def test_a_draw_replaces_the_rows_it_drops(tmp_path):
+    rows = [stored(number, answer="" if number % 2 else "4") for number in range(20)]
+    assert len(load_records(raw(tmp_path / "bad.parquet", rows), rows=10, seed=0, on_bad="drop")) == 10
+
+
+def test_many_bad_rows_are_reported_together(tmp_path):
+    path = raw(tmp_path / "bad.parquet", [stored(number, answer="") for number in range(9)])
+    with pytest.raises(
+        RecordError, match=r"(?s)row 0.*row 4.*and 4 more bad rows.*'answer: gold answer is missing': 9"
+    ):
+        load_records(path)
+
+
+def test_an_unknown_column_names_the_nearest_known(tmp_path):
+    path = raw(tmp_path / "bad.parquet", [{**stored(), "anwser": "4"}])
+    with pytest.raises(RecordError, match="unknown column 'anwser'; did you mean answer"):
+        load_records(path)
+
+
+def test_a_missing_column_is_named(tmp_path):
+    path = raw(tmp_path / "bad.parquet", [{"id": "a", "question": "?", "answer": "4", "mode": "direct"}])
+    with pytest.raises(RecordError, match="columns missing: verifier"):
+        load_records(path)
+
+
+def test_a_folder_holds_splits_and_a_bad_row_is_located_in_its_own_file(tmp_path):
+    raw(tmp_path / "train-0.parquet", [stored(0), stored(1)])
+    raw(tmp_path / "train-1.parquet", [stored(2), stored(3, answer="")])
+    raw(tmp_path / "test.parquet", [stored(4)])
+    assert [row["id"] for row in load_records(tmp_path, split="test")] == ["row-4"]
+    with pytest.raises(RecordError, match=r"train-1.parquet: row 1: answer"):
+        load_records(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no file for split 'validation'.*test.parquet"):
+        load_records(tmp_path, split="validation")
+
+
+def test_a_file_that_is_no_parquet_says_so(tmp_path):
+    (tmp_path / "set.parquet").write_text("id,question\n")
+    with pytest.raises(RecordError, match=r"set.parquet: not readable as Parquet"):
+        load_records(tmp_path / "set.parquet")
+
+
+def test_a_missing_file_is_not_looked_up_on_the_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_records("data/none.parquet")
+
+
+def test_a_hub_dataset_is_checked_like_a_file(monkeypatch, tmp_path):
+    import datasets
+
+    rows = [{name: value for name, value in stored(0, answer="").items() if name != "images"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    with pytest.raises(RecordError, match=r"somebody/set\[test\]: row 0: answer: gold answer is missing"):
+        load_records("somebody/set", split="test")
+
+
+def test_writing_refuses_what_loading_would_and_leaves_no_file(tmp_path):
+    with pytest.raises(RecordError, match="row 1: mode"):
+        write_records(tmp_path / "set.parquet", [record(0), record(1, mode="x")])
+    with pytest.raises(RecordError, match="unknown field 'chian'; did you mean chain"):
+        write_records(tmp_path / "set.parquet", [record(chian="A = 4")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_records_make_equal_files(tmp_path):
+    for name in ("one", "two"):
+        write_records(tmp_path / name, [record(number) for number in range(3)])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_an_ungraded_row_needs_a_response_instead_of_a_gold_answer():
+    row = {**stored(), "answer": "", "verifier": "none"}
+    assert problem_of(row).field == "answer"
+    assert problem_of({**row, "response": "A panel with four digits."}) is None
+
+
+def test_meta_may_be_a_mapping_or_its_json():
+    assert problem_of(stored(meta={"A": 4})) is None
+    assert problem_of(stored(meta=json.dumps({"A": 4}))) is None
+
+
+def test_a_data_source_refuses_an_unknown_key():
+    from corpus.records import DataSource
+
+    with pytest.raises(ConfigError, match="unknown key; did you mean rows"):
+        parse(DataSource, {"set": "longcot", "row": 640})
