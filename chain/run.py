@@ -92,7 +92,7 @@ def run(
         _locked(run_dir),
         Cluster(place, run_dir, facts, display) if place else nullcontext() as cluster,
         ThreadPoolExecutor(1, thread_name_prefix="evaluation") as behind,
-        Pool(recipe.rollout, run_dir / "logs", open_pool) as pool,
+        Pool(recipe.servers, run_dir / "logs", open_pool) as pool,
     ):
         chain = Chain(recipe, run_dir, chain_stages, pool, display, behind, cluster)
         chain.require_finished(chain_stages[:first], chain_stages[first].name)
@@ -307,7 +307,7 @@ class Chain:
 
         The folder for weights on their way to the servers is made and removed here, as a learner may be killed.
         """
-        model, pool = self.start(stage), self.recipe.rollout
+        model, pool = self.start(stage), self.recipe.servers
         job = Job(stage=stage.name, model=model, out=out, seed=self.recipe.seed, sets=self.sets)
         cfg = stage.work(self.recipe, self._before(stage)) if stage.work else config
         vllm = stage.imports_vllm(self.recipe)

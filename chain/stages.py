@@ -186,7 +186,7 @@ def soup_work(recipe: Recipe, folders: Mapping[str, Path]) -> Strict:
 
 def nccl(recipe: Recipe) -> bool:
     """Whether a learner sends weights over vLLM's own communicator."""
-    return recipe.rollout is not None and recipe.rollout.weights == "nccl"
+    return recipe.servers is not None and recipe.servers.weights == "nccl"
 
 
 def evaluate_soup(context: Context) -> Scores:

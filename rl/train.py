@@ -162,7 +162,7 @@ def trl_config(cfg: RLConfig, folder: Path, seed: int) -> Any:
     from trl import GRPOConfig
 
     algorithm, rollout, correction = cfg.algorithm, cfg.rollout, cfg.algorithm.importance_sampling
-    shared = cfg.learner.prefix != "stock"  # an update's rows come at once and are cut by tokens
+    shared = cfg.learner.shares_prefix  # an update's rows come at once and are cut by tokens
     per_pass = cfg.mini_batch if shared else cfg.optim.micro_batch_size * cfg.learner.processes
     arguments = training_arguments(cfg.optim, cfg.learner, seed=seed)
     if cfg.save_every:  # between two batches
@@ -376,4 +376,4 @@ def _watcher(
 def _sync(
     pool: PoolConfig, client: RolloutClient | None, servers: int, policy: Any, folder: Path
 ) -> WeightSync:
-    return FileSync(client, folder) if pool.weights == "shm" else NcclSync(client, servers, policy.device)
+    return FileSync(client, folder) if pool.sends_files else NcclSync(client, servers, policy.device)

@@ -54,7 +54,7 @@ def train(cfg, job):
 PIPELINE = {
     "name": "toy",
     "data": {"generate": {"by": "toy_stages:generate", "sets": ["train", "extra", "held"]}},
-    "rollout": {"max_model_tokens": 64},
+    "servers": {"max_model_tokens": 64},
     "eval": {
         "thinking": {"set": "held", "split": "think"},
         "direct": {"set": "held", "split": "direct"},

@@ -208,7 +208,7 @@ def test_servers_that_share_gpus_sleep_before_every_learner_and_nothing_is_evalu
     monkeypatch.setattr(runner, "run_job", run_job_of)
     monkeypatch.setattr(Pool, "_connected", lambda pool, model: Client())
     toy.before_scores = lambda stage: happened.append(f"evaluate {stage}")
-    toy.run("rollout.share_gpus=true", "rollout.device=gpu")
+    toy.run("servers.share_gpus=true", "servers.device=gpu")
     assert happened == [
         *("data", "core", "evaluate core"),
         *("sleep", "basic_sft", "evaluate basic_sft"),
