@@ -21,6 +21,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from core.strict import ConfigError, parse
 
 Job = Mapping[str, Any]
 PR_SET_PDEATHSIG = 1
+THREADS_END_S = 30.0
+"""What threads have to end when the work is done."""
 
 
 def main(arguments: list[str]) -> int:
@@ -38,7 +41,23 @@ def main(arguments: list[str]) -> int:
     job = read_json(Path(arguments[0]))
     work = KINDS.get(job["kind"]) or load(job["kind"])
     work(job)
+    _end_in_time()
     return 0
+
+
+def _end_in_time() -> None:
+    """End this process although threads go on, such as one that a user's reward has started: the work is done."""
+
+    def end() -> None:
+        left = [
+            one.name for one in threading.enumerate() if one is not threading.main_thread() and not one.daemon
+        ]
+        print(f"ended with threads that did not end: {', '.join(left)}", file=sys.stderr, flush=True)
+        os._exit(0)
+
+    timer = threading.Timer(THREADS_END_S, end)
+    timer.daemon = True
+    timer.start()
 
 
 def load(import_string: str) -> Callable[..., Any]:
