@@ -170,6 +170,7 @@ def _train_stock(job: Mapping[str, Any]) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     from core.files import append_jsonl
+    from core.model.pictures import Decoded
     from core.strict import parse
     from core.training.config import LearnerConfig
     from core.training.model import load_model, load_processor
@@ -209,7 +210,7 @@ def _train_stock(job: Mapping[str, Any]) -> None:
                 {
                     "id": row["id"],
                     "prompt": [{"role": "user", "content": prompt_messages(row)[-1]["content"][-1]["text"]}],
-                    "images": row["images"],
+                    "images": list(Decoded(row["images"])),
                 }
                 for row in rows.values()
             ]

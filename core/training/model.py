@@ -34,9 +34,8 @@ def load_model(path: Path, cfg: LearnerConfig) -> Any:
     core.register()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(cfg.threads)
-    half = cfg.dtype == "bfloat16" and (cfg.deepspeed is not None or cfg.lora is not None)
     return AutoModelForImageTextToText.from_pretrained(
-        path, dtype=torch.bfloat16 if half else torch.float32, trust_remote_code=False
+        path, dtype=torch.bfloat16 if cfg.half else torch.float32, trust_remote_code=False
     )
 
 
