@@ -115,7 +115,10 @@ def audit(judge: VisionJudge, rows: Sequence[Labelled], report: Report = lambda 
 
     Raises AuditError if the judge answered about no row.
     """
-    judge = replace(judge, canaries=False)  # a judge that would be refused is measured all the same
+    # Per criterion, as the measures are.
+    judge = replace(
+        judge, canaries=False, verdict="mean"
+    )  # a judge that would be refused is measured all the same
     refused = _refused(judge)
     verdicts = _verdicts(judge, rows, "rows", report)
     judged = [
