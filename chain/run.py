@@ -138,7 +138,10 @@ class Chain:
         self.sets = locate_sets(self.recipe, self.run_dir)
         self.prints = Fingerprints(self.recipe.seed, self.sets, self.run_dir / ".hashes.jsonl")
         self.id = _chain_id(self.run_dir, self.recipe.name)
-        self.tracker = Tracker(self.recipe.wandb, self.id, self.run_dir, self.sets, self.display.line)
+        recipe = self.recipe
+        self.tracker = Tracker(
+            recipe.tracking, recipe.wandb, self.id, self.run_dir, self.sets, self.display.line
+        )
 
     def folder(self, stage: Stage) -> Path:
         """Where the stage's results are, once it is finished."""
@@ -264,12 +267,14 @@ class Chain:
             if preparation.kept:
                 write_json(partial / "prepare.json", preparation.kept)
             tail, alarms, text = Tail(partial / "metrics.jsonl"), Tail(partial / ALARMS), "starting"
+            completions = Tail(partial / "completions.jsonl")
 
             def follow() -> None:
                 nonlocal text
                 for record in tail.new():
                     track.log(record)
                     text = metrics_text(record)
+                track.completions(completions.new())
                 for alarm in alarms.new():
                     self.display.line(f"{stage.name}: ALARM {alarm['name']}: {alarm['text']}")
                     track.alert(f"{stage.name}: {alarm['name']}", alarm["text"])

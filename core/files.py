@@ -6,6 +6,7 @@ disk. So a folder without the suffix is a finished one, whatever happened to the
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -22,6 +23,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from core.strict import Strict
+
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
@@ -62,31 +65,54 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line to a JSONL file, in one write, so that a reader following the file sees whole lines.
 
-    NaN and infinity become null: a diverged loss must not kill the run that is there to show it.
+    NaN and infinity become null: a diverged loss must not kill the run that is there to show it. A last line that a
+    killed writer left torn is dropped first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain)
     except ValueError:
         line = json.dumps(_finite(json.loads(json.dumps(record, default=_plain))), ensure_ascii=False)
+    _drop_torn_end(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; [] if there is none. Raises ValueError naming file and line."""
+    """The records of a JSONL file; [] if there is none.
+
+    A last line that was torn (it has no end and is no JSON) is left out with a warning. Any other bad line raises
+    ValueError with file and line.
+    """
     if not path.exists():
         return []
     records = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not UTF-8
+                if not line.endswith(b"\n"):
+                    log.warning("%s:%d: the last line is torn; it is left out", path, number)
+                    break
                 raise ValueError(f"{path}:{number}: not a JSON line ({error})") from None
     return records
+
+
+def _drop_torn_end(path: Path) -> None:
+    """Cut a file after its last whole line."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        log.warning("%s: the last line was torn; it is dropped", path)
+        file.truncate(whole)
 
 
 @contextmanager

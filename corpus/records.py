@@ -146,7 +146,7 @@ class Records(Sequence[Record]):
         record = _completed(self._table[row].to_pylist()[0])
         return {
             **record,
-            "images": [_picture(image) for image in record["images"]],
+            "images": [picture_of(image) for image in record["images"]],
             "meta": _meta(record["meta"]),
         }
 
@@ -289,7 +289,7 @@ def _image_problem(record: Mapping[str, Any]) -> Problem | None:
         return Problem("images", "must be a list", f"{images!r:.60}", "write [] for a text-only row")
     for place, image in enumerate(images):
         try:
-            picture = _picture(image)
+            picture = picture_of(image)
             picture.load()
         except Exception as error:  # Pillow raises whatever the broken decoder raised
             found = f"images[{place}]: {type(error).__name__}: {error}"
@@ -307,7 +307,7 @@ def _image_problem(record: Mapping[str, Any]) -> Problem | None:
     return None
 
 
-def _picture(image: Any) -> Any:
+def picture_of(image: Any) -> Any:
     """A PIL image, still undecoded, from what the file holds."""
     from PIL import Image
 

@@ -121,6 +121,15 @@ def test_a_broken_jsonl_line_is_named(tmp_path):
     assert read_jsonl(tmp_path / "none.jsonl") == []
 
 
+def test_a_torn_last_line_is_dropped_with_a_warning_and_never_continued(tmp_path, caplog):
+    file = tmp_path / "m.jsonl"
+    file.write_text('{"a": 1}\n{"a": ')
+    assert read_jsonl(file) == [{"a": 1}]
+    assert "m.jsonl:2" in caplog.text
+    append_jsonl(file, {"a": 3})
+    assert file.read_text() == '{"a": 1}\n{"a": 3}\n'
+
+
 def test_a_tree_hash_sees_names_and_contents_and_nothing_else(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder / "sub").mkdir(parents=True)
