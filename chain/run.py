@@ -222,7 +222,12 @@ class Chain:
             return
         with ExitStack() as tracking:
             track = tracking.enter_context(self.tracker.stage(stage.name, self._tracked(stage)))
-            self.train(stage, fingerprint, track)
+            try:
+                self.train(stage, fingerprint, track)
+            except Exception as error:
+                report.note_failure(self.run_dir, stage.name, error)
+                report.write(self.run_dir)
+                raise
             self.settle()
             if self.recipe.eval is not None:
                 self.pool.start(self.folder(stage) / "checkpoint")
@@ -419,6 +424,7 @@ class Chain:
         with atomic_dir(folder, same=fingerprint if saves else None) as partial:
             if (partial / "config.json").exists():
                 self.display.line(f"{name}: goes on where an interrupted run left off")
+            (partial / report.FAILED).unlink(missing_ok=True)
             write_json(partial / "config.json", dump)
             yield partial
             seconds = time.monotonic() - clock

@@ -4,6 +4,7 @@ A stage writes into `<name>.partial`; the folder is renamed to `<name>` only whe
 disk. So a folder without the suffix is a finished one, whatever happened to the machine.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import BaseModel, Field
 
 from core.strict import Strict
@@ -40,7 +42,7 @@ _SAME = ".same"
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a reader sees the old text or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = _draft(path)
     try:
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -50,6 +52,16 @@ def write_text(path: Path, text: str) -> None:
     finally:
         draft.unlink(missing_ok=True)
     _fsync(path.parent)
+
+
+def _draft(path: Path) -> Path:
+    """Where this process writes the new text; drafts that killed processes of this host left are removed."""
+    start = f".{path.name}.{platform.node()}."
+    for stale in path.parent.glob(f"{glob.escape(start)}*"):
+        process = stale.name.removeprefix(start)
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            stale.unlink(missing_ok=True)
+    return path.with_name(f"{start}{os.getpid()}")
 
 
 def write_json(path: Path, value: Any) -> None:
