@@ -18,7 +18,7 @@ from chain.report import charts
 from chain.report.curves import curves, is_number
 from chain.report.data import MODES, Failure, Report, StageReport
 from core.files import PARTIAL
-from core.model.pictures import as_rgb
+from core.model.pictures import Picture
 
 THUMBNAIL_PX = 256
 """Larger images are shown reduced; smaller ones as they are, every pixel visible."""
@@ -170,13 +170,10 @@ def _picture(folder: Path, name: str | None) -> dict[str, Any] | None:
     """The picture for a data URL; a name that leads out of the stage's folder is not followed."""
     if not name:
         return None
-    from PIL import Image
-
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.exists():
         return None
-    with Image.open(path, formats=("PNG",)) as stored:  # as chain.stages writes them
-        shown = as_rgb(stored).copy()
+    shown = Picture(path.read_bytes()).rgb()
     small = max(shown.size) <= THUMBNAIL_PX // 2
     shown.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     buffer = io.BytesIO()

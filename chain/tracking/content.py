@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.model.pictures import as_rgb
+from core.model.pictures import Picture
 from core.model.prompts import user_text
 
 log = logging.getLogger(__name__)
@@ -74,14 +74,9 @@ def _verdict(verdict: Mapping[str, Any] | None) -> tuple[float | None, str | Non
 
 def held_out_pictures(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[Any]]:
     """Row id -> the picture that the evaluation saved beside samples.jsonl."""
-    from PIL import Image
-
-    found: dict[str, list[Any]] = {}
-    for row in rows:
-        if row.get("image"):
-            with Image.open(folder / row["image"]) as picture:
-                found[row["id"]] = [as_rgb(picture)]
-    return found
+    return {
+        row["id"]: [Picture((folder / row["image"]).read_bytes()).rgb()] for row in rows if row.get("image")
+    }
 
 
 class PictureIndex:
@@ -113,7 +108,7 @@ class PictureIndex:
                 if row["id"] not in ids or row["id"] in found:
                     continue
                 try:
-                    found[row["id"]] = [as_rgb(picture_of(one)) for one in row["images"] or ()]
+                    found[row["id"]] = [picture_of(one).rgb() for one in row["images"] or ()]
                 except Exception as error:  # Pillow raises whatever a broken decoder raised
                     log.warning("%s: row %s: no picture for the trackers: %s", file, row["id"], error)
         return found

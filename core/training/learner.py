@@ -86,9 +86,14 @@ class DeepSpeedConfig(Strict):
     bucket_elements: int = Field(default=500_000_000, ge=1)
     """Gradients that travel together; two buckets of them lie on every GPU. Fewer save memory and cost speed."""
 
+    @property
+    def offloads(self) -> bool:
+        """Whether optimizer states live in host memory."""
+        return self.offload == "cpu"
+
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> DeepSpeedConfig:
-        if self.offload == "cpu" and self.zero_stage == 0:
+        if self.offloads and self.zero_stage == 0:
             raise ValueError(
                 "offload=cpu with zero_stage=0: DeepSpeed offloads from stage 1 on; use zero_stage=2"
             )
@@ -100,7 +105,7 @@ class DeepSpeedConfig(Strict):
         zero: dict[str, Any] = {"stage": self.zero_stage, **buckets}
         if self.zero_stage >= 2:
             zero |= {"overlap_comm": True, "contiguous_gradients": True}
-        if self.offload == "cpu":
+        if self.offloads:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
             if self.zero_stage == 3:
                 zero["offload_param"] = {"device": "cpu", "pin_memory": True}
@@ -131,6 +136,11 @@ class LoRAConfig(Strict):
     targets: Literal["language_model", "all_linear"] = "language_model"
     """Linear layers that get an adapter: the language model's, or the tower's and the projector's as well."""
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether the tower and the projector get adapters too."""
+        return self.targets == "all_linear"
+
 
 class LearnerConfig(Strict):
     """The machine side of training: ranks, precision, memory, and which weights move."""
@@ -150,6 +160,11 @@ class LearnerConfig(Strict):
     lora: LoRAConfig | None = None
     """Train adapters and merge them at the end; the checkpoint keeps them in adapter/. None trains the weights
     themselves."""
+
+    @property
+    def half(self) -> bool:
+        """Whether the model's own weights are bfloat16, in memory and in the checkpoint: see `load_model`."""
+        return self.dtype == "bfloat16" and (self.deepspeed is not None or self.lora is not None)
 
     @model_validator(mode="after")
     def _something_trains(self) -> LearnerConfig:
@@ -199,8 +214,9 @@ def load_model(path: Path, cfg: LearnerConfig) -> Any:
     core.register()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(cfg.threads)
-    half = cfg.dtype == "bfloat16" and (cfg.deepspeed is not None or cfg.lora is not None)
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16 if half else torch.float32)
+    return AutoModelForImageTextToText.from_pretrained(
+        path, dtype=torch.bfloat16 if cfg.half else torch.float32
+    )
 
 
 def load_processor(path: Path) -> Any:

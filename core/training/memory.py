@@ -226,7 +226,7 @@ def estimate(
     lora = learner.lora
     moving: set[Module]
     if lora:
-        everywhere = lora.targets == "all_linear"
+        everywhere = lora.everywhere
         trained = shape.adapter_parameters(lora.r, everywhere)
         moving = {"language_model", "tower", "adapter"} if everywhere else {"language_model"}
         total_held = total + trained
@@ -304,7 +304,7 @@ def _states(
             "step": FP32 * trained if gpu else 2 * FP32 * min(largest, trained),
             "host": 0,
         }
-    stage, offload = deepspeed.zero_stage, deepspeed.offload == "cpu"
+    stage, offload = deepspeed.zero_stage, deepspeed.offloads
     part = -(-trained // ranks)
     if stage == 3:
         weights = -(-weights // ranks) + own * min(LIVE, total)

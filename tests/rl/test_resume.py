@@ -52,6 +52,7 @@ def run(tiny_core, records, urls, tmp_path, tmp_path_factory, monkeypatch):
     """`run(cfg, name, stop=n)` trains in the folder `name`, and breaks off after update n if told so."""
     from corpus.records import write_records
     from rl import trainer as module
+    from rl.job import ServedJob
     from rl.train import train
 
     write_records(tmp_path / "rl.parquet", records)
@@ -73,14 +74,17 @@ def run(tiny_core, records, urls, tmp_path, tmp_path_factory, monkeypatch):
             patch.setattr(module, "RolloutTrainer", Stopping)
             checkpoint = train(
                 cfg,
-                model=tiny_core,
-                out=tmp_path / name,
-                seed=seed,
-                sets={"rl": tmp_path / "rl.parquet"},
-                pool=POOL,
-                urls=urls,
-                weights=tmp_path_factory.mktemp("weights"),
-                folders=[tmp_path],
+                ServedJob(
+                    stage="rlvr",
+                    model=tiny_core,
+                    out=tmp_path / name,
+                    seed=seed,
+                    sets={"rl": tmp_path / "rl.parquet"},
+                    pool=POOL,
+                    urls=urls,
+                    weights=tmp_path_factory.mktemp("weights"),
+                    folders=[tmp_path],
+                ),
             )
         return checkpoint, done
 
