@@ -1,4 +1,4 @@
-"""What the terminal shows while a chain runs: a living line on a terminal, plain lines in a file or in CI."""
+"""What the terminal shows while a chain runs: one live line on a terminal, plain lines in a file or in CI."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ log = logging.getLogger(__name__)
 
 PLAIN_EVERY_S = 10
 """Without a terminal, seconds between two lines of progress, at least."""
-_SHOWN = ("loss", "reward", "rollout/correct", "token_accuracy")
-"""Metrics worth a place in the line, of those that a stage logs."""
 
 
 class Tail:
@@ -90,7 +88,7 @@ def _digest(line: bytes) -> bytes:
 
 
 class Display:
-    """Prints what stays, and shows what passes."""
+    """Prints lines that stay, and one live line that the next one replaces."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or new_console()
@@ -99,7 +97,7 @@ class Display:
         self._last_plain, self._last_text = 0.0, ""
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
@@ -116,10 +114,14 @@ class Display:
             finally:
                 self._status = None
 
-    def passing(self, text: str) -> None:
-        """What is going on now; the next call replaces it, and one with the same text moves the clock on."""
+    def passing(self, text: str, *, elapsed: bool = True) -> None:
+        """Show what is going on now, with the time since the step began unless `elapsed` is off.
+
+        On a terminal the next call replaces the line. Elsewhere it is printed at most every PLAIN_EVERY_S seconds, and
+        only if the text is new.
+        """
         now = time.monotonic()
-        line = f"{self._label}: {text}  {duration(now - self._started)}"
+        line = " · ".join([self._label, text, *([duration(now - self._started)] if elapsed else [])])
         if self._status is not None:
             self._status.update(escape(line))
         elif now - self._last_plain >= PLAIN_EVERY_S and text != self._last_text:
@@ -131,18 +133,6 @@ def new_console() -> Console:
     """The terminal; a file or a pipe counts as 100 columns wide, not as the 80 that cut tables."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=100)
-
-
-def metrics_text(record: Mapping[str, Any]) -> str:
-    """One metrics line in few words: `phase general  step 12  loss 0.431`."""
-    words = [str(record["phase"])] if record.get("phase") else []
-    words += [f"step {record['step']}"] if "step" in record else []
-    words += [
-        f"{name.rpartition('/')[2]} {record[name]:.3f}"
-        for name in _SHOWN
-        if isinstance(record.get(name), int | float)
-    ]
-    return "  ".join(words)
 
 
 def duration(seconds: float) -> str:

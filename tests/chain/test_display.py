@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from chain import display as progress
-from chain.display import Display, Tail, duration, metrics_text
+from chain.display import Display, Tail, duration
 
 
 def test_a_tail_gives_each_line_once_and_only_when_it_is_whole(tmp_path):
@@ -62,7 +62,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
         for text in ("step 1", "step 2", "step 3", "step 3", "step 3", "step 4"):
             display.passing(text)
     printed = display.console.file.getvalue().splitlines()
-    assert printed == ["rlvr: step 2  12s", "rlvr: step 3  24s", "rlvr: step 4  36s"]
+    assert printed == ["rlvr · step 2 · 12s", "rlvr · step 3 · 24s", "rlvr · step 4 · 36s"]
 
 
 def test_text_from_outside_is_not_read_as_markup():
@@ -71,11 +71,6 @@ def test_text_from_outside_is_not_read_as_markup():
         display.passing("[/nonsense]")
     display.line("[bold]kept[/bold]")
     assert "[bold]kept[/bold]" in display.console.file.getvalue()
-
-
-def test_a_metrics_line_in_few_words():
-    record = {"step": 12, "phase": "mixed", "loss": 0.5, "reward": None, "rollout/correct": 1, "lr": 1e-3}
-    assert metrics_text(record) == "mixed  step 12  loss 0.500  correct 1.000"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.4, "59s"), (185, "3m05s"), (7620, "2h07m")])
