@@ -57,6 +57,8 @@ class Line:
 
 def read_lines(path: Path) -> Iterator[Line]:
     """Every line of a file, blank ones included; memory for one at a time."""
+    group: tuple[Any, ...] = ()
+    meta: Any = None
     with path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
@@ -69,11 +71,17 @@ def read_lines(path: Path) -> Iterator[Line]:
                 yield Line(number, size, None, f"longer than {MAX_LINE_BYTES >> 20} MiB")
                 continue
             try:
-                yield Line(
-                    number, size, parse_object(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-                )
+                row = parse_object(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
             except RowError as error:
                 yield Line(number, size, None, str(error))
+                continue
+            # An RL stage writes a row's meta with the first of its completions (rl.record).
+            own = row.get("batch"), row.get("id")
+            if "meta" in row:
+                group, meta = own, row["meta"]
+            elif None not in own and own == group:
+                row["meta"] = meta
+            yield Line(number, size, row)
 
 
 def parse_object(line: bytes) -> dict[str, Any]:

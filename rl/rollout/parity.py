@@ -55,7 +55,7 @@ class ParityGuard:
             score: `score(probe index, answer)` gives the learner's log-probabilities of the completion's tokens.
             servers: servers that answered each probe, which `answers` has side by side.
         """
-        worst, where = 0.0, ""
+        worst, where, compared = 0.0, "", 0
         for at, answer in enumerate(answers):
             sampled = answer.completions[0]
             if not sampled.token_ids:
@@ -64,13 +64,19 @@ class ParityGuard:
             for position, (ours, theirs) in enumerate(zip(learner, sampled.logprobs, strict=True)):
                 difference = abs(ours - theirs)
                 difference = math.inf if math.isnan(difference) else difference
+                compared += 1
                 if difference > worst:
                     worst = difference
                     where = (
                         f"probe {at // servers}, server {at % servers}, token {position} "
                         f"(id {sampled.token_ids[position]}): learner {ours:.6f}, server {theirs:.6f}"
                     )
-        if worst > self.cfg.bound:
+        if not compared:
+            raise ParityError(
+                f"after the weight update none of {len(answers)} probes has a token to compare: do the servers end "
+                "every completion at once?"
+            )
+        if not worst <= self.cfg.bound:
             raise ParityError(
                 f"after the weight update a log-probability differs by {worst:.3g}, above parity.bound="
                 f"{self.cfg.bound:g}\n  {where}\n{CAUSES}"
@@ -99,7 +105,7 @@ class ParityGuard:
                     difference = abs(ours.logprobs[at] - theirs.logprobs[at])
                     worst = max(worst, math.inf if math.isnan(difference) else difference)
                     compared += 1
-            if worst > self.cfg.bound or not compared:
+            if not worst <= self.cfg.bound or not compared:
                 raise ParityError(
                     f"on {compared} tokens of the probes a log-probability differs by {worst:.3g} from the servers "
                     f"that were checked after the last update (parity.bound={self.cfg.bound:g}, of one token or more)"

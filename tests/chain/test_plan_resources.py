@@ -173,7 +173,7 @@ def test_on_cpus_the_ranks_share_the_hosts_memory(toy, monkeypatch):
 
 @pytest.mark.parametrize("prefix", get_args(RLLearner.model_fields["prefix"].annotation))
 def test_every_way_of_computing_a_prefix_is_planned_as_it_is_run(prefix):
-    from rl.train import trl_config
+    from rl.algorithm import trl_config
 
     recipe = load_recipe(
         ROOT / "sailvl2_8b",

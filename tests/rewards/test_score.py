@@ -303,3 +303,17 @@ def test_an_unreadable_row_says_why(work):
 def test_what_is_printed_cannot_steer_the_terminal():
     assert printable("a\x1b[31m\nb\ud800四") == r"a\x1b[31m\nb\ud800四"
     assert printable("x" * 100, 10) == "x" * 9 + "…"
+
+
+def test_completions_of_a_group_share_the_meta_of_the_first(tmp_path):
+    from rewards.offline.rows import read_lines
+
+    lines = [
+        '{"batch": 0, "id": "a", "meta": {"answers": ["7"]}}',
+        '{"batch": 0, "id": "a"}',
+        '{"batch": 0, "id": "b"}',
+        '{"id": "a"}',
+    ]
+    (tmp_path / "completions.jsonl").write_text("\n".join(lines) + "\n")
+    found = [line.row.get("meta") for line in read_lines(tmp_path / "completions.jsonl")]
+    assert found == [{"answers": ["7"]}, {"answers": ["7"]}, None, None]

@@ -31,6 +31,11 @@ def test_nan_on_either_side_stops_the_run():
         GUARD.check(answers([float("nan")], [-1.0]), lambda *_: [-1.0], servers=1)
 
 
+def test_probes_without_a_token_stop_the_run():
+    with pytest.raises(ParityError, match="none of 2 probes has a token"):
+        GUARD.check(answers([], []), lambda *_: [], servers=1)
+
+
 class Returned:
     """A client of which the server that came back gives `logprobs` to tokens 0, 1, 2 of each probe."""
 
