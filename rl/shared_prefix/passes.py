@@ -1,48 +1,24 @@
-"""The passes of a GRPO learner over packed rows: log-probabilities, and the loss with its backward passes.
+"""The passes of a GRPO learner over packed rows: generation batches, and log-probabilities.
 
 TRL repeats a group's prompt, its image tokens and their tower pass for each completion, and pads. Here the rows of a
 batch are packed, completions attend to their prompt's keys and values with gradients, and only scored tokens reach the
-output layer. TRL's own `_compute_loss` then turns the log-probabilities into the loss, so the objective, its masks and
-its statistics stay TRL's.
-
-A micro-batch that exceeds the token budget is cut into packs with a backward pass each:
-
-- Most objectives are weighted sums over rows. Each pack runs TRL's loss and its backward pass; TRL's loss then runs
-  once more on all log-probabilities together, without gradients, for its value and its statistics.
-- The others (an entropy bonus, a quantile of entropies) need every log-probability before any gradient. A first pass
-  without gradients computes them, TRL's loss gives one slope per token, and each pack's backward pass starts from
-  those slopes (gradient caching, arXiv:2101.06983).
+output layer. TRL's own `_compute_loss` then turns the log-probabilities into the loss (rl.shared_prefix.loss), so the
+objective, its masks and its statistics stay TRL's.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from core.model.modeling import no_images
-from rl.correction import Correction
 from rl.shared_prefix.core import core_of, take_packed_rows
+from rl.shared_prefix.loss import PackedLoss
 from rl.shared_prefix.rows import Packed, Row, fitting, groups_of, pack, rows_of
+from rl.shared_prefix.scores import Scores, joined_scores, taken
 from rl.shared_prefix.tiles import TileStore, joined, tile_numbers
-
-Loss = Callable[[Any, dict[str, Any]], torch.Tensor]
-"""TRL's `_compute_loss`: model and inputs to the loss."""
-
-
-class Scores(NamedTuple):
-    """What TRL's `_get_per_token_logps_and_entropies` returns."""
-
-    logps: torch.Tensor
-    """(rows, completion tokens), 0 where nothing is scored."""
-    entropies: torch.Tensor | None
-    aux_loss: torch.Tensor | None
-    """The router's balancing loss of a mixture of experts."""
 
 
 class SharedPasses:
@@ -74,7 +50,8 @@ class SharedPasses:
         self.trainer, self.token_budget = trainer, token_budget
         self.budget_rows = budget_rows or trainer.args.per_device_train_batch_size
         self.tiles: TileStore | None = None
-        self._given: Scores | None = None
+        self.given: Scores | None = None
+        """Scores that stand ready for TRL's loss: its call for the policy's pass returns them."""
         for model in (trainer.model, trainer.ref_model):
             if model is not None:
                 take_packed_rows(core_of(trainer.accelerator.unwrap_model(model)), flex=flex)
@@ -101,7 +78,7 @@ class SharedPasses:
         groups = list(groups_of(self.rows(batch)).values())
         order = [row for group in torch.randperm(len(groups)).tolist() for row in groups[group]]
         size = len(order) // parts
-        return [_taken(batch, order[part * size : (part + 1) * size]) for part in range(parts)]
+        return [taken(batch, order[part * size : (part + 1) * size]) for part in range(parts)]
 
     def rows(self, batch: dict[str, Any]) -> list[Row]:
         """The rows of TRL's batch."""
@@ -132,10 +109,10 @@ class SharedPasses:
     ) -> Scores:
         """TRL's log-probabilities and entropies (rows, completion tokens), 0 where nothing is scored.
 
-        Inside TRL's loss these are the scores that `_loss_of` gave.
+        Inside TRL's loss these are the scores that rl.shared_prefix.loss gave.
         """
-        if self._given is not None:
-            return self._given
+        if self.given is not None:
+            return self.given
         counts = num_tiles or num_images or [0] * len(input_ids)
         rows = rows_of(input_ids, attention_mask, logits_to_keep, tile_numbers(pixel_values, counts))
         parts = [
@@ -147,9 +124,9 @@ class SharedPasses:
                 {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw},
                 compute_aux_loss,
             )
-            for part in self._parts(rows, input_ids.shape[1])
+            for part in self.parts(rows, input_ids.shape[1])
         ]
-        scores = _joined(parts)
+        scores = joined_scores(parts)
         return scores if compute_entropy else scores._replace(entropies=None)
 
     def _pass(
@@ -178,7 +155,7 @@ class SharedPasses:
         entropy = None if outputs.entropy is None else packed.unpacked(outputs.entropy, completion_tokens)
         return Scores(packed.unpacked(outputs.log_probs, completion_tokens), entropy, outputs.aux_loss)
 
-    def _pass_over(self, model: Any, inputs: dict[str, Any], rows: Sequence[Row]) -> Scores:
+    def over(self, model: Any, inputs: dict[str, Any], rows: Sequence[Row]) -> Scores:
         """One forward pass over some rows of TRL's batch."""
         images = {name: inputs.get(name) for name in ("pixel_values", "image_grid_thw")}
         completions = inputs["completion_ids"]
@@ -224,134 +201,9 @@ class SharedPasses:
     def _core(self) -> Any:
         return core_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
-    # The loss
+    # Packs
 
-    def loss(self, stock: Loss, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """TRL's loss of the micro-batch. All packs but the last have had their backward pass."""
-        if not torch.is_grad_enabled():
-            return stock(model, inputs)
-        rows = self.rows(inputs)
-        parts = self._parts(rows, inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1])
-        if len(parts) == 1:
-            scores = self._pass_over(model, inputs, rows)
-            return self._loss_of(stock, model, inputs, scores, statistics=True)
-        weights = self._weights(inputs, parts)
-        if weights is None:
-            return self._loss_by_slopes(stock, model, inputs, rows, parts)
-        return self._loss_by_parts(stock, model, inputs, rows, parts, weights)
-
-    def _loss_by_parts(
-        self,
-        stock: Loss,
-        model: Any,
-        inputs: dict[str, Any],
-        rows: Sequence[Row],
-        parts: Sequence[range],
-        weights: Sequence[Any],
-    ) -> torch.Tensor:
-        """The loss of an objective that is a weighted sum over packs."""
-        done: list[Scores] = []
-
-        def loss_of(number: int) -> torch.Tensor:
-            part = parts[number]
-            scores = self._pass_over(model, inputs, rows[part.start : part.stop])
-            done.append(_detached(scores))
-            return self._loss_of(stock, model, _taken(inputs, part), scores) * weights[number]
-
-        metrics = self.trainer._metrics
-        kept, metrics["train"] = metrics["train"], defaultdict(list)  # of single packs; the whole's follow
-        last = self._accumulated(model, len(parts), loss_of)
-        metrics["train"] = kept
-        with torch.no_grad():
-            whole = self._loss_of(stock, model, inputs, _joined(done), statistics=True)
-        return last + (whole - last).detach()
-
-    def _loss_by_slopes(
-        self, stock: Loss, model: Any, inputs: dict[str, Any], rows: Sequence[Row], parts: Sequence[range]
-    ) -> torch.Tensor:
-        """The loss of an objective that looks at the whole micro-batch, by one slope per token."""
-        trainer = self.trainer
-        cut = [rows[part.start : part.stop] for part in parts]
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
-        ):
-            scores = _joined([self._pass_over(model, inputs, own) for own in cut])
-        leaves = [values.requires_grad_() for values in scores if values is not None]
-        whole = self._loss_of(stock, model, inputs, scores, statistics=True)
-        slopes = torch.autograd.grad(whole, leaves, allow_unused=True, materialize_grads=True)
-
-        def loss_of(number: int) -> torch.Tensor:
-            part = parts[number]
-            values = [value for value in self._pass_over(model, inputs, cut[number]) if value is not None]
-            terms = [
-                (value * slope[part.start : part.stop]).sum()
-                if slope.ndim
-                else value * slope * len(part) / len(rows)  # the router's
-                for value, slope in zip(values, slopes, strict=True)
-            ]
-            return torch.stack(terms).sum()
-
-        last = self._accumulated(model, len(parts), loss_of)
-        return last + (whole - last).detach()
-
-    def _accumulated(self, model: Any, count: int, loss_of: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """The last pack's loss; the backward passes of the others are done."""
-        deepspeed = {"scale_wrt_gas": False} if self.trainer.is_deepspeed_enabled else {}
-        for number in range(count - 1):
-            with self._gradients_held_back(model):  # DDP wants the forward pass in there as well
-                loss = loss_of(number)
-                with torch.autocast(loss.device.type, enabled=False):
-                    self.trainer.accelerator.backward(loss, **deepspeed)
-        return loss_of(count - 1)
-
-    def _loss_of(
-        self, stock: Loss, model: Any, inputs: dict[str, Any], scores: Scores, *, statistics: bool = False
-    ) -> torch.Tensor:
-        """TRL's loss from scores that are there already: its call for the policy's pass returns them (`score`).
-
-        TRL reads `importance_sampling_ratio` from its inputs. A batch without one gets it here, from these scores.
-        """
-        trainer = self.trainer
-        corrects = trainer.use_vllm and trainer.vllm_importance_sampling_correction
-        if corrects and "importance_sampling_ratio" not in inputs:
-            correction = Correction(
-                trainer.vllm_importance_sampling_mode,
-                trainer.vllm_importance_sampling_clip_min,
-                trainer.vllm_importance_sampling_clip_max,
-            )
-            mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-            both = scores.logps, inputs["sampling_per_token_logps"], mask
-            ratio = correction.ratio(*both)
-            inputs = {**inputs, "importance_sampling_ratio": ratio}
-            if statistics:
-                figures = correction.statistics(*both, ratio, trainer.accelerator.gather)
-                for name, figure in figures.items():
-                    trainer._metrics["train"][name].append(figure)
-        self._given = scores
-        try:
-            return stock(model, inputs)
-        finally:
-            self._given = None
-
-    def _weights(self, inputs: dict[str, Any], parts: Sequence[range]) -> list[Any] | None:
-        """Weights that make the packs' losses add up to the whole's; None if the loss is no such sum."""
-        trainer = self.trainer
-        if trainer._entropy_bonus_enabled or trainer.top_entropy_quantile < 1.0:
-            return None
-        if trainer.loss_type in ("grpo", "sapo", "dr_grpo"):  # means over rows; so is our balancing loss
-            rows = sum(len(part) for part in parts)
-            return [len(part) / rows for part in parts]
-        if trainer.aux_loss_enabled:
-            return None
-        if trainer.loss_type in ("dapo", "cispo"):  # a sum over the whole batch's number of tokens
-            return [1.0] * len(parts)
-        if trainer.loss_type == "bnpo":  # a mean over tokens
-            tokens = torch.stack([inputs["completion_mask"][part.start : part.stop].sum() for part in parts])
-            return list(tokens / tokens.sum().clamp(min=1))
-        return None
-
-    def _parts(self, rows: Sequence[Row], width: int) -> list[range]:
+    def parts(self, rows: Sequence[Row], width: int) -> list[range]:
         """The rows of each pack, in order; `width` is that of the padded batch. All ranks cut alike."""
         budget = self.token_budget or self.budget_rows * width
         parts, start = [], 0
@@ -369,47 +221,12 @@ class SharedPasses:
         torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
         return int(smallest)
 
-    @contextmanager
-    def _gradients_held_back(self, model: Any) -> Iterator[None]:
-        """Inside, a backward pass takes no step (DeepSpeed) and reduces nothing (DDP)."""
-        accelerator = self.trainer.accelerator
-        synchronised = accelerator.gradient_state.sync_gradients
-        accelerator.gradient_state._set_sync_gradients(False)
-        try:
-            with accelerator.no_sync(model):
-                yield
-        finally:
-            accelerator.gradient_state._set_sync_gradients(synchronised)
+    # The loss
 
-
-def _joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of all rows; the router's loss is the mean over rows."""
-    if len(parts) == 1:
-        return parts[0]
-    logps, entropies, aux = ([part[at] for part in parts] for at in range(3))
-    rows = sum(len(values) for values in logps)
-    return Scores(
-        torch.cat(logps),
-        None if entropies[0] is None else torch.cat(entropies),
-        None
-        if aux[0] is None
-        else torch.stack([value * len(own) / rows for value, own in zip(aux, logps, strict=True)]).sum(),
-    )
-
-
-def _detached(scores: Scores) -> Scores:
-    return Scores(*(None if values is None else values.detach() for values in scores))
-
-
-def _taken(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """Some rows of TRL's batch; scalars as they are, pixels row by row."""
-    by_row = split_pixel_values_by_grid(batch)
-    taken: dict[str, Any] = {}
-    for name, value in by_row.items():
-        if isinstance(value, list):
-            taken[name] = [value[row] for row in rows]
-        elif isinstance(value, torch.Tensor) and value.ndim:
-            taken[name] = value[list(rows)]
-        else:
-            taken[name] = value
-    return unsplit_pixel_values_by_grid(taken)
+    def loss(self, stock: Callable[..., torch.Tensor], model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss of the micro-batch. All packs but the last have had their backward pass."""
+        return (
+            PackedLoss(self, stock, model, inputs).value()
+            if torch.is_grad_enabled()
+            else stock(model, inputs)
+        )

@@ -145,13 +145,13 @@ def packs(monkeypatch):
     """The number of rows of every pack that a loss makes."""
     from rl.shared_prefix.passes import SharedPasses
 
-    sizes, run = [], SharedPasses._pass_over
+    sizes, run = [], SharedPasses.over
 
     def noted(self, model, inputs, rows):
         sizes.append(len(rows))
         return run(self, model, inputs, rows)
 
-    monkeypatch.setattr(SharedPasses, "_pass_over", noted)
+    monkeypatch.setattr(SharedPasses, "over", noted)
     return sizes
 
 
