@@ -11,7 +11,8 @@ from chain.display import Display, Tail, duration
 from chain.inputs import locate_sets, phase_updates, rows_of
 from chain.recipe import Recipe
 from chain.tracking import StageTrack
-from core.files import Manifest, read_json
+from core.files import read_json
+from core.manifest import Manifest
 from rl.config import RLConfig
 from rl.watch import ALARMS
 from sft.config import SFTConfig, SoupConfig

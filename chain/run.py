@@ -32,16 +32,8 @@ from chain.recipe import Recipe, made_between
 from chain.report import data as report
 from chain.stages import STAGES, Context, Progress, Stage, stage_named
 from chain.tracking import StageTrack, Tracker
-from core.files import (
-    Manifest,
-    atomic_dir,
-    git_commit,
-    hash_config,
-    now,
-    read_json,
-    versions,
-    write_json,
-)
+from core.files import atomic_dir, read_json, write_json
+from core.manifest import Manifest, git_commit, hash_config, now, versions
 from core.strict import ConfigError, Strict
 from core.training.job import Job
 from rl.job import ServedJob

@@ -53,7 +53,8 @@ from chain import soup
 from chain.display import Tail
 from chain.fingerprints import identity
 from chain.recipe import STAGE_NAMES
-from core.files import PARTIAL, Manifest, now, read_json, write_json, write_text
+from core.files import PARTIAL, read_json, write_json, write_text
+from core.manifest import Manifest, now
 from core.strict import ConfigError
 from rl.watch import ALARMS
 
