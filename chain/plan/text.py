@@ -14,6 +14,7 @@ from chain.inputs import code_file, is_hub_id, locate_sets, phase_rows, phase_up
 from chain.plan.resources import Resources
 from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
 from chain.stages import STAGES, Stage
+from core.checkpoint.check import ForeignCode, check_code
 from core.strict import ConfigError, Strict
 from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
@@ -115,6 +116,11 @@ def check_data(recipe: Recipe) -> None:
     path = recipe.core.path
     if path is not None and not (Path(path).expanduser() / "config.json").is_file():
         problems.append(f"core.path = {path!r}: no checkpoint folder: config.json is missing")
+    elif path is not None:
+        try:
+            check_code(Path(path).expanduser())
+        except ForeignCode as error:
+            problems.append(f"core.path: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
 
