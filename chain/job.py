@@ -10,6 +10,9 @@ from typing import Any
 from core.strict import ConfigError, Strict, parse
 from core.training.job import Job
 
+DONE = ".done"
+"""In a step's folder: its process has done all its work. What is missing is the folder's final name."""
+
 
 class Typed(Strict):
     """A configuration that can be read back without knowing its type."""
@@ -26,7 +29,8 @@ class Typed(Strict):
 
     def read(self, where: str) -> Any:
         """The configuration. Raises ConfigError naming `where`."""
-        return parse(load(self.type), self.values, where)
+        kind: Any = load(self.type)
+        return parse(kind, self.values, where)
 
 
 class Task(Strict):

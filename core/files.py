@@ -108,13 +108,13 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
         write_text(mark, same)
     readable = partial.stat().st_mode & 0o666
     yield partial
-    mark.unlink(missing_ok=True)
     for file in partial.rglob("*.safetensors"):
         file.chmod(readable)  # written for their owner alone, whatever the umask
     sync_tree(partial)
     if path.exists():
         path.rename(old)
     partial.rename(path)
+    (path / _SAME).unlink(missing_ok=True)  # last: until the rename it says whose the folder is
     _fsync(path.parent)
     if old.exists():
         shutil.rmtree(old)

@@ -85,6 +85,9 @@ class DataSource(Strict):
     """So many rows, drawn by the stage's seed; None takes all. More than the set has is an error."""
     split: str = "train"
     """Split of the set; a single Parquet file is its own."""
+    unaskable: Literal["refuse", "drop"] = "refuse"
+    """Sets that are sent to the rollout servers: a row beyond their limits (pictures per prompt, tokens of prompt and
+    completion) is refused before the first stage, or dropped and counted in the log."""
     on_bad_gold: OnBad = "raise"
     """RL only: a gold answer that cannot be graded against stops the load, or drops its row, counted in the log."""
 
@@ -125,6 +128,11 @@ class Records(Sequence[Record]):
         """Where a record comes from, for messages: its file and its row there, from 0."""
         file, row = self._locate(self._indices[index])
         return f"{file}: row {row}"
+
+    def only(self, kept: Sequence[int]) -> Records:
+        """The records of these indices."""
+        indices = [self._indices[index] for index in kept]
+        return Records(self._table, indices, self.dropped, self._locate)
 
     @property
     def numbers(self) -> Sequence[int]:

@@ -261,6 +261,11 @@ class Prepare(Strict):
     hard_cases: HardCases | None = None
     max_completion_tokens: int = Field(default=64, ge=1)
 
+    @property
+    def samples(self) -> bool:
+        """Whether completions are sampled; hard cases come from an earlier stage's record."""
+        return self.pass_at_k is not None or self.harvest is not None
+
 
 class Parity(Strict):
     """Guard: after every weight update both sides score the same sequences."""

@@ -19,15 +19,21 @@ log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 
-def load_rows(sources: Sequence[DataSource], sets: Mapping[str, Path], seed: int) -> list[dict[str, Any]]:
-    """All records of the named sets, in their order.
+def load_rows(
+    sources: Sequence[DataSource],
+    sets: Mapping[str, Path],
+    seed: int,
+    askable: Callable[[DataSource, Records], Records] = lambda source, records: records,
+) -> list[dict[str, Any]]:
+    """All records of the named sets, in their order. `askable` leaves out what the servers cannot be asked.
 
     Raises ValueError when an id is in two of the sets, a set is left without rows, or a gold answer could not be
     graded against and its source does not say to drop such rows; names the file and the row.
     """
     rows: list[dict[str, Any]] = []
     for source in sources:
-        rows += _gradable(source, load_records(sets[source.set], source.split, source.rows, seed))
+        records = load_records(sets[source.set], source.split, source.rows, seed)
+        rows += _gradable(source, askable(source, records))
     seen: set[str] = set()
     for row in rows:
         if row["id"] in seen:

@@ -11,9 +11,11 @@ import psutil
 import pytest
 
 from chain import run as runner
+from chain.folder import RunFolder
 from chain.job import Task
 from chain.launch import Rendezvous, StageFailed, command, environment, last_lines, run_job
 from chain.pool import Pool
+from chain.recipe import load_recipe
 from core.files import Manifest, read_json
 from core.strict import ConfigError, Strict
 from core.training.job import Job
@@ -125,7 +127,7 @@ def test_a_failed_stage_that_saves_goes_on_in_its_folder_unless_it_changed(toy, 
         (left.parent / "checkpoint").rmdir()
         toy.run(*overrides, until="basic_sft")
         assert (toy.run_dir / "basic_sft" / "left").exists() == stays
-        assert ("basic_sft: goes on where an interrupted run left off" in toy.printed) == stays
+        assert ("basic_sft: continues where an interrupted run stopped" in toy.printed) == stays
         shutil.rmtree(toy.run_dir / "basic_sft")
 
 
@@ -241,10 +243,9 @@ def test_another_evaluation_scores_again_without_training(toy):
 
 
 def test_two_chains_cannot_share_a_folder(toy):
-    from chain.run import _locked
-
-    toy.run_dir.mkdir(parents=True)
-    with _locked(toy.run_dir), pytest.raises(ConfigError, match="in use by another posttrain"):
+    recipe = load_recipe(toy.recipe_dir)
+    folder = RunFolder(recipe, toy.root / "runs", (), print)
+    with folder.locked(), pytest.raises(ConfigError, match="in use by another posttrain"):
         toy.run()
 
 

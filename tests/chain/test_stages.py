@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from chain.evaluate import spread, write_samples
 from chain.fingerprints import Hashes
 from chain.pool import Pool
 from chain.recipe import ALIASES, STAGE_NAMES
-from chain.stages import STAGES, spread, stage_named, write_samples
+from chain.stages import STAGES, stage_named
 from core.files import read_jsonl
 from core.strict import ConfigError
 from rl.config import PoolConfig
