@@ -312,6 +312,8 @@ def _raw_engine(job: dict[str, Any]) -> None:
         limit_mm_per_prompt={"image": {"count": 1, "width": 112, "height": 112}},
         **options,
     )
+    from core.model.pictures import Decoded
+
     processor = load_processor(Path(job["core"]))
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
@@ -321,7 +323,7 @@ def _raw_engine(job: dict[str, Any]) -> None:
             text = processor.apply_chat_template(
                 prompt_messages(row), add_generation_prompt=True, tokenize=False
             )
-            requests.append({"prompt": text, "multi_modal_data": {"image": row["images"]}})
+            requests.append({"prompt": text, "multi_modal_data": {"image": list(Decoded(row["images"]))}})
             params.append(
                 SamplingParams(
                     n=GROUP,

@@ -170,6 +170,7 @@ def _train_stock(job: Mapping[str, Any]) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     from core.files import append_jsonl
+    from core.model.pictures import Decoded
     from core.strict import parse
     from core.training.learner import LearnerConfig, load_model, load_processor
     from corpus.records import load_records
@@ -208,7 +209,7 @@ def _train_stock(job: Mapping[str, Any]) -> None:
                 {
                     "id": row["id"],
                     "prompt": [{"role": "user", "content": prompt_messages(row)[-1]["content"][-1]["text"]}],
-                    "images": row["images"],
+                    "images": list(Decoded(row["images"])),
                 }
                 for row in rows.values()
             ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from chain.context import Context, Scores
 from core.files import append_jsonl
+from core.model.pictures import as_rgb
 from core.strict import ConfigError
 
 
@@ -53,7 +54,7 @@ def write_samples(folder: Path, rows: Sequence[tuple[dict[str, Any], Sequence[An
         row, pictures = rows[index]
         file = f"images/{number:03d}.png" if pictures else None
         if file:
-            pictures[0].convert("RGB").save(folder / file)
+            as_rgb(pictures[0]).save(folder / file)
         append_jsonl(folder / "samples.jsonl", {**row, "image": file})
 
 

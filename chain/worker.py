@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from chain.job import DONE, Task
@@ -13,6 +14,8 @@ from core.files import read_json, sync_tree, write_text
 from core.strict import parse
 
 PR_SET_PDEATHSIG = 1
+THREADS_END_S = 30.0
+"""What threads have to end when the work is done."""
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +31,23 @@ def main(arguments: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         sync_tree(out)
         write_text(out / DONE, "")
+    _end_in_time()
     return 0
+
+
+def _end_in_time() -> None:
+    """End this process although threads go on, such as one that a user's reward has started: the work is done."""
+
+    def end() -> None:
+        left = [
+            one.name for one in threading.enumerate() if one is not threading.main_thread() and not one.daemon
+        ]
+        print(f"ended with threads that did not end: {', '.join(left)}", file=sys.stderr, flush=True)
+        os._exit(0)
+
+    timer = threading.Timer(THREADS_END_S, end)
+    timer.daemon = True
+    timer.start()
 
 
 def keep_engine_out() -> None:

@@ -75,6 +75,11 @@ def load_reward(
     return reward
 
 
+def is_builtin(name: str) -> bool:
+    """Whether it is a reward of this package."""
+    return name in REWARDS
+
+
 def split_adapter(name: str) -> tuple[str, str]:
     """The prefix of another library's reward function, "" if there is none, and the rest of the name.
 

@@ -23,9 +23,9 @@ from core.training.learner import (
 from core.training.resume import FOLDER, Unfinished, drop_lines_after, identity, marker
 from corpus.records import DataSource, Records
 from rewards.answer import AnswerReward
+from rewards.isolation import load_limited
 from rewards.judge.judges import Judge, statistics
 from rewards.mix import Mixture
-from rewards.registry import load_reward
 from rewards.selftest import self_test
 from rewards.style.length import SoftOverlong
 from rl import limits
@@ -366,7 +366,7 @@ def _watcher(
 ) -> Watcher:
     watch = cfg.watch
     second = (
-        load_reward(watch.second_verifier, watch.second_params, folders) if watch.second_verifier else None
+        load_limited(watch.second_verifier, watch.second_params, folders) if watch.second_verifier else None
     )
     rows = load_rows([watch.held_out], sets, seed, askable) if watch.held_out else []
 

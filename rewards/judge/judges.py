@@ -452,16 +452,17 @@ def _judging(needed: bool, thought: bool) -> Verdict:
 
 
 class _Pictures:
-    """The rows' pictures for requests; one that several rows of a batch share is read once."""
+    """The rows' pictures for requests; those of one row, whatever its number of completions, are read once."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[Any, Picture]] = {}
+        self._seen: dict[int, tuple[Any, tuple[Picture, ...]]] = {}
 
     def of(self, example: Example) -> tuple[Picture, ...]:
-        for image in example.images:
-            if id(image) not in self._seen:
-                self._seen[id(image)] = (image, Picture.of(image))  # held, so that no other takes its id
-        return tuple(self._seen[id(image)][1] for image in example.images)
+        images = example.images
+        if id(images) not in self._seen:
+            # Held, so that no other takes its id.
+            self._seen[id(images)] = (images, tuple(Picture.of(image) for image in images))
+        return self._seen[id(images)][1]
 
 
 class _Check:

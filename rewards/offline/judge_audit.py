@@ -350,16 +350,15 @@ def _of_line(path: Path, number: int, line: Mapping[str, Any]) -> Labelled:
 
 def _image(path: Path, name: Any, where: str) -> Any:
     """The picture at a path beside the file; nothing outside that folder is opened."""
-    from PIL import Image, UnidentifiedImageError
+    from core.model.pictures import Picture
 
     folder = path.resolve().parent
     file = (folder / str(name)).resolve()
     if not file.is_relative_to(folder):
         raise AuditError(f"{where}: image {name!r} lies outside {folder}; put it beside the file")
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        return Picture(file.read_bytes()).rgb()
+    except (OSError, ValueError) as error:
         raise AuditError(f"{where}: image {name!r}: {type(error).__name__}: {error}") from None
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from chain.checks import check
 from chain.plan.text import as_json, plan, text
 from chain.recipe import load_recipe
 from core.strict import ConfigError
@@ -81,7 +82,7 @@ def test_modules_that_do_not_exist_are_named_with_their_keys(toy):
         "rlvr.rewards.0.use=gone:Reward",
     ]
     with pytest.raises(ConfigError) as caught:
-        planned(toy, *overrides)
+        check(load_recipe(toy.recipe_dir, overrides))
     lines = str(caught.value).splitlines()
     assert [line.partition(" =")[0] for line in lines] == [
         "data.generate.by",
@@ -92,12 +93,14 @@ def test_modules_that_do_not_exist_are_named_with_their_keys(toy):
 
 def test_an_unknown_reward_names_the_nearest(toy):
     with pytest.raises(ConfigError, match=r"rlvr\.rewards\[0\]\.use = 'anser': .*answer"):
-        planned(toy, "rlvr.rewards.0.use=anser")
+        check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=anser"]))
 
 
 def test_a_reward_gets_only_parameters_it_has(toy):
     with pytest.raises(ConfigError, match=r"rlvr\.rewards\[0\]\.use = 'answer': .*colour"):
-        planned(toy, "rlvr.rewards.0.use=answer", "rlvr.rewards.0.params={colour: red}")
+        check(
+            load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=answer", "rlvr.rewards.0.params={colour: red}"])
+        )
 
 
 def test_the_plan_for_programs_holds_the_resolved_recipe(toy):
@@ -111,7 +114,8 @@ def test_a_reward_of_another_library_is_looked_for_behind_its_prefix(toy, tmp_pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs.py").write_text("def compute_score(solution_str):\n    return 1.0\n")
     for use in ("trl:trl.rewards:accuracy_reward", "verl:theirs.py:compute_score"):
-        recipe, _ = planned(toy, f"rlvr.rewards.0.use={use}")
+        recipe = load_recipe(toy.recipe_dir, [f"rlvr.rewards.0.use={use}"])
+        check(recipe)
         assert recipe.rlvr.rewards[0].use == use
     with pytest.raises(ConfigError, match=r"'verl:gone.py:compute_score': no such module or file"):
-        planned(toy, "rlvr.rewards.0.use=verl:gone.py:compute_score")
+        check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=verl:gone.py:compute_score"]))
