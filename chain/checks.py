@@ -10,7 +10,7 @@ from typing import Any
 
 from chain.inputs import code_file, is_hub_id
 from chain.recipe import STAGE_NAMES, Recipe, made_between, sources
-from core.files import append_jsonl, hash_config, read_json, read_jsonl
+from core.files import append_jsonl, hash_config, read_json
 from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
 from corpus.records import DataSource
@@ -134,7 +134,7 @@ def _limits(recipe: Recipe, sets: Mapping[str, str]) -> Limits | None:
 
 
 def _remembered(limits: Limits, sets: Mapping[str, str], model: Path | None, run_dir: Path) -> dict[str, Any]:
-    from chain.fingerprints import Hashes
+    from chain.fingerprints import Hashes, read_cache
 
     hashes = Hashes(run_dir / ".hashes.jsonl") if run_dir.is_dir() else None
     key = ""
@@ -144,7 +144,7 @@ def _remembered(limits: Limits, sets: Mapping[str, str], model: Path | None, run
         files = sorted(model.glob("*token*")) + sorted(model.glob("*processor*")) if model else []
         facts |= {file.name: hashes.of(str(file)) for file in files}
         key = hash_config({"limits": limits, "facts": facts})
-        for line in read_jsonl(run_dir / CHECKED):
+        for line in read_cache(run_dir / CHECKED):
             if line["key"] == key:
                 return line["found"]
     found = _look(limits, sets, model)

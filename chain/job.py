@@ -23,9 +23,12 @@ class Typed(Strict):
 
     @classmethod
     def of(cls, config: Strict) -> Typed:
-        """The configuration with its type's name."""
+        """The configuration with its type's name. Defaults stay out: some keys may not be given at all."""
         kind = type(config)
-        return cls(type=f"{kind.__module__}:{kind.__qualname__}", values=config.model_dump(mode="json"))
+        return cls(
+            type=f"{kind.__module__}:{kind.__qualname__}",
+            values=config.model_dump(mode="json", exclude_unset=True),
+        )
 
     def read(self, where: str) -> Any:
         """The configuration. Raises ConfigError naming `where`."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from chain.yaml_files import read_folder
-from core.strict import ConfigError, KeyPath, Strict, key_path, nearest, parse
+from core.strict import ConfigError, KeyPath, Name, Strict, key_path, nearest, parse
 from corpus.records import DataSource
 from rl.config import EvalConfig, PoolConfig, Prepare, RLConfig
 from sft.config import SFTConfig, SoupConfig
@@ -59,7 +59,7 @@ class GenerateConfig(Strict):
 
     by: str = Field(pattern=IMPORT_STRING)
     """`package.module:function`, called `function(out, seed=..., **params)`; writes `<set>.parquet` files."""
-    sets: tuple[str, ...] = Field(min_length=1)
+    sets: tuple[Name, ...] = Field(min_length=1)
     """Names of the sets that it writes: a stage that names another is refused before anything runs."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `by`."""
@@ -72,7 +72,7 @@ class DataConfig(Strict):
 
     generate: GenerateConfig | None = None
     """Sets that the run makes itself."""
-    sets: dict[str, str] = Field(default_factory=dict)
+    sets: dict[Name, str] = Field(default_factory=dict)
     """Set name -> Parquet file or folder (relative to the working directory), or hub id `owner/name`."""
 
     @model_validator(mode="after")
@@ -137,7 +137,7 @@ class Recipe(Stages):
 
     renamed: ClassVar[dict[str, str]] = {"rollout": "servers"}
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    name: Name
     """Names the run's folder, `runs/<name>`."""
     about: str = ""
     """One line for `plan` and the report."""

@@ -17,10 +17,11 @@ from typing import Any
 from chain.checks import check, check_rows, check_shares, room_for
 from chain.context import Context, Progress
 from chain.display import Display, Tail, duration, metrics_text
+from chain.errors import ERROR, left
 from chain.folder import DATA, RunFolder, facts
 from chain.hosts import Cluster, follow
 from chain.job import DONE, Task
-from chain.launch import POLL_S, run_job
+from chain.launch import POLL_S, StageFailed, run_job
 from chain.placement import Placement
 from chain.pool import OpenPool, Pool
 from chain.recipe import Recipe, made_between
@@ -101,6 +102,15 @@ def data(
     with folder.locked(), Background(display) as background, Pool(None, folder.path) as pool:
         Loop(recipe, folder, pool, display, background).data(force)
     return folder.path / DATA
+
+
+def in_words(failed: StageFailed, stage: str, out: Path) -> StageFailed:
+    """The failure with the child's own words first; only a bug is followed by the end of its log."""
+    found = left(out)
+    if found is None:
+        return failed
+    words, bug = found
+    return StageFailed(f"{stage}: {words}\n" + (str(failed) if bug else f"log: {out / 'log.txt'}"))
 
 
 class Background:
@@ -242,15 +252,19 @@ class Loop:
         processes, threads = stage.learner(self.recipe)
         model = self.folder.start(stage.name)
         self.pool.rest(model)
-        with self.task(stage, out) as task:
-            run_job(
-                task,
-                out,
-                processes=processes,
-                threads=threads,
-                on_poll=follower.look,
-                cluster=self.cluster,
-            )
+        (out / ERROR).unlink(missing_ok=True)
+        try:
+            with self.task(stage, out) as task:
+                run_job(
+                    task,
+                    out,
+                    processes=processes,
+                    threads=threads,
+                    on_poll=follower.look,
+                    cluster=self.cluster,
+                )
+        except StageFailed as failed:
+            raise in_words(failed, stage.name, out) from failed
 
     @contextmanager
     def task(self, stage: Stage, out: Path) -> Iterator[Task]:

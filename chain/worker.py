@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+from chain.errors import leave
 from chain.job import DONE, Task
 from core.files import read_json, sync_tree, write_text
 from core.strict import parse
@@ -27,7 +28,11 @@ def main(arguments: list[str]) -> int:
     # One cache of the judges' replies for the whole run: a stage that starts again pays for nothing twice.
     out = Path(task.job.values["out"])
     os.environ.setdefault("POSTTRAIN_JUDGE_CACHE", str(out.parent / "judge.sqlite3"))
-    task.run()
+    try:
+        task.run()
+    except Exception as error:
+        leave(error, out)
+        raise
     if os.environ.get("RANK", "0") == "0":
         sync_tree(out)
         write_text(out / DONE, "")

@@ -9,11 +9,12 @@ a training run. `parse` turns pydantic's report into one `ConfigError` with a li
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ModelWrapValidatorHandler,
     ValidationError,
     field_validator,
@@ -21,6 +22,8 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
+"""A name that becomes part of a path: never a path of its own."""
 KeyPath = tuple[str | int, ...]
 SHOWN = 200
 """Characters of a value that a message shows."""

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from core.strict import Strict
+from core.strict import Name, Strict
 from core.training.learner import LearnerConfig, Optim
 from corpus.records import DataSource
 from rewards.mix import check_terms
@@ -236,7 +236,7 @@ class PassAtK(Strict):
     """Keep prompts by the starting policy's pass@k (report, section 4: pass@4 filter)."""
 
     source: DataSource
-    into: str
+    into: Name
     """Name of the set that the kept rows form."""
     samples: int = Field(default=4, ge=1)
     temperature: float = Field(default=1.0, gt=0)
@@ -251,7 +251,7 @@ class Harvest(Strict):
     """Rejection sampling: the policy's own correct, well-formed chains become think-fusion data."""
 
     source: DataSource
-    into: str
+    into: Name
     keep: int = Field(ge=1)
     """Chains to keep at most; fewer than min_rows is an error."""
     samples: int = Field(default=1, ge=1)
@@ -263,7 +263,7 @@ class HardCases(Strict):
     """Prompts that an earlier RL stage was unreliable on, from that stage's own record."""
 
     stage: str = "rlvr"
-    into: str
+    into: Name
     max_pass_rate: float = Field(gt=0, le=1)
     """Keep prompts whose completions were correct at most this often in that stage's last visit."""
     rows: int | None = Field(default=None, ge=1)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chain.cli import chain, checkpoint, core, rewards
+from chain.errors import words_of
 
 DESCRIPTION = """\
 Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML files.
@@ -27,7 +28,6 @@ Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML file
   posttrain core new --size 2b cores/random-2b      a core of that shape with random weights
   posttrain core merge ADAPTER cores/merged         a LoRA adapter merged into its core
 """
-OURS = ("chain", "core", "corpus", "recipes", "rewards", "rl", "sft")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,26 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         options.do(options)
-    except ConfigError as error:
-        print(f"posttrain: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         print("posttrain: interrupted; finished stages are kept, run again to continue", file=sys.stderr)
         return 130
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"posttrain: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
     except Exception as error:
-        if not _has_words(error):
+        words = _words(error)
+        if words is None or options.debug:
             raise
-        print(f"posttrain: {error}", file=sys.stderr)
-        return 1
+        print(f"posttrain: {words}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
+
+
+def _words(error: Exception) -> str | None:
+    """One clear line about an error; None for a bug."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return words_of(error)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,11 +74,6 @@ def parser() -> argparse.ArgumentParser:
     for family in (chain, checkpoint, rewards, core):
         family.add(commands)
     return top
-
-
-def _has_words(error: Exception) -> bool:
-    """Whether the error is of a class of ours, whose messages say what to do; anything else is a bug."""
-    return type(error).__module__.partition(".")[0] in OURS
 
 
 def _terminated(number: int, frame: object) -> None:
