@@ -10,7 +10,8 @@ from typing import Any
 
 from chain.inputs import code_file, is_hub_id
 from chain.recipe import STAGE_NAMES, Recipe, made_between, sources
-from core.files import append_jsonl, hash_config, read_json
+from core.files import append_jsonl, read_json
+from core.manifest import hash_config
 from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
 from corpus.records import DataSource

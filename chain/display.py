@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from core.console import new_console
+
 PLAIN_EVERY_S = 10
 """Without a terminal, at most one line of progress in so many seconds."""
 _SHOWN = ("loss", "reward", "rollout/correct", "token_accuracy")
@@ -74,12 +76,6 @@ class Display:
         elif now - self._last_plain >= PLAIN_EVERY_S and text != self._last_text:
             self._last_plain, self._last_text = now, text
             self.line(line)
-
-
-def new_console() -> Console:
-    """The terminal; a file or a pipe counts as 100 columns wide, not as the 80 that cut tables."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=100)
 
 
 def metrics_text(record: Mapping[str, Any]) -> str:

@@ -18,7 +18,8 @@ from pydantic import BaseModel
 
 from chain.inputs import code_file, is_hub_id
 from chain.recipe import sources
-from core.files import Manifest, append_jsonl, hash_config, hash_tree, sha256_file
+from core.files import append_jsonl, hash_tree, sha256_file
+from core.manifest import Manifest, hash_config
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,17 +22,8 @@ from chain.fingerprints import Fingerprints, identity
 from chain.inputs import data_folder, locate_sets, prepared_folder
 from chain.job import DONE
 from chain.recipe import Recipe, made_between
-from core.files import (
-    PARTIAL,
-    Manifest,
-    atomic_dir,
-    git_commit,
-    hash_config,
-    now,
-    read_json,
-    versions,
-    write_json,
-)
+from core.files import PARTIAL, atomic_dir, read_json, write_json
+from core.manifest import Began, Manifest, git_commit, hash_config, now, versions
 from core.strict import ConfigError, Strict
 from core.training.resume import FOLDER as UNFINISHED
 
@@ -202,8 +192,7 @@ class RunFolder:
         What an interruption left there stays if the fingerprint is the same and the step saves on its way, or had
         done its work and only the final name was missing. `seconds_before` is added to the manifest's wall time.
         """
-        started, clock = now(), time.monotonic()
-        dump = step.config.model_dump(mode="json")
+        began, dump = Began(), step.config.model_dump(mode="json")
         if not step.saves and not (step.partial / DONE).exists():
             shutil.rmtree(step.partial, ignore_errors=True)
         with atomic_dir(step.folder, same=step.fingerprint) as partial:
@@ -214,22 +203,17 @@ class RunFolder:
             write_json(partial / "config.json", dump)
             yield partial
             shutil.rmtree(partial / UNFINISHED, ignore_errors=True)
-            seconds = time.monotonic() - clock
-            Manifest(
+            made = began.manifest(
                 stage=step.name,
                 fingerprint=step.fingerprint,
                 config_hash=hash_config(dump),
-                inputs=dict(step.inputs),
-                versions=versions(),
+                inputs=step.inputs,
                 seed=self.recipe.seed,
                 parent=step.parent,
-                commit=git_commit(),
-                started=started,
-                finished=now(),
-                seconds=seconds + seconds_before,
-            ).write(partial)
+            )
+            made.model_copy(update={"seconds": made.seconds + seconds_before}).write(partial)
         (step.folder / DONE).unlink(missing_ok=True)
-        self.say(f"{step.folder.relative_to(self.path)}: done in {duration(seconds)}")
+        self.say(f"{step.folder.relative_to(self.path)}: done in {duration(made.seconds)}")
 
     def _inputs(self, name: str, config: BaseModel) -> dict[str, str]:
         """Hash of everything that a stage, or one part of its config, reads, by name."""

@@ -26,9 +26,11 @@ from chain.placement import Placement
 from chain.pool import OpenPool, Pool
 from chain.recipe import Recipe, made_between
 from chain.report import data as report
+from chain.report.write import write as write_report
 from chain.stages import STAGES, Stage, stage_named
 from chain.tracking import StageTrack, Tracker
-from core.files import git_commit, read_json, write_json
+from core.files import read_json, write_json
+from core.manifest import git_commit
 from core.strict import ConfigError, Strict
 from core.training.job import Job
 from rl.job import ServedJob
@@ -87,7 +89,7 @@ def run(
         for stage in chain[first : last + 1]:
             loop.stage(stage, force)
         background.settle()
-        report.write(folder.path)
+        write_report(folder.path)
         display.console.print(report.table(report.read(folder.path)))
         display.line(f"report: {folder.path / report.HTML}")
     return folder.path
@@ -334,7 +336,7 @@ class Loop:
         with tracking:
             scores = self.evaluate(stage, evaluation)
             track.results(scores, self.folder.stage(stage.name))
-            report.write(self.folder.path)
+            write_report(self.folder.path)
 
     def _config(self, stage: Stage) -> Strict:
         return self.folder.config(stage.name)

@@ -22,6 +22,7 @@ from rewards.names import nearest
 REWARDS = {
     "answer": "rewards.answer:AnswerReward",
     "literal_answer": "rewards.style.literal:LiteralAnswer",
+    "think_tags": "rewards.style.format:ThinkTags",
     "think_format": "rewards.style.format:ThinkFormat",
     "direct_format": "rewards.style.format:DirectFormat",
     "format": "rewards.style.format:Format",

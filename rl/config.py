@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from core.strict import Name, Strict
-from core.training.learner import LearnerConfig, Optim
+from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 from rewards.mix import check_terms
 

@@ -69,17 +69,7 @@ def _gradable(source: DataSource, records: Records) -> list[dict[str, Any]]:
 
 def example_of(record: Record) -> Example:
     """What a reward sees of a record; its pictures decode when the reward looks at them."""
-    return Example(
-        id=record["id"],
-        question=record["question"],
-        answer=record["answer"],
-        mode=record["mode"],
-        verifier=record["verifier"],
-        images=Decoded(record["images"]),
-        chain=record["chain"],
-        source=record["source"],
-        meta=record["meta"] or {},
-    )
+    return Example.of(record, Decoded(record["images"]))
 
 
 def prompt_messages(record: Record) -> list[dict[str, Any]]:

@@ -124,6 +124,6 @@ def _refusal(one: Asked, records: Records, found: Mapping[int, tuple[str, str]],
 
 
 def _processor(model: Path) -> Any:
-    from core.training.learner import load_processor
+    from core.training.model import load_processor
 
     return load_processor(model)

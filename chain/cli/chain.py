@@ -101,11 +101,12 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from chain.display import new_console
     from chain.report import data as report
+    from chain.report.write import write
+    from core.console import new_console
 
     console = new_console()
-    console.print(report.table(report.write(options.run_dir)))
+    console.print(report.table(write(options.run_dir)))
     console.print(f"report: {options.run_dir / report.HTML}", markup=False, soft_wrap=True)
 
 

@@ -32,6 +32,11 @@ def _add_import(core: Any) -> None:
         action="store_true",
         help="an AnyRes model: images keep their size (up to 1792 px a side) instead of being cut into tiles",
     )
+    into.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="import tensors with NaN or infinity as they are; stages and servers refuse such a core",
+    )
     _shard_option(into)
 
 
@@ -92,8 +97,8 @@ def _shard_option(added: argparse.ArgumentParser) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from chain.display import new_console
     from core.checkpoint.released import import_released
+    from core.console import new_console
 
     console = new_console()
     with _progress(console) as progress:
@@ -101,6 +106,7 @@ def _import(options: argparse.Namespace) -> None:
             options.src,
             options.dst,
             any_resolution=options.any_resolution,
+            allow_nonfinite=options.allow_nonfinite,
             max_shard_bytes=int(options.shard_gb * 1e9),
             progress=progress,
         )
@@ -108,8 +114,8 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from chain.display import new_console
     from core.checkpoint.released import export_released
+    from core.console import new_console
 
     console = new_console()
     with _progress(console) as progress:
@@ -125,8 +131,8 @@ def _export(options: argparse.Namespace) -> None:
 
 def _new(options: argparse.Namespace) -> None:
     from chain.cli.core_tables import disk_text, parameter_table, tokenizer_text
-    from chain.display import new_console
     from core.checkpoint.new import new_core, plan_core
+    from core.console import new_console
     from core.model.sizes import WORDS
 
     console = new_console()
@@ -149,8 +155,8 @@ def _new(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from chain.display import new_console
     from core.checkpoint.merge import merge_adapter
+    from core.console import new_console
 
     console = new_console()
     with _progress(console) as progress:

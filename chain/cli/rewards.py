@@ -113,7 +113,7 @@ def _diff(options: argparse.Namespace) -> None:
 
 
 def _judge_audit(options: argparse.Namespace) -> None:
-    from chain.display import new_console
+    from core.console import new_console
     from core.strict import ConfigError
     from rewards.judge.judges import CRITERIA, VisionJudge
     from rewards.offline import judge_audit

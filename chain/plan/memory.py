@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from chain.plan.machine import Machine
 from chain.recipe import Recipe, SFTStage
-from core.training.learner import DeepSpeedConfig, LearnerConfig, Module
-from core.training.memory import GIB, CoreShape, Memory, Work, estimate
+from core.model.names import Module
+from core.model.shape import CoreShape
+from core.training.config import DeepSpeedConfig, LearnerConfig
+from core.training.memory import GIB, Memory, Work, estimate
 from rl.config import RLConfig
 from rl.rollout.weights import FILE_BYTES
 from sft.config import Phase

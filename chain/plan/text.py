@@ -16,7 +16,7 @@ from chain.plan.resources import Resources
 from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
 from chain.stages import STAGES, Stage
 from core.strict import Strict
-from core.training.learner import LearnerConfig, Optim
+from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 from rl.config import RewardTerm, RLConfig
 from sft.config import Phase, SoupConfig

@@ -48,7 +48,8 @@ from rich.table import Table
 from chain import soup
 from chain.fingerprints import identity
 from chain.recipe import STAGE_NAMES
-from core.files import Manifest, now, read_json, read_jsonl, write_json, write_text
+from core.files import read_json, read_jsonl
+from core.manifest import Manifest, now
 from core.strict import ConfigError
 from rl.watch import ALARMS
 
@@ -127,16 +128,6 @@ def build(run_dir: Path) -> Report:
         outdated=[name for name in finished if name not in shown],
         soup=SoupReport.model_validate(cooked) if cooked else None,
     )
-
-
-def write(run_dir: Path) -> Report:
-    """Write report.json and report.html of a run; return the report."""
-    from chain.report.page import page
-
-    report = build(run_dir)
-    write_json(run_dir / JSON, report)
-    write_text(run_dir / HTML, page(report, run_dir))
-    return report
 
 
 def read(run_dir: Path) -> Report:

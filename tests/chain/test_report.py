@@ -15,7 +15,9 @@ from chain.fingerprints import identity
 from chain.report import charts
 from chain.report import data as report
 from chain.report.page import page
-from core.files import Manifest, write_json
+from chain.report.write import write
+from core.files import write_json
+from core.manifest import Manifest
 from core.strict import ConfigError
 
 STAGES = ("core", "basic_sft", "soup", "longcot_sft", "rlvr", "think_fusion", "mixed_rl")
@@ -129,7 +131,7 @@ class Page(HTMLParser):
 
 
 def test_report_json_has_the_documented_keys(run_dir):
-    report.write(run_dir)
+    write(run_dir)
     found = json.loads((run_dir / "report.json").read_text())
     assert {"schema_version", "recipe", "seed", "chain", "commit", "versions", "stages", "soup"} <= set(found)
     assert [stage["name"] for stage in found["stages"]] == list(STAGES)
@@ -147,13 +149,13 @@ def test_report_json_has_the_documented_keys(run_dir):
 
 def test_a_stage_that_is_not_finished_is_not_reported(run_dir):
     (run_dir / "mixed_rl" / "manifest.json").unlink()
-    assert [stage.name for stage in report.write(run_dir).stages] == list(STAGES[:-1])
+    assert [stage.name for stage in write(run_dir).stages] == list(STAGES[:-1])
 
 
 def test_stages_made_from_an_earlier_run_of_a_stage_before_are_not_shown(run_dir):
     manifest = Manifest.read(run_dir / "rlvr")
     manifest.model_copy(update={"finished": "2026-01-02T10:00:00+00:00"}).write(run_dir / "rlvr")
-    found = report.write(run_dir)
+    found = write(run_dir)
     assert [stage.name for stage in found.stages] == list(
         STAGES[:5]
     )  # rlvr is new, what came of the old is not
@@ -163,12 +165,12 @@ def test_stages_made_from_an_earlier_run_of_a_stage_before_are_not_shown(run_dir
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no run folder"):
-        report.write(tmp_path)
+        write(tmp_path)
 
 
 def test_the_table_has_a_row_per_stage_with_intervals(run_dir):
     console = Console(width=80, file=StringIO())
-    console.print(report.table(report.write(run_dir)))
+    console.print(report.table(write(run_dir)))
     text = console.file.getvalue()
     assert all(name in text for name in STAGES)
     assert "0.571 [.531, .611]" in text  # rlvr: 4 / 7

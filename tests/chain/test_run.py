@@ -16,7 +16,8 @@ from chain.job import Task
 from chain.launch import Rendezvous, StageFailed, command, environment, last_lines, run_job
 from chain.pool import Pool
 from chain.recipe import load_recipe
-from core.files import Manifest, read_json
+from core.files import read_json
+from core.manifest import Manifest
 from core.strict import ConfigError, Strict
 from core.training.job import Job
 from rl.rollout.client import RolloutError

@@ -4,7 +4,7 @@ import pytest
 
 from core.files import read_json
 from core.training.job import Job
-from core.training.learner import load_processor
+from core.training.model import load_processor
 from corpus.records import DataSource, load_records, write_records
 from rl.config import PoolConfig
 from rl.data import prompt_messages

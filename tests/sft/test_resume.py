@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from core.checkpoint.shards import weights_hash
 from core.files import read_json, read_jsonl, write_json
 from core.training.job import Job
-from core.training.learner import weights_hash
 from core.training.resume import FOLDER, MARK, Unfinished, drop_lines_after
 from sft import train as module
 from sft.config import SFTConfig

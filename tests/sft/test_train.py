@@ -8,9 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from core.checkpoint.shards import weights_hash
 from core.files import read_json, read_jsonl
+from core.model.names import MODULES, module_of
+from core.training.config import LearnerConfig
 from core.training.job import Job
-from core.training.learner import MODULES, LearnerConfig, load_model, module_of, weights_hash
+from core.training.model import load_model
 from sft.config import SFTConfig, Variant
 from sft.train import train, variant_of, variant_start
 
