@@ -18,6 +18,7 @@ from uuid import uuid4
 from pydantic import BaseModel
 
 from chain.display import duration
+from chain.errors import ERROR
 from chain.fingerprints import Fingerprints, identity
 from chain.inputs import data_folder, locate_sets, prepared_folder
 from chain.job import DONE
@@ -202,6 +203,7 @@ class RunFolder:
                 self.say(f"{step.name}: continues where an interrupted run stopped")
             write_json(partial / "config.json", dump)
             yield partial
+            (partial / ERROR).unlink(missing_ok=True)
             shutil.rmtree(partial / UNFINISHED, ignore_errors=True)
             made = began.manifest(
                 stage=step.name,

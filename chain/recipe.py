@@ -40,7 +40,7 @@ class CoreConfig(Strict):
     """Arguments of `build`."""
     path: str | None = None
     """A checkpoint folder; relative to the working directory."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the build."""
     size: Literal["2b", "8b", "a3b"] | None = None
     """What `plan` takes the core for while its folder is not there: SAIL-VL2-2B, -8B or -A3B."""
@@ -63,7 +63,7 @@ class GenerateConfig(Strict):
     """Names of the sets that it writes: a stage that names another is refused before anything runs."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `by`."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the generator."""
 
 

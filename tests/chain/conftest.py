@@ -47,6 +47,9 @@ def train(cfg, job):
         (out / "checkpoint").mkdir()
         print("the reason is here")
         sys.exit(3)
+    if os.environ.get("TOY_RAISE") == job.stage:
+        from core.strict import ConfigError
+        raise ConfigError("the judge refused") if os.environ["TOY_AS"] == "ours" else KeyError("colour")
     with open(out / "metrics.jsonl", "a") as file:
         for step in range(1, 4):
             file.write(json.dumps({"step": step, "reward": step / 4, "urls": len(getattr(job, "urls", ()))}) + chr(10))

@@ -119,3 +119,47 @@ def test_a_reward_of_another_library_is_looked_for_behind_its_prefix(toy, tmp_pa
         assert recipe.rlvr.rewards[0].use == use
     with pytest.raises(ConfigError, match=r"'verl:gone.py:compute_score': no such module or file"):
         check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=verl:gone.py:compute_score"]))
+
+
+def test_a_reward_that_cannot_be_loaded_is_refused_before_anything_runs(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("import nowhere_at_all\n")
+    with pytest.raises(ConfigError, match=r"rlvr\.rewards\[0\]\.use = 'mine.py:Name': .*nowhere_at_all"):
+        check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=mine.py:Name"]))
+
+
+def test_missing_sets_are_an_error_unless_they_may_be_missing(toy):
+    recipe = load_recipe(toy.recipe_dir, ["data.sets.more=nowhere.parquet"])
+    with pytest.raises(ConfigError, match=r"data\.sets\.more = 'nowhere\.parquet': no such file"):
+        check(recipe)
+    assert check(recipe, allow_missing=True) == ["data.sets.more = 'nowhere.parquet': no such file or folder"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("rlvr.rollout.max_completion_tokens=128", "rlvr.rollout.max_completion_tokens=128"),
+        ("eval.max_completion_tokens=500", "eval.max_completion_tokens=500"),
+        ("rlvr.prepare.max_completion_tokens=128", "rlvr.prepare.max_completion_tokens=128"),
+    ],
+)
+def test_completions_that_leave_no_room_for_a_prompt_are_refused(toy, override, key):
+    with pytest.raises(
+        ConfigError, match=f"{key} leaves no room for a prompt in servers.max_model_tokens=128"
+    ):
+        load_recipe(toy.recipe_dir, [override])
+
+
+def test_every_set_that_servers_are_asked_is_named():
+    from pathlib import Path
+
+    from chain.checks import asked
+    from core.strict import key_path
+
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "smoke")
+    found = {key_path(path): length for path, _, length, _ in asked(recipe)}
+    assert {"eval.thinking", "eval.direct", "soup.validation", "rlvr.data[0]", "rlvr.watch.held_out"} <= set(
+        found
+    )
+    assert found["rlvr.prepare.pass_at_k.source"] == recipe.rlvr.prepare.max_completion_tokens
+    assert found["think_fusion.prepare.harvest.source"] == recipe.think_fusion.prepare.max_completion_tokens

@@ -137,3 +137,10 @@ def test_content_hashes_are_remembered_until_the_file_changes(tmp_path, monkeypa
     assert Hashes(tmp_path / "memory").of(str(data)) != first
     assert Hashes(tmp_path / "memory").of("owner/name") == "hub:owner/name"
     assert Hashes(tmp_path / "memory").of("./gone") == "missing"
+
+
+def test_make_has_a_target_for_every_stage_and_no_other():
+    """The Makefile lists the stages for people's fingers: in the chain's order, by names that the command knows."""
+    text = (Path(__file__).parents[2] / "Makefile").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("core sft"))
+    assert tuple(stage_named(word.rstrip(":")).name for word in line.split()) == STAGE_NAMES
