@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from chain.inputs import code_file, is_hub_id
 from chain.recipe import STAGE_NAMES, Recipe, made_between, sources
-from core.files import append_jsonl, read_json
+from core.files import append_jsonl, read_json, require_room
 from core.manifest import hash_config
 from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
@@ -100,21 +99,10 @@ def asked(recipe: Recipe) -> Iterator[tuple[KeyPath, DataSource, int, int | None
 
 
 def room_for(recipe: Recipe, stage: str, run_dir: Path) -> None:
-    """Raise OSError unless the disk has room for what the plan says that the stage will save."""
-    from chain.plan.memory import gib
+    """Raise NoRoom unless the disk has room for what the plan says that the stage will save."""
     from chain.plan.resources import resources
 
-    needed = resources(recipe, run_dir.parent).saved_by(stage)
-    free = shutil.disk_usage(run_dir).free
-    if needed > free:
-        raise NoRoom(
-            f"{stage} saves {gib(needed)} GiB in {run_dir}, where {gib(free)} GiB are free; make room, or choose "
-            "another --runs-dir"
-        )
-
-
-class NoRoom(RuntimeError):
-    """The disk has no room for what a stage saves; the message has folder, need and space."""
+    require_room(run_dir, resources(recipe, run_dir.parent).saved_by(stage), f"what {stage} saves")
 
 
 def _limits(recipe: Recipe, sets: Mapping[str, str]) -> Limits | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chain.checks import check, check_rows, check_shares, room_for
+from chain.clean import clean
 from chain.context import Context, Progress
 from chain.display import Display, Tail, duration, metrics_text
 from chain.errors import ERROR, left
@@ -82,6 +83,8 @@ def run(
         Background(display) as background,
         Pool(recipe.servers, folder.path / "logs", open_pool) as pool,
     ):
+        for line in clean():
+            display.line(line)
         folder.require_finished(names[:first], names[first])
         write_json(folder.path / "recipe.json", recipe)
         loop = Loop(recipe, folder, pool, display, background, cluster)

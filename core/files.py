@@ -77,6 +77,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+class NoRoom(RuntimeError):
+    """A disk has no room for what is about to be written; the message has folder, need and space."""
+
+
+def require_room(folder: Path, needed: float, what: str) -> None:
+    """Raise NoRoom unless the disk of `folder`, an existing one, has `needed` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoRoom(
+            f"{folder}: {what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; make room, or "
+            "choose another --runs-dir"
+        )
+
+
 @contextmanager
 def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
     """A folder to fill, `<name>.partial`, which becomes `path` when the block ends without an exception.

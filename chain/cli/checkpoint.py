@@ -28,13 +28,17 @@ def add(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from chain.clean import clean
     from chain.serve import evaluate_checkpoint
 
     out = options.out or options.model.resolve().parent / "eval"
+    clean()
     evaluate_checkpoint(load(options), options.model, out, runs_dir=options.runs_dir)
 
 
 def _rollout_server(options: argparse.Namespace) -> None:
+    from chain.clean import clean
     from chain.serve import serve
 
+    clean()
     serve(load(options), options.model, options.runs_dir, options.host, options.port, adapter=options.adapter)
