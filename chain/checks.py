@@ -9,6 +9,7 @@ from typing import Any
 
 from chain.inputs import code_file, is_hub_id
 from chain.recipe import STAGE_NAMES, Recipe, made_between, sources
+from core.checkpoint.check import ForeignCode, check_code
 from core.files import append_jsonl, read_json, require_room
 from core.manifest import hash_config
 from core.strict import ConfigError, KeyPath, key_path
@@ -173,6 +174,11 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
     path = recipe.core.path
     if path is not None and not (Path(path).expanduser() / "config.json").is_file():
         yield f"core.path = {path!r}: no checkpoint folder: config.json is missing"
+    elif path is not None:
+        try:
+            check_code(Path(path).expanduser())
+        except ForeignCode as error:
+            yield f"core.path: {error}"
 
 
 def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Any
 from chain.checks import check, check_rows, check_shares, room_for
 from chain.clean import clean
 from chain.context import Context, Progress
-from chain.display import Display, Tail, duration, metrics_text
+from chain.display import Display, duration
 from chain.errors import ERROR, left
 from chain.folder import DATA, RunFolder, facts
 from chain.hosts import Cluster, follow
@@ -25,6 +25,7 @@ from chain.job import DONE, Task
 from chain.launch import POLL_S, StageFailed, run_job
 from chain.placement import Placement
 from chain.pool import OpenPool, Pool
+from chain.progress import Follower, Outlook
 from chain.recipe import Recipe, made_between
 from chain.report import data as report
 from chain.report.write import write as write_report
@@ -36,7 +37,6 @@ from core.strict import ConfigError, Strict
 from core.training.job import Job
 from rl.job import ServedJob
 from rl.rollout.weights import weights_folder
-from rl.watch import ALARMS
 
 
 class StageIncomplete(RuntimeError):
@@ -168,7 +168,9 @@ class Loop:
     def __post_init__(self) -> None:
         folder = self.folder
         self._rows_are_checked = False
-        self.tracker = Tracker(self.recipe.wandb, folder.id, folder.path, folder.sets, self.display.line)
+        recipe, say = self.recipe, self.display.line
+        self.outlook = Outlook(recipe, folder.path, folder.stages)
+        self.tracker = Tracker(recipe.tracking, recipe.wandb, folder.id, folder.path, folder.sets, say)
 
     def data(self, force: bool = False) -> None:
         """Generate the recipe's own sets, unless they are there and unchanged."""
@@ -197,7 +199,12 @@ class Loop:
             return
         with ExitStack() as tracking:
             track = tracking.enter_context(self.tracker.stage(stage.name, self._tracked(stage)))
-            self.train(stage, track)
+            try:
+                self.train(stage, track)
+            except Exception as error:
+                report.note_failure(self.folder.path, stage.name, error)
+                write_report(self.folder.path)
+                raise
             self.background.settle()
             self.check_rows(checkpoint)
             if self.recipe.eval is not None:
@@ -240,12 +247,14 @@ class Loop:
         room_for(self.recipe, stage.name, self.folder.path)
         with (
             self.folder.making(step, preparation.seconds) as partial,
-            self.display.step(stage.name),
+            self.display.step(self.outlook.label(stage.name)),
         ):
             if preparation.kept:
                 write_json(partial / "prepare.json", preparation.kept)
             if not (partial / DONE).exists():
-                self._run_child(stage, partial, Follower(stage.name, partial, self.display, track))
+                self._run_child(
+                    stage, partial, Follower(stage.name, partial, self.display, track, self.outlook)
+                )
             if not (partial / "checkpoint" / "config.json").exists():
                 raise StageIncomplete(
                     f"{stage.name}: its process left no checkpoint in {partial / 'checkpoint'}"
@@ -257,7 +266,8 @@ class Loop:
         processes, threads = stage.learner(self.recipe)
         model = self.folder.start(stage.name)
         self.pool.rest(model)
-        (out / ERROR).unlink(missing_ok=True)
+        for stale in (ERROR, report.FAILED):
+            (out / stale).unlink(missing_ok=True)
         try:
             with self.task(stage, out) as task:
                 run_job(
@@ -353,25 +363,6 @@ class Loop:
             "commit": git_commit(),
             **self._config(stage).model_dump(mode="json"),
         }
-
-
-class Follower:
-    """Shows what a stage's child logs, and hands it to the tracker."""
-
-    def __init__(self, stage: str, out: Path, display: Display, track: StageTrack) -> None:
-        self.stage, self.display, self.track = stage, display, track
-        self.metrics, self.alarms = Tail(out / "metrics.jsonl"), Tail(out / ALARMS)
-        self.text = "starting"
-
-    def look(self) -> None:
-        """Pass on what was logged since the last look."""
-        for record in self.metrics.new():
-            self.track.log(record)
-            self.text = metrics_text(record)
-        for alarm in self.alarms.new():
-            self.display.line(f"{self.stage}: ALARM {alarm['name']}: {alarm['text']}")
-            self.track.alert(f"{self.stage}: {alarm['name']}", alarm["text"])
-        self.display.passing(self.text)
 
 
 @dataclass(frozen=True)

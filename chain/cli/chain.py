@@ -19,6 +19,9 @@ def add(commands: Any) -> None:
     report = command(commands, "report", _report, "write a run's report again and print its table")
     report.add_argument("run_dir", type=Path, help="the run's folder, runs/<name>")
     command(commands, "stages", _stages, "list the stages and their short names")
+    explained = command(commands, "explain", _explain, "explain a recipe's keys: type, default, unit, stages")
+    explained.add_argument("key", nargs="?", help="key path, or the end of one; default: every section")
+    explained.add_argument("--schema", action="store_true", help="print a JSON schema for editors instead")
     command(commands, "clean", _clean, "remove what killed runs left in shared memory")
 
 
@@ -117,6 +120,14 @@ def _stages(options: argparse.Namespace) -> None:
     for stage in STAGES:
         short = [alias for alias, name in ALIASES.items() if name == stage.name]
         print(f"{stage.name:13} {stage.title}" + (f" ({', '.join(short)})" if short else ""))
+
+
+def _explain(options: argparse.Namespace) -> None:
+    import json
+
+    from chain import reference
+
+    print(json.dumps(reference.schema(), indent=2) if options.schema else reference.explain(options.key))
 
 
 def _clean(options: argparse.Namespace) -> None:
