@@ -8,16 +8,20 @@ stage after one that ran again has another fingerprint.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
 from chain.inputs import code_file, is_hub_id
 from chain.recipe import sources
-from core.files import append_jsonl, hash_tree, read_jsonl, sha256_file
+from core.files import append_jsonl, hash_tree, sha256_file
 from core.manifest import Manifest, hash_config
+
+log = logging.getLogger(__name__)
 
 
 class Fingerprints:
@@ -73,6 +77,22 @@ def is_current(folder: Path, fingerprint: str) -> bool:
     return manifest is not None and manifest.fingerprint == fingerprint
 
 
+def read_cache(file: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that only saves work. Lines torn by a kill or a full disk are dropped, and said."""
+    if not file.exists():
+        return []
+    found, torn = [], 0
+    for line in file.read_bytes().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            torn += 1
+    if torn:
+        log.warning("%s: dropped %d torn lines; what they held is computed again", file, torn)
+        file.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
+    return found
+
+
 @dataclass
 class Hashes:
     """Content hashes of files and folders, remembered beside the run by path, size and time of change.
@@ -84,8 +104,7 @@ class Hashes:
     known: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for line in read_jsonl(self.memory):
-            self.known[line["state"]] = line["hash"]
+        self.known = {line["state"]: line["hash"] for line in read_cache(self.memory)}
 
     def of(self, place: str) -> str:
         """The hash of what lies at `place`; a hub id stands for itself, a missing file is `missing`."""

@@ -13,26 +13,22 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from chain.yaml_files import read_folder
-from core.strict import ConfigError, KeyPath, Strict, key_path, nearest, parse
+from core.strict import ConfigError, KeyPath, Name, Strict, key_path, nearest, parse
 from corpus.records import DataSource
 from rl.config import EvalConfig, PoolConfig, Prepare, RLConfig
 from sft.config import SFTConfig, SoupConfig
 
 IMPORT_STRING = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
-STAGE_NAMES = ("core", "basic_sft", "soup", "longcot_sft", "rlvr", "think_fusion", "mixed_rl")
-"""The chain, in order."""
-ALIASES = {
-    "sft": "basic_sft",
-    "basic-sft": "basic_sft",
-    "longcot": "longcot_sft",
-    "longcot-sft": "longcot_sft",
-    "rl": "rlvr",
-    "fusion": "think_fusion",
-    "think-fusion": "think_fusion",
-    "mixed": "mixed_rl",
-    "mixed-rl": "mixed_rl",
+SHORT = {
+    "basic_sft": "sft",
+    "longcot_sft": "longcot",
+    "rlvr": "rl",
+    "think_fusion": "fusion",
+    "mixed_rl": "mixed",
 }
-"""Short names of stages, on the command line and as the first key of an override."""
+"""Short names of stages."""
+ALIASES = {word: name for name, short in SHORT.items() for word in (short, name.replace("_", "-"))}
+"""Other names of stages, on the command line and as the first key of an override -> the stage."""
 
 
 class CoreConfig(Strict):
@@ -44,7 +40,7 @@ class CoreConfig(Strict):
     """Arguments of `build`."""
     path: str | None = None
     """A checkpoint folder; relative to the working directory."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the build."""
     size: Literal["2b", "8b", "a3b"] | None = None
     """What `plan` takes the core for while its folder is not there: SAIL-VL2-2B, -8B or -A3B."""
@@ -63,11 +59,11 @@ class GenerateConfig(Strict):
 
     by: str = Field(pattern=IMPORT_STRING)
     """`package.module:function`, called `function(out, seed=..., **params)`; writes `<set>.parquet` files."""
-    sets: tuple[str, ...] = Field(min_length=1)
+    sets: tuple[Name, ...] = Field(min_length=1)
     """Names of the sets that it writes: a stage that names another is refused before anything runs."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `by`."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the generator."""
 
 
@@ -76,7 +72,7 @@ class DataConfig(Strict):
 
     generate: GenerateConfig | None = None
     """Sets that the run makes itself."""
-    sets: dict[str, str] = Field(default_factory=dict)
+    sets: dict[Name, str] = Field(default_factory=dict)
     """Set name -> Parquet file or folder (relative to the working directory), or hub id `owner/name`."""
 
     @model_validator(mode="after")
@@ -124,12 +120,27 @@ class SFTStage(SFTConfig):
     prepare: Prepare = Prepare()
 
 
-class Recipe(Strict):
+class Stages(Strict):
+    """The stages in the chain's order. None: the recipe leaves the stage out."""
+
+    core: CoreConfig
+    basic_sft: SFTStage | None = None
+    soup: SoupConfig | None = None
+    longcot_sft: SFTStage | None = None
+    rlvr: RLConfig | None = None
+    think_fusion: SFTStage | None = None
+    mixed_rl: RLConfig | None = None
+
+
+STAGE_NAMES = tuple(Stages.model_fields)
+
+
+class Recipe(Stages):
     """A whole chain, resolved."""
 
     renamed: ClassVar[dict[str, str]] = {"rollout": "servers"}
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    name: Name
     """Names the run's folder, `runs/<name>`."""
     about: str = ""
     """One line for `plan` and the report."""
@@ -144,19 +155,30 @@ class Recipe(Strict):
     """Experiment trackers that get curves and completions; `[]` for none."""
     wandb: WandbConfig = WandbConfig()
     hardware: HardwareConfig = HardwareConfig()
-    core: CoreConfig
-    basic_sft: SFTStage | None = None
-    soup: SoupConfig | None = None
-    longcot_sft: SFTStage | None = None
-    rlvr: RLConfig | None = None
-    think_fusion: SFTStage | None = None
-    mixed_rl: RLConfig | None = None
 
     @model_validator(mode="after")
     def _engine_where_needed(self) -> Recipe:
         needs = [name for name in ("eval", "rlvr", "mixed_rl") if getattr(self, name) is not None]
         if self.servers is None and needs:
             raise ValueError(f"servers is missing: {', '.join(needs)} need rollout servers")
+        return self
+
+    @model_validator(mode="after")
+    def _completions_fit_the_servers(self) -> Recipe:
+        limit = self.servers.max_model_tokens if self.servers else None
+        lengths = {"eval": self.eval.max_completion_tokens if self.eval else 0}
+        for name in STAGE_NAMES:
+            config = getattr(self, name)
+            if isinstance(config, RLConfig):
+                lengths[f"{name}.rollout"] = config.rollout.max_completion_tokens
+            if isinstance(config, RLConfig | SFTStage) and config.prepare.samples:
+                lengths[f"{name}.prepare"] = config.prepare.max_completion_tokens
+        for key, length in lengths.items():
+            if limit is not None and length >= limit:
+                raise ValueError(
+                    f"{key}.max_completion_tokens={length} leaves no room for a prompt in "
+                    f"servers.max_model_tokens={limit}; lower the one or raise the other"
+                )
         return self
 
     @model_validator(mode="after")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from chain import run as runner
+from chain.context import Context
 from chain.display import Display
+from chain.evaluate import evaluate
 from chain.inputs import locate_sets
 from chain.pool import OpenPool, Pool
 from chain.recipe import Recipe
 from chain.report import data as report
-from chain.stages import STAGES, Context
 from core.checkpoint.check import check_checkpoint
 from core.files import read_json, write_json
 from core.strict import ConfigError
@@ -47,7 +48,7 @@ def evaluate_checkpoint(
     with Pool(recipe.servers, out / "logs", open_pool) as pool, display.step("evaluation"):
         context = Context(
             recipe=recipe,
-            stage=STAGES[-1],
+            stage="eval",
             config=cfg,
             model=model.resolve(),
             out=out,
@@ -56,7 +57,7 @@ def evaluate_checkpoint(
             pool=pool,
             progress=display.passing,
         )
-        scores = STAGES[-1].evaluate(context)
+        scores = evaluate(context)
     write_json(out / "eval.json", {"model": str(model.resolve()), "scores": scores})
     display.line(report.scores_text(scores))
     display.line(f"samples and scores: {out}")

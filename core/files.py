@@ -102,6 +102,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+class NoRoom(RuntimeError):
+    """A disk has no room for what is about to be written; the message has folder, need and space."""
+
+
+def require_room(folder: Path, needed: float, what: str) -> None:
+    """Raise NoRoom unless the disk of `folder`, an existing one, has `needed` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoRoom(
+            f"{folder}: {what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; make room, or "
+            "choose another --runs-dir"
+        )
+
+
 def _drop_torn_end(path: Path) -> None:
     """Cut a file after its last whole line."""
     if not path.exists() or not path.stat().st_size:
@@ -135,13 +149,13 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
         write_text(mark, same)
     readable = partial.stat().st_mode & 0o666
     yield partial
-    mark.unlink(missing_ok=True)
     for file in partial.rglob("*.safetensors"):
         file.chmod(readable)  # written for their owner alone, whatever the umask
     sync_tree(partial)
     if path.exists():
         path.rename(old)
     partial.rename(path)
+    (path / _SAME).unlink(missing_ok=True)  # last: until the rename it says whose the folder is
     _fsync(path.parent)
     if old.exists():
         shutil.rmtree(old)

@@ -9,12 +9,26 @@ a training run. `parse` turns pydantic's report into one `ConfigError` with a li
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
+"""A name that becomes part of a path: never a path of its own."""
 KeyPath = tuple[str | int, ...]
+SHOWN = 200
+"""Characters of a value that a message shows."""
+LARGEST = 2**31 - 1
+"""Of any whole number in a configuration."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -30,6 +44,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+    @field_validator("*", mode="after", check_fields=False)
+    @classmethod
+    def _no_number_without_bound(cls, value: Any) -> Any:
+        # Seeds reach vLLM as 64 bits with the row's number in the lower half; no count of ours needs more either.
+        if type(value) is int and abs(value) > LARGEST:
+            raise ValueError(f"at most {LARGEST} (2^31 - 1)")
+        return value
 
     @model_validator(mode="wrap")
     @classmethod
@@ -75,6 +97,14 @@ def key_path(path: KeyPath) -> str:
     return text
 
 
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    if type(value) is int and abs(value) > 10**20:  # Python refuses to write out 5,000 digits
+        return f"a whole number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+
+
 def _known_keys(model: type[BaseModel]) -> set[str]:
     aliases = {field.alias for field in model.model_fields.values() if field.alias}
     return set(model.model_fields) | aliases
@@ -102,6 +132,6 @@ def _lines(error: ValidationError, where: str | Callable[[KeyPath], str]) -> lis
         key = key_path(path) or "the whole of it"
         # A whole sub-tree as "the value" helps nobody; missing and unknown keys have no value to show.
         plain = found["input"] is None or isinstance(found["input"], str | int | float)
-        value = f" = {found['input']!r}" if plain and found["type"] != "unknown_key" else ""
+        value = f" = {shown(found['input'])}" if plain and found["type"] != "unknown_key" else ""
         lines.append(": ".join(part for part in (file, f"{key}{value}", rule) if part))
     return lines

@@ -16,6 +16,7 @@ from core.model.pictures import MAX_PIXELS
 from core.model.shape import CoreShape
 from core.training.config import DeepSpeedConfig, LearnerConfig
 from core.training.memory import GIB, Memory, Work, estimate
+from core.training.resume import checkpoint_bytes
 from rl.config import RLConfig
 from rl.rollout.weights import FILE_BYTES
 from sft.config import Phase
@@ -258,8 +259,7 @@ class StageFit:
         if self.learner.lora:
             moved = self.shape.adapter_parameters(self.learner.lora.r, self.learner.lora.everywhere)
         weights = moved * 4 if self.learner.lora else self.checkpoint
-        # AdamW's two moments in float32; DeepSpeed has master weights as well, and writes the weights once more.
-        return 2 * (2 * weights + moved * 12 if self.learner.deepspeed else weights + moved * 8)
+        return 2 * checkpoint_bytes(weights, moved, deepspeed=self.learner.deepspeed is not None)
 
     # What cannot be
 

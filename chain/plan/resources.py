@@ -44,12 +44,19 @@ def resources(recipe: Recipe, runs_dir: Path = Path("runs"), gpu_gib: float | No
     return Resources(recipe, machine, shape, fits, server)
 
 
-def core_shape(recipe: Recipe, run_dir: Path) -> CoreShape | None:
-    """The core's shape: from its folder, or that of an earlier run, or `core.size`; None if nothing says."""
+def core_folder(recipe: Recipe, run_dir: Path) -> Path | None:
+    """The core's checkpoint folder: the recipe's own, or that of an earlier run; None if neither is there."""
     places = [Path(recipe.core.path).expanduser()] if recipe.core.path else []
-    for place in (*places, run_dir / "core" / "checkpoint"):
-        if (place / "config.json").is_file():
-            return CoreShape.read(place)
+    found = (
+        place for place in (*places, run_dir / "core" / "checkpoint") if (place / "config.json").is_file()
+    )
+    return next(found, None)
+
+
+def core_shape(recipe: Recipe, run_dir: Path) -> CoreShape | None:
+    """The core's shape: from its folder, or `core.size`; None if nothing says."""
+    if folder := core_folder(recipe, run_dir):
+        return CoreShape.read(folder)
     return SHAPES[recipe.core.size] if recipe.core.size else None
 
 
@@ -93,6 +100,13 @@ class Resources:
         own = sum(fit.disk for fit in self.fits.values())
         own += max((fit.unfinished for fit in self.fits.values()), default=0)
         return own + (self._soups * self.fits["basic_sft"].checkpoint if "basic_sft" in self.fits else 0)
+
+    def saved_by(self, stage: str) -> float:
+        """Bytes that a stage writes to disk; 0 where the core's shape is not known."""
+        if stage == "soup" and "basic_sft" in self.fits:
+            return self._soups * self.fits["basic_sft"].checkpoint
+        fit = self.fits.get(stage)
+        return fit.disk + fit.unfinished if fit else 0
 
     @property
     def problems(self) -> list[str]:
