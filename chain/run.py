@@ -249,6 +249,7 @@ class Loop:
             self.folder.making(step, preparation.seconds) as partial,
             self.display.step(self.outlook.label(stage.name)),
         ):
+            (partial / report.FAILED).unlink(missing_ok=True)
             if preparation.kept:
                 write_json(partial / "prepare.json", preparation.kept)
             if not (partial / DONE).exists():
