@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chain.inputs import code_file, is_hub_id
-from chain.recipe import STAGE_NAMES, Recipe, made_between, sources
+from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
 from core.checkpoint.check import ForeignCode, check_code
 from core.files import append_jsonl, read_json, require_room
 from core.manifest import hash_config
@@ -24,7 +24,7 @@ CHECKED = ".checked.jsonl"
 
 
 def check(recipe: Recipe, *, online: bool = False, allow_missing: bool = False) -> list[str]:
-    """Refuse, in one ConfigError, what a recipe names and nobody provides; return what is missing but allowed to be.
+    """Raise one ConfigError for everything that the recipe names and does not exist; return what may be missing.
 
     Rewards are loaded with their parameters. Hub ids are not looked up. `online`: judges are asked whether they
     answer, and their canaries tried.
@@ -80,11 +80,10 @@ def check_rows(
 def asked(recipe: Recipe) -> Iterator[tuple[KeyPath, DataSource, int, int | None]]:
     """Every source whose rows the servers are asked: its key path, longest completion, and seed of its draw."""
     for name in STAGE_NAMES:
-        config = getattr(recipe, name)
-        prepare = getattr(config, "prepare", None)
-        if prepare is not None:
-            for path, source in sources(prepare, (name, "prepare")):
-                yield path, source, prepare.max_completion_tokens, recipe.seed
+        config = recipe.stage(name)
+        if isinstance(config, SFTStage | RLConfig):
+            for path, source in sources(config.prepare, (name, "prepare")):
+                yield path, source, config.prepare.max_completion_tokens, recipe.seed
         if isinstance(config, RLConfig):
             length = config.rollout.max_completion_tokens
             for index, source in enumerate(config.data):
@@ -110,7 +109,7 @@ def _limits(recipe: Recipe, sets: Mapping[str, str]) -> Limits | None:
     """The servers' limits and the sets on this machine that are held against them."""
     if recipe.servers is None:
         return None
-    made = {name for stage in STAGE_NAMES for name in made_between(getattr(recipe, stage))}
+    made = {name for stage in STAGE_NAMES for name in made_between(recipe.stage(stage))}
     here = tuple(
         Asked(key=key_path(path), source=source, max_completion_tokens=length, seed=seed)
         for path, source, length, seed in asked(recipe)
@@ -183,7 +182,7 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
 
 def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
     for stage in STAGE_NAMES:
-        config = getattr(recipe, stage)
+        config = recipe.stage(stage)
         if not isinstance(config, RLConfig):
             continue
         for index, term in enumerate(config.rewards):

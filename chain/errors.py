@@ -1,4 +1,4 @@
-"""Errors that are meant for the user: one clear line, from whatever process it comes."""
+"""Errors that are meant for the user: one clear line, from the runner and from its children alike."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def leave(error: BaseException, folder: Path) -> None:
 
 
 def left(folder: Path) -> tuple[str, bool] | None:
-    """What a child left in `folder`: its error's words, and whether it is a bug; None if it left nothing."""
+    """The text of the error that a child left in `folder`, and whether it is a bug; None if there is no error."""
     if not (folder / ERROR).exists():
         return None
     found = read_json(folder / ERROR)

@@ -1,7 +1,7 @@
 """The run's loop: every stage of a recipe in order, each trained and evaluated unless that is done already.
 
-A finished stage is evaluated in a thread while the next one trains, as long as that one leaves the rollout servers
-alone: the two need different processors. Whoever needs the servers waits for the evaluation first (`settle`).
+A finished stage is evaluated in a thread while the next one trains, unless that one needs the rollout servers too:
+training and evaluation use different processors. Work that needs the servers waits for the evaluation first (`settle`).
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ class Loop:
         progress: Progress,
         made: dict[str, str] | None = None,
     ) -> Context:
-        """What a stage's `prepare` and `evaluate` see; `made` are sets that are being made."""
+        """The context of a stage's `prepare` and `evaluate`; `made` are the sets that `prepare` is making."""
         return Context(
             recipe=self.recipe,
             stage=stage.name,
