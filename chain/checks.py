@@ -196,20 +196,23 @@ def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
 
 
 def _reward_problem(use: str, params: Mapping[str, Any], online: bool) -> str | None:
-    """What is wrong with a reward's name, code or parameters, in one line."""
-    from rewards.registry import load_reward
+    """What is wrong with a reward, in one line. A user's own reward is loaded in a process of its own."""
+    from rewards.isolation import Isolated, load_limited
+    from rewards.judge.canaries import JudgeRefused
+    from rewards.judge.judges import Judge
 
     if ":" in use and code_file(use) is None:
         return "no such module or file; is its package installed, or on PYTHONPATH?"
     try:
-        reward = load_reward(use, dict(params), [Path.cwd()])
+        reward = load_limited(use, params, [Path.cwd()])
     except Exception as error:  # a user's module may raise anything while it is imported
-        text = " ".join(str(error).split())
-        return text if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: {text}"
-    if online and hasattr(reward, "check_canaries"):
+        return " ".join(str(error).split())
+    if isinstance(reward, Isolated):
+        reward.close()
+    if online and isinstance(reward, Judge):
         try:
             report = reward.check_canaries()
-        except Exception as error:
+        except JudgeRefused as error:
             return " ".join(str(error).split())
         if not report.complete:
             return f"the judge does not answer: {report.unanswered}"
