@@ -60,13 +60,15 @@ def check_rows(
     model: Path | None,
     run_dir: Path,
     say: Callable[[str], None],
+    only: str = "",
 ) -> None:
     """Hold every row that servers will be asked against their limits, as far as it is there already.
 
     Without `model`, a checkpoint folder with the tokenizer, pictures alone are counted. What was found is remembered
-    in an existing `run_dir`. Raises ConfigError with a line per set: file, row and key.
+    in an existing `run_dir`. `only` is the first key of the sets to check, such as `eval`. Raises ConfigError with a
+    line per set: file, row and key.
     """
-    limits = _limits(recipe, sets)
+    limits = _limits(recipe, sets, only)
     if limits is None or not limits.asked:
         return
     found = _remembered(limits, sets, model, run_dir)
@@ -105,7 +107,7 @@ def room_for(recipe: Recipe, stage: str, run_dir: Path) -> None:
     require_room(run_dir, resources(recipe, run_dir.parent).saved_by(stage), f"what {stage} saves")
 
 
-def _limits(recipe: Recipe, sets: Mapping[str, str]) -> Limits | None:
+def _limits(recipe: Recipe, sets: Mapping[str, str], only: str) -> Limits | None:
     """The servers' limits and the sets on this machine that are held against them."""
     if recipe.servers is None:
         return None
@@ -113,7 +115,9 @@ def _limits(recipe: Recipe, sets: Mapping[str, str]) -> Limits | None:
     here = tuple(
         Asked(key=key_path(path), source=source, max_completion_tokens=length, seed=seed)
         for path, source, length, seed in asked(recipe)
-        if source.set not in made and (is_hub_id(sets[source.set]) or Path(sets[source.set]).exists())
+        if path[0] == (only or path[0])
+        and source.set not in made
+        and (is_hub_id(sets[source.set]) or Path(sets[source.set]).exists())
     )
     return Limits(
         max_images=recipe.servers.max_images,
