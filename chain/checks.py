@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chain.inputs import code_file, is_hub_id
-from chain.recipe import STAGE_NAMES, Recipe, made_between, sources
+from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
 from core.checkpoint.check import ForeignCode, check_code
 from core.files import append_jsonl, read_json, require_room
 from core.manifest import hash_config
@@ -24,7 +24,7 @@ CHECKED = ".checked.jsonl"
 
 
 def check(recipe: Recipe, *, online: bool = False, allow_missing: bool = False) -> list[str]:
-    """Refuse, in one ConfigError, what a recipe names and nobody provides; return what is missing but allowed to be.
+    """Raise one ConfigError for everything that the recipe names and does not exist; return what may be missing.
 
     Rewards are loaded with their parameters. Hub ids are not looked up. `online`: judges are asked whether they
     answer, and their canaries tried.
@@ -60,13 +60,15 @@ def check_rows(
     model: Path | None,
     run_dir: Path,
     say: Callable[[str], None],
+    only: str = "",
 ) -> None:
     """Hold every row that servers will be asked against their limits, as far as it is there already.
 
     Without `model`, a checkpoint folder with the tokenizer, pictures alone are counted. What was found is remembered
-    in an existing `run_dir`. Raises ConfigError with a line per set: file, row and key.
+    in an existing `run_dir`. `only` is the first key of the sets to check, such as `eval`. Raises ConfigError with a
+    line per set: file, row and key.
     """
-    limits = _limits(recipe, sets)
+    limits = _limits(recipe, sets, only)
     if limits is None or not limits.asked:
         return
     found = _remembered(limits, sets, model, run_dir)
@@ -80,11 +82,10 @@ def check_rows(
 def asked(recipe: Recipe) -> Iterator[tuple[KeyPath, DataSource, int, int | None]]:
     """Every source whose rows the servers are asked: its key path, longest completion, and seed of its draw."""
     for name in STAGE_NAMES:
-        config = getattr(recipe, name)
-        prepare = getattr(config, "prepare", None)
-        if prepare is not None:
-            for path, source in sources(prepare, (name, "prepare")):
-                yield path, source, prepare.max_completion_tokens, recipe.seed
+        config = recipe.stage(name)
+        if isinstance(config, SFTStage | RLConfig):
+            for path, source in sources(config.prepare, (name, "prepare")):
+                yield path, source, config.prepare.max_completion_tokens, recipe.seed
         if isinstance(config, RLConfig):
             length = config.rollout.max_completion_tokens
             for index, source in enumerate(config.data):
@@ -106,15 +107,17 @@ def room_for(recipe: Recipe, stage: str, run_dir: Path) -> None:
     require_room(run_dir, resources(recipe, run_dir.parent).saved_by(stage), f"what {stage} saves")
 
 
-def _limits(recipe: Recipe, sets: Mapping[str, str]) -> Limits | None:
+def _limits(recipe: Recipe, sets: Mapping[str, str], only: str) -> Limits | None:
     """The servers' limits and the sets on this machine that are held against them."""
     if recipe.servers is None:
         return None
-    made = {name for stage in STAGE_NAMES for name in made_between(getattr(recipe, stage))}
+    made = {name for stage in STAGE_NAMES for name in made_between(recipe.stage(stage))}
     here = tuple(
         Asked(key=key_path(path), source=source, max_completion_tokens=length, seed=seed)
         for path, source, length, seed in asked(recipe)
-        if source.set not in made and (is_hub_id(sets[source.set]) or Path(sets[source.set]).exists())
+        if path[0] == (only or path[0])
+        and source.set not in made
+        and (is_hub_id(sets[source.set]) or Path(sets[source.set]).exists())
     )
     return Limits(
         max_images=recipe.servers.max_images,
@@ -183,7 +186,7 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
 
 def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
     for stage in STAGE_NAMES:
-        config = getattr(recipe, stage)
+        config = recipe.stage(stage)
         if not isinstance(config, RLConfig):
             continue
         for index, term in enumerate(config.rewards):
@@ -197,20 +200,23 @@ def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
 
 
 def _reward_problem(use: str, params: Mapping[str, Any], online: bool) -> str | None:
-    """What is wrong with a reward's name, code or parameters, in one line."""
-    from rewards.registry import load_reward
+    """What is wrong with a reward, in one line. A user's own reward is loaded in a process of its own."""
+    from rewards.isolation import Isolated, load_limited
+    from rewards.judge.canaries import JudgeRefused
+    from rewards.judge.judges import Judge
 
     if ":" in use and code_file(use) is None:
         return "no such module or file; is its package installed, or on PYTHONPATH?"
     try:
-        reward = load_reward(use, dict(params), [Path.cwd()])
+        reward = load_limited(use, params, [Path.cwd()])
     except Exception as error:  # a user's module may raise anything while it is imported
-        text = " ".join(str(error).split())
-        return text if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: {text}"
-    if online and hasattr(reward, "check_canaries"):
+        return " ".join(str(error).split())
+    if isinstance(reward, Isolated):
+        reward.close()
+    if online and isinstance(reward, Judge):
         try:
             report = reward.check_canaries()
-        except Exception as error:
+        except JudgeRefused as error:
             return " ".join(str(error).split())
         if not report.complete:
             return f"the judge does not answer: {report.unanswered}"

@@ -1,4 +1,4 @@
-"""What a stage's preparation and evaluation see of the run."""
+"""The part of a run that a stage's preparation and evaluation see."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scores = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage sees of the run."""
+    """The part of a run that one stage sees."""
 
     recipe: Recipe
     stage: str
@@ -36,7 +36,7 @@ class Context:
     """Folders of the stages before this one."""
     pool: Pool
     progress: Progress = lambda text: None
-    """Takes a few words about what is being done; cheap to call often."""
+    """Takes a short progress text; cheap to call often."""
 
     def askable(self, max_completion_tokens: int) -> Callable[[DataSource, Records], Records]:
         """Leaves out the rows of a source that the servers cannot be asked; see rl.limits."""

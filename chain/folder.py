@@ -67,7 +67,7 @@ class RunFolder:
     """One recipe's run on disk.
 
     Args:
-        recipe: what is run.
+        recipe: the recipe of the run.
         runs_dir: folder of all runs.
         stages: names of the recipe's stages, in order.
         say: takes a line for the user.
@@ -124,7 +124,7 @@ class RunFolder:
 
     def config(self, name: str) -> Strict:
         """The stage's part of the recipe."""
-        config = getattr(self.recipe, name)
+        config = self.recipe.stage(name)
         assert config is not None, f"{name} is not in this chain"
         return config
 
@@ -141,7 +141,7 @@ class RunFolder:
         if missing:
             raise ConfigError(
                 f"--from {first}: not finished: {', '.join(missing)} (in {self.path}); "
-                f"start from {missing[0]}, or leave --from out to run whatever is missing"
+                f"start from {missing[0]}, or leave --from out to run the missing stages"
             )
         for name in before:
             if not self.training(name).current:
@@ -190,8 +190,8 @@ class RunFolder:
     def making(self, step: Step, seconds_before: float = 0.0) -> Iterator[Path]:
         """The folder to fill, with the step's config and, at the end, its manifest; then it takes its final name.
 
-        What an interruption left there stays if the fingerprint is the same and the step saves on its way, or had
-        done its work and only the final name was missing. `seconds_before` is added to the manifest's wall time.
+        Files of an interrupted attempt stay if the fingerprint is the same and the step either saves on its way or
+        had done all its work. `seconds_before` is added to the manifest's wall time.
         """
         began, dump = Began(), step.config.model_dump(mode="json")
         if not step.saves and not (step.partial / DONE).exists():
@@ -226,7 +226,7 @@ class RunFolder:
 
 
 def facts(recipe: Recipe, run_dir: Path, nodes: int) -> dict[str, Any]:
-    """What the hosts of one run must agree on before they take part."""
+    """Facts that all hosts of one run must share before they take part."""
     return {
         "--nnodes": nodes,
         "the run's folder": str(run_dir),

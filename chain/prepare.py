@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chain.context import Context
-from rl.config import Prepare
+from rl.config import Prepare, RLConfig
 
 
 def prepare_nothing(context: Context) -> dict[str, Any]:
@@ -30,7 +30,9 @@ def prepare(context: Context) -> dict[str, Any]:
 
     if parts.hard_cases:
         earlier = parts.hard_cases.stage
-        rows = load_rows(getattr(context.recipe, earlier).data, sets, seed)
+        config = context.recipe.stage(earlier)
+        assert isinstance(config, RLConfig), "Recipe checks it"
+        rows = load_rows(config.data, sets, seed)
         made["hard_cases"] = curate.hard_cases(
             parts.hard_cases, rows, context.folders[earlier] / "record.jsonl", context.out
         )

@@ -1,4 +1,4 @@
-"""What a recipe may say: one typed object over a folder of YAML files. Cheap to import: no torch.
+"""The recipe: one typed object over a folder of YAML files. Imports no torch.
 
 A stage that a recipe leaves out (or sets to null over an extended recipe) is not run; the next one starts
 from the nearest stage before it.
@@ -43,7 +43,7 @@ class CoreConfig(Strict):
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the build."""
     size: Literal["2b", "8b", "a3b"] | None = None
-    """What `plan` takes the core for while its folder is not there: SAIL-VL2-2B, -8B or -A3B."""
+    """The size that `plan` counts with while the core's folder is missing: SAIL-VL2-2B, -8B or -A3B."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> CoreConfig:
@@ -100,18 +100,18 @@ class WandbConfig(Strict):
 
 
 class HardwareConfig(Strict):
-    """The machines that a recipe is written for. `plan` holds the recipe against them where it finds no GPU."""
+    """The machines that a recipe is written for. `plan` compares the recipe with them where it finds no GPU."""
 
     gpu_gib: float | None = Field(default=None, gt=0)
     """Memory of one GPU; None: the recipe trains on CPUs."""
     gpus_per_node: int | None = Field(default=None, ge=1)
     nodes: int = Field(default=1, ge=1)
     host_gib: float | None = Field(default=None, gt=0)
-    """Memory of a node, for offloaded optimizer states; None: not looked at."""
+    """Memory of a node, for offloaded optimizer states; None: not checked."""
     disk_gib: float | None = Field(default=None, gt=0)
-    """Room for the run's folder; None: not looked at."""
+    """Room for the run's folder; None: not checked."""
     image_share: float = Field(default=0.75, ge=0, le=1)
-    """Share of image tokens in the passes with most of them: the tower works for those alone."""
+    """Largest share of image tokens in a pass: the tower computes those alone."""
 
 
 class SFTStage(SFTConfig):
@@ -156,6 +156,10 @@ class Recipe(Stages):
     wandb: WandbConfig = WandbConfig()
     hardware: HardwareConfig = HardwareConfig()
 
+    def stage(self, name: str) -> Strict | None:
+        """A stage's part of the recipe; None if the recipe leaves it out."""
+        return getattr(self, name)
+
     @model_validator(mode="after")
     def _engine_where_needed(self) -> Recipe:
         needs = [name for name in ("eval", "rlvr", "mixed_rl") if getattr(self, name) is not None]
@@ -179,6 +183,21 @@ class Recipe(Stages):
                     f"{key}.max_completion_tokens={length} leaves no room for a prompt in "
                     f"servers.max_model_tokens={limit}; lower the one or raise the other"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _hard_cases_come_from_an_earlier_rl_stage(self) -> Recipe:
+        earlier: list[str] = []
+        for name in STAGE_NAMES:
+            config = self.stage(name)
+            hard = config.prepare.hard_cases if isinstance(config, SFTStage | RLConfig) else None
+            if hard and hard.stage not in earlier:
+                raise ValueError(
+                    f"{name}.prepare.hard_cases.stage={hard.stage!r}: no RL stage of this recipe before {name} has "
+                    f"that name; {nearest(hard.stage, earlier)}"
+                )
+            if isinstance(config, RLConfig):
+                earlier.append(name)
         return self
 
     @model_validator(mode="after")
@@ -237,17 +256,16 @@ def sources(config: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Da
                 yield from sources(item, here)
 
 
-def made_between(config: BaseModel) -> tuple[str, ...]:
+def made_between(config: BaseModel | None) -> tuple[str, ...]:
     """Names of the sets that a stage makes with the policy it starts from, before it trains."""
-    prepare = getattr(config, "prepare", None)
-    if prepare is None:
+    if not isinstance(config, SFTStage | RLConfig):
         return ()
-    parts = (getattr(prepare, name) for name in type(prepare).model_fields)
-    return tuple(part.into for part in parts if hasattr(part, "into"))
+    parts = (config.prepare.pass_at_k, config.prepare.harvest, config.prepare.hard_cases)
+    return tuple(part.into for part in parts if part)
 
 
 def check_sets(recipe: Recipe, where: Callable[[KeyPath], str] = lambda path: "") -> None:
-    """Refuse, in one ConfigError, sets that nobody provides and held-out sets that a stage trains on.
+    """Raise one ConfigError for sets that do not exist and for held-out sets that a stage trains on.
 
     A set is provided by `data.generate.sets`, by `data.sets`, or by `prepare` of this stage or one before it.
     """
@@ -261,7 +279,7 @@ def check_sets(recipe: Recipe, where: Callable[[KeyPath], str] = lambda path: ""
         problems.append(f"{where(path)}: {key_path(path)} = {source.set!r}: {rule}".removeprefix(": "))
 
     for name in STAGE_NAMES:
-        config = getattr(recipe, name)
+        config = recipe.stage(name)
         if config is None:
             continue
         known |= set(made_between(config))
@@ -281,5 +299,5 @@ def split_import(text: str) -> tuple[str, str]:
     """`package.module:name` in its two parts. Raises ConfigError otherwise."""
     module, colon, attribute = text.partition(":")
     if not (module and colon and attribute):
-        raise ConfigError(f"{text!r} is no import string; write package.module:name")
+        raise ConfigError(f"{text!r} is not an import string; write package.module:name")
     return module, attribute

@@ -1,7 +1,7 @@
 """The run's loop: every stage of a recipe in order, each trained and evaluated unless that is done already.
 
-A finished stage is evaluated in a thread while the next one trains, as long as that one leaves the rollout servers
-alone: the two need different processors. Whoever needs the servers waits for the evaluation first (`settle`).
+A finished stage is evaluated in a thread while the next one trains, unless that one needs the rollout servers too:
+training and evaluation use different processors. Work that needs the servers waits for the evaluation first (`settle`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from chain.checks import check, check_rows, check_shares, room_for
 from chain.clean import clean
 from chain.context import Context, Progress
 from chain.display import Display, duration
-from chain.errors import ERROR, left
+from chain.errors import ERROR, disk_is_full, left
 from chain.folder import DATA, RunFolder, facts
 from chain.hosts import Cluster, follow
 from chain.job import DONE, Task
@@ -109,13 +109,20 @@ def data(
     return folder.path / DATA
 
 
-def in_words(failed: StageFailed, stage: str, out: Path) -> StageFailed:
-    """The failure with the child's own words first; only a bug is followed by the end of its log."""
-    found = left(out)
-    if found is None:
-        return failed
-    words, bug = found
-    return StageFailed(f"{stage}: {words}\n" + (str(failed) if bug else f"log: {out / 'log.txt'}"))
+def in_child(task: Task, out: Path, **options: Any) -> None:
+    """`run_job` with the child's own words first in StageFailed; only a bug is followed by the end of its log."""
+    (out / ERROR).unlink(missing_ok=True)
+    try:
+        run_job(task, out, **options)
+    except StageFailed as failed:
+        if full := disk_is_full(out):
+            raise StageFailed(f"{task.stage}: {full}\n{failed}") from failed
+        found = left(out)
+        if found is None:
+            raise
+        words, bug = found
+        rest = str(failed) if bug else f"log: {out / 'log.txt'}"
+        raise StageFailed(f"{task.stage}: {words}\n{rest}") from failed
 
 
 class Background:
@@ -182,7 +189,7 @@ class Loop:
             return
         with self.folder.making(step) as partial, self.display.step(DATA):
             job = Job(stage=DATA, out=partial, seed=self.recipe.seed)
-            run_job(Task.of("chain.make:generate", config, job, vllm=True), partial, threads=config.threads)
+            in_child(Task.of("chain.make:generate", config, job, vllm=True), partial, threads=config.threads)
             missing = [name for name in config.sets if not (partial / f"{name}.parquet").exists()]
             if missing:
                 raise StageIncomplete(f"data.generate: {config.by} wrote no set {', '.join(missing)}")
@@ -267,20 +274,16 @@ class Loop:
         processes, threads = stage.learner(self.recipe)
         model = self.folder.start(stage.name)
         self.pool.rest(model)
-        for stale in (ERROR, report.FAILED):
-            (out / stale).unlink(missing_ok=True)
-        try:
-            with self.task(stage, out) as task:
-                run_job(
-                    task,
-                    out,
-                    processes=processes,
-                    threads=threads,
-                    on_poll=follower.look,
-                    cluster=self.cluster,
-                )
-        except StageFailed as failed:
-            raise in_words(failed, stage.name, out) from failed
+        (out / report.FAILED).unlink(missing_ok=True)
+        with self.task(stage, out) as task:
+            in_child(
+                task,
+                out,
+                processes=processes,
+                threads=threads,
+                on_poll=follower.look,
+                cluster=self.cluster,
+            )
 
     @contextmanager
     def task(self, stage: Stage, out: Path) -> Iterator[Task]:
@@ -332,7 +335,7 @@ class Loop:
         progress: Progress,
         made: dict[str, str] | None = None,
     ) -> Context:
-        """What a stage's `prepare` and `evaluate` see; `made` are sets that are being made."""
+        """The context of a stage's `prepare` and `evaluate`; `made` are the sets that `prepare` is making."""
         return Context(
             recipe=self.recipe,
             stage=stage.name,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chain import run as runner
+from chain.checks import check_rows
 from chain.context import Context
 from chain.display import Display
 from chain.evaluate import evaluate
@@ -45,6 +46,9 @@ def evaluate_checkpoint(
     display = Display()
     runner.data(recipe, runs_dir=runs_dir, display=display)
     out.mkdir(parents=True, exist_ok=True)
+    run_dir = (runs_dir / recipe.name).resolve()
+    sets = locate_sets(recipe, run_dir)
+    check_rows(recipe, sets, model.resolve(), run_dir, display.line, only="eval")
     with Pool(recipe.servers, out / "logs", open_pool) as pool, display.step("evaluation"):
         context = Context(
             recipe=recipe,
@@ -52,7 +56,7 @@ def evaluate_checkpoint(
             config=cfg,
             model=model.resolve(),
             out=out,
-            sets=locate_sets(recipe, (runs_dir / recipe.name).resolve()),
+            sets=sets,
             folders={},
             pool=pool,
             progress=display.passing,

@@ -18,8 +18,10 @@ from chain import soup
 from chain.context import Context, Scores
 from chain.evaluate import evaluate
 from chain.prepare import prepare, prepare_nothing
-from chain.recipe import ALIASES, Recipe
+from chain.recipe import ALIASES, CoreConfig, Recipe
 from core.strict import ConfigError, Strict, nearest
+from rl.config import RLConfig
+from sft.config import SFTConfig
 
 
 @dataclass(frozen=True)
@@ -43,27 +45,27 @@ class Stage:
 
     def config(self, recipe: Recipe) -> Strict | None:
         """Its part of a recipe; None if the recipe leaves it out."""
-        return getattr(recipe, self.name)
+        return recipe.stage(self.name)
 
     def learner(self, recipe: Recipe) -> tuple[int, int]:
         """Processes that train it, and CPU threads of each."""
         config = self._trained(recipe)
-        learner = getattr(config, "learner", None)
-        if learner is None:
-            return 1, getattr(config, "threads", 1)
-        return learner.processes, learner.threads
+        if isinstance(config, SFTConfig | RLConfig):
+            return config.learner.processes, config.learner.threads
+        return 1, config.threads if isinstance(config, CoreConfig) else 1
 
     def saves(self, recipe: Recipe) -> bool:
-        """Whether it leaves checkpoints on its way, from which it goes on after an interruption."""
-        return getattr(self._trained(recipe), "save_every", None) is not None
+        """Whether it saves checkpoints on its way, from which it continues after an interruption."""
+        config = self._trained(recipe)
+        return isinstance(config, SFTConfig | RLConfig) and config.save_every is not None
 
     def _trained(self, recipe: Recipe) -> Strict | None:
-        return getattr(recipe, self.trained_as or self.name)
+        return recipe.stage(self.trained_as or self.name)
 
 
 def nccl(recipe: Recipe) -> bool:
     """Whether a learner sends weights over vLLM's own communicator."""
-    return recipe.servers is not None and recipe.servers.weights == "nccl"
+    return recipe.servers is not None and not recipe.servers.sends_files
 
 
 SFT, RL = "sft.train:train", "rl.train:train"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ THREADS_END_S = 30.0
 def main(arguments: list[str]) -> int:
     """Do the task in the file that the only argument names; returns 0."""
     _end_with_parent()
+    faulthandler.enable()  # a segmentation fault leaves its stack in the log
     task = parse(Task, read_json(Path(arguments[0])), arguments[0])
     if not task.vllm:
         keep_engine_out()

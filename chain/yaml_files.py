@@ -85,7 +85,7 @@ def read_file(file: Path) -> str:
 
 
 def _check_bounds(root: yaml.Node | None) -> None:
-    """Refuse, before anything is built of it, a tree that is too deep or large, anchors written out included.
+    """Refuse a tree that is too deep or too large once its aliases are written out, before anything is built of it.
 
     Anchors may multiply: nine levels of nine aliases are 400 million values. Sizes are added up node by node,
     so a shared node is visited once. Raises ValueError.
@@ -148,12 +148,12 @@ class Folder:
         """Apply one `a.b.0.c=value`; the value is YAML, a number indexes a list.
 
         `aliases` are short names for the first key (`fusion` for `think_fusion`). Raises ConfigError when
-        the text is no assignment or the path runs through a value; unknown keys are left to validation.
+        the text is not an assignment or the path runs through a value. Validation finds unknown keys later.
         """
         path_text, equals, value_text = assignment.partition("=")
         path = path_text.strip().split(".")
         if not equals or not all(path):
-            raise ConfigError(f"{OVERRIDE}: {assignment!r} is no assignment; write a.b.c=value")
+            raise ConfigError(f"{OVERRIDE}: {assignment!r} is not an assignment; write a.b.c=value")
         path[0] = aliases.get(path[0], path[0])
         try:
             value = read_value(value_text)
@@ -279,7 +279,7 @@ def _index(items: list, part: str, assignment: str, keys: list[str | int]) -> in
     if not part.isdigit() or int(part) >= len(items):
         raise ConfigError(
             f"{OVERRIDE}: {assignment}: {key_path(tuple(keys))} is a list of {len(items)}; "
-            f"{part!r} is no index of it (they count from 0)"
+            f"{part!r} is not an index of it (they count from 0)"
         )
     return int(part)
 

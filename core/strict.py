@@ -1,7 +1,7 @@
 """The base class of every configuration, and the one error a bad recipe ends in.
 
-A key nobody knows is refused together with the nearest one somebody does, so a typo costs a second and not
-a training run. `parse` turns pydantic's report into one `ConfigError` with a line per problem:
+An unknown key is refused, and the message names the nearest known one: a typo costs a second, not a training
+run. `parse` turns pydantic's report into one `ConfigError` with a line per problem:
 
     recipes/demo/3_rlvr.yaml: rlvr.rollout.grup_size: unknown key; did you mean group_size? Known: ...
     recipes/demo/3_rlvr.yaml: rlvr.learning_rate = -1: Input should be greater than 0
@@ -129,8 +129,8 @@ def _lines(error: ValidationError, where: str | Callable[[KeyPath], str]) -> lis
         path = found["loc"]
         file = where(path) if callable(where) else where
         rule = found["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        key = key_path(path) or "the whole of it"
-        # A whole sub-tree as "the value" helps nobody; missing and unknown keys have no value to show.
+        key = key_path(path) or "the whole configuration"
+        # A whole sub-tree is too long to show; missing and unknown keys have no value.
         plain = found["input"] is None or isinstance(found["input"], str | int | float)
         value = f" = {shown(found['input'])}" if plain and found["type"] != "unknown_key" else ""
         lines.append(": ".join(part for part in (file, f"{key}{value}", rule) if part))

@@ -18,6 +18,7 @@ Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML file
   posttrain plan recipes/demo                       what would run, checked; trains nothing
   posttrain run recipes/demo                        the whole chain; finished stages are skipped
   posttrain run recipes/demo --from rlvr --set rlvr.rollout.group_size=16
+  posttrain explain rlvr.rollout                    what a recipe's keys mean
   posttrain eval runs/demo/rlvr/checkpoint          score a checkpoint on the held-out set
   posttrain judge-audit rows.jsonl --base-url http://127.0.0.1:8100/v1 --model judge
   posttrain report runs/demo                        write report.json and report.html again

@@ -14,6 +14,8 @@ def command(commands: Any, name: str, do: Any, summary: str) -> argparse.Argumen
     """Add one subcommand, which calls `do(options)`."""
     added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     added.set_defaults(do=do)
+    # Accepted before and after the command; without a default, it does not undo the former.
+    added.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return added
 
 

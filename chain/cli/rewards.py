@@ -30,7 +30,7 @@ def _add_test(commands: Any) -> None:
     test.add_argument(
         "--param", metavar="KEY=VALUE", action="append", default=[], help="a reward's parameter"
     )
-    test.add_argument("--rows", type=count, help="a random sample of so many; default: every row")
+    test.add_argument("--rows", type=count, help="size of a random sample; default: every row")
     test.add_argument("--seed", type=int, default=0, help="of the sample; default: %(default)s")
     test.add_argument("--mode", choices=("think", "direct"), help="ask every row under this contract")
     test.add_argument("--split", default="train", help="of a data set; default: %(default)s")
@@ -71,7 +71,7 @@ def _add_judge_audit(commands: Any) -> None:
     judged.add_argument("--model", required=True, help="its name on that server")
     judged.add_argument("--criteria", nargs="+", metavar="NAME", help="default: all three")
     judged.add_argument("--out", type=Path, default=Path("judge-audit"), help="default: %(default)s")
-    judged.add_argument("--rows", type=int, help="only the first so many rows")
+    judged.add_argument("--rows", type=int, help="number of rows, from the first; default: all")
     judged.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key")
     judged.add_argument("--max-concurrency", type=int, default=16, help="default: %(default)s")
     judged.add_argument("--timeout-s", type=float, default=60, help="for one request; default: %(default)s")

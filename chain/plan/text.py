@@ -1,6 +1,6 @@
-"""What a recipe would do, resolved and checked without a model: stages, data, batch sizes, rewards.
+"""The plan as text: stages, data, batch sizes, rewards, all resolved without a model.
 
-Where it would run, and whether it fits, is in chain/plan/resources.py.
+chain/plan/resources.py counts memory, GPUs and disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sft.config import Phase, SoupConfig
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage as it would run."""
+    """One stage of the plan."""
 
     name: str
     title: str
@@ -31,7 +31,7 @@ class StagePlan:
     sets: dict[str, str]
     """Name of each set that it reads -> where it comes from, and whether it is there."""
     details: tuple[str, ...]
-    """What it does, in lines: batches, updates, rewards, learner."""
+    """Lines about its work: batches, updates, rewards, learner."""
 
 
 def plan(
@@ -95,11 +95,7 @@ class _Sets:
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         self.places = locate_sets(recipe, run_dir)
         self.generated = set(recipe.data.generate.sets if recipe.data.generate else ())
-        self.made = {
-            name: stage
-            for stage in STAGE_NAMES
-            for name in made_between(getattr(recipe, stage) or recipe.core)
-        }
+        self.made = {name: stage for stage in STAGE_NAMES for name in made_between(recipe.stage(stage))}
 
     def state(self, name: str) -> str:
         """Origin of a set, and whether it is there."""

@@ -1,7 +1,6 @@
 """A toy chain: real runner, real child processes, stages that only write files."""
 
 import json
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -189,7 +188,6 @@ def toy(tmp_path, monkeypatch, write_recipe) -> Toy:
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
     monkeypatch.setenv("TOY_CALLS", str(tmp_path / "calls.txt"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    sys.modules.pop("toy_stages", None)  # the checks import it, as a reward
     # The sets are not Parquet, and the core has no tokenizer.
     monkeypatch.setattr(runner, "check_rows", lambda *_: None)
     monkeypatch.setattr(runner, "room_for", lambda *_: None)

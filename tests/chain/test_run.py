@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from chain import errors
 from chain import run as runner
 from chain.folder import RunFolder
 from chain.job import DONE, Task
@@ -381,3 +382,12 @@ def test_torn_lines_of_the_hashes_are_dropped_and_said(toy, caplog):
     assert toy.calls() == []
     assert "dropped 1 torn lines" in caplog.text
     assert [json.loads(line) for line in (toy.run_dir / ".hashes.jsonl").read_text().splitlines()]
+
+
+def test_a_full_disk_is_named_before_what_its_victims_say(toy, monkeypatch):
+    monkeypatch.setenv("TOY_FAIL", "rlvr")
+    monkeypatch.setattr(errors, "FULL_BYTES", 2**60)
+    with pytest.raises(
+        StageFailed, match=r"^rlvr: .*rlvr\.partial: the disk is full \(\d+ MiB are free\); make room"
+    ):
+        toy.run()
