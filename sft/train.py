@@ -1,8 +1,20 @@
 """One SFT stage: a curriculum of phases, each on TRL's SFTTrainer, from the weights of the phase before.
 
-What differs from handing TRL the rows: they are prepared once instead of once per epoch (sft/data.py), and a
-row that is too long is refused instead of cut; and unless packing is off, a data set of packs and a collator
-take the place of padding (sft/packing.py). Loss (token mean over the global batch) and loop are TRL's.
+Differs from stock TRL:
+
+- Rows are prepared once instead of once per epoch (sft/data.py). A row that is too long is refused, never cut.
+- Unless packing is off, a data set of packs and a collator replace padding (sft/packing.py). TRL refuses to pack rows
+  with images.
+- Updates with a loss or gradients that are not finite are skipped and counted, and a few in a row end the stage
+  (core/training/finite.py).
+- Loss (token mean over the global batch), loop, optimizer and DeepSpeed are TRL's.
+
+Differs from the report (arXiv:2509.14033, sections 4 and 5):
+
+- Stream packing plans a whole run from the rows' lengths before it starts, and every rank derives its packs from the
+  plan. The report packs online out of a buffer per node; in both, long rows wait for a bounded time and none is cut.
+- Visual packing evens out image tokens over the ranks of an update, as the report does over devices.
+- Hyper-parameters of basic SFT are not in the report: recipes mark them `ours:`.
 """
 
 from __future__ import annotations
@@ -157,7 +169,7 @@ def run_phase(
 ) -> int:
     """Train one phase with a fresh optimizer and write its checkpoint; returns its optimizer updates.
 
-    With `same`, the stage's identity, it goes on where an interrupted run of the same stage left off in `out`.
+    With `same`, the stage's identity, the phase resumes from what an interrupted run of the same stage left in `out`.
     """
     phase, target = cfg.phases[number], phase_folder(cfg, out, number)
     if same and (target / START).exists() and (facts := read_json(target / START))["stage"] == same:

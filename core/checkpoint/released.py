@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.checkpoint import released_files as files
 from core.checkpoint.check import NonFinite, check_code, nonfinite_tensors, shortened
-from core.checkpoint.cut import Target, cut, nbytes
+from core.checkpoint.cut import Target, write_targets
 from core.checkpoint.released_config import (
     CONFIG,
     PREPROCESSOR,
@@ -57,7 +57,7 @@ from core.checkpoint.shards import (
     read_object,
     silent,
 )
-from core.checkpoint.stream import SHARD_BYTES, write_stream
+from core.checkpoint.stream import SHARD_BYTES
 from core.files import atomic_dir, sha256_file, write_json
 from core.manifest import Began, Manifest, hash_config
 from core.model.layout import Shape, native_shapes
@@ -152,18 +152,13 @@ def import_released(
 
     read.tokenizer.chat_template = template
     with atomic_dir(dst) as folder:
-        write_stream(
-            cut(read.source, targets),
-            folder,
-            total_bytes=nbytes(read.source, targets),
-            max_shard_bytes=max_shard_bytes,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
+        write_targets(
+            read.source, targets, folder, max_shard_bytes, progress=progress, allow_nonfinite=allow_nonfinite
         )
         config.save_pretrained(folder)
         generation.save_pretrained(folder)
-        seq = int(config.image_seq_length or 0)
-        SailVL2Processor(read.images, read.tokenizer, image_seq_length=seq).save_pretrained(folder)
+        tokens = int(config.image_seq_length or 0)
+        SailVL2Processor(read.images, read.tokenizer, image_seq_length=tokens).save_pretrained(folder)
         files.store(src, names, folder, head_stored=RELEASED_HEAD in read.source)
         _check_loads(folder)
         _write_manifest(folder, "import", fingerprint, hashes, began)
@@ -259,13 +254,7 @@ def export_released(
         return Converted(dst, "", skipped=True)
     _check_disk(dst, source.nbytes)
     with atomic_dir(dst) as folder:
-        write_stream(
-            cut(source, targets),
-            folder,
-            total_bytes=nbytes(source, targets),
-            max_shard_bytes=max_shard_bytes,
-            progress=progress,
-        )
+        write_targets(source, targets, folder, max_shard_bytes, progress=progress)
         for name in (*names, *(() if release else (TOKENIZER, CHAT_TEMPLATE))):
             copy_own(home / name, folder / name, home=src if home.is_relative_to(src) else home)
         for name, values in written.items():
