@@ -80,7 +80,8 @@ def full_scale_sizes(rows: int, seed: int) -> np.ndarray:
 
 def dealt_imbalance(sizes: np.ndarray) -> tuple[float, float]:
     """Of whole updates on RANKS ranks: how far the busiest lies above the mean, in order and packed."""
-    from sft.packing import ByRows, Plan, imbalance
+    from sft.balance import imbalance
+    from sft.packing import ByRows, Plan
 
     updates = len(sizes) // GLOBAL_BATCH
     plan = Plan(sizes, ByRows(GLOBAL_BATCH), budget=PACK_TOKENS, ranks=RANKS, seed=0, max_updates=updates)

@@ -211,7 +211,7 @@ def phase_trainer(
     folder: Path,
     seed: int,
 ) -> Any:
-    """TRL's trainer of one phase, on packs where there is a plan and on padded batches where there is none."""
+    """TRL's trainer of one phase, on packs if there is a plan, else on padded batches."""
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
@@ -247,8 +247,8 @@ def phase_trainer(
 def trl_config(cfg: SFTConfig, phase: Phase, plan: Plan | None, folder: Path, seed: int) -> Any:
     """TRL's configuration of one phase.
 
-    A plan is one epoch of TRL's, read in order: it has shuffled the rows, and repeats them, itself. Each
-    micro-batch is a data set's item, of which TRL deals rank after rank its own.
+    A plan is one epoch for TRL, read in order: the plan itself shuffles and repeats the rows. Each micro-batch is an
+    item of the data set, and TRL deals the items to the ranks in turn.
     """
     from trl import SFTConfig as TRLConfig
 
@@ -311,7 +311,7 @@ def _metrics_writer(path: Path, phase: str, offset: int) -> TrainerCallback:
 
 @contextmanager
 def _imports_set_aside() -> Iterator[None]:
-    """Keep the garbage collector from looking through what the imports left: 0.4 s for each collection."""
+    """Exclude the imported modules' objects from garbage collection, which takes 0.4 s with them."""
     import trl.trainer.sft_trainer  # noqa: F401
 
     gc.freeze()
@@ -322,7 +322,7 @@ def _imports_set_aside() -> Iterator[None]:
 
 
 def _release() -> None:
-    """Let the last phase's weights and optimizer states go before the next phase loads its own."""
+    """Free the last phase's weights and optimizer states before the next phase loads its own."""
     import torch
 
     gc.collect()

@@ -30,7 +30,7 @@ _SHOWN = 12
 
 
 class AdapterError(LayoutError):
-    """An adapter is not what it is taken for; the message says what is wrong and what to do."""
+    """An adapter cannot be used; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in a folder. Raises AdapterError for a folder without one, for weights that are no safetensors,
-    for a kind other than plain LoRA on linear layers, and for tensors that belong to no such adapter.
+    """The adapter in a folder. Raises AdapterError for a folder without an adapter, weights in another format than
+    safetensors, another kind than plain LoRA on linear layers, and tensors of another adapter.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():

@@ -26,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to write: pieces of the source, one below the other, in a shape of its own."""
+    """A tensor to write: pieces of the source, stacked along the first axis, in their own shape."""
 
     name: str
     shape: tuple[int, ...]

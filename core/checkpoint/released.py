@@ -74,13 +74,13 @@ _VOLATILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 @dataclass(frozen=True)
 class Converted:
-    """What an import or export did, for whoever asked for it."""
+    """The result of an import or export, for the terminal."""
 
     out: Path
     title: str
     lines: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What was assumed, changed or left out."""
+    """Assumptions, changes and omissions."""
     skipped: bool = False
     """The folder was there already, from the same source."""
 
@@ -96,7 +96,7 @@ class Converted:
 
 @dataclass
 class _Import:
-    """What an import needs to know of a release before it writes anything."""
+    """A release, read and checked, before anything is written."""
 
     source: Tensors
     released: dict[str, Any]
@@ -228,7 +228,7 @@ def export_released(
     """Write the native checkpoint in `src` in the released layout to `dst`, whole or not at all.
 
     Code, tokenizer and the other files are those of the release `like` (or of its import), by default of the
-    one that `src` was imported or trained from; without any, they are written anew and there is no code.
+    one that `src` was imported or trained from; without a release, they are written anew and contain no code.
     Raises LayoutError as `import_released`, and if `src` and the release are different models.
     """
     began = Began()
@@ -390,7 +390,7 @@ def _shapes(src: Path, config: SailVL2Config) -> dict[str, Shape]:
 
 @contextmanager
 def _worded(src: Path) -> Iterator[None]:
-    """Whatever a stranger's numbers make transformers raise, as an error with the file's name."""
+    """Turn any error that transformers raises for untrusted values into a LayoutError with the file's name."""
     try:
         yield
     except LayoutError:

@@ -50,7 +50,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer = kind.from_pretrained(scratch, local_files_only=True)
         except Exception as error:  # tokenizers raises a bare Exception for a file it cannot parse
             raise LayoutError(f"{folder / needed[0]}: not a tokenizer ({error}); download it again") from None
-    for key in ("is_local", "local_files_only", "name_or_path"):  # where it was found is no property of it
+    for key in ("is_local", "local_files_only", "name_or_path"):  # its location is not part of it
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.name_or_path = ""
     try:
@@ -85,7 +85,7 @@ def native_template(folder: Path, tokenizer: PreTrainedTokenizerBase, notes: lis
             notes.append("chat template: adds a default system prompt, as shipped")
         if not _continues(tokenizer, template):
             notes.append(
-                "chat template: a prompt is no prefix of the same chat with its answer, which SFT relies on; "
+                "chat template: a chat with its answer does not begin with its prompt, which SFT needs; "
                 f"compare {CHAT_TEMPLATE} with ours in core/"
             )
         return template

@@ -93,7 +93,7 @@ class SailVL2Processor(ProcessorMixin):
         return f"{IMAGE_START}{IMAGE_TOKEN * tokens}{IMAGE_END}"
 
     def _image_tokens(self, count: int) -> int:
-        """Image tokens of an image of so many tiles, or patches if it is of any resolution."""
+        """Image tokens of an image with `count` tiles, or `count` patches at any resolution."""
         return count // BLOCK**2 if self.any_resolution else count * self.image_seq_length
 
     @property
@@ -132,7 +132,7 @@ class SailVL2Processor(ProcessorMixin):
         images: Any = SailVL2AnyResImageProcessor if any_resolution else SailVL2ImageProcessor
         image_processor = images.from_pretrained(folder, subfolder=subfolder, **kwargs)
         tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", folder, subfolder=subfolder, **kwargs)
-        for key in ("is_local", "local_files_only"):  # where it was found is no property of the tokenizer
+        for key in ("is_local", "local_files_only"):  # its location is not part of the tokenizer
             tokenizer.init_kwargs.pop(key, None)
         return [image_processor, tokenizer]
 
