@@ -79,7 +79,8 @@ def full_scale_sizes(rows: int, seed: int) -> np.ndarray:
 
 def dealt_imbalance(sizes: np.ndarray) -> tuple[float, float]:
     """How far the busiest of RANKS ranks lies above the mean over whole updates: (dealt in order, packed)."""
-    from sft.packing import ByRows, Plan, imbalance
+    from sft.balance import imbalance
+    from sft.packing import ByRows, Plan
 
     updates = len(sizes) // GLOBAL_BATCH
     plan = Plan(sizes, ByRows(GLOBAL_BATCH), budget=PACK_TOKENS, ranks=RANKS, seed=0, max_updates=updates)

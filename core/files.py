@@ -54,7 +54,7 @@ def _draft(path: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write one JSON document as `write_text` does. NaN and infinity are no JSON: ValueError."""
+    """Write one JSON document as `write_text` does. Raises ValueError for NaN and infinity, which JSON cannot hold."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
 
 
@@ -80,7 +80,7 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; [] if there is none.
+    """The records of a JSONL file; [] if the file does not exist.
 
     A last line that was torn (it has no end and is no JSON) is left out with a warning. Any other bad line raises
     ValueError with file and line.

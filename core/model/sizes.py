@@ -71,10 +71,10 @@ def core_config(size: str) -> SailVL2Config:
 def blueprint(size: str, *, words: Sequence[str] = WORDS, dtype: str | None = None) -> Blueprint:
     """Configuration, tokenizer and processor of a size.
 
-    No released vocabulary is at hand, so every size gets a word-level tokenizer of `words`; the real sizes' is
+    The released vocabulary is not available, so every size gets a word-level tokenizer of `words`; the real sizes' is
     padded to the released vocabulary, with the chat tokens at their released ids. `dtype` is float32 or bfloat16;
-    default: float32 for tiny and mid, bfloat16 for the others. Raises ConfigError for another size, and for words
-    that are none.
+    default: float32 for tiny and mid, bfloat16 for the others. Raises ConfigError for another size and for invalid
+    words.
     """
     if size not in SIZES:
         raise ConfigError(f"size {size!r}: {nearest(size, SIZES)}")

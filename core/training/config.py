@@ -67,7 +67,7 @@ class DeepSpeedConfig(Strict):
     """DeepSpeed ZeRO. The report trains on ZeRO-2, for MoE with CPU offload (section 5)."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What is split over the ranks: 1 optimizer states, 2 also gradients, 3 also weights; 0 nothing."""
+    """Split over the ranks: 1 optimizer states, 2 also gradients, 3 also weights; 0 nothing."""
     offload: Literal["none", "cpu"] = "none"
     """Where optimizer states (and at stage 3 the weights) live."""
     bucket_elements: int = Field(default=500_000_000, ge=1)
