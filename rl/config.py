@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, model_validator
 
 from core.strict import Strict
-from core.training.learner import LearnerConfig, Optim
+from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 from rewards.judge.address import refuse_secrets
 from rewards.mix import check_terms
@@ -234,7 +234,8 @@ class RewardTerm(Strict):
     @model_validator(mode="after")
     def _limits_are_for_users_rewards(self) -> RewardTerm:
         if ":" not in self.use:
-            given = sorted({"isolate", "deadline_s", "memory_gib"} & self.model_fields_set)
+            limits = ("deadline_s", "isolate", "memory_gib")
+            given = [key for key in limits if getattr(self, key) != type(self).model_fields[key].default]
             if given:
                 raise ValueError(
                     f"{given[0]} is for rewards of one's own; {self.use!r} is built in: remove it"

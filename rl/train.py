@@ -9,17 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.checkpoint.save import save_checkpoint
+from core.checkpoint.shards import weights_hash
 from core.files import append_jsonl
-from core.training.learner import (
-    apply_freeze,
-    join_process_group,
-    load_model,
-    load_processor,
-    peft_config,
-    save_checkpoint,
-    training_arguments,
-    weights_hash,
-)
+from core.training.model import apply_freeze, load_model, load_processor, peft_config
+from core.training.ranks import join_process_group, training_arguments
 from core.training.resume import FOLDER, Unfinished, drop_lines_after, forget, identity, marker
 from rewards.answer import AnswerReward
 from rewards.isolation import load_limited

@@ -9,8 +9,9 @@ from typing import Any
 from chain.plan.machine import Machine, machine_of
 from chain.plan.memory import StageFit, gib
 from chain.recipe import STAGE_NAMES, Recipe, SFTStage
+from core.model.shape import SHAPES, CoreShape
 from core.strict import ConfigError
-from core.training.memory import GIB, SHAPES, CoreShape
+from core.training.memory import GIB
 from rl.config import PoolConfig, RLConfig
 
 SERVER_WORK = 2.0 * GIB

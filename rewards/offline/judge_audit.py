@@ -28,7 +28,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from core.files import now, write_json, write_text
+from core.files import write_json, write_text
+from core.manifest import now
 from core.model.prompts import target_text
 from core.stats import wilson
 from corpus.records import load_records

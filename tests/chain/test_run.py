@@ -14,7 +14,8 @@ from chain import run as runner
 from chain.job import Task
 from chain.launch import Rendezvous, StageFailed, command, environment, last_lines, run_job
 from chain.pool import Pool
-from core.files import Manifest, read_json
+from core.files import read_json
+from core.manifest import Manifest
 from core.strict import ConfigError, Strict
 from core.training.job import Job
 from rl.rollout.client import RolloutError
@@ -111,6 +112,18 @@ def test_a_failed_stage_shows_its_last_lines_and_the_next_run_continues_there(to
     monkeypatch.delenv("TOY_FAIL")
     toy.run()
     assert toy.calls() == ["rlvr"]
+
+
+def test_a_failed_stage_is_in_the_report(toy, monkeypatch):
+    monkeypatch.setenv("TOY_FAIL", "rlvr")
+    with pytest.raises(StageFailed):
+        toy.run()
+    failed = json.loads((toy.run_dir / "report.json").read_text())["failed"]
+    assert failed["stage"] == "rlvr"
+    assert "the reason is here" in failed["error"]
+    monkeypatch.delenv("TOY_FAIL")
+    toy.run()
+    assert json.loads((toy.run_dir / "report.json").read_text())["failed"] is None
 
 
 def test_a_failed_stage_that_saves_goes_on_in_its_folder_unless_it_changed(toy, monkeypatch):

@@ -10,8 +10,9 @@ def trained(tmp_path, factors, deepspeed=None):
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
+    from core.training.config import DeepSpeedConfig, LearnerConfig
     from core.training.finite import watch_finite
-    from core.training.learner import DeepSpeedConfig, LearnerConfig, join_process_group
+    from core.training.ranks import join_process_group
 
     learner = LearnerConfig(deepspeed=DeepSpeedConfig(zero_stage=deepspeed) if deepspeed else None)
     join_process_group(learner)

@@ -2,9 +2,9 @@
 
 import pytest
 
+from core.checkpoint.shards import weights_hash
 from core.files import read_jsonl
 from core.strict import parse
-from core.training.learner import weights_hash
 from core.training.resume import FOLDER, Unfinished
 from rl.config import PoolConfig, RLConfig
 from rl.rollout.server import rollout_pool
