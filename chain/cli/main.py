@@ -175,7 +175,10 @@ def parser() -> argparse.ArgumentParser:
         help="a reward's parameter, e.g. answer.tolerance=0.1",
     )
     score.add_argument("--workers", type=_count, default=8, help="graded at once; default: %(default)s")
-    score.add_argument("--mode", choices=("think", "direct"), help="of rows that do not name theirs")
+    score.add_argument("--mode", choices=("think", "direct"), help="contract of rows that do not name theirs")
+    score.add_argument(
+        "--allow-unscorable", action="store_true", help="succeed even if no row could be scored"
+    )
 
     diff = _command(commands, "diff", _diff, "show the verdicts that changed between two scored files")
     diff.add_argument("before", type=Path, help="output of `posttrain score`")
@@ -346,7 +349,15 @@ def _score(options: argparse.Namespace) -> None:
         if not dot:
             raise ConfigError(f"--param {text}: say whose it is, as in answer.{key}=...")
         params.setdefault(reward, {})[name] = value
-    score.run(options.input, options.output, options.rewards, params, options.workers, options.mode)
+    score.run(
+        options.input,
+        options.output,
+        options.rewards,
+        params,
+        options.workers,
+        options.mode,
+        options.allow_unscorable,
+    )
 
 
 def _diff(options: argparse.Namespace) -> None:
