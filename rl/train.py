@@ -16,6 +16,7 @@ from core.training.model import apply_freeze, load_model, load_processor, peft_c
 from core.training.ranks import join_process_group, training_arguments
 from core.training.resume import FOLDER, Unfinished, drop_lines_after, identity, marker
 from corpus.records import DataSource, Records
+from rewards.adapters import check_columns
 from rewards.answer import AnswerReward
 from rewards.isolation import load_limited
 from rewards.judge.judges import Judge, statistics
@@ -332,6 +333,7 @@ def check_rewards(mixture: Mixture, records: Sequence[Record], rows: int, seed: 
     for example in examples:
         mixture.terms_of(example)
     for term in mixture.terms:
+        check_columns(term.reward, term.name, examples)
         if isinstance(term.reward, Judge) and term.reward.canaries:
             report = term.reward.check_canaries()
             if not report.complete:

@@ -49,7 +49,12 @@ class Plan:
 
 
 def plan_core(
-    size: str, dst: Path, *, words: Sequence[str] = WORDS, dtype: str | None = None, layout: Layout = "native"
+    size: str,
+    dst: Path,
+    *,
+    words: Sequence[str] = WORDS,
+    dtype: str | None = None,
+    layout: Layout = "native",
 ) -> Plan:
     """The core that `new_core` would make, from shapes alone. Raises ConfigError for an unknown size or a taken `dst`."""
     if dst.exists():
