@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, ClassVar
 
+from rewards.answers.plain import plain_text
 from rewards.example import Example
 from rewards.extract import MAX_BOX_CHARS, parse, parse_thinking
 from rewards.judge import client as judge_client
@@ -24,7 +25,6 @@ from rewards.judge.cache import cache_at
 from rewards.judge.canaries import CanaryReport, Case, answer_cases, need_cases, thinking_cases
 from rewards.judge.client import Endpoint, Failure, Limits, Meter, Picture, Question, Reply
 from rewards.judge.quoting import quoted
-from rewards.normal import plain_text
 from rewards.verdict import Status, Verdict
 
 CACHE_VARIABLE = "POSTTRAIN_JUDGE_CACHE"
