@@ -207,7 +207,8 @@ def _lengths(answers: list[list[list[int]]]) -> list[list[int]]:
 
 def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float:
     """Median seconds from the learner's weights to servers that serve them, all caches forgotten."""
-    from core.training.learner import LearnerConfig, load_model
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model
     from rl.rollout.client import CoreFacts, RolloutClient
     from rl.rollout.weights import FileSync, weights_folder
 
@@ -294,7 +295,7 @@ def _raw_engine(job: dict[str, Any]) -> None:
     os.dup2(2, 1)  # whatever vLLM prints must not end up between the answers
     from vllm import LLM, SamplingParams
 
-    from core.training.learner import load_processor
+    from core.training.model import load_processor
     from rl.data import prompt_messages
 
     options: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}

@@ -172,7 +172,8 @@ def _train_stock(job: Mapping[str, Any]) -> None:
     from core.files import append_jsonl
     from core.model.pictures import Decoded
     from core.strict import parse
-    from core.training.learner import LearnerConfig, load_model, load_processor
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model, load_processor
     from corpus.records import load_records
     from rewards.answer import AnswerReward
     from rl.config import RLConfig

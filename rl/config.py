@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from core.strict import Strict
-from core.training.learner import LearnerConfig, Optim
+from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 from rewards.mix import check_terms
 
@@ -17,11 +17,13 @@ AlarmName = Literal["unscorable", "status", "jump", "repeats", "disagreement", "
 
 
 class PoolConfig(Strict):
-    """Rollout workers that serve a whole chain, evaluation included."""
+    """Rollout servers of a whole chain, evaluation included: `servers:` of a recipe."""
+
+    renamed: ClassVar[dict[str, str]] = {"servers": "count"}
 
     engine: Literal["vllm", "hf"] = "vllm"
     """vllm, or hf: transformers' generate in a process of its own, for machines without vLLM."""
-    servers: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1)
     """Server processes that we start on this machine."""
     urls: tuple[str, ...] = ()
     """Servers that run already (then none is started), each http://host:port, on this machine or on others."""
@@ -73,6 +75,21 @@ class PoolConfig(Strict):
     """Further arguments for vLLM's API server, as on its command line."""
 
     @property
+    def sends_files(self) -> bool:
+        """Whether weights reach the servers as files."""
+        return self.weights == "shm"
+
+    @property
+    def starts_on_gpus(self) -> bool:
+        """Whether servers are started on this machine's GPUs."""
+        return not self.urls and self.device == "gpu"
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one served weight."""
+        return 2 if self.dtype == "bfloat16" else 4
+
+    @property
     def patience_s(self) -> float:
         """How long to wait for a server when all are lost: nobody starts those again that share GPUs."""
         restarted = self.urls or (self.max_restarts and not self.share_gpus)
@@ -82,7 +99,7 @@ class PoolConfig(Strict):
     def _can_share(self) -> PoolConfig:
         if not self.share_gpus:
             return self
-        if self.weights == "nccl":
+        if not self.sends_files:
             raise ValueError(
                 "share_gpus with weights=nccl: NCCL connects no two processes on one GPU; use weights: shm"
             )
@@ -94,7 +111,7 @@ class PoolConfig(Strict):
 
     @model_validator(mode="after")
     def _files_reach_the_servers(self) -> PoolConfig:
-        if self.weights != "shm" or self.weights_dir is not None:
+        if not self.sends_files or self.weights_dir is not None:
             return self
         away = [url for url in self.urls if not _on_this_machine(url)]
         if away:
@@ -193,8 +210,26 @@ class RewardTerm(Strict):
     gate: str | None = None
     """Name of another term: only where that one scores 1 is this one asked, elsewhere it scores 0."""
     on_error: Literal["stop", "unscorable"] = "stop"
-    """When the reward raises: stop the run, or count it and leave the row unscorable."""
+    """When the reward fails: stop the run, or count it and leave the row unscorable. It fails when it raises, returns
+    what is no verdict, exceeds a limit below, or ends its process."""
+    isolate: bool = True
+    """Run a reward that is not built in in a process of its own. False: in the stage's, for rewards that must share
+    its memory; the deadline then is the only limit, and what the reward does to the process, it does to the stage."""
+    deadline_s: float = Field(default=60.0, gt=0)
+    """For one call of a reward that is not built in: one completion, or the batch of a batched reward."""
+    memory_gib: float = Field(default=4.0, gt=0)
+    """Private memory that the process of a reward that is not built in may use."""
     params: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _limits_are_for_users_rewards(self) -> RewardTerm:
+        if ":" not in self.use:
+            given = sorted({"isolate", "deadline_s", "memory_gib"} & self.model_fields_set)
+            if given:
+                raise ValueError(
+                    f"{given[0]} is for rewards of one's own; {self.use!r} is built in: remove it"
+                )
+        return self
 
 
 class PassAtK(Strict):
@@ -295,6 +330,11 @@ class RLLearner(LearnerConfig):
     token_budget: int | None = Field(default=None, ge=1)
     """Tokens of one packed forward-backward pass of a rank, for all but prefix=stock; a single row may exceed it.
     None: as many as TRL's pass over optim.micro_batch_size padded rows would hold."""
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether each prompt is computed once per group, by rl/shared_prefix.py and not by TRL."""
+        return self.prefix != "stock"
 
 
 class RLConfig(Strict):

@@ -28,7 +28,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from core.files import now, write_json, write_text
+from core.files import write_json, write_text
+from core.manifest import now
 from core.model.prompts import target_text
 from core.stats import wilson
 from corpus.records import load_records
@@ -114,7 +115,10 @@ def audit(judge: VisionJudge, rows: Sequence[Labelled], report: Report = lambda 
 
     Raises AuditError if the judge answered about no row.
     """
-    judge = replace(judge, canaries=False)  # a judge that would be refused is measured all the same
+    # Per criterion, as the measures are.
+    judge = replace(
+        judge, canaries=False, verdict="mean"
+    )  # a judge that would be refused is measured all the same
     refused = _refused(judge)
     verdicts = _verdicts(judge, rows, "rows", report)
     judged = [

@@ -567,7 +567,7 @@ def _openai_part(part: Mapping[str, Any]) -> dict[str, Any]:
 def _no_answer(url: str, path: str, error: Exception) -> ServerLost:
     return ServerLost(
         f"{url}/{path}: no answer ({type(error).__name__}: {error}). Is the rollout server up? See its log. One that "
-        "only takes longer needs a larger rollout.request_timeout_s."
+        "only takes longer needs a larger servers.request_timeout_s."
     )
 
 

@@ -37,7 +37,7 @@ class Engine:
         import torch
 
         import core
-        from core.training.learner import load_processor
+        from core.training.model import load_processor
 
         core.register()
         from transformers import AutoModelForImageTextToText

@@ -78,7 +78,7 @@ class FileSync:
         if need > free:
             raise NoRoomForWeights(
                 f"{self.folder}: {need / 1e9:.2f} GB of weights have to pass through it and {free / 1e9:.2f} GB are "
-                "free; set rollout.weights_dir to a folder on a disk (in a container, --shm-size makes shared memory "
+                "free; set servers.weights_dir to a folder on a disk (in a container, --shm-size makes shared memory "
                 "larger)"
             )
 

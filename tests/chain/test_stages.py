@@ -117,8 +117,8 @@ def test_a_failed_update_is_not_taken_for_a_done_one(tmp_path, checkpoints):
         assert client.loaded == ["one"]
 
 
-def test_a_step_that_samples_needs_rollout_in_the_recipe(tmp_path):
-    with Pool(None, tmp_path) as servers, pytest.raises(ConfigError, match="rollout is missing"):
+def test_a_step_that_samples_needs_servers_in_the_recipe(tmp_path):
+    with Pool(None, tmp_path) as servers, pytest.raises(ConfigError, match="servers is missing"):
         servers.urls(tmp_path)
 
 

@@ -6,7 +6,7 @@ import core
 from core.model.prompts import messages
 from core.model.tiny import build_tiny
 from core.model.tokenizer import IMAGE_TOKEN, SPECIAL_TOKENS, TURN_END, TURN_START
-from core.training.learner import load_processor
+from core.training.model import load_processor
 from corpus.records import problem_of
 
 ROW = {

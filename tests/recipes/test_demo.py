@@ -124,7 +124,7 @@ def test_pre_training_reads_what_the_processor_gives(tmp_path):
 
     from core.model.prompts import messages
     from core.model.tiny import build_tiny
-    from core.training.learner import load_processor
+    from core.training.model import load_processor
     from recipes.demo.drawing import render
     from recipes.demo.lessons import frame_of
     from recipes.demo.pretrain import normalized, tokens
