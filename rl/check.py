@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from rewards.adapters import check_columns
 from rewards.judge.judges import Judge
 from rewards.mix import Mixture
 from rewards.selftest import self_test
@@ -28,6 +29,7 @@ def check_rewards(mixture: Mixture, records: Sequence[Record], rows: int, seed: 
     for example in examples:
         mixture.terms_of(example)
     for term in mixture.terms:
+        check_columns(term.reward, term.name, examples)
         if isinstance(term.reward, Judge) and term.reward.canaries:
             report = term.reward.check_canaries()
             if not report.complete:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,18 @@ from core.checkpoint.shards import weights_hash
 from core.training.finite import watch_finite
 from core.training.model import apply_freeze, load_model, load_processor, peft_config
 from core.training.ranks import join_process_group
-from core.training.resume import FOLDER, Unfinished, forget, identity, marker
+from core.training.resume import FOLDER, Unfinished, identity, marker
+from corpus.records import DataSource, Records
 from rewards.answer import AnswerReward
 from rewards.isolation import load_limited
 from rewards.style.length import SoftOverlong
+from rl import limits
 from rl.algorithm import move_clip, reward_columns, trl_config
 from rl.check import check_rewards
 from rl.collect import Collector, Pipeline
 from rl.config import RLConfig
 from rl.data import Record, load_rows, prompt_messages
-from rl.evaluate import judge
+from rl.evaluate import accuracy
 from rl.feed import Follower, Lead, RolloutFeed
 from rl.job import ServedJob
 from rl.record import RunLog
@@ -60,7 +62,7 @@ def train(cfg: RLConfig, job: ServedJob) -> Path:
     from transformers import set_seed
 
     join_process_group(cfg.learner)
-    records = load_rows(cfg.data, job.sets, job.seed)
+    records = load_rows(cfg.data, job.sets, job.seed, _askable(cfg, job))
     unfinished = _unfinished(cfg, job, records)
     # Before the model: ZeRO-3 splits weights as they load.
     arguments = trl_config(cfg, unfinished.folder, job.seed)
@@ -68,17 +70,23 @@ def train(cfg: RLConfig, job: ServedJob) -> Path:
     policy, processor = load_model(job.start, cfg.learner), load_processor(job.start)
     apply_freeze(policy, cfg.learner.freeze)
     record = RunLog(cfg, job.out)
-    is_lead = os.environ.get("RANK", "0") == "0"
-    rank = _lead(cfg, job, records, unfinished, record) if is_lead else Follower()
+    leads = os.environ.get("RANK", "0") == "0"
+    rank = _lead(cfg, job, records, unfinished, record) if leads else Follower()
     try:
         trainer = _trainer(cfg, job, rank, record, records, arguments, policy, processor)
         unfinished.train(trainer)
-        path = save_checkpoint(trainer, processor, job.out / "checkpoint")
-        if is_lead:
-            forget(job.out)
-        return path
+        return save_checkpoint(trainer, processor, job.out / "checkpoint")
     finally:
         rank.close()
+
+
+def _askable(cfg: RLConfig, job: ServedJob) -> Callable[[DataSource, Records], Records]:
+    """A filter that leaves out rows beyond the servers' limits."""
+
+    def askable(source: DataSource, rows: Records) -> Records:
+        return limits.askable(rows, source, job.pool, job.start, cfg.rollout.max_completion_tokens)
+
+    return askable
 
 
 def _unfinished(cfg: RLConfig, job: ServedJob, records: Sequence[Record]) -> Unfinished:
@@ -182,13 +190,9 @@ def _watcher(cfg: RLConfig, job: ServedJob, client: RolloutClient) -> Watcher:
         if watch.second_verifier
         else None
     )
-    rows = load_rows([watch.held_out], job.sets, job.seed) if watch.held_out else []
-
-    def accuracy(records: Sequence[Record]) -> float:
-        judged = judge(records, client, cfg.rollout.max_completion_tokens)
-        return sum(row.correct for row in judged) / len(judged)
-
-    return Watcher(watch, job.out, second, rows, accuracy)
+    rows = load_rows([watch.held_out], job.sets, job.seed, _askable(cfg, job)) if watch.held_out else []
+    longest = cfg.rollout.max_completion_tokens
+    return Watcher(watch, job.out, second, rows, lambda records: accuracy(records, client, longest))
 
 
 def _sync(job: ServedJob, rank: Lead | Follower, policy: Any) -> WeightSync:
