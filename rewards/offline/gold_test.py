@@ -32,7 +32,7 @@ class SelfTestFailed(RuntimeError):
 
 
 class Examples(Sequence[Example]):
-    """Rows of a data set as a reward sees them, made when they are asked for; `numbers` is where they stand."""
+    """Rows of a data set as a reward sees them, made at each access. `numbers` are their places in the file."""
 
     def __init__(
         self, rows: Sequence[Any], numbers: Sequence[int], example_of: Any, mode: str | None
@@ -97,7 +97,7 @@ def _records(data: str, split: str, rows: int | None, seed: int) -> Any:
             raise
         return load_records(
             data, split
-        )  # it may have fewer rows than asked for; if not that, this raises too
+        )  # it may have fewer rows than asked for; for any other cause this raises too
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
 

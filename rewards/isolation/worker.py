@@ -1,4 +1,4 @@
-"""The process of one isolated reward; rewards.isolation starts this file as a script.
+"""The process of one isolated reward; rewards.isolation.process starts this file as a script.
 
 It reads messages from its parent: a setup first, then batches, and pictures that it has asked for. It writes:
 
@@ -145,8 +145,9 @@ class _Worker:
             for number, (example, count) in enumerate(rows)
         ]
         told = [examples[place] for place in places]
+        watch: Any = _Teller(self)
         try:
-            self._caller(threads).start(self.reward, self.name, completions, told, _Teller(self)).results()
+            self._caller(threads).start(self.reward, self.name, completions, told, watch).results()
         except BaseException as error:
             self._end(f"{type(error).__name__}: {error}")
 
