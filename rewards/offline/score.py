@@ -259,7 +259,7 @@ def run(
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from chain.display import new_console
+    from core.console import new_console
 
     if not source.is_file():
         raise ConfigError(f"--input {source}: no such file")
