@@ -10,6 +10,7 @@
 | worker | that process itself |
 """
 
+from rewards.isolation.isolated import Isolated
 from rewards.isolation.limits import DEADLINE_S, MEMORY_GIB, load_limited
 
-__all__ = ["DEADLINE_S", "MEMORY_GIB", "load_limited"]
+__all__ = ["DEADLINE_S", "MEMORY_GIB", "Isolated", "load_limited"]
