@@ -82,7 +82,7 @@ class Mixture:
     >>> [graded.total for graded in mixture.grade_batch(["4", "5"], [row, row])]
     [0.75, 0.75]
 
-    Raises ValueError if two terms share a name, a cell's weights do not sum to 1, or a gate makes no sense.
+    Raises ValueError if two terms share a name, a cell's weights do not sum to 1, or a gate is invalid.
     """
 
     def __init__(self, terms: Iterable[Term], threads: int = THREADS) -> None:

@@ -2,7 +2,7 @@
 
 | file | idea |
 |---|---|
-| limits | which rewards come under limits, and which |
+| limits | which rewards come under limits |
 | progress | which rows are under way, and since when |
 | shared | a reward in this process, with a deadline alone |
 | isolated | a reward in a process of its own: blame, and grading again |

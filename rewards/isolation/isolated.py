@@ -96,7 +96,7 @@ class Isolated:
         return Process(self._setup, self._name)
 
     def _failures(self, wave: "_Wave", pairs: Sequence[Pair], rows: Sequence[int]) -> dict[int, Result]:
-        """The rows' errors after a death; of a call on many rows all that is known is that one of them did it."""
+        """The rows' errors after a death. If one call graded many rows, they share one error."""
         assert wave.problem is not None
         if wave.whole:
             return dict.fromkeys(rows, failure(self._name, [pairs[row] for row in rows], wave.problem))
@@ -112,7 +112,7 @@ class Isolated:
         wave = _Wave(process, pairs, self._name, self._deadline_s, self._memory_gib)
         try:
             wave.run()
-        except BaseException:  # an interrupt: what it has not answered yet must not meet the next batch
+        except BaseException:  # an interrupt: late answers must not reach the next batch
             self.close()
             raise
         if wave.problem is not None:
@@ -196,7 +196,7 @@ class _Wave(Progress):
             elif kind == "fault":
                 raise ProcessEnded(content[0])
         except (LookupError, TypeError, ValueError) as error:
-            raise ProcessEnded(f"it wrote what cannot be read on its connection: {error}") from error
+            raise ProcessEnded(f"its connection carried an unreadable message: {error}") from error
 
     def _end(self, row: int, result: Result) -> None:
         if row not in self.since:

@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 START_S = 180.0
 """For loading the reward; importing torch takes seconds, on a machine under load many."""
 OUTPUT_BYTES = 1 << 20
-"""What a reward may print during one batch."""
+"""Most output of a reward during one batch."""
 SHOWN_OUTPUT_BYTES = 256 << 10
-"""What of the output of a process reaches our log in all."""
+"""Most output of a process that reaches our log."""
 _TAIL_BYTES = 2000
 _MOST_MESSAGE_BYTES = 4 << 20
 _MESSAGE_S = 30.0
@@ -133,7 +133,7 @@ class Process:
         return f"its process ended with exit status {status}"
 
     def end(self) -> None:
-        """Kill it with what it has started."""
+        """Kill it and its process group."""
         self._finalizer()
 
     def _message(self) -> list[Any]:
@@ -149,10 +149,10 @@ class Process:
             raise ProcessEnded(self._last_words()) from None
         except (OSError, ValueError, RecursionError):
             pass
-        raise ProcessEnded("it wrote what cannot be read on its connection")
+        raise ProcessEnded("its connection carried an unreadable message")
 
     def _print(self) -> None:
-        """Take what it has printed: some of it for our log, all of it into account."""
+        """Read its output: count all of it, and show some of it in our log."""
         assert self._output is not None
         try:
             text = self._output.read(1 << 16)
@@ -168,7 +168,7 @@ class Process:
             sys.stderr.write(text[: SHOWN_OUTPUT_BYTES - self._shown].decode("utf-8", "replace"))
             self._shown += len(text)
             if self._shown >= SHOWN_OUTPUT_BYTES:
-                log.warning("reward %s: what else it prints is not shown", self.name)
+                log.warning("reward %s: further output is not shown", self.name)
         if self.printed > OUTPUT_BYTES:
             raise ProcessEnded(f"it printed more than {OUTPUT_BYTES >> 20} MiB during one batch")
 

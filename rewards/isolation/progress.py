@@ -1,4 +1,4 @@
-"""Which rows of a batch are under way, since when, and what came of the others."""
+"""The state of a batch: rows under way with their start times, and results."""
 
 import time
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ Result = Verdict | RewardError
 
 
 class Progress(Watch):
-    """Which rows of a batch are under way, since when, and what came of those that ended."""
+    """Rows under way with their start times, and the results of the others."""
 
     def __init__(self) -> None:
         self.since: dict[int, float] = {}

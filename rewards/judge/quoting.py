@@ -1,6 +1,6 @@
-r"""Untrusted text as data for a judge: tags disarmed, every line quoted, blocks under marks nobody can forge.
+r"""Untrusted text as data for a judge: tags disarmed, every line quoted, blocks under marks that cannot be forged.
 
-A policy under RL learns to write to its judge if it can. Three layers, none of which needs the judge's help:
+A policy under RL learns to write to its judge if it can. Three layers work without the judge's help:
 
 - `disarm` breaks everything that a chat template or a reader could take for markup: tags, also in full-width and other
   look-alike brackets, and chat tokens. It removes invisible characters (zero-width and tag characters, direction

@@ -45,7 +45,7 @@ class Language:
     >>> Language()(r"<think>The area of the triangle is six.</think> \boxed{6}", row).reason
     '0 of 5 words are han: latin 5'
 
-    In direct mode the whole completion counts. A question or a thought without words is no breach: 1.
+    In direct mode the whole completion counts. A question or a thought without words scores 1.
     Raises ValueError for an unknown script, or `enough` outside (0, 1].
     """
 
