@@ -40,7 +40,7 @@ def write_text(path: Path, text: str) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def _draft(path: Path) -> Path:
@@ -156,7 +156,7 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
         path.rename(old)
     partial.rename(path)
     (path / _SAME).unlink(missing_ok=True)  # last: until the rename it says whose the folder is
-    _fsync(path.parent)
+    fsync(path.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -165,8 +165,8 @@ def sync_tree(path: Path) -> None:
     """Have everything in a folder on disk."""
     for folder, _, files in os.walk(path):
         for name in files:
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
+            fsync(Path(folder, name))
+        fsync(Path(folder))
 
 
 def sha256_file(path: Path) -> str:
@@ -218,7 +218,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

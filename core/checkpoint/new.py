@@ -56,7 +56,7 @@ def plan_core(
     dtype: str | None = None,
     layout: Layout = "native",
 ) -> Plan:
-    """The core that `new_core` would make, from shapes alone. Raises ConfigError for an unknown size or a taken `dst`."""
+    """The core that `new_core` would make, from shapes alone. Raises ConfigError for an unknown size, a taken `dst`."""
     if dst.exists():
         raise ConfigError(f"{dst}: is there already; name another folder, or remove it")
     drawn = blueprint(size, words=words, dtype=dtype)
