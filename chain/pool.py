@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.strict import ConfigError
-from rl.config import PoolConfig
+from rl.rollout.config import PoolConfig
 
 OpenPool = Callable[[PoolConfig, Path, Path], AbstractContextManager[Callable[[], list[str]]]]
 """(configuration, model, log folder) -> context of a function that waits for the servers and gives their URLs, as
@@ -19,7 +19,7 @@ class Pool:
     """Rollout servers that start late and serve one checkpoint after another.
 
     Args:
-        cfg: the recipe's `rollout`, or None for a recipe that needs no servers.
+        cfg: the recipe's `servers`, or None for a recipe that needs no servers.
         logs: folder for the servers' output.
         open_pool: starts the servers; the real one unless a test brings its own.
     """
@@ -29,7 +29,8 @@ class Pool:
         self._open, self._stack = open_pool, ExitStack()
         self._wait: Callable[[], list[str]] | None = None
         self._client: Any = None
-        self._served: Path | None = None
+        self._started_with: Path | None = None
+        """The checkpoint that our servers have read, until somebody changes their weights."""
 
     @property
     def share_gpus(self) -> bool:
@@ -45,7 +46,7 @@ class Pool:
     def start(self, model: Path) -> None:
         """Start the servers with `model` unless they have been started; does not wait for them."""
         if self.cfg is None:
-            raise ConfigError("rollout is missing from the recipe: this step needs rollout workers")
+            raise ConfigError("servers is missing from the recipe: this step needs rollout servers")
         if self._wait is not None:
             return
         if self._open is None:
@@ -53,8 +54,8 @@ class Pool:
 
             self._open = starting_pool
         self._wait = self._stack.enter_context(self._open(self.cfg, model, self.logs))
-        # Servers that we started read the checkpoint; ones that were there serve who knows what.
-        self._served = None if self.cfg.urls else model.resolve()
+        # Servers that ran before us hold unknown weights.
+        self._started_with = None if self.cfg.urls else model.resolve()
 
     def urls(self, model: Path) -> list[str]:
         """The servers' URLs, once they are up; at the first need they start, with `model`. What they serve is not
@@ -66,10 +67,8 @@ class Pool:
     def serve(self, model: Path) -> Any:
         """A RolloutClient of the pool, which now serves the weights of the checkpoint folder `model`."""
         client = self._connected(model)
-        if self._served != model.resolve():
-            self._served = None  # if the update fails half-way, nothing is known about the servers
+        if not client.served.holds(model.resolve()):
             client.load_checkpoint(model)
-            self._served = model.resolve()
         return client
 
     def rest(self, model: Path | None) -> None:
@@ -82,7 +81,6 @@ class Pool:
         assert self.cfg is not None
         if self._wait is None and not self.cfg.urls:
             return
-        self._served = None
         self._connected(model).sleep()
 
     def _connected(self, model: Path) -> Any:
@@ -93,9 +91,12 @@ class Pool:
 
             assert self.cfg is not None
             self._client = RolloutClient.of_pool(self.cfg, urls, model)
+            self._client.served.what = self._started_with
             self._stack.callback(self._client.close)
         return self._client
 
     def weights_changed(self) -> None:
         """Someone else updated the servers (an RL stage did): the next `serve` loads its checkpoint."""
-        self._served = None
+        self._started_with = None
+        if self._client is not None:
+            self._client.served.forget()

@@ -17,8 +17,7 @@ from chain.report import data as report
 from chain.stages import STAGES, Context
 from core.files import read_json, write_json
 from core.strict import ConfigError
-from rl.config import PoolConfig
-from rl.rollout.server import MODEL_NAME
+from rl.rollout.config import MODEL_NAME, PoolConfig
 
 ADAPTER_NAME = "adapter"
 """What a server calls the core with a LoRA adapter applied."""

@@ -16,7 +16,7 @@ A job is what a stage needs and nothing else:
 
 from __future__ import annotations
 
-import ctypes
+import faulthandler
 import importlib
 import os
 import signal
@@ -29,12 +29,11 @@ from core.files import read_json
 from core.strict import ConfigError, parse
 
 Job = Mapping[str, Any]
-PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> int:
     """Run the job in the file that the only argument names; returns 0."""
-    _end_with_parent()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # chain.launch asks a hung rank where it is
     job = read_json(Path(arguments[0]))
     work = KINDS.get(job["kind"]) or load(job["kind"])
     work(job)
@@ -96,7 +95,8 @@ def _soup(job: Job) -> None:
 
 
 def _rl(job: Job) -> None:
-    from rl.config import PoolConfig, RLConfig
+    from rl.config import RLConfig
+    from rl.rollout.config import PoolConfig
 
     pool = parse(PoolConfig, job["pool"], "rollout")
     if pool.weights != "nccl":  # vLLM's own communicator sends those
@@ -129,12 +129,6 @@ KINDS: dict[str, Callable[[Job], None]] = {
 
 def _sets(job: Job) -> dict[str, Path]:
     return {name: Path(place) for name, place in job["sets"].items()}
-
-
-def _end_with_parent() -> None:
-    """Ask Linux to end this process with the runner, even one that was killed and could stop nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

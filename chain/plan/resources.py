@@ -11,7 +11,8 @@ from chain.plan.memory import StageFit, gib
 from chain.recipe import STAGE_NAMES, Recipe, SFTStage
 from core.strict import ConfigError
 from core.training.memory import GIB, SHAPES, CoreShape
-from rl.config import PoolConfig, RLConfig
+from rl.config import RLConfig
+from rl.rollout.config import PoolConfig
 
 SERVER_WORK = 2.0 * GIB
 """What a server's largest prefill takes besides weights and cache."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from pydantic import Field, model_validator
 from core.checkpoint import released_files
 from core.files import atomic_dir, read_json, sha256_file, write_json
 from core.strict import Strict, nearest
+from core.training.group import form_group
 
 log = logging.getLogger(__name__)
 
@@ -291,9 +291,8 @@ def training_arguments(optim: Optim, learner: LearnerConfig, *, seed: int) -> di
 def join_process_group(cfg: LearnerConfig) -> None:
     """Make this process a rank: of the launcher's group, or under DeepSpeed of a group of its own.
 
-    A process that no launcher started gets the environment of a torchrun of one rank, without which DeepSpeed
-    looks for MPI; plain PyTorch needs no group for one rank. Call it before building training arguments, as
-    often as you like. Raises ValueError if another number of ranks was started than the configuration says.
+    Plain PyTorch needs no group for one rank. Call it before building training arguments, as often as you like.
+    Raises ValueError if another number of ranks was started than the configuration says.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks != cfg.processes:
@@ -303,16 +302,15 @@ def join_process_group(cfg: LearnerConfig) -> None:
         )
     os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))  # else accelerate takes every core
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left by an earlier trainer; the configuration decides
+    if ranks == 1 and cfg.deepspeed is None:
+        return
+    # Accelerate takes a process for a rank by these.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    form_group()
     if cfg.deepspeed is None:
         return
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {
-            **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        }
     import torch
 
     if not torch.cuda.is_available():  # on CPUs nothing of ours is compiled, and an optimizer that DeepSpeed

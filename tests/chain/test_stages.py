@@ -13,8 +13,9 @@ from chain.recipe import ALIASES, STAGE_NAMES
 from chain.stages import STAGES, spread, stage_named, write_samples
 from core.files import read_jsonl
 from core.strict import ConfigError
-from rl.config import PoolConfig
 from rl.rollout import client as rollout_client
+from rl.rollout.config import PoolConfig
+from rl.rollout.served import Served
 
 
 def test_the_table_of_stages_is_the_chain_in_order():
@@ -49,15 +50,17 @@ class FakeClient:
 
     def __init__(self, urls):
         self.urls, self.loaded, self.fails, self.closed = urls, [], False, False
+        self.served = Served()
 
     @classmethod
     def of_pool(cls, pool, urls, model):
         return cls(urls)
 
     def load_checkpoint(self, folder: Path) -> None:
-        if self.fails:
-            raise rollout_client.RolloutError("half-way")
-        self.loaded.append(folder.name)
+        with self.served.update(folder.resolve()):
+            if self.fails:
+                raise rollout_client.RolloutError("half-way")
+            self.loaded.append(folder.name)
 
     def close(self) -> None:
         self.closed = True
@@ -117,8 +120,8 @@ def test_a_failed_update_is_not_taken_for_a_done_one(tmp_path, checkpoints):
         assert client.loaded == ["one"]
 
 
-def test_a_step_that_samples_needs_rollout_in_the_recipe(tmp_path):
-    with Pool(None, tmp_path) as servers, pytest.raises(ConfigError, match="rollout is missing"):
+def test_a_step_that_samples_needs_servers_in_the_recipe(tmp_path):
+    with Pool(None, tmp_path) as servers, pytest.raises(ConfigError, match="servers is missing"):
         servers.urls(tmp_path)
 
 

@@ -13,7 +13,7 @@ import core
 from core import SailVL2ImageProcessor, SailVL2Processor, build_tiny
 from core.model.pictures import as_rgb
 from corpus.records import RecordError, write_records
-from rl.rollout.client import openai_messages
+from rl.rollout.messages import openai_messages
 
 from . import internvl_tiles as internvl
 

@@ -61,8 +61,8 @@ def test_ranks_take_whole_groups():
 def test_servers_that_share_gpus_start_with_sleep_mode(monkeypatch):
     from pathlib import Path
 
-    from rl.config import PoolConfig
-    from rl.rollout.server import command, environment
+    from rl.rollout.command import command, environment
+    from rl.rollout.config import PoolConfig
 
     # vLLM's sleeping allocator refuses to run with expandable segments, which a learner may want.
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
