@@ -60,7 +60,7 @@ def bars(title: str, axis: str, values: Mapping[str, float]) -> str:
 
 def emit(bench: str, **results: Any) -> None:
     """Print the benchmark's one JSON line, with the machine and the commit it ran on."""
-    from core.files import git_commit
+    from core.manifest import git_commit
 
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     print(json.dumps({"bench": bench, **results, "commit": git_commit(), **machine}), flush=True)

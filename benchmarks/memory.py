@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learner import Size, build_core, status_kib
-from core.training.learner import LearnerConfig
-from core.training.memory import CoreShape, Memory, Work, estimate
+from core.model.shape import CoreShape
+from core.training.config import LearnerConfig
+from core.training.memory import Memory, Work, estimate
 
 AT_ONCE = 2
 """Cases measured beside each other: what they take is their own, whatever their time."""
@@ -131,7 +132,7 @@ def measured(case: Case) -> float:
 def peak_bytes(case: Case) -> int:
     """Train the case in this process; its highest resident memory above what was there before the model."""
     from chain.worker import keep_engine_out
-    from core.training.learner import join_process_group
+    from core.training.ranks import join_process_group
 
     keep_engine_out()
     join_process_group(case.cfg)
@@ -174,7 +175,7 @@ def sft_trainer(case: Case, core: Path, folder: Path) -> Any:
     import numpy as np
     import torch
 
-    from core.training.learner import load_processor
+    from core.training.model import load_processor
     from sft.config import SFTConfig
     from sft.packing import ByRows, Plan
     from sft.train import phase_trainer
@@ -213,7 +214,7 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
     from datasets import Dataset
 
     from benchmarks.learner import Shape, rows_of
-    from core.training.learner import load_model, load_processor, peft_config
+    from core.training.model import load_model, load_processor, peft_config
     from rewards.mix import Graded
     from rewards.verdict import Status, Verdict
     from rl.collect import Batch, Group, Pipeline, Sample

@@ -158,7 +158,7 @@ class Bench:
     """Trains the same rows padded and packed, and times the updates."""
 
     def __init__(self, folder: Path, updates: int, rows: int) -> None:
-        from core.training.learner import load_processor
+        from core.training.model import load_processor
 
         self.folder, self.updates, self.rows = folder, updates, rows
         self.core = build_core(folder / "core")

@@ -208,7 +208,8 @@ def _lengths(answers: list[list[list[int]]]) -> list[list[int]]:
 
 def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float:
     """Median seconds from the learner's weights to servers that serve them, all caches forgotten."""
-    from core.training.learner import LearnerConfig, load_model
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model
     from rl.rollout.client import RolloutClient
     from rl.rollout.messages import CoreFacts
     from rl.rollout.weights import FileSync, weights_folder
@@ -296,7 +297,7 @@ def _raw_engine(job: dict[str, Any]) -> None:
     os.dup2(2, 1)  # whatever vLLM prints must not end up between the answers
     from vllm import LLM, SamplingParams
 
-    from core.training.learner import load_processor
+    from core.training.model import load_processor
     from rl.data import prompt_messages
 
     options: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
@@ -314,6 +315,8 @@ def _raw_engine(job: dict[str, Any]) -> None:
         limit_mm_per_prompt={"image": {"count": 1, "width": 112, "height": 112}},
         **options,
     )
+    from core.model.pictures import Decoded
+
     processor = load_processor(Path(job["core"]))
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
@@ -323,7 +326,7 @@ def _raw_engine(job: dict[str, Any]) -> None:
             text = processor.apply_chat_template(
                 prompt_messages(row), add_generation_prompt=True, tokenize=False
             )
-            requests.append({"prompt": text, "multi_modal_data": {"image": row["images"]}})
+            requests.append({"prompt": text, "multi_modal_data": {"image": list(Decoded(row["images"]))}})
             params.append(
                 SamplingParams(
                     n=GROUP,

@@ -170,8 +170,10 @@ def _train_stock(job: Mapping[str, Any]) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     from core.files import append_jsonl
+    from core.model.pictures import Decoded
     from core.strict import parse
-    from core.training.learner import LearnerConfig, load_model, load_processor
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model, load_processor
     from corpus.records import load_records
     from rewards.answer import AnswerReward
     from rl.config import RLConfig
@@ -208,7 +210,7 @@ def _train_stock(job: Mapping[str, Any]) -> None:
                 {
                     "id": row["id"],
                     "prompt": [{"role": "user", "content": prompt_messages(row)[-1]["content"][-1]["text"]}],
-                    "images": row["images"],
+                    "images": list(Decoded(row["images"])),
                 }
                 for row in rows.values()
             ]

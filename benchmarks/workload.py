@@ -114,6 +114,7 @@ def train_rl(job: Mapping[str, Any]) -> None:
     from chain.worker import keep_engine_out
     from core.strict import parse
     from rl.config import RLConfig
+    from rl.job import ServedJob
 
     keep_engine_out()
     import deepspeed  # noqa: F401
@@ -126,13 +127,15 @@ def train_rl(job: Mapping[str, Any]) -> None:
     with weights_folder(None) as weights:
         train(
             parse(RLConfig, job["stage"], "benchmark"),
-            model=Path(job["model"]),
-            out=Path(job["out"]),
-            seed=0,
-            sets={"rl": Path(job["data"])},
-            pool=PoolConfig.model_validate_json(job["pool"]),
-            urls=urls,
-            weights=weights,
+            ServedJob(
+                stage="benchmark",
+                model=Path(job["model"]),
+                out=Path(job["out"]),
+                sets={"rl": Path(job["data"])},
+                pool=PoolConfig.model_validate_json(job["pool"]),
+                urls=urls,
+                weights=weights,
+            ),
         )
 
 

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 
 from chain.inputs import code_file, is_hub_id
 from chain.recipe import sources
-from core.files import Manifest, append_jsonl, hash_config, hash_tree, read_jsonl, sha256_file
+from core.files import append_jsonl, hash_tree, read_jsonl, sha256_file
+from core.manifest import Manifest, hash_config
 
 
 class Fingerprints:

@@ -11,12 +11,13 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chain.job import Task
 from core import processes
 from core.files import write_json
 from core.training.group import MEETING
@@ -47,7 +48,7 @@ class Meeting:
 
 
 def run_job(
-    job: Mapping[str, Any],
+    task: Task,
     folder: Path,
     *,
     processes: int = 1,
@@ -55,16 +56,16 @@ def run_job(
     on_poll: Callable[[], None] = lambda: None,
     cluster: Cluster | None = None,
 ) -> None:
-    """Run `chain.worker` on a job; return when it has succeeded.
+    """Run `chain.worker` on a task; return when it has succeeded.
 
-    The job is written to `folder/job.json`, rank 0's output to `folder/log.txt`, another rank's to
+    The task is written to `folder/job.json`, rank 0's output to `folder/log.txt`, another rank's to
     `folder/log-rank<N>.txt`. Where there are several hosts, each has its share of the ranks. `on_poll` is called a few
     times per second.
     Raises StageFailed if a rank fails, HostLost if a host is gone; on any exception, Ctrl-C included, all ranks and
     their descendants are stopped first, here and on the other hosts.
     """
     job_file = folder / "job.json"
-    write_json(job_file, job)
+    write_json(job_file, task)
     hosts = cluster if processes > 1 else None
     here = processes // hosts.nodes if hosts else processes
     ranks: Ranks | None = None
@@ -88,7 +89,7 @@ def run_job(
             if hosts:
                 hosts.stop()
     if failures:
-        raise StageFailed(f"{job['stage']}: " + "\n".join(failures))
+        raise StageFailed(f"{task.stage}: " + "\n".join(failures))
 
 
 class Ranks:
@@ -105,7 +106,7 @@ class Ranks:
         self._processes: dict[int, Any] = {}
         self._logs: dict[int, Path] = {}
         self._failed: dict[int, str] = {}
-        """How each rank failed, in the order in which they did."""
+        """How each rank failed."""
         self._hung: list[int] = []
         self._failed_at = 0.0
         first = count * meeting.node if meeting else 0
@@ -151,9 +152,11 @@ class Ranks:
         """Which ranks failed and how, with the end of the log of the one that explains most; None if none did."""
         if not self._failed:
             return None
-        # A rank that a signal killed makes the others fail, whose sockets to it close; so does the first to fail.
-        first = next(
-            (rank for rank, how in self._failed.items() if "killed" in how), next(iter(self._failed))
+        # A rank that a signal killed makes the others fail, whose connections to it close; so does the first that
+        # wrote why it fails.
+        first = min(
+            self._failed,
+            key=lambda rank: ("killed" not in self._failed[rank], self._logs[rank].stat().st_mtime_ns),
         )
         several = len(self._processes) > 1 or first
         name = f"rank {first}" if several else "its process"

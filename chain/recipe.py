@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -125,6 +125,8 @@ class SFTStage(SFTConfig):
 class Recipe(Strict):
     """A whole chain, resolved."""
 
+    renamed: ClassVar[dict[str, str]] = {"rollout": "servers"}
+
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     """Names the run's folder, `runs/<name>`."""
     about: str = ""
@@ -132,8 +134,8 @@ class Recipe(Strict):
     seed: int = Field(default=0, ge=0)
     """Seed of the data, the core and every stage."""
     data: DataConfig = DataConfig()
-    rollout: PoolConfig | None = None
-    """Rollout workers, for RL, for data made between the stages and for evaluation."""
+    servers: PoolConfig | None = None
+    """Rollout servers, for RL, for data made between the stages and for evaluation."""
     eval: EvalConfig | None = None
     """Held-out evaluation after each stage; null leaves it out."""
     wandb: WandbConfig = WandbConfig()
@@ -149,17 +151,17 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _engine_where_needed(self) -> Recipe:
         needs = [name for name in ("eval", "rlvr", "mixed_rl") if getattr(self, name) is not None]
-        if self.rollout is None and needs:
-            raise ValueError(f"rollout is missing: {', '.join(needs)} need rollout workers")
+        if self.servers is None and needs:
+            raise ValueError(f"servers is missing: {', '.join(needs)} need rollout servers")
         return self
 
     @model_validator(mode="after")
     def _turns_do_not_overlap(self) -> Recipe:
         for name in ("rlvr", "mixed_rl"):
             stage = getattr(self, name)
-            if self.rollout and self.rollout.share_gpus and stage and stage.rollout.overlap:
+            if self.servers and self.servers.share_gpus and stage and stage.rollout.overlap:
                 raise ValueError(
-                    f"{name}.rollout.overlap with rollout.share_gpus: the servers sleep while the learner trains, so "
+                    f"{name}.rollout.overlap with servers.share_gpus: the servers sleep while the learner trains, so "
                     "nothing can be sampled meanwhile; turn one of the two off"
                 )
         return self
@@ -170,8 +172,8 @@ class Recipe(Strict):
             raise ValueError(
                 "soup merges fine-tunings of basic_sft, which this recipe leaves out; set soup: null"
             )
-        if self.soup is not None and (self.eval is None or self.rollout is None):
-            raise ValueError("soup scores its ingredients by generating: it needs rollout and eval")
+        if self.soup is not None and (self.eval is None or self.servers is None):
+            raise ValueError("soup scores its ingredients by generating: it needs servers and eval")
         return self
 
 

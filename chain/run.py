@@ -22,6 +22,7 @@ from chain.display import Display, Tail, duration, metrics_text
 from chain.fingerprints import Fingerprints, identity, is_current
 from chain.hosts import Cluster, follow
 from chain.inputs import data_folder, locate_sets, prepared_folder
+from chain.job import Task
 from chain.launch import POLL_S, run_job
 from chain.placement import Placement
 from chain.plan.text import check_data, check_names
@@ -30,17 +31,11 @@ from chain.recipe import Recipe, made_between
 from chain.report import data as report
 from chain.stages import STAGES, Context, Progress, Stage, stage_named
 from chain.tracking import StageTrack, Tracker
-from core.files import (
-    Manifest,
-    atomic_dir,
-    git_commit,
-    hash_config,
-    now,
-    read_json,
-    versions,
-    write_json,
-)
+from core.files import atomic_dir, read_json, write_json
+from core.manifest import Manifest, git_commit, hash_config, now, versions
 from core.strict import ConfigError, Strict
+from core.training.job import Job
+from rl.job import ServedJob
 from rl.rollout.weights import weights_folder
 from rl.watch import ALARMS
 
@@ -89,7 +84,7 @@ def run(
         _locked(run_dir),
         Cluster(place, run_dir, facts, display) if place else nullcontext() as cluster,
         ThreadPoolExecutor(1, thread_name_prefix="evaluation") as behind,
-        Pool(recipe.rollout, run_dir / "logs", open_pool) as pool,
+        Pool(recipe.servers, run_dir / "logs", open_pool) as pool,
     ):
         chain = Chain(recipe, run_dir, chain_stages, pool, display, behind, cluster)
         chain.require_finished(chain_stages[:first], chain_stages[first].name)
@@ -203,8 +198,8 @@ class Chain:
             self._making(DATA, folder, config, fingerprint, inputs, None) as partial,
             self.display.step(DATA),
         ):
-            job = {"stage": DATA, "kind": "data", "config": config, "out": partial, "seed": self.recipe.seed}
-            run_job(job, partial, threads=config.threads)
+            job = Job(stage=DATA, out=partial, seed=self.recipe.seed)
+            run_job(Task.of("chain.make:generate", config, job, vllm=True), partial, threads=config.threads)
             missing = [name for name in config.sets if not (partial / f"{name}.parquet").exists()]
             if missing:
                 raise StageIncomplete(f"data.generate: {config.by} wrote no set {', '.join(missing)}")
@@ -276,11 +271,10 @@ class Chain:
                 self.display.passing(text)
 
             processes, threads = stage.learner(self.recipe)
-            job = self.job(stage, config, partial)
-            self.pool.rest(job["model"])
-            with self._weights(stage) as weights:
+            self.pool.rest(self.start(stage))
+            with self.task(stage, config, partial) as task:
                 run_job(
-                    job | {"weights": weights},
+                    task,
                     partial,
                     processes=processes,
                     threads=threads,
@@ -294,34 +288,34 @@ class Chain:
         if stage.needs_pool:
             self.pool.weights_changed()
 
-    @contextmanager
-    def _weights(self, stage: Stage) -> Iterator[Path | None]:
-        """The folder for weights on their way to the servers, removed afterwards: here, as a learner may be killed."""
-        pool = self.recipe.rollout
-        if pool is None or not stage.needs_pool:
-            yield None
-            return
-        with weights_folder(pool.weights_dir) as folder:
-            yield folder
-
-    def job(self, stage: Stage, config: Strict, out: Path) -> dict[str, Any]:
-        """What the stage's process is told; chain/worker.py lists the keys."""
+    def start(self, stage: Stage) -> Path | None:
+        """The checkpoint folder that the stage starts from."""
         parent = self.parent(stage)
-        model = self.folder(parent) / "checkpoint" if parent else None
-        return {
-            "stage": stage.name,
-            "kind": stage.kind,
-            "config": config,
-            "model": model,
-            "out": out,
-            "seed": self.recipe.seed,
-            "sets": self.sets,
-            "urls": self.pool.urls(model) if stage.needs_pool and model else [],
-            "pool": self.recipe.rollout,
-            "folders": [Path.cwd()],
-            "recipe": self.recipe,
-            "stages": self._before(stage),
-        }
+        return self.folder(parent) / "checkpoint" if parent else None
+
+    @contextmanager
+    def task(self, stage: Stage, config: Strict, out: Path) -> Iterator[Task]:
+        """What the stage's process is to do.
+
+        The folder for weights on their way to the servers is made and removed here, as a learner may be killed.
+        """
+        model, pool = self.start(stage), self.recipe.servers
+        job = Job(stage=stage.name, model=model, out=out, seed=self.recipe.seed, sets=self.sets)
+        cfg = stage.work(self.recipe, self._before(stage)) if stage.work else config
+        vllm = stage.imports_vllm(self.recipe)
+        if not stage.needs_pool:
+            yield Task.of(stage.train, cfg, job, vllm)
+            return
+        assert pool, "Recipe checks it"
+        assert model, f"{stage.name} starts from a checkpoint"
+        with weights_folder(pool.weights_dir) as weights:
+            served = {
+                "pool": pool,
+                "urls": self.pool.urls(model),
+                "weights": weights,
+                "folders": [Path.cwd()],
+            }
+            yield Task.of(stage.train, cfg, ServedJob(**dict(job), **served), vllm)
 
     def prepare(self, stage: Stage) -> Preparation:
         """Make the sets that the stage filters or harvests with its start's policy, unless they are there."""

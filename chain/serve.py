@@ -42,7 +42,7 @@ def evaluate_checkpoint(
     display = Display()
     runner.data(recipe, runs_dir=runs_dir, display=display)
     out.mkdir(parents=True, exist_ok=True)
-    with Pool(recipe.rollout, out / "logs", open_pool) as pool, display.step("evaluation"):
+    with Pool(recipe.servers, out / "logs", open_pool) as pool, display.step("evaluation"):
         context = Context(
             recipe=recipe,
             stage=STAGES[-1],
@@ -71,15 +71,15 @@ def serve(
 ) -> None:
     """Start the recipe's rollout servers on a checkpoint, print their URLs, keep them until interrupted.
 
-    They are started here even if the recipe names `rollout.urls`. `host` and `port` take the place of its
-    `rollout.host` and `rollout.first_port`. With a LoRA `adapter` the servers have a second model by the name
+    They are started here even if the recipe names `servers.urls`. `host` and `port` take the place of its
+    `servers.host` and `servers.first_port`. With a LoRA `adapter` the servers have a second model by the name
     `adapter`: the checkpoint with it applied. Raises ServerFailed when the servers have ended once too often.
     """
     _require_checkpoint(model)
-    if recipe.rollout is None:
-        raise ConfigError(f"recipe {recipe.name} has no rollout: it says how servers are started")
-    own = {"urls": (), "host": host or recipe.rollout.host, "first_port": port or recipe.rollout.first_port}
-    cfg = recipe.rollout.model_copy(update=own)
+    if recipe.servers is None:
+        raise ConfigError(f"recipe {recipe.name} has no servers: it says how servers are started")
+    own = {"urls": (), "host": host or recipe.servers.host, "first_port": port or recipe.servers.first_port}
+    cfg = recipe.servers.model_copy(update=own)
     display = Display()
     if adapter is not None:
         cfg = with_adapter(cfg, model, adapter)
@@ -99,7 +99,7 @@ def serve(
                 "Whoever reaches these ports can change the served weights: let none but this cluster reach them."
             )
         display.line(
-            "Ctrl-C stops them. A recipe uses them with --set 'rollout.urls=[" + ", ".join(urls) + "]'"
+            "Ctrl-C stops them. A recipe uses them with --set 'servers.urls=[" + ", ".join(urls) + "]'"
         )
         with contextlib.suppress(KeyboardInterrupt):
             while True:
@@ -116,7 +116,7 @@ def with_adapter(cfg: PoolConfig, model: Path, adapter: Path) -> PoolConfig:
     from core.checkpoint.adapters import MERGE, check_servable, vllm_arguments
 
     if cfg.urls or cfg.engine != "vllm":
-        why = "rollout.urls names servers that run already" if cfg.urls else f"rollout.engine={cfg.engine}"
+        why = "servers.urls names servers that run already" if cfg.urls else f"servers.engine={cfg.engine}"
         raise ConfigError(
             f"--adapter: {why}, only vLLM servers that we start take one; merge it: {MERGE} {adapter} DST"
         )

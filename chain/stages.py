@@ -17,6 +17,7 @@ from typing import Any
 from chain.pool import Pool
 from chain.recipe import ALIASES, Recipe
 from core.files import append_jsonl
+from core.model.pictures import as_rgb
 from core.strict import ConfigError, Strict, nearest
 
 Progress = Callable[[str], None]
@@ -120,7 +121,7 @@ def write_samples(folder: Path, rows: Sequence[tuple[dict[str, Any], Sequence[An
         row, pictures = rows[index]
         file = f"images/{number:03d}.png" if pictures else None
         if file:
-            pictures[0].convert("RGB").save(folder / file)
+            as_rgb(pictures[0]).save(folder / file)
         append_jsonl(folder / "samples.jsonl", {**row, "image": file})
 
 
@@ -143,11 +144,17 @@ class Stage:
     """One stage of the chain."""
 
     name: str
-    kind: str
-    """What runs it in the child, see chain/worker.py."""
+    train: str
+    """`package.module:function`, called `train(cfg, job)` in the stage's process; returns the checkpoint folder."""
     title: str
     needs_pool: bool = False
-    """Whether training itself samples from the rollout servers."""
+    """Whether training itself samples from the rollout servers: its job is then a rl.job.ServedJob."""
+    trained_as: str = ""
+    """Name of the stage whose learner it uses; "": its own."""
+    work: Callable[[Recipe, Mapping[str, Path]], Strict] | None = None
+    """Makes the `cfg` of `train` from the recipe and the folders of the stages before; None: its part of the recipe."""
+    imports_vllm: Callable[[Recipe], bool] = lambda recipe: False
+    """Whether its process may import vLLM."""
     prepare: Callable[[Context], dict[str, Any]] = prepare_nothing
     evaluate: Callable[[Context], Scores] = evaluate
 
@@ -157,8 +164,7 @@ class Stage:
 
     def learner(self, recipe: Recipe) -> tuple[int, int]:
         """Processes that train it, and CPU threads of each."""
-        # The soup's further fine-tunings are basic SFT's own, on its learner.
-        config = recipe.basic_sft if self.kind == "soup" else self.config(recipe)
+        config = self._trained(recipe)
         learner = getattr(config, "learner", None)
         if learner is None:
             return 1, getattr(config, "threads", 1)
@@ -166,8 +172,22 @@ class Stage:
 
     def saves(self, recipe: Recipe) -> bool:
         """Whether it leaves checkpoints on its way, from which it goes on after an interruption."""
-        config = recipe.basic_sft if self.kind == "soup" else self.config(recipe)
-        return getattr(config, "save_every", None) is not None
+        return getattr(self._trained(recipe), "save_every", None) is not None
+
+    def _trained(self, recipe: Recipe) -> Strict | None:
+        return getattr(recipe, self.trained_as or self.name)
+
+
+def soup_work(recipe: Recipe, folders: Mapping[str, Path]) -> Strict:
+    """The soup's configuration with what it takes from basic SFT."""
+    from chain.soup import work
+
+    return work(recipe, folders)
+
+
+def nccl(recipe: Recipe) -> bool:
+    """Whether a learner sends weights over vLLM's own communicator."""
+    return recipe.servers is not None and recipe.servers.weights == "nccl"
 
 
 def evaluate_soup(context: Context) -> Scores:
@@ -177,14 +197,23 @@ def evaluate_soup(context: Context) -> Scores:
     return evaluate_with_ingredients(context)
 
 
+SFT, RL = "sft.train:train", "rl.train:train"
 STAGES = (
-    Stage("core", "core", "Pre-trained core"),
-    Stage("basic_sft", "sft", "Basic SFT", prepare=prepare),
-    Stage("soup", "soup", "Model soup", needs_pool=True, evaluate=evaluate_soup),
-    Stage("longcot_sft", "sft", "LongCoT SFT", prepare=prepare),
-    Stage("rlvr", "rl", "RL with verifiable rewards", needs_pool=True, prepare=prepare),
-    Stage("think_fusion", "sft", "Think-fusion SFT", prepare=prepare),
-    Stage("mixed_rl", "rl", "RL with a mixed reward", needs_pool=True, prepare=prepare),
+    Stage("core", "chain.make:core", "Pre-trained core", imports_vllm=lambda recipe: True),
+    Stage("basic_sft", SFT, "Basic SFT", prepare=prepare),
+    Stage(
+        "soup",
+        "chain.soup:train",
+        "Model soup",
+        needs_pool=True,
+        trained_as="basic_sft",
+        work=soup_work,
+        evaluate=evaluate_soup,
+    ),
+    Stage("longcot_sft", SFT, "LongCoT SFT", prepare=prepare),
+    Stage("rlvr", RL, "RL with verifiable rewards", needs_pool=True, imports_vllm=nccl, prepare=prepare),
+    Stage("think_fusion", SFT, "Think-fusion SFT", prepare=prepare),
+    Stage("mixed_rl", RL, "RL with a mixed reward", needs_pool=True, imports_vllm=nccl, prepare=prepare),
 )
 
 

@@ -188,15 +188,14 @@ def _pictures(sets: Mapping[str, str], ids: Sequence[str]) -> dict[str, Any]:
     """First picture of the rows with these ids, wherever among the local sets they are."""
     if not ids:
         return {}
-    import io
-
     import pyarrow.parquet as pq
-    from PIL import Image
+
+    from corpus.records import picture_of
 
     found: dict[str, Any] = {}
     for place in {place for place in sets.values() if Path(place).is_file()}:
         table = pq.read_table(place, columns=["id", "images"], filters=[("id", "in", list(set(ids)))])
         for row in table.to_pylist():
             if row["images"] and row["id"] not in found:
-                found[row["id"]] = Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("RGB")
+                found[row["id"]] = picture_of(row["images"][0]).rgb()
     return found

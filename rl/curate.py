@@ -5,6 +5,7 @@ Each writes a set of records and returns what it kept and dropped, and why. Impo
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections import Counter
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_jsonl
+from core.model.pictures import as_rgb
 from corpus.records import load_records, write_records
 from rewards.answer import AnswerReward
 from rewards.extract import parse_thinking
@@ -151,7 +153,8 @@ def _pass_rate(row: Record, completions: Sequence[Completion]) -> float | None:
 
 
 def _image_key(row: Record) -> tuple[bytes, ...]:
-    return tuple(image.tobytes() for image in row["images"])
+    """A hash of each picture's pixels."""
+    return tuple(hashlib.sha256(as_rgb(image).tobytes()).digest() for image in row["images"])
 
 
 def _finish(what: str, kept: list[dict], dropped: Counter, min_rows: int, path: Path) -> dict[str, Any]:

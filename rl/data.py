@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.model.pictures import Decoded
 from core.model.prompts import messages
 from corpus.records import DataSource, Records, load_records
 from rewards.answer import GoldError, gold_problem
@@ -61,14 +62,14 @@ def _gradable(source: DataSource, records: Records) -> list[dict[str, Any]]:
 
 
 def example_of(record: Record) -> Example:
-    """What a reward sees of a record."""
+    """What a reward sees of a record; its pictures decode when the reward looks at them."""
     return Example(
         id=record["id"],
         question=record["question"],
         answer=record["answer"],
         mode=record["mode"],
         verifier=record["verifier"],
-        images=tuple(record["images"]),
+        images=Decoded(record["images"]),
         chain=record["chain"],
         source=record["source"],
         meta=record["meta"] or {},

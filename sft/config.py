@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from core.model.names import Module
 from core.strict import Strict
-from core.training.learner import LearnerConfig, Module, Optim
+from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 
 

@@ -15,17 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.checkpoint.save import save_checkpoint
+from core.checkpoint.shards import weights_hash
 from core.files import append_jsonl, read_json, write_json
-from core.training.learner import (
-    apply_freeze,
-    join_process_group,
-    load_model,
-    load_processor,
-    peft_config,
-    save_checkpoint,
-    training_arguments,
-    weights_hash,
-)
+from core.training.job import Job
+from core.training.model import apply_freeze, load_model, load_processor, peft_config
+from core.training.ranks import join_process_group, training_arguments
 from core.training.resume import FOLDER, Unfinished, drop_lines_after, forget, identity, marker
 from sft.config import Phase, SFTConfig, Variant
 from sft.data import Collator, Lesson, Lessons, Mixture, blank_lesson, fit, load_mixture
@@ -49,15 +44,14 @@ METRICS = {
 """TRL's names of what is logged, and ours in metrics.jsonl. Tokens are those read so far in the phase."""
 
 
-def train(cfg: SFTConfig, *, model: Path, out: Path, seed: int, sets: Mapping[str, Path]) -> Path:
-    """Run the phases from the core at `model`; returns `out/checkpoint`, the one the next stage starts from.
+def train(cfg: SFTConfig, job: Job) -> Path:
+    """Run the phases from the checkpoint `job.model`; returns `job.out/checkpoint`, where the next stage starts.
 
     Writes `out/metrics.jsonl`, `out/data.json` (rows, dropped rows and packing, by phase) and, for every phase
-    but the last, `out/phases/<number>_<name>`. Every rank calls it. `sets` maps the names in the configuration to
-    Parquet files, folders or hub ids. With `save_every`, an interrupted call in the same `out` is gone on with if the
-    configuration, the start's weights, the seed and the rows' lengths are the same.
+    but the last, `out/phases/<number>_<name>`. Every rank calls it. With `save_every`, an interrupted call in the
+    same `out` continues if the configuration, the start's weights, the seed and the rows' lengths are the same.
     """
-    out = Path(out)
+    model, out, seed, sets = job.start, job.out, job.seed, job.sets
     join_process_group(cfg.learner)
     # Bad data of the last phase stops the stage before the first one trains.
     data = [phase_data(cfg, number, model, sets, seed) for number in range(len(cfg.phases))]
@@ -74,7 +68,7 @@ def train(cfg: SFTConfig, *, model: Path, out: Path, seed: int, sets: Mapping[st
                 for phase, mixture, plan in zip(cfg.phases, data, plans, strict=True)
             },
         )
-    start, steps = Path(model), 0
+    start, steps = model, 0
     same = None
     if cfg.save_every:
         rows = [mixture.sizes for mixture in data]

@@ -32,6 +32,11 @@ def _add_import(core: Any, command: Command) -> None:
         action="store_true",
         help="an AnyRes model: images keep their size (up to 1792 px a side) instead of being cut into tiles",
     )
+    into.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="import tensors with NaN or infinity as they are; stages and servers refuse such a core",
+    )
     _shard_option(into)
 
 
@@ -101,6 +106,7 @@ def _import(options: argparse.Namespace) -> None:
             options.src,
             options.dst,
             any_resolution=options.any_resolution,
+            allow_nonfinite=options.allow_nonfinite,
             max_shard_bytes=int(options.shard_gb * 1e9),
             progress=progress,
         )

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from chain.plan.machine import Machine
 from chain.recipe import Recipe, SFTStage
-from core.training.learner import DeepSpeedConfig, LearnerConfig, Module
-from core.training.memory import GIB, CoreShape, Memory, Work, estimate
+from core.model.names import Module
+from core.model.shape import CoreShape
+from core.training.config import DeepSpeedConfig, LearnerConfig
+from core.training.memory import GIB, Memory, Work, estimate
 from rl.config import RLConfig
 from rl.rollout.weights import FILE_BYTES
 from sft.config import Phase
@@ -81,7 +83,7 @@ class StageFit:
         completion, prompt = config.rollout.max_completion_tokens, self._longest_prompt
         row = prompt + completion
         budget = config.learner.token_budget
-        if config.learner.prefix == "shared":
+        if config.learner.shares_prefix:
             tokens = max(budget or config.optim.micro_batch_size * row, row)
             rows = max(1, (tokens - prompt) // completion)
             work = Work(
@@ -112,8 +114,8 @@ class StageFit:
     def _longest_prompt(self) -> int:
         """Tokens of an RL stage's longest prompt."""
         assert isinstance(self.config, RLConfig)
-        assert self.recipe.rollout
-        return max(1, self.recipe.rollout.max_model_tokens - self.config.rollout.max_completion_tokens)
+        assert self.recipe.servers
+        return max(1, self.recipe.servers.max_model_tokens - self.config.rollout.max_completion_tokens)
 
     def _tiles(self, tokens: int) -> int:
         return int(tokens * self.recipe.hardware.image_share) // self.shape.tile_tokens
@@ -185,12 +187,12 @@ class StageFit:
         learners = (
             f"learners on {spans(ranks)}" if nodes == 1 else f"learners on {ranks} GPUs of {nodes} nodes"
         )
-        pool = self.recipe.rollout
-        if pool is None or (pool.device != "gpu" and not pool.urls):
+        pool = self.recipe.servers
+        if pool is None or not (pool.starts_on_gpus or pool.urls):
             return learners
         if pool.urls:
             return f"{learners}; servers at {', '.join(pool.urls)}"
-        servers = spans(pool.servers * pool.gpus_per_server, pool.first_gpu)
+        servers = spans(pool.count * pool.gpus_per_server, pool.first_gpu)
         if pool.share_gpus:
             turn = "while it trains" if isinstance(self.config, RLConfig) else "throughout"
             return f"{learners}; servers on {servers}, asleep {turn}"
@@ -205,7 +207,7 @@ class StageFit:
 
     @property
     def _shares(self) -> bool:
-        return self.recipe.rollout is not None and self.recipe.rollout.share_gpus
+        return self.recipe.servers is not None and self.recipe.servers.share_gpus
 
     @property
     def needed(self) -> float:
@@ -220,8 +222,8 @@ class StageFit:
         ranks = min(self.learner.processes, self.machine.gpus_per_node)
         offloaded = self.largest.memory.host * ranks
         pushed = 0
-        pool = self.recipe.rollout
-        if isinstance(self.config, RLConfig) and pool and pool.weights == "shm":
+        pool = self.recipe.servers
+        if isinstance(self.config, RLConfig) and pool and pool.sends_files:
             pushed = FILE_BYTES  # rank 0 copies one file's weights after another
             pushed += self.checkpoint if pool.weights_dir is None else 0  # the files in shared memory
         return offloaded + pushed
@@ -230,8 +232,7 @@ class StageFit:
     def checkpoint(self) -> int:
         """Bytes of a checkpoint."""
         # Plain PyTorch trains float32 weights, and saves them.
-        half = self.learner.dtype == "bfloat16" and (self.learner.deepspeed or self.learner.lora)
-        return sum(self.shape.parameters().values()) * (2 if half else 4)
+        return sum(self.shape.parameters().values()) * (2 if self.learner.half else 4)
 
     @property
     def checkpoints(self) -> int:
@@ -250,8 +251,7 @@ class StageFit:
         frozen = set.intersection(*(set(one.frozen) for one in self.passes))
         moved = sum(count for module, count in self.shape.parameters().items() if module not in frozen)
         if self.learner.lora:
-            everywhere = self.learner.lora.targets == "all_linear"
-            moved = self.shape.adapter_parameters(self.learner.lora.r, everywhere)
+            moved = self.shape.adapter_parameters(self.learner.lora.r, self.learner.lora.everywhere)
         weights = moved * 4 if self.learner.lora else self.checkpoint
         # AdamW's two moments in float32; DeepSpeed has master weights as well, and writes the weights once more.
         return 2 * (2 * weights + moved * 12 if self.learner.deepspeed else weights + moved * 8)
@@ -273,31 +273,31 @@ class StageFit:
                     f"spread the ranks over more nodes, or set {self.name}.learner.deepspeed.offload=none"
                 )
             else:
-                remedy = "set rollout.weights=nccl"
+                remedy = "set servers.weights=nccl"
             found.append(
                 f"{self.name}: host memory of a node {gib(self.host)} GiB, of {self.machine.host_gib:.0f} GiB; {remedy}"
             )
         return found
 
     def _too_few_gpus(self) -> list[str]:
-        pool, ranks = self.recipe.rollout, self.learner.processes
+        pool, ranks = self.recipe.servers, self.learner.processes
         if ranks > self.machine.gpus:
             return [
                 f"{self.name}.learner.processes={ranks}, on {self.machine.gpus} GPUs ({self.machine.gpus_per_node} x "
                 f"{self.machine.nodes} nodes); lower it, or raise hardware.nodes"
             ]
-        if pool is None or pool.urls or pool.device != "gpu":
+        if pool is None or not pool.starts_on_gpus:
             return []
-        last = pool.first_gpu + pool.servers * pool.gpus_per_server
+        last = pool.first_gpu + pool.count * pool.gpus_per_server
         if last > self.machine.gpus_per_node:
             return [
-                f"rollout: {pool.servers} servers x {pool.gpus_per_server} GPUs from first_gpu={pool.first_gpu} end at "
-                f"GPU {last - 1}, and a node has {self.machine.gpus_per_node}; lower rollout.servers or first_gpu"
+                f"servers: {pool.count} servers x {pool.gpus_per_server} GPUs from first_gpu={pool.first_gpu} end at "
+                f"GPU {last - 1}, and a node has {self.machine.gpus_per_node}; lower servers.count or first_gpu"
             ]
         if not pool.share_gpus and min(ranks, self.machine.gpus_per_node) > pool.first_gpu:
             return [
-                f"{self.name}.learner.processes={ranks}, but the servers begin at rollout.first_gpu={pool.first_gpu}: "
-                "lower the one, raise the other, or let them take turns (rollout.share_gpus)"
+                f"{self.name}.learner.processes={ranks}, but the servers begin at servers.first_gpu={pool.first_gpu}: "
+                "lower the one, raise the other, or let them take turns (servers.share_gpus)"
             ]
         return []
 
@@ -323,7 +323,7 @@ class StageFit:
             if isinstance(self.config, SFTStage)
             else (
                 self._longest_prompt + self.config.rollout.max_completion_tokens,
-                "rollout.max_model_tokens",
+                "servers.max_model_tokens",
             )
         )
         while smaller.tokens > 2048:
@@ -358,7 +358,7 @@ class StageFit:
 
     def _no_turns(self) -> list[str]:
         """Servers that share a GPU wake beside what the learner keeps."""
-        pool = self.recipe.rollout
+        pool = self.recipe.servers
         if not self._shares or pool is None or not isinstance(self.config, RLConfig):
             return []
         assert self.machine.gpu_gib is not None
@@ -371,11 +371,11 @@ class StageFit:
         remedy = (
             f"lower it to {free:g} or less"
             if free > 0
-            else "set rollout.share_gpus=false, or take larger GPUs"
+            else "set servers.share_gpus=false, or take larger GPUs"
         )
         return [
             f"{self.name}: while the servers are awake the learner keeps {gib(kept)} GiB of a GPU's "
-            f"{self.machine.gpu_gib:g}, and rollout.gpu_memory_utilization={pool.gpu_memory_utilization:g} wants "
+            f"{self.machine.gpu_gib:g}, and servers.gpu_memory_utilization={pool.gpu_memory_utilization:g} wants "
             f"{gib(pool.gpu_memory_utilization * room)} GiB; {remedy}"
         ]
 

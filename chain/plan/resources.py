@@ -9,8 +9,9 @@ from typing import Any
 from chain.plan.machine import Machine, machine_of
 from chain.plan.memory import StageFit, gib
 from chain.recipe import STAGE_NAMES, Recipe, SFTStage
+from core.model.shape import SHAPES, CoreShape
 from core.strict import ConfigError
-from core.training.memory import GIB, SHAPES, CoreShape
+from core.training.memory import GIB
 from rl.config import RLConfig
 from rl.rollout.config import PoolConfig
 
@@ -33,11 +34,11 @@ def resources(recipe: Recipe, runs_dir: Path = Path("runs"), gpu_gib: float | No
             config = getattr(recipe, name)
             if isinstance(config, SFTStage | RLConfig):
                 fits[name] = StageFit(name, config, recipe, shape, machine)
-        pool = recipe.rollout
+        pool = recipe.servers
         if (
             pool
             and machine.gpu_gib is not None
-            and (pool.device == "gpu" or pool.urls)
+            and (pool.starts_on_gpus or pool.urls)
             and pool.engine == "vllm"
         ):
             server = ServerFit(pool, shape, machine)
@@ -135,8 +136,7 @@ class ServerFit:
     @property
     def weights(self) -> float:
         """Bytes of weights on one GPU."""
-        width = 2 if self.pool.dtype == "bfloat16" else 4
-        return sum(self.shape.parameters().values()) * width / self.pool.gpus_per_server
+        return sum(self.shape.parameters().values()) * self.pool.dtype_bytes / self.pool.gpus_per_server
 
     @property
     def cache(self) -> float:
@@ -147,10 +147,9 @@ class ServerFit:
     @property
     def cache_tokens(self) -> int:
         """Tokens whose keys and values fit into a server's cache."""
-        width = 2 if self.pool.dtype == "bfloat16" else 4
         # Tensor parallel servers split heads, down to one per GPU.
         split = min(self.pool.gpus_per_server, self.shape.kv_heads)
-        return int(max(0.0, self.cache) / (self.shape.cache_token(width) / split))
+        return int(max(0.0, self.cache) / (self.shape.cache_token(self.pool.dtype_bytes) / split))
 
     def line(self) -> str:
         """Weights, cache, and how many of the longest sequences it holds."""
@@ -165,7 +164,7 @@ class ServerFit:
         if self.cache_tokens >= self.pool.max_model_tokens:
             return []
         return [
-            f"rollout: a server's cache holds {self.cache_tokens} tokens (weights {gib(self.weights)} GiB on each of "
+            f"servers: a server's cache holds {self.cache_tokens} tokens (weights {gib(self.weights)} GiB on each of "
             f"{self.pool.gpus_per_server} GPUs of {self.machine.gpu_gib:g} GiB), and max_model_tokens="
-            f"{self.pool.max_model_tokens}; raise rollout.gpus_per_server or gpu_memory_utilization"
+            f"{self.pool.max_model_tokens}; raise servers.gpus_per_server or gpu_memory_utilization"
         ]

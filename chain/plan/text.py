@@ -16,7 +16,7 @@ from chain.plan.resources import Resources
 from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
 from chain.stages import STAGES, Stage
 from core.strict import ConfigError, Strict
-from core.training.learner import LearnerConfig, Optim
+from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 from rl.config import RewardTerm, RLConfig
 from sft.config import Phase, SoupConfig
@@ -74,8 +74,8 @@ def text(
         lines += [f"  set {name}: {state}" for name, state in one.sets.items()]
     if recipe.eval:
         lines.append("\nafter each stage: " + _evaluation(recipe))
-    if recipe.rollout:
-        lines.append(f"rollout: {_pool(recipe)}")
+    if recipe.servers:
+        lines.append(f"servers: {_pool(recipe)}")
     lines += resources.summary() if resources else []
     return "\n".join(lines)
 
@@ -268,14 +268,14 @@ def _packs(config: SFTStage) -> str:
 
 def _prefix(config: RLConfig) -> str:
     learner = config.learner
-    if learner.prefix == "stock":
+    if not learner.shares_prefix:
         return f"prefix: stock, {config.optim.micro_batch_size} padded rows a pass"
     size = (
         f"{learner.token_budget} tokens"
         if learner.token_budget
         else (f"as many tokens as {config.optim.micro_batch_size} padded rows")
     )
-    return f"prefix: shared, passes of {size}"
+    return f"prefix: {learner.prefix}, passes of {size}"
 
 
 def _watched(config: RLConfig) -> list[str]:
@@ -290,7 +290,7 @@ def _watched(config: RLConfig) -> list[str]:
 def _learner(learner: LearnerConfig) -> str:
     deepspeed = learner.deepspeed
     engine = f"DeepSpeed ZeRO-{deepspeed.zero_stage}" if deepspeed else "plain PyTorch"
-    offload = ", CPU offload" if deepspeed and deepspeed.offload == "cpu" else ""
+    offload = ", CPU offload" if deepspeed and deepspeed.offloads else ""
     how = f"LoRA r={learner.lora.r}" if learner.lora else "all parameters"
     frozen = f", {', '.join(learner.freeze)} frozen" if learner.freeze else ""
     ranks = f"{learner.processes} process{'es' if learner.processes > 1 else ''} x {learner.threads} threads"
@@ -317,10 +317,8 @@ def _evaluation(recipe: Recipe) -> str:
 
 
 def _pool(recipe: Recipe) -> str:
-    pool = recipe.rollout
+    pool = recipe.servers
     assert pool is not None
     if pool.urls:
         return f"{pool.engine} at {', '.join(pool.urls)}"
-    return (
-        f"{pool.servers} {pool.engine} server{'s' if pool.servers > 1 else ''} on {pool.device}, {pool.dtype}"
-    )
+    return f"{pool.count} {pool.engine} server{'s' if pool.count > 1 else ''} on {pool.device}, {pool.dtype}"

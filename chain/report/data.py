@@ -48,7 +48,8 @@ from rich.table import Table
 from chain import soup
 from chain.fingerprints import identity
 from chain.recipe import STAGE_NAMES
-from core.files import Manifest, now, read_json, read_jsonl, write_json, write_text
+from core.files import read_json, read_jsonl, write_json, write_text
+from core.manifest import Manifest, now
 from core.strict import ConfigError
 from rl.watch import ALARMS
 

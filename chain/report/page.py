@@ -258,16 +258,16 @@ def _image(folder: Path, name: str | None) -> str:
     """The picture as a data URL; a name that leads out of the stage's folder is not followed."""
     if not name:
         return ""
-    from PIL import Image
+    from core.model.pictures import Picture
 
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.exists():
         return ""
-    with Image.open(path) as picture:
-        small = max(picture.size) <= THUMBNAIL_PX // 2
-        picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        buffer = io.BytesIO()
-        picture.convert("RGB").save(buffer, format="PNG" if small else "JPEG")
+    picture = Picture(path.read_bytes()).rgb()
+    small = max(picture.size) <= THUMBNAIL_PX // 2
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG" if small else "JPEG")
     data, kind = base64.b64encode(buffer.getvalue()).decode(), "png" if small else "jpeg"
     return f'<img{" class=small" if small else ""} alt="" src="data:image/{kind};base64,{data}">'
 

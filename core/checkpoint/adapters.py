@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from core.checkpoint.shards import LayoutError, Tensors, listed, own_file, read_object
+from core.checkpoint.check import check_checkpoint, check_finite
+from core.checkpoint.shards import LayoutError, Tensors, listed, own_file, read_object, weights_hash
 from core.files import write_json
-from core.model.parameters import EXPERTS
+from core.model.names import EXPERTS, MODULES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -22,10 +23,9 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank. Source: vllm.config.lora (0.31)."""
 _SHOWN = 12
 """Problems that an error lists of an adapter of another core, which may have one per layer."""
-_TOWER_SIDE = ("model.vision_tower.", "model.multi_modal_projector.")
 
 
-class AdapterError(ValueError):
+class AdapterError(LayoutError):
     """An adapter is not what it is taken for; the message says what is wrong and what to do."""
 
 
@@ -73,11 +73,8 @@ def read_adapter(folder: Path) -> Adapter:
             f"{folder}: no {WEIGHTS}; adapters are read from safetensors only (a .bin file runs code when read): "
             "save it again with peft's save_pretrained"
         )
-    try:
-        config, tensors = read_object(folder / CONFIG), Tensors(folder)
-        base = read_object(folder / BASE) if (folder / BASE).is_file() else {}
-    except LayoutError as error:
-        raise AdapterError(str(error)) from None
+    config, tensors = read_object(folder / CONFIG), Tensors(folder)
+    base = read_object(folder / BASE) if (folder / BASE).is_file() else {}
     problems = _kind_problems(config)
     problems += [
         f"{BASE}: {key}={base.get(key)!r}: a text is needed" for key in base if not isinstance(base[key], str)
@@ -173,7 +170,7 @@ def check_fits(adapter: Adapter, base: Tensors, core: Path) -> None:
 
 def check_base(adapter: Adapter, core: Path, weights: str) -> bool:
     """Whether the adapter says which weights it was trained on. Raises AdapterError if it says others than
-    `weights`, the `core.training.learner.weights_hash` of `core`.
+    `weights`, the `core.checkpoint.shards.weights_hash` of `core`.
     """
     expected = adapter.base.get("weights")
     if expected and expected != weights:
@@ -197,21 +194,22 @@ def check_servable(folder: Path, core: Path, device: Literal["cpu", "gpu"] = "cp
     Raises AdapterError otherwise, with each reason and the remedy. This has to be asked before a server starts:
     vLLM 0.31 takes an adapter with tower tensors without a word and serves the language model's half of it.
     """
-    from core.training.learner import weights_hash
-
     adapter = read_adapter(folder)
+    check_finite(folder)
+    check_checkpoint(core)
     text = read_object(own_file(core / "config.json")).get("text_config") or {}
     check_fits(adapter, Tensors(core), core)
     if adapter.base:
         check_base(adapter, core, weights_hash(core))
     problems = []
-    for prefix, part in zip(
-        _TOWER_SIDE, ("vision tower", "adapter between tower and language model"), strict=True
-    ):
-        count = sum(module.startswith(prefix) for module in adapter.pairs)
+    for part, words in {
+        "tower": "vision tower",
+        "adapter": "adapter between tower and language model",
+    }.items():
+        count = sum(module.startswith(MODULES[part]) for module in adapter.pairs)
         if count:
             problems.append(
-                f"{count} LoRA pairs on the {part}: vLLM applies LoRA to the language model only and would leave "
+                f"{count} LoRA pairs on the {words}: vLLM applies LoRA to the language model only and would leave "
                 "them out without an error"
             )
     if adapter.whole:

@@ -77,6 +77,10 @@ class SailVL2Processor(ProcessorMixin):
             inputs["text_replacement_offsets"] = expansions
         return inputs
 
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        processed = self.image_processor(images, **kwargs)
+        return processed, [self.replace_image_token(processed, place) for place in range(len(images))]
+
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **_: Any) -> str:
         """What one placeholder becomes, for the image at `image_idx` of the call."""
         tokens = self._image_tokens(int(image_inputs["num_patches"][image_idx]))

@@ -15,7 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.files import hash_config, read_json, sync_tree, write_json
+from core.files import read_json, sync_tree, write_json
+from core.manifest import hash_config
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

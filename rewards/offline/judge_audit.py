@@ -28,7 +28,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from core.files import now, write_json, write_text
+from core.files import write_json, write_text
+from core.manifest import now
 from core.model.prompts import target_text
 from core.stats import wilson
 from corpus.records import load_records
@@ -114,7 +115,10 @@ def audit(judge: VisionJudge, rows: Sequence[Labelled], report: Report = lambda 
 
     Raises AuditError if the judge answered about no row.
     """
-    judge = replace(judge, canaries=False)  # a judge that would be refused is measured all the same
+    # Per criterion, as the measures are.
+    judge = replace(
+        judge, canaries=False, verdict="mean"
+    )  # a judge that would be refused is measured all the same
     refused = _refused(judge)
     verdicts = _verdicts(judge, rows, "rows", report)
     judged = [
@@ -350,16 +354,15 @@ def _of_line(path: Path, number: int, line: Mapping[str, Any]) -> Labelled:
 
 def _image(path: Path, name: Any, where: str) -> Any:
     """The picture at a path beside the file; nothing outside that folder is opened."""
-    from PIL import Image, UnidentifiedImageError
+    from core.model.pictures import Picture
 
     folder = path.resolve().parent
     file = (folder / str(name)).resolve()
     if not file.is_relative_to(folder):
         raise AuditError(f"{where}: image {name!r} lies outside {folder}; put it beside the file")
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        return Picture(file.read_bytes()).rgb()
+    except (OSError, ValueError) as error:
         raise AuditError(f"{where}: image {name!r}: {type(error).__name__}: {error}") from None
 
 

@@ -20,7 +20,6 @@ completions.jsonl of an RL stage has these names.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,11 +143,11 @@ class Pictures(Sequence[Any]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Any]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        from PIL import Image
+        from core.model.pictures import Picture
 
         if isinstance(index, slice):
             return Pictures(self.paths[index], self.folder)
-        return Image.open(io.BytesIO((self.folder / self.paths[index]).read_bytes()))
+        return Picture((self.folder / self.paths[index]).read_bytes()).rgb()
 
 
 def printable(text: str, chars: int = 80) -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from core.strict import ConfigError
-from rewards.calls import Caller, Pending, Reward, RewardError, problem_text
+from rewards.calls import Caller, Pending, Reward, RewardError
 from rewards.example import Example
+from rewards.isolation import load_limited
 from rewards.offline.rows import Line, RowError, completion_of_row, example_of_row, read_lines
-from rewards.registry import load_reward
 from rewards.verdict import Verdict
 
 CHUNK_ROWS = 512
@@ -62,7 +62,7 @@ def rewards_of(
             use = text
         if shown in found:
             raise ConfigError(f"--rewards: {shown!r} twice; call one by another name: other={use}")
-        found[shown] = load(use, params.get(shown, {}), folders)
+        found[shown] = load(use, params.get(shown, {}), folders, shown)
     if not found:
         raise ConfigError("--rewards names none; write some, separated by commas: answer,format")
     strange = sorted(set(params) - set(found))
@@ -71,11 +71,11 @@ def rewards_of(
     return found
 
 
-def load(use: str, params: Mapping[str, Any], folders: Sequence[Path]) -> Reward:
-    """One reward. Raises ConfigError where it is not there or its parameters do not fit."""
+def load(use: str, params: Mapping[str, Any], folders: Sequence[Path], name: str = "") -> Reward:
+    """One reward, a user's own in a process of its own. Raises ConfigError if it or a parameter is not there."""
     try:
-        return load_reward(use, params, folders)
-    except (ValueError, TypeError, ImportError) as error:
+        return load_limited(use, params, folders, name=name)
+    except (ValueError, TypeError, ImportError, RewardError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -178,7 +178,7 @@ def _counted(name: str, result: Verdict | RewardError, summary: Summary) -> Verd
     if isinstance(result, RewardError):
         count, first = summary.raised.get(name, (0, str(result)))
         summary.raised[name] = count + 1, first
-        result = Verdict.unscored(problem_text(result.__cause__ or result))
+        result = Verdict.unscored(result.problem)
     summary.statuses[name][result.status.value] += 1
     if result.score is not None:
         summary.scored[name] += 1

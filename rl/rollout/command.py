@@ -31,7 +31,7 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
         "--max-num-seqs": cfg.max_sequences,
         "--limit-mm-per-prompt": json.dumps({"image": cfg.max_images}),
         "--allowed-media-domains": NO_DOMAIN,
-        "--weight-transfer-config": json.dumps({"backend": BACKEND if cfg.weights == "shm" else "nccl"}),
+        "--weight-transfer-config": json.dumps({"backend": BACKEND if cfg.sends_files else "nccl"}),
         # Log-probabilities of the distribution that was sampled from: after temperature and the token ban.
         "--logprobs-mode": "processed_logprobs",
         # Each request says how to sample; defaults of the checkpoint's generation_config would hide in it.
@@ -74,7 +74,7 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
         # A connection that the server closes after its default of 5 idle seconds may be the client's next one.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
-    if cfg.weights == "shm" or cfg.is_local:
+    if cfg.sends_files or cfg.is_local:
         # Its own processes are all on this machine; weights over NCCL may come from another one.
         env |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), LOOPBACK) if LOOPBACK else {}
         env["VLLM_HOST_IP"] = "127.0.0.1"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -14,11 +14,13 @@ MODEL_NAME = "policy"
 
 
 class PoolConfig(Strict):
-    """Rollout workers that serve a whole chain, evaluation included."""
+    """Rollout servers of a whole chain, evaluation included: `servers:` of a recipe."""
+
+    renamed: ClassVar[dict[str, str]] = {"servers": "count"}
 
     engine: Literal["vllm", "hf"] = "vllm"
     """vllm, or hf: transformers' generate in a process of its own, for machines without vLLM."""
-    servers: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1)
     """Server processes that we start on this machine."""
     urls: tuple[str, ...] = ()
     """Servers that run already (then none is started), each http://host:port, on this machine or on others."""
@@ -76,6 +78,21 @@ class PoolConfig(Strict):
     """Further arguments for vLLM's API server, as on its command line."""
 
     @property
+    def sends_files(self) -> bool:
+        """Whether weights reach the servers as files."""
+        return self.weights == "shm"
+
+    @property
+    def starts_on_gpus(self) -> bool:
+        """Whether servers are started on this machine's GPUs."""
+        return not self.urls and self.device == "gpu"
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one served weight."""
+        return 2 if self.dtype == "bfloat16" else 4
+
+    @property
     def is_local(self) -> bool:
         """Whether all servers are on this machine, and reached over loopback."""
         return all(_on_this_machine(url) for url in self.urls or (f"http://{self.host}",))
@@ -99,7 +116,7 @@ class PoolConfig(Strict):
     def _can_share(self) -> PoolConfig:
         if not self.share_gpus:
             return self
-        if self.weights == "nccl":
+        if not self.sends_files:
             raise ValueError(
                 "share_gpus with weights=nccl: NCCL connects no two processes on one GPU; use weights: shm"
             )
@@ -111,7 +128,7 @@ class PoolConfig(Strict):
 
     @model_validator(mode="after")
     def _files_reach_the_servers(self) -> PoolConfig:
-        if self.weights != "shm" or self.weights_dir is not None:
+        if not self.sends_files or self.weights_dir is not None:
             return self
         away = [url for url in self.urls if not _on_this_machine(url)]
         if away:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import io
 import json
 import os
 import queue
@@ -41,7 +40,7 @@ class Engine:
         import torch
 
         import core
-        from core.training.learner import load_processor
+        from core.training.model import load_processor
 
         core.register()
         from transformers import AutoModelForImageTextToText
@@ -168,7 +167,7 @@ def _alike(jobs: list) -> tuple[list, list]:
 
 def _messages(body: dict) -> list[dict]:
     """The request's conversation with its data URLs opened."""
-    from PIL import Image
+    from core.model.pictures import Picture
 
     out = []
     for message in body["messages"]:
@@ -179,7 +178,7 @@ def _messages(body: dict) -> list[dict]:
         for part in parts:
             if part["type"] == "image_url":
                 data = base64.b64decode(part["image_url"]["url"].split(",", 1)[1])
-                part = {"type": "image", "image": Image.open(io.BytesIO(data)).convert("RGB")}
+                part = {"type": "image", "image": Picture(data).rgb()}
             opened.append(part)
         out.append({"role": message["role"], "content": opened})
     return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_json
-from core.model.pictures import as_rgb
+from core.model.pictures import Picture
 from rl.rollout.config import MODEL_NAME
 
 BAN = -100.0
@@ -122,7 +121,10 @@ def _completion(choice: Mapping[str, Any], core: CoreFacts) -> Completion:
 
 
 def openai_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation with PIL images inlined as PNG data URLs."""
+    """The conversation with pictures inlined as data URLs: files as they are stored, PIL images as PNG.
+
+    A server decodes a file by the rule of core.model.pictures (core/model/vllm_plugin.py, rl/rollout/hf.py).
+    """
     out = []
     for message in messages:
         content = message["content"]
@@ -136,8 +138,6 @@ def _openai_part(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] != "image":
         return dict(part)
     with _OPENING:
-        part["image"].load()
-    buffer = io.BytesIO()
-    as_rgb(part["image"]).save(buffer, format="PNG", compress_level=1)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        picture = Picture.of(part["image"])
+    data = base64.b64encode(picture.data).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/*;base64,{data}"}}

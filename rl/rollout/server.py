@@ -141,7 +141,7 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
     token = access.known_token(cfg.token_file) or access.new_token()
     with processes.held_folder(Path(tempfile.gettempdir())) as temporary, _environment(access.TOKEN, token):
         try:
-            for index in range(cfg.servers):
+            for index in range(cfg.count):
                 # One by one: should the second fail to start, the first must be known to be stopped.
                 file = log_dir / f"rollout-server-{index}.log"
                 servers.append(RolloutServer(cfg, model, file, index, token, temporary))

@@ -38,23 +38,23 @@ def build(out, *, seed, **params):
     note(out, "core")
     checkpoint(out)
 
-def train(job):
-    out = Path(job["out"])
-    note(out, job["stage"])
-    if os.environ.get("TOY_FAIL") == job["stage"]:
+def train(cfg, job):
+    out = job.out
+    note(out, job.stage)
+    if os.environ.get("TOY_FAIL") == job.stage:
         (out / "checkpoint").mkdir()
         print("the reason is here")
         sys.exit(3)
     with open(out / "metrics.jsonl", "a") as file:
         for step in range(1, 4):
-            file.write(json.dumps({"step": step, "reward": step / 4, "urls": len(job["urls"])}) + chr(10))
+            file.write(json.dumps({"step": step, "reward": step / 4, "urls": len(getattr(job, "urls", ()))}) + chr(10))
     checkpoint(out / "checkpoint")
 '''
 
 PIPELINE = {
     "name": "toy",
     "data": {"generate": {"by": "toy_stages:generate", "sets": ["train", "extra", "held"]}},
-    "rollout": {"max_model_tokens": 64},
+    "servers": {"max_model_tokens": 64},
     "eval": {
         "thinking": {"set": "held", "split": "think"},
         "direct": {"set": "held", "split": "direct"},
@@ -126,7 +126,7 @@ class Toy:
             return {"pass_at_k": {"kept": 3, "dropped": {"never solved": 2}}}
 
         return (
-            Stage("core", "core", "Core", evaluate=evaluate),
+            Stage("core", "chain.make:core", "Core", evaluate=evaluate),
             Stage("basic_sft", "toy_stages:train", "SFT", evaluate=evaluate),
             Stage("rlvr", "toy_stages:train", "RL", needs_pool=True, prepare=prepare, evaluate=evaluate),
         )

@@ -15,7 +15,8 @@ from chain.fingerprints import identity
 from chain.report import charts
 from chain.report import data as report
 from chain.report.page import page
-from core.files import Manifest, write_json
+from core.files import write_json
+from core.manifest import Manifest
 from core.strict import ConfigError
 
 STAGES = ("core", "basic_sft", "soup", "longcot_sft", "rlvr", "think_fusion", "mixed_rl")

@@ -11,12 +11,15 @@ import pytest
 
 from chain import launch
 from chain import run as runner
+from chain.job import Task
 from chain.launch import StageFailed, command, environment, run_job
 from chain.pool import Pool
-from core.files import Manifest, read_json
+from core.files import read_json
+from core.manifest import Manifest
 from core.processes import last_lines
-from core.strict import ConfigError
+from core.strict import ConfigError, Strict
 from core.training.group import TIMEOUT
+from core.training.job import Job
 from rl.rollout.http import RolloutError
 
 EVERYTHING = ["data", "core", "basic_sft", "rlvr"]
@@ -177,11 +180,11 @@ def test_a_stage_is_evaluated_while_the_next_one_trains_unless_that_one_samples(
     begun = []
     real = runner.run_job
 
-    def run_job_of(job, *args, **options):
-        begun.append((job["stage"], list(toy.evaluated)))
-        if job["stage"] == "basic_sft":
+    def run_job_of(task, *args, **options):
+        begun.append((task.stage, list(toy.evaluated)))
+        if task.stage == "basic_sft":
             trained.set()
-        real(job, *args, **options)
+        real(task, *args, **options)
 
     trained = threading.Event()
     monkeypatch.setattr(runner, "run_job", run_job_of)
@@ -201,14 +204,14 @@ def test_servers_that_share_gpus_sleep_before_every_learner_and_nothing_is_evalu
 
     real = runner.run_job
 
-    def run_job_of(job, *args, **options):
-        happened.append(job["stage"])
-        real(job, *args, **options)
+    def run_job_of(task, *args, **options):
+        happened.append(task.stage)
+        real(task, *args, **options)
 
     monkeypatch.setattr(runner, "run_job", run_job_of)
     monkeypatch.setattr(Pool, "_connected", lambda pool, model: Client())
     toy.before_scores = lambda stage: happened.append(f"evaluate {stage}")
-    toy.run("rollout.share_gpus=true", "rollout.device=gpu")
+    toy.run("servers.share_gpus=true", "servers.device=gpu")
     assert happened == [
         *("data", "core", "evaluate core"),
         *("sleep", "basic_sft", "evaluate basic_sft"),
@@ -266,9 +269,9 @@ def test_folders_named_like_ours_where_the_user_stands_are_not_imported(toy, mon
 def test_an_interrupt_stops_the_child_and_what_it_started(tmp_path, monkeypatch):
     (tmp_path / "slow.py").write_text(
         "import os, pathlib, subprocess, time\n"
-        "def work(job):\n"
+        "def work(cfg, job):\n"
         "    grandchild = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
-        "    pathlib.Path(job['out'], 'pids').write_text(f'{os.getpid()} {grandchild.pid}')\n"
+        "    pathlib.Path(job.out, 'pids').write_text(f'{os.getpid()} {grandchild.pid}')\n"
         "    time.sleep(600)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -278,9 +281,9 @@ def test_an_interrupt_stops_the_child_and_what_it_started(tmp_path, monkeypatch)
         if pids.exists() and pids.read_text():
             raise KeyboardInterrupt
 
-    job = {"stage": "slow", "kind": "slow:work", "out": str(tmp_path)}
+    task = Task.of("slow:work", Strict(), Job(stage="slow", out=tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        run_job(job, tmp_path, on_poll=interrupt_when_running)
+        run_job(task, tmp_path, on_poll=interrupt_when_running)
     time.sleep(0.1)
     for pid in map(int, pids.read_text().split()):
         # A zombie has ended; whoever adopted it has not yet looked.
@@ -295,24 +298,24 @@ import torch
 from core.training.group import form_group
 
 
-def meet(job):
+def meet(cfg, job):
     form_group()
     number = torch.ones(1)
     torch.distributed.all_reduce(number)
     rank = os.environ["RANK"]
     print("rank", rank, "of", int(number), flush=True)
-    if rank == job["config"]["rank"]:
-        exec(job["config"]["does"])
+    if rank == "1":
+        exec(os.environ["DOES"])
     torch.distributed.barrier()
 """
 
 
-def run_ranks(tmp_path, monkeypatch, does="pass", rank="1"):
+def run_ranks(tmp_path, monkeypatch, does="pass"):
     (tmp_path / "meeting.py").write_text(RANK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(launch, "GRACE_S", 1.0)
-    job = {"stage": "rlvr", "kind": "meeting:meet", "config": {"rank": rank, "does": does}}
-    run_job(job, tmp_path, processes=2)
+    monkeypatch.setenv("DOES", does)
+    run_job(Task.of("meeting:meet", Strict(), Job(stage="rlvr", out=tmp_path)), tmp_path, processes=2)
 
 
 def test_ranks_meet_without_a_port_and_each_has_a_log(tmp_path, monkeypatch):

@@ -39,7 +39,8 @@ def adapters(cores, tmp_path_factory):
     import torch
     from peft import get_peft_model
 
-    from core.training.learner import LearnerConfig, LoRAConfig, load_model, peft_config
+    from core.training.config import LearnerConfig, LoRAConfig
+    from core.training.model import load_model, peft_config
 
     def build(kind, targets, **options):
         config = peft_config(LearnerConfig(lora=LoRAConfig(r=3, alpha=6, targets=targets)))

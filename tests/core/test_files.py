@@ -6,18 +6,16 @@ from pathlib import Path
 import pytest
 
 from core.files import (
-    Manifest,
     append_jsonl,
     atomic_dir,
-    hash_config,
     hash_tree,
     read_json,
     read_jsonl,
     sha256_file,
-    versions,
     write_json,
     write_text,
 )
+from core.manifest import Manifest, hash_config, versions
 from core.stats import wilson
 
 

@@ -105,7 +105,7 @@ def test_a_server_that_shares_gpus_is_not_started_again_nor_waited_for(started, 
 
 def test_at_the_end_nothing_is_started_again(started, tmp_path):
     with starting_pool(
-        PoolConfig(max_model_tokens=64, startup_timeout_s=20, servers=2), tmp_path, tmp_path
+        PoolConfig(max_model_tokens=64, startup_timeout_s=20, count=2), tmp_path, tmp_path
     ) as wait:
         assert len(wait()) == 2
     assert [process.poll() is not None for process in started] == [True, True]

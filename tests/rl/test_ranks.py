@@ -1,14 +1,17 @@
 """Two gloo ranks on one vLLM server train the same policy as one rank on the same global batch."""
 
-import json
-import subprocess
-import sys
 import tempfile
+from contextlib import nullcontext
 
 import pytest
 
+from chain.job import Task
+from chain.launch import StageFailed, run_job
 from core.files import read_jsonl
 from corpus.records import write_records
+from rl.config import RLConfig
+from rl.job import ServedJob
+from rl.rollout.config import PoolConfig
 
 STAGE = {
     "data": [{"set": "rl"}],
@@ -42,37 +45,27 @@ def train(ranks, tmp_path, model, url, records, *, name="", fails=False, save_ev
         (out / "fails").touch()
     write_records(out / "rl.parquet", records)
     (out / "tests_digits.py").write_text(REWARD)
-    job = {
-        "stage": "rlvr",
-        "kind": "rl",
-        "config": {**STAGE, "save_every": save_every, "learner": {"processes": ranks, **learner}},
-        "model": str(model),
-        "out": str(out),
-        "seed": 0,
-        "sets": {"rl": str(out / "rl.parquet")},
-        "urls": [url],
-        "pool": {"max_model_tokens": 256},
-        "weights": tempfile.mkdtemp(dir=out),
-        "folders": [str(out)],
-    }
-    (out / "job.json").write_text(json.dumps(job))
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    stage = {**STAGE, "save_every": save_every, "learner": {"processes": ranks, **learner}}
+    job = ServedJob(
+        stage="rlvr",
+        model=model,
+        out=out,
+        sets={"rl": out / "rl.parquet"},
+        urls=[url],
+        pool=PoolConfig(max_model_tokens=256),
+        weights=tempfile.mkdtemp(dir=out),
+        folders=[out],
     )
-    done = subprocess.run(
-        [sys.executable, "-P", *launcher, "-m", "chain.worker", str(out / "job.json")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert bool(done.returncode) == fails, done.stdout[-3000:] + done.stderr[-3000:]
+    expected = pytest.raises(StageFailed, match="interrupted") if fails else nullcontext()
+    with expected:
+        run_job(Task.of("rl.train:train", RLConfig(**stage), job), out, processes=ranks)
     return out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", [None, {"zero_stage": 2}, {"zero_stage": 3}])
 def test_two_ranks_go_on_after_an_interruption(server_url, client, tiny_core, records, tmp_path, deepspeed):
-    from core.training.learner import weights_hash
+    from core.checkpoint.shards import weights_hash
     from core.training.resume import FOLDER, Unfinished
 
     def run(name, **how):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from core.checkpoint.shards import weights_hash
 from core.files import read_json, read_jsonl, write_json
-from core.training.learner import weights_hash
+from core.training.job import Job
 from core.training.resume import FOLDER, MARK, Unfinished, drop_lines_after
 from sft import train as module
 from sft.config import SFTConfig
@@ -72,7 +73,7 @@ def run(core_path, mixed_set, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(module, "phase_trainer", watched)
             values = {"model": core_path, "seed": 0, "sets": {"mixed": mixed_set}, **changes}
-            return train(cfg, out=tmp_path / name, **values)
+            return train(cfg, Job(stage="sft", out=tmp_path / name, **values))
 
     run.trainers = made
     return run

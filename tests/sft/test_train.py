@@ -8,8 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from core.checkpoint.shards import weights_hash
 from core.files import read_json, read_jsonl
-from core.training.learner import MODULES, LearnerConfig, load_model, module_of, weights_hash
+from core.model.names import MODULES, module_of
+from core.training.config import LearnerConfig
+from core.training.job import Job
+from core.training.model import load_model
 from sft.config import SFTConfig, Variant
 from sft.train import train, variant_of, variant_start
 
@@ -37,7 +41,8 @@ def stage(*phases, learner=None, **fields):
 @pytest.fixture
 def run(core_path, mixed_set, tmp_path):
     def run(cfg, name="out", model=core_path, seed=0):
-        return train(cfg, model=model, out=tmp_path / name, seed=seed, sets={"mixed": mixed_set})
+        out = tmp_path / name
+        return train(cfg, Job(stage="sft", model=model, out=out, seed=seed, sets={"mixed": mixed_set}))
 
     return run
 
@@ -260,11 +265,13 @@ PROGRAM = """
 import sys
 from pathlib import Path
 
+from core.training.job import Job
 from sft.config import SFTConfig
 from sft.train import train
 
 model, data, out = map(Path, sys.argv[2:])
-train(SFTConfig.model_validate_json(sys.argv[1]), model=model, out=out, seed=0, sets={"mixed": data})
+job = Job(stage="sft", model=model, out=out, sets={"mixed": data})
+train(SFTConfig.model_validate_json(sys.argv[1]), job)
 """
 
 

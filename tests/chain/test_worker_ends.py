@@ -1,0 +1,25 @@
+"""A stage's process ends when its work is done, whatever threads it has left."""
+
+import json
+import os
+import subprocess
+import sys
+
+
+def test_a_thread_that_a_reward_left_does_not_keep_the_process(tmp_path):
+    (tmp_path / "leaves.py").write_text(
+        "import threading, time\n"
+        "def work(job):\n"
+        "    threading.Thread(target=time.sleep, args=(600,), name='left').start()\n"
+        "    print('saved', flush=True)\n"
+    )
+    (tmp_path / "job.json").write_text(json.dumps({"kind": "leaves:work"}))
+    code = (
+        f"import sys, chain.worker as worker; worker.THREADS_END_S = 0.2; "
+        f"sys.exit(worker.main([{str(tmp_path / 'job.json')!r}]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "saved\n")
+    assert "ended with threads that did not end: left" in done.stderr
