@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import os
 import subprocess
@@ -28,6 +29,8 @@ from core.training.memory import Memory, Work, estimate
 
 AT_ONCE = 2
 """Cases measured beside each other: what they take is their own, whatever their time."""
+PHOTO_PX, PHOTOS = 1500, 1000
+"""Side and number of the photos whose rows are measured."""
 UPDATES = 2
 """The second one has the optimizer's states from the start."""
 SEPARATE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
@@ -313,20 +316,76 @@ def table(cases: Sequence[Case]) -> list[dict[str, Any]]:
     return lines
 
 
+def photos_line() -> dict[str, Any]:
+    """Host memory of an RL stage's rows with photos, loaded and each asked once."""
+    command = [sys.executable, "-P", "-m", "benchmarks.memory", "--photos"]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    print(
+        f"{PHOTOS:,} photos of {PHOTO_PX} px, {found['file'] / 2**20:.0f} MiB as files: rows that are loaded and asked "
+        f"take {found['held'] / 2**20:.0f} MiB of the process's own memory"
+    )
+    return found
+
+
+def held_by_photos() -> dict[str, int]:
+    """Bytes of the file, and of this process's memory that its rows add (files mapped into it left out)."""
+    import numpy as np
+    from PIL import Image
+
+    from corpus.records import DataSource, write_records
+    from rl.data import load_rows, prompt_messages
+    from rl.rollout.client import openai_messages
+
+    noise = np.random.default_rng(0)
+
+    def photo() -> bytes:
+        small = Image.fromarray(noise.integers(0, 256, (PHOTO_PX // 50, PHOTO_PX // 50, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        small.resize((PHOTO_PX, PHOTO_PX), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+        return buffer.getvalue()
+
+    def written(count: int) -> Path:
+        row = {"question": "How many?", "answer": "3", "mode": "direct", "verifier": "number"}
+        path, photos = Path(folder) / f"{count}.parquet", [photo() for _ in range(20)]
+        rows = ({**row, "id": str(number), "images": [photos[number % 20]]} for number in range(count))
+        write_records(path, rows)
+        return path
+
+    def asked(path: Path) -> Any:
+        rows = load_rows([DataSource(set="photos")], {"photos": path}, seed=0)
+        for row in rows:
+            openai_messages(prompt_messages(row))
+        gc.collect()
+        return rows
+
+    with tempfile.TemporaryDirectory() as folder:
+        warm, path = written(20), written(PHOTOS)
+        asked(warm)  # modules, threads and buffers
+        before = status_kib("RssAnon")
+        rows = asked(path)
+        held = (status_kib("RssAnon") - before) * 2**10
+        return {"photos": len(rows), "file": path.stat().st_size, "held": held}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="three cases")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--photos", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.photos:
+        print(json.dumps(held_by_photos()))
+        return
     if options.case:
         case = next(case for case in CASES if case.name == options.case)
         print(json.dumps({"peak_bytes": peak_bytes(case)}))
         return
     lines = table(CASES[:3] if options.quick else CASES)
+    photos = photos_line()
     worst = max(abs(line["ratio"] - 1) for line in lines)
-    print(json.dumps({"bench": "memory", "worst": worst, "cases": lines}))
+    print(json.dumps({"bench": "memory", "worst": worst, "cases": lines, "photos": photos}))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from chain.recipe import STAGE_NAMES, Recipe, made_between, split_import
 from rewards.registry import split_adapter
+from sft.config import Phase
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -32,6 +35,34 @@ def locate_sets(recipe: Recipe, run: Path) -> dict[str, str]:
         for name in made_between(config) if config else ():
             located[name] = str(prepared_folder(run, stage) / f"{name}.parquet")
     return located
+
+
+def rows_of(place: str) -> int | None:
+    """Rows of a local set, read from its Parquet files' footers; None if it is not there."""
+    path = Path(place)
+    if not path.exists():
+        return None
+    import pyarrow.parquet as pq
+
+    files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    return sum(pq.read_metadata(file).num_rows for file in files)
+
+
+def phase_rows(phase: Phase, rows: Callable[[str], int | None]) -> int | None:
+    """Rows of an SFT phase's sets together; None if one is not there yet. `rows` maps a set's name to its rows."""
+    counts = [source.rows if source.rows is not None else rows(source.set) for source in phase.data]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def phase_updates(phase: Phase, rows: Callable[[str], int | None]) -> int | None:
+    """Optimizer updates of an SFT phase; None if they go by tokens or a set is not there yet."""
+    optim, count = phase.optim, phase_rows(phase, rows)
+    if optim.max_steps:
+        return optim.max_steps
+    if count is None or not optim.epochs or not optim.global_batch_size:
+        return None
+    return round(math.ceil(count / optim.global_batch_size) * optim.epochs)
 
 
 def is_hub_id(text: str) -> bool:

@@ -88,6 +88,9 @@ class DataConfig(Strict):
         return self
 
 
+TrackerName = Literal["wandb", "tensorboard", "mlflow"]
+
+
 class WandbConfig(Strict):
     """Weights & Biases. WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE and WANDB_DIR in the environment win."""
 
@@ -98,7 +101,7 @@ class WandbConfig(Strict):
     """auto: online with an API key (environment or netrc), else offline. Never asks."""
     tags: tuple[str, ...] = ()
     table_rows: int = Field(default=64, ge=0)
-    """Completions with images and verdicts in each stage's table, at most."""
+    """Completions with pictures and verdicts in one table, at most; for all trackers."""
 
 
 class HardwareConfig(Strict):
@@ -138,6 +141,8 @@ class Recipe(Strict):
     """Rollout servers, for RL, for data made between the stages and for evaluation."""
     eval: EvalConfig | None = None
     """Held-out evaluation after each stage; null leaves it out."""
+    tracking: tuple[TrackerName, ...] = ("wandb",)
+    """Experiment trackers that get curves and completions; `[]` for none."""
     wandb: WandbConfig = WandbConfig()
     hardware: HardwareConfig = HardwareConfig()
     core: CoreConfig

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel
 
-from chain.display import Display, Tail, duration, metrics_text
+from chain.display import Display, duration
 from chain.fingerprints import Fingerprints, identity, is_current
 from chain.hosts import Cluster, follow
 from chain.inputs import data_folder, locate_sets, prepared_folder
@@ -27,6 +27,7 @@ from chain.launch import POLL_S, run_job
 from chain.placement import Placement
 from chain.plan.text import check_data, check_names
 from chain.pool import OpenPool, Pool
+from chain.progress import Follower, Outlook
 from chain.recipe import Recipe, made_between
 from chain.report import data as report
 from chain.stages import STAGES, Context, Progress, Stage, stage_named
@@ -37,7 +38,6 @@ from core.strict import ConfigError, Strict
 from core.training.job import Job
 from rl.job import ServedJob
 from rl.rollout.weights import weights_folder
-from rl.watch import ALARMS
 
 DATA = "data"
 
@@ -131,9 +131,13 @@ class Chain:
         self._evaluation: Future[None] | None = None
         self._evaluating = ""
         self.sets = locate_sets(self.recipe, self.run_dir)
+        self.outlook = Outlook(self.recipe, self.run_dir, [stage.name for stage in self.stages])
         self.prints = Fingerprints(self.recipe.seed, self.sets, self.run_dir / ".hashes.jsonl")
         self.id = _chain_id(self.run_dir, self.recipe.name)
-        self.tracker = Tracker(self.recipe.wandb, self.id, self.run_dir, self.sets, self.display.line)
+        recipe = self.recipe
+        self.tracker = Tracker(
+            recipe.tracking, recipe.wandb, self.id, self.run_dir, self.sets, self.display.line
+        )
 
     def folder(self, stage: Stage) -> Path:
         """Where the stage's results are, once it is finished."""
@@ -214,7 +218,12 @@ class Chain:
             return
         with ExitStack() as tracking:
             track = tracking.enter_context(self.tracker.stage(stage.name, self._tracked(stage)))
-            self.train(stage, fingerprint, track)
+            try:
+                self.train(stage, fingerprint, track)
+            except Exception as error:
+                report.note_failure(self.run_dir, stage.name, error)
+                report.write(self.run_dir)
+                raise
             self.settle()
             if self.recipe.eval is not None:
                 self.pool.start(self.folder(stage) / "checkpoint")
@@ -255,21 +264,10 @@ class Chain:
             preparation.seconds,
             saves=stage.saves(self.recipe),
         )
-        with finished as partial, self.display.step(stage.name):
+        with finished as partial, self.display.step(self.outlook.label(stage.name)):
             if preparation.kept:
                 write_json(partial / "prepare.json", preparation.kept)
-            tail, alarms, text = Tail(partial / "metrics.jsonl"), Tail(partial / ALARMS), "starting"
-
-            def follow() -> None:
-                nonlocal text
-                for record in tail.new():
-                    track.log(record)
-                    text = metrics_text(record)
-                for alarm in alarms.new():
-                    self.display.line(f"{stage.name}: ALARM {alarm['name']}: {alarm['text']}")
-                    track.alert(f"{stage.name}: {alarm['name']}", alarm["text"])
-                self.display.passing(text)
-
+            follower = Follower(stage.name, partial, self.display, track, self.outlook)
             processes, threads = stage.learner(self.recipe)
             self.pool.rest(self.start(stage))
             with self.task(stage, config, partial) as task:
@@ -278,7 +276,7 @@ class Chain:
                     partial,
                     processes=processes,
                     threads=threads,
-                    on_poll=follow,
+                    on_poll=follower.look,
                     cluster=self.cluster,
                 )
             if not (partial / "checkpoint" / "config.json").exists():
@@ -408,6 +406,7 @@ class Chain:
         with atomic_dir(folder, same=fingerprint if saves else None) as partial:
             if (partial / "config.json").exists():
                 self.display.line(f"{name}: goes on where an interrupted run left off")
+            (partial / report.FAILED).unlink(missing_ok=True)
             write_json(partial / "config.json", dump)
             yield partial
             seconds = time.monotonic() - clock

@@ -15,6 +15,7 @@ from chain.pool import OpenPool, Pool
 from chain.recipe import Recipe
 from chain.report import data as report
 from chain.stages import STAGES, Context
+from core.checkpoint.check import check_checkpoint
 from core.files import read_json, write_json
 from core.strict import ConfigError
 from rl.rollout.config import MODEL_NAME, PoolConfig
@@ -132,3 +133,4 @@ def _require_checkpoint(model: Path) -> None:
         raise ConfigError(
             f"{model}: model_type={kind!r}, a core has sailvl2; `posttrain core import` makes one"
         )
+    check_checkpoint(model)

@@ -205,6 +205,7 @@ def _scan(table: Table, order: Sequence[int], wanted: int | None) -> Scan:
 def _open(source: str, split: str) -> Table:
     """The rows under a name. Raises as `load_records` says."""
     import datasets
+    import pyarrow
 
     path = Path(source)
     if path.exists():
@@ -221,6 +222,7 @@ def _open(source: str, split: str) -> Table:
             ),
             f"{source}: not readable as Parquet; write it with corpus.records.write_records",
         )
+        pyarrow.default_memory_pool().release_unused()  # what converting the files took: the rows are on disk now
         return Table(dataset, _locator(files))
     if not _HUB_ID.fullmatch(source) or source.endswith(".parquet"):
         raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (owner/name) either")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from core.strict import Strict
 from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
+from rewards.judge.address import refuse_secrets
 from rewards.mix import check_terms
 
 Mode = Literal["think", "direct"]
@@ -86,6 +87,15 @@ class Algorithm(Strict):
     importance_sampling: ImportanceSampling = ImportanceSampling()
 
 
+def _without_secrets(params: dict[str, Any]) -> dict[str, Any]:
+    refuse_secrets(params)
+    return params
+
+
+Params = Annotated[dict[str, Any], AfterValidator(_without_secrets)]
+"""A reward's parameters; a URL with a password is refused."""
+
+
 class RewardTerm(Strict):
     """One weighted term of the reward, with a curve of its own."""
 
@@ -111,12 +121,13 @@ class RewardTerm(Strict):
     """For one call of a reward that is not built in: one completion, or the batch of a batched reward."""
     memory_gib: float = Field(default=4.0, gt=0)
     """Private memory that the process of a reward that is not built in may use."""
-    params: dict[str, Any] = Field(default_factory=dict)
+    params: Params = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _limits_are_for_users_rewards(self) -> RewardTerm:
         if ":" not in self.use:
-            given = sorted({"isolate", "deadline_s", "memory_gib"} & self.model_fields_set)
+            limits = ("deadline_s", "isolate", "memory_gib")
+            given = [key for key in limits if getattr(self, key) != type(self).model_fields[key].default]
             if given:
                 raise ValueError(
                     f"{given[0]} is for rewards of one's own; {self.use!r} is built in: remove it"
@@ -201,7 +212,7 @@ class Watch(Strict):
     """Shorter completions are no repeats: honest short answers coincide."""
     second_verifier: str | None = None
     """A stricter reward, by name, that grades a sample of what the answer verifier called correct."""
-    second_params: dict[str, Any] = Field(default_factory=dict)
+    second_params: Params = Field(default_factory=dict)
     second_rows: int = Field(default=32, ge=1)
     """Completions per batch that it grades."""
     max_disagreement: float = Field(default=0.1, ge=0, le=1)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from core.checkpoint.save import save_checkpoint
 from core.checkpoint.shards import weights_hash
 from core.files import append_jsonl, read_json, write_json
+from core.training.finite import watch_finite
 from core.training.job import Job
 from core.training.model import apply_freeze, load_model, load_processor, peft_config
 from core.training.ranks import join_process_group, training_arguments
@@ -40,6 +41,7 @@ METRICS = {
     "num_tokens": "tokens",
     "mean_token_accuracy": "token_accuracy",
     "entropy": "entropy",
+    "nonfinite_updates": "nonfinite_updates",
 }
 """TRL's names of what is logged, and ours in metrics.jsonl. Tokens are those read so far in the phase."""
 
@@ -174,6 +176,7 @@ def run_phase(
     log.info("phase %s: %d rows from %s", phase.name, len(mixture), start)
     if plan:
         log.info("phase %s: packed: %s", phase.name, plan.summary())
+    watch_finite(trainer)
     unfinished.train(trainer)
     steps = trainer.state.global_step
     save_checkpoint(trainer, processor, target)

@@ -138,6 +138,12 @@ def parser() -> argparse.ArgumentParser:
 
     _command(commands, "stages", _stages, "list the stages and their short names")
 
+    explained = _command(
+        commands, "explain", _explain, "explain a recipe's keys: type, default, unit, stages"
+    )
+    explained.add_argument("key", nargs="?", help="key path, or the end of one; default: every section")
+    explained.add_argument("--schema", action="store_true", help="print a JSON schema for editors instead")
+
     rewards = _command(commands, "rewards", None, "try rewards on data")
     tests = rewards.add_subparsers(metavar="COMMAND", required=True, help="what to do with a reward")
     test = _command(
@@ -304,6 +310,14 @@ def _stages(options: argparse.Namespace) -> None:
     for stage in STAGES:
         short = [alias for alias, name in ALIASES.items() if name == stage.name]
         print(f"{stage.name:13} {stage.title}" + (f" ({', '.join(short)})" if short else ""))
+
+
+def _explain(options: argparse.Namespace) -> None:
+    import json
+
+    from chain import reference
+
+    print(json.dumps(reference.schema(), indent=2) if options.schema else reference.explain(options.key))
 
 
 def _rewards_test(options: argparse.Namespace) -> None:

@@ -12,12 +12,14 @@ from typing import Any, Literal
 from chain.plan.machine import Machine
 from chain.recipe import Recipe, SFTStage
 from core.model.names import Module
+from core.model.pictures import MAX_PIXELS
 from core.model.shape import CoreShape
 from core.training.config import DeepSpeedConfig, LearnerConfig
 from core.training.memory import GIB, Memory, Work, estimate
 from rl.config import RLConfig
 from rl.rollout.weights import FILE_BYTES
 from sft.config import Phase
+from sft.data import CACHE_BYTES
 
 CONTEXT = 1.5 * GIB
 """Of a GPU, for the CUDA context, kernels' workspaces and what the allocator cannot use."""
@@ -169,7 +171,7 @@ class StageFit:
             lines.append(f"GPUs: {self.placement()}")
         if self.host > 0:
             room = f" of {self.machine.host_gib:.0f}" if self.machine.host_gib is not None else ""
-            what = "offloaded states, weights on their way" if self.gpu else "all ranks"
+            what = "offloaded states, pictures, weights on their way" if self.gpu else "all ranks"
             lines.append(f"host memory of a node: {gib(self.host)}{room} GiB ({what})")
         passing = (
             f"up to {gib(self.unfinished)} GiB more while it runs (save_every)" if self.unfinished else ""
@@ -221,12 +223,15 @@ class StageFit:
             return self.needed * -(-self.learner.processes // self.machine.nodes)
         ranks = min(self.learner.processes, self.machine.gpus_per_node)
         offloaded = self.largest.memory.host * ranks
+        # A rank decodes one picture at a time; SFT also keeps prepared rows, an RL stage's rows hold no pictures.
+        prepared = CACHE_BYTES if isinstance(self.config, SFTStage) else 0
+        pictures = ranks * (3 * MAX_PIXELS + prepared)
         pushed = 0
         pool = self.recipe.servers
         if isinstance(self.config, RLConfig) and pool and pool.sends_files:
             pushed = FILE_BYTES  # rank 0 copies one file's weights after another
             pushed += self.checkpoint if pool.weights_dir is None else 0  # the files in shared memory
-        return offloaded + pushed
+        return offloaded + pictures + pushed
 
     @property
     def checkpoint(self) -> int:

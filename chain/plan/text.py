@@ -5,16 +5,16 @@ Where it would run, and whether it fits, is in chain/plan/resources.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chain.inputs import code_file, is_hub_id, locate_sets
+from chain.inputs import code_file, is_hub_id, locate_sets, phase_rows, phase_updates, rows_of
 from chain.plan.resources import Resources
 from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
 from chain.stages import STAGES, Stage
+from core.checkpoint.check import ForeignCode, check_code
 from core.strict import ConfigError, Strict
 from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
@@ -116,6 +116,11 @@ def check_data(recipe: Recipe) -> None:
     path = recipe.core.path
     if path is not None and not (Path(path).expanduser() / "config.json").is_file():
         problems.append(f"core.path = {path!r}: no checkpoint folder: config.json is missing")
+    elif path is not None:
+        try:
+            check_code(Path(path).expanduser())
+        except ForeignCode as error:
+            problems.append(f"core.path: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -170,13 +175,7 @@ class _Sets:
 
     def rows(self, name: str) -> int | None:
         """Rows of a local set; None if it is not there."""
-        path = Path(self.places[name])
-        if not path.exists():
-            return None
-        import pyarrow.parquet as pq
-
-        files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
-        return sum(pq.read_metadata(file).num_rows for file in files)
+        return rows_of(self.places[name])
 
 
 def _details(stage: Stage, config: Strict, recipe: Recipe, states: _Sets) -> list[str]:
@@ -221,12 +220,12 @@ def _prepared(config: SFTStage | RLConfig) -> list[str]:
 
 def _phase(phase: Phase, states: _Sets) -> str:
     optim = phase.optim
-    counts = [source.rows if source.rows is not None else states.rows(source.set) for source in phase.data]
-    rows = sum(count for count in counts if count is not None) if None not in counts else None
-    updates = f"{optim.max_steps} updates" if optim.max_steps else f"{optim.epochs:g} epochs"
-    if optim.epochs and rows is not None and optim.global_batch_size:
-        steps = math.ceil(rows / optim.global_batch_size) * optim.epochs
-        updates = f"{rows} rows x {optim.epochs:g} epochs = {steps:.0f} updates"
+    steps = phase_updates(phase, states.rows)
+    updates = f"{steps} updates" if steps is not None else ""
+    if optim.epochs:
+        rows = phase_rows(phase, states.rows) if updates else None
+        epochs = f"{optim.epochs:g} epochs"
+        updates = f"{rows} rows x {epochs} = {updates}" if rows is not None else epochs
     mixture = " + ".join(_amount(source) for source in phase.data)
     size = f" of {optim.global_batch_size} rows" if optim.global_batch_size else ""
     return f"phase {phase.name}: {mixture}; {updates}{size}; {_rate(optim)}"

@@ -40,8 +40,10 @@ class Engine:
         import torch
 
         import core
+        from core.checkpoint.check import check_checkpoint
         from core.training.model import load_processor
 
+        check_checkpoint(folder)
         core.register()
         from transformers import AutoModelForImageTextToText
 

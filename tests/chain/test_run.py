@@ -116,6 +116,18 @@ def test_a_failed_stage_shows_its_last_lines_and_the_next_run_continues_there(to
     assert toy.calls() == ["rlvr"]
 
 
+def test_a_failed_stage_is_in_the_report(toy, monkeypatch):
+    monkeypatch.setenv("TOY_FAIL", "rlvr")
+    with pytest.raises(StageFailed):
+        toy.run()
+    failed = json.loads((toy.run_dir / "report.json").read_text())["failed"]
+    assert failed["stage"] == "rlvr"
+    assert "the reason is here" in failed["error"]
+    monkeypatch.delenv("TOY_FAIL")
+    toy.run()
+    assert json.loads((toy.run_dir / "report.json").read_text())["failed"] is None
+
+
 def test_a_failed_stage_that_saves_goes_on_in_its_folder_unless_it_changed(toy, monkeypatch):
     saving = "basic_sft.save_every=1"
     left = toy.run_dir / "basic_sft.partial" / "left"
