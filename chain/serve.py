@@ -18,6 +18,7 @@ from chain.stages import STAGES, Context
 from core.checkpoint.check import check_checkpoint
 from core.files import read_json, write_json
 from core.strict import ConfigError
+from rl.rollout.access import TOKEN
 from rl.rollout.config import MODEL_NAME, PoolConfig
 
 ADAPTER_NAME = "adapter"
@@ -85,7 +86,9 @@ def serve(
     if adapter is not None:
         cfg = with_adapter(cfg, model, adapter)
     here = "-".join([socket.gethostname(), *([str(cfg.first_port)] if cfg.first_port else [])])
-    with Pool(cfg, runs_dir / recipe.name / "logs" / here) as pool:
+    run_dir = runs_dir / recipe.name
+    token_file = cfg.token_file or str((run_dir / "servers.token").resolve())
+    with Pool(cfg.model_copy(update={"token_file": token_file}), run_dir / "logs" / here) as pool:
         with display.step("starting"):
             pool.urls(model.resolve())
         urls = [url.replace("//0.0.0.0:", f"//{socket.gethostname()}:") for url in pool.urls(model)]
@@ -97,10 +100,15 @@ def serve(
             )
         if cfg.host == "0.0.0.0":
             display.line(
-                "Whoever reaches these ports can change the served weights: let none but this cluster reach them."
+                "The token crosses the network unencrypted: let only this cluster reach these ports."
             )
         display.line(
-            "Ctrl-C stops them. A recipe uses them with --set 'servers.urls=[" + ", ".join(urls) + "]'"
+            f"A request needs `Authorization: Bearer TOKEN`: {TOKEN} where it is set, else {token_file}"
+        )
+        display.line(
+            "Ctrl-C stops them. A recipe uses them with --set 'servers.urls=["
+            + ", ".join(urls)
+            + f"]' --set servers.token_file={token_file}"
         )
         with contextlib.suppress(KeyboardInterrupt):
             while True:

@@ -16,6 +16,7 @@ import hmac
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from http.client import HTTPResponse
@@ -47,15 +48,32 @@ def new_token() -> str:
 
 
 def known_token(file: str | None) -> str | None:
-    """The token in the environment, else in a file of mode 0600; None where neither is there.
+    """The token that a client shows: the environment's, else that of a file; None where neither is named.
 
-    Raises ConfigError for a file that others may read.
+    Raises ConfigError for a file that is not there or that others may read.
     """
-    if token := os.environ.get(TOKEN):
-        return token
-    if file is None:
-        return None
+    return os.environ.get(TOKEN) or (_read(Path(file)) if file else None)
+
+
+def pool_token(file: str | None) -> str:
+    """The token of servers that are about to start: the one that clients know, else a new one, kept in a named file."""
+    if (token := os.environ.get(TOKEN)) or file is None:
+        return token or new_token()
     path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # of mode 0600
+    with os.fdopen(descriptor, "w") as out:
+        out.write(new_token() + "\n")
+    try:
+        os.link(partial, path)  # whole or not at all, and never over another server's
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(partial)
+    return _read(path)
+
+
+def _read(path: Path) -> str:
     try:
         mode, token = path.stat().st_mode, path.read_text().strip()
     except OSError as error:
@@ -64,16 +82,6 @@ def known_token(file: str | None) -> str | None:
         raise ConfigError(f"servers.token_file: {path}: other users may read it; chmod 600 {path}")
     if not token:
         raise ConfigError(f"servers.token_file: {path} is empty")
-    return token
-
-
-def write_token(path: Path) -> str:
-    """Make a token and a file of mode 0600 that holds it; returns the token."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    token = new_token()
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-        file.write(token + "\n")
     return token
 
 

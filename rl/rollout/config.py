@@ -57,8 +57,9 @@ class PoolConfig(Strict):
     first_port: int | None = Field(default=None, ge=1, le=65535)
     """Port of the first server that we start, counted up for the others; None takes free ones."""
     token_file: str | None = None
-    """File of mode 0600 with the token of the servers at `urls`; `posttrain rollout-server` writes one. The environment
-    variable POSTTRAIN_SERVER_TOKEN wins. Servers that we start for a run get a token of their own without it."""
+    """File of mode 0600 with the token of the servers at `urls`, which `posttrain rollout-server` with the same recipe
+    makes. The environment variable POSTTRAIN_SERVER_TOKEN wins. None: servers that a run starts have a token of that
+    run."""
     startup_timeout_s: float = Field(default=300, gt=0)
     """A server that is not healthy by then is a failure. When every server is lost, a stage waits so long for one that
     may come back."""

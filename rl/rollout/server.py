@@ -138,7 +138,7 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
         return [server.url for server in servers]
 
     processes.remove_leftovers()
-    token = access.known_token(cfg.token_file) or access.new_token()
+    token = access.pool_token(cfg.token_file)
     with processes.held_folder(Path(tempfile.gettempdir())) as temporary, _environment(access.TOKEN, token):
         try:
             for index in range(cfg.count):
