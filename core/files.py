@@ -40,7 +40,7 @@ def write_text(path: Path, text: str) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def _draft(path: Path) -> Path:
@@ -54,7 +54,7 @@ def _draft(path: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write one JSON document as `write_text` does. NaN and infinity are no JSON: ValueError."""
+    """Write one JSON document as `write_text` does. Raises ValueError for NaN and infinity, which JSON cannot hold."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
 
 
@@ -80,7 +80,7 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; [] if there is none.
+    """The records of a JSONL file; [] if the file does not exist.
 
     A last line that was torn (it has no end and is no JSON) is left out with a warning. Any other bad line raises
     ValueError with file and line.
@@ -100,6 +100,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                     break
                 raise ValueError(f"{path}:{number}: not a JSON line ({error})") from None
     return records
+
+
+class NoRoom(RuntimeError):
+    """A disk has no room for what is about to be written; the message has folder, need and space."""
+
+
+def require_room(folder: Path, needed: float, what: str) -> None:
+    """Raise NoRoom unless the disk of `folder`, an existing one, has `needed` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoRoom(
+            f"{folder}: {what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; make room, or "
+            "choose another --runs-dir"
+        )
 
 
 def _drop_torn_end(path: Path) -> None:
@@ -135,14 +149,14 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
         write_text(mark, same)
     readable = partial.stat().st_mode & 0o666
     yield partial
-    mark.unlink(missing_ok=True)
     for file in partial.rglob("*.safetensors"):
         file.chmod(readable)  # written for their owner alone, whatever the umask
     sync_tree(partial)
     if path.exists():
         path.rename(old)
     partial.rename(path)
-    _fsync(path.parent)
+    (path / _SAME).unlink(missing_ok=True)  # last: until the rename it says whose the folder is
+    fsync(path.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -151,8 +165,8 @@ def sync_tree(path: Path) -> None:
     """Have everything in a folder on disk."""
     for folder, _, files in os.walk(path):
         for name in files:
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
+            fsync(Path(folder, name))
+        fsync(Path(folder))
 
 
 def sha256_file(path: Path) -> str:
@@ -204,7 +218,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -30,6 +30,8 @@ GRACE_S = 15.0
 LOOK_S = 1.0
 """Between two looks of the guard at whether its parent still lives. Signals wake it at once."""
 LAST_LINES = 40
+SETTLED_S = 60.0
+"""A younger file in shared memory may be between its making and its first use."""
 SHARED_MEMORY = Path("/dev/shm")
 LOOPBACK = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
 """The loopback interface's name, for GLOO_SOCKET_IFNAME and its like."""
@@ -47,9 +49,10 @@ _LAUNCHER_NAMES = frozenset(
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 _PREFIX, _LOCK = "sailvl2-", "in-use"
 _LEFTOVERS = re.compile(
-    r"sem\.mp-[a-z0-9_]{8}|psm_[0-9a-f]{8}|(?:sem\.loky-|torch_|__KMP_REGISTERED_LIB_)(?P<pid>\d+)[-_].*"
+    r"(?:sem\.loky-|torch_|__KMP_REGISTERED_LIB_)(?P<pid>\d+)[-_].*|(?:psm_|sem\.|nccl-|deepspeed_|shm_name_).*"
 )
-"""Names in shared memory that Python, joblib, torch and OpenMP choose; some hold the id of the process."""
+"""Names in shared memory that Python, joblib, torch, OpenMP, NCCL and DeepSpeed choose; some hold the id of the
+process."""
 
 
 def inherited_environment() -> dict[str, str]:
@@ -171,7 +174,7 @@ def held_folder(root: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(*roots: Path) -> list[str]:
-    """Remove what killed processes of this user left in shared memory and among the temporary files; its names.
+    """Remove what killed processes of this user left in shared memory and among the temporary files; the paths.
 
     That is: folders of `held_folder`, which nobody holds any more, and in shared memory semaphores and segments. Of
     the latter a file with a process id in its name goes if that process has ended, another one if no process has it
@@ -186,10 +189,10 @@ def remove_leftovers(*roots: Path) -> list[str]:
     for root in roots or (SHARED_MEMORY, Path(tempfile.gettempdir())):
         for path in sorted(root.glob("*")) if root.is_dir() else []:
             if path.name.startswith(_PREFIX):
-                removed += [path.name] if _remove_if_left(path) else []
+                removed += [str(path)] if _remove_if_left(path) else []
             elif found := _LEFTOVERS.fullmatch(path.name):
                 mapped = _mapped_inodes() if mapped is None and not found["pid"] else mapped
-                removed += [path.name] if _unlink_if_left(path, found["pid"], mapped or set()) else []
+                removed += [str(path)] if _unlink_if_left(path, found["pid"], mapped or set()) else []
     return removed
 
 
@@ -207,7 +210,9 @@ def _remove_if_left(folder: Path) -> bool:
 def _unlink_if_left(file: Path, pid: str | None, mapped: set[int]) -> bool:
     with contextlib.suppress(OSError):
         status = file.lstat()
-        used = _alive(int(pid)) if pid else time.time() - status.st_mtime < 60 or status.st_ino in mapped
+        used = (
+            _alive(int(pid)) if pid else time.time() - status.st_mtime < SETTLED_S or status.st_ino in mapped
+        )
         if status.st_uid == os.getuid() and not used:
             file.unlink()
             return True

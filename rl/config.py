@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from core.strict import Strict
+from core.strict import Name, Strict
 from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 from rewards.judge.address import refuse_secrets
@@ -19,9 +19,9 @@ AlarmName = Literal["unscorable", "status", "jump", "repeats", "disagreement", "
 class Rollout(Strict):
     """How one batch of completions is sampled."""
 
-    prompts_per_batch: int = Field(ge=1)
+    prompts_per_batch: int = Field(ge=1, le=1_000_000)
     """Groups per rollout batch."""
-    group_size: int = Field(ge=2)
+    group_size: int = Field(ge=2, le=65536)
     """Completions per prompt; G in the GRPO paper."""
     max_completion_tokens: int = Field(ge=1)
     """A completion is cut there."""
@@ -139,7 +139,7 @@ class PassAtK(Strict):
     """Keep prompts by the starting policy's pass@k (report, section 4: pass@4 filter)."""
 
     source: DataSource
-    into: str
+    into: Name
     """Name of the set that the kept rows form."""
     samples: int = Field(default=4, ge=1)
     temperature: float = Field(default=1.0, gt=0)
@@ -154,7 +154,7 @@ class Harvest(Strict):
     """Rejection sampling: the policy's own correct, well-formed chains become think-fusion data."""
 
     source: DataSource
-    into: str
+    into: Name
     keep: int = Field(ge=1)
     """Chains to keep at most; fewer than min_rows is an error."""
     samples: int = Field(default=1, ge=1)
@@ -166,7 +166,7 @@ class HardCases(Strict):
     """Prompts that an earlier RL stage was unreliable on, from that stage's own record."""
 
     stage: str = "rlvr"
-    into: str
+    into: Name
     max_pass_rate: float = Field(gt=0, le=1)
     """Keep prompts whose completions were correct at most this often in that stage's last visit."""
     rows: int | None = Field(default=None, ge=1)
@@ -181,6 +181,11 @@ class Prepare(Strict):
     harvest: Harvest | None = None
     hard_cases: HardCases | None = None
     max_completion_tokens: int = Field(default=64, ge=1)
+
+    @property
+    def samples(self) -> bool:
+        """Whether completions are sampled; hard cases come from an earlier stage's record."""
+        return self.pass_at_k is not None or self.harvest is not None
 
 
 class Parity(Strict):

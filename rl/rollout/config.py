@@ -20,7 +20,7 @@ class PoolConfig(Strict):
 
     engine: Literal["vllm", "hf"] = "vllm"
     """vllm, or hf: transformers' generate in a process of its own, for machines without vLLM."""
-    count: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1, le=4096)
     """Server processes that we start on this machine."""
     urls: tuple[str, ...] = ()
     """Servers that run already (then none is started), each http://host:port, on this machine or on others."""
@@ -28,9 +28,9 @@ class PoolConfig(Strict):
     """Where the servers that we start run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the served weights."""
-    max_model_tokens: int = Field(ge=8)
+    max_model_tokens: int = Field(ge=8, le=16_777_216)
     """Longest prompt + completion."""
-    max_sequences: int = Field(default=256, ge=1)
+    max_sequences: int = Field(default=256, ge=1, le=1_000_000)
     """Sequences that a server decodes together."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """CPU only: memory for keys and values of one server, GiB."""
@@ -71,9 +71,9 @@ class PoolConfig(Strict):
     max_restarts: int = Field(default=3, ge=0)
     """A server that was lost and came back so often is not asked again when it is lost once more. Those that we
     started we start again as often, unless they share GPUs with a learner whose turn it may be."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU only: OpenMP threads of one server."""
-    concurrency: int = Field(default=64, ge=1)
+    concurrency: int = Field(default=64, ge=1, le=65536)
     """Requests in flight per server."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for vLLM's API server, as on its command line."""

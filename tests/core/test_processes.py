@@ -132,7 +132,7 @@ def test_semaphores_of_a_killed_process_are_removed_and_held_ones_stay(tmp_path)
             os.killpg(process.pid, signal.SIGKILL)  # the tracker as well, which would remove it
             process.wait()
     try:
-        assert files[0].name in processes.remove_leftovers()
+        assert str(files[0]) in processes.remove_leftovers()
         assert [file.exists() for file in files] == [False, True]
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -142,7 +142,7 @@ def test_semaphores_of_a_killed_process_are_removed_and_held_ones_stay(tmp_path)
 def test_leftovers_are_told_by_name_owner_and_process(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    kept = [f"torch_{os.getpid()}_1_0", "someone-elses", "sem.other"]
+    kept = [f"torch_{os.getpid()}_1_0", "someone-elses", "psm_new"]
     for name in (f"sem.loky-{dead.pid}-abc", f"torch_{dead.pid}_7_0", *kept):
         (tmp_path / name).touch()
     assert len(processes.remove_leftovers(tmp_path)) == 2
