@@ -14,6 +14,9 @@ OpenPool = Callable[[PoolConfig, Path, Path], AbstractContextManager[Callable[[]
 """(configuration, model, log folder) -> context of a function that waits for the servers and gives their URLs, as
 rl.rollout.server.starting_pool."""
 
+TOKEN_FILE = "servers.token"
+"""In a run's folder: the token of servers that `posttrain rollout-server` started for it."""
+
 
 class Pool:
     """Rollout servers that start late and serve one checkpoint after another.
@@ -53,6 +56,9 @@ class Pool:
             from rl.rollout.server import starting_pool
 
             self._open = starting_pool
+        shared = self.logs.parent / TOKEN_FILE
+        if self.cfg.urls and self.cfg.token_file is None and shared.exists():
+            self.cfg = self.cfg.model_copy(update={"token_file": str(shared)})
         self._wait = self._stack.enter_context(self._open(self.cfg, model, self.logs))
         # Servers that ran before us hold unknown weights.
         self._started_with = None if self.cfg.urls else model.resolve()

@@ -14,7 +14,7 @@ from chain.context import Context
 from chain.display import Display
 from chain.evaluate import evaluate
 from chain.inputs import locate_sets
-from chain.pool import OpenPool, Pool
+from chain.pool import TOKEN_FILE, OpenPool, Pool
 from chain.recipe import Recipe
 from chain.report import data as report
 from core.checkpoint.check import check_checkpoint
@@ -92,7 +92,7 @@ def serve(
         cfg = with_adapter(cfg, model, adapter)
     here = "-".join([socket.gethostname(), *([str(cfg.first_port)] if cfg.first_port else [])])
     run_dir = runs_dir / recipe.name
-    token_file = cfg.token_file or str((run_dir / "servers.token").resolve())
+    token_file = cfg.token_file or str((run_dir / TOKEN_FILE).resolve())
     with Pool(cfg.model_copy(update={"token_file": token_file}), run_dir / "logs" / here) as pool:
         with display.step("starting"):
             pool.urls(model.resolve())

@@ -51,7 +51,7 @@ def join_process_group(cfg: LearnerConfig) -> None:
     if ranks != cfg.processes:
         raise ValueError(
             f"learner.processes={cfg.processes}, but {ranks} ranks were started; "
-            f"launch with torchrun --nproc-per-node {cfg.processes}"
+            f"`posttrain run` starts {cfg.processes}"
         )
     os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))  # else accelerate takes every core
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left by an earlier trainer; the configuration decides

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from core import processes
@@ -122,7 +122,9 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
     environment has the token that the servers want to see, for clients here and in child processes.
     """
     if cfg.urls:
-        yield lambda: [url.rstrip("/") for url in cfg.urls]
+        known = access.known_token(cfg.token_file)
+        with _environment(access.TOKEN, known) if known else nullcontext():
+            yield lambda: [url.rstrip("/") for url in cfg.urls]
         return
     servers: list[RolloutServer] = []
     # A server that started by itself would take the GPU from under a learner whose turn it is.

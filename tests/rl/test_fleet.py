@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from rl.rollout import client as module
+from rl.rollout import fleet
 from rl.rollout.client import RolloutClient
 from rl.rollout.http import RolloutError, ServerLost
 from rl.rollout.messages import Prompt, Sampling
@@ -267,3 +268,13 @@ def test_weights_that_came_by_another_way_are_not_asked_of_a_server_that_missed_
     monkeypatch.setattr(module.time, "sleep", lambda seconds: seconds == 7 and pytest.fail("it waits"))
     with pytest.raises(RolloutError, match="no rollout server is left"):
         ask(client)
+
+
+def test_a_lost_server_is_looked_at_less_and_less_while_others_serve(client, fakes, monkeypatch):  # noqa: F811
+    looks, now = [], [0.0]
+    monkeypatch.setattr(fleet.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(client.http, "healthy", lambda url: looks.append(now[0]))
+    die(fakes[0])
+    for now[0] in range(20):
+        ask(client, count=2)
+    assert looks == [1, 2, 4, 8, 16]
