@@ -294,7 +294,7 @@ class _RawEngine:
 
 def _raw_engine(job: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever vLLM prints must not end up between the answers
+    os.dup2(2, 1)  # vLLM prints between the answers
     from vllm import LLM, SamplingParams
 
     from core.training.model import load_processor

@@ -36,20 +36,20 @@ TICKET = ".hosts.json"
 JOIN_S = 600.0
 """How long the hosts wait for one another at the start."""
 PROVES_S = 10.0
-"""Whoever connects has so long to prove that it knows the secret: a port scanner, or a program that took over the
-port in an old ticket, may say nothing at all."""
+"""A connection has this time to prove that it knows the secret: a port scanner, or a program that took over the port
+in an old ticket, may stay silent."""
 BEAT_S = 5.0
 SILENCE_S = 60.0
-"""A host that was not heard of for so long is lost."""
+"""A host that is silent for this long is lost."""
 SHOWS_S = 30.0
-"""A file that one host wrote is seen by the others by then, whatever the network file system caches."""
+"""Network file systems show a file to the other hosts within this time."""
 WAKE_S = 0.2
 LARGEST = 2**20
 """Of a message, bytes."""
 
 
 _UNPROVEN = (multiprocessing.AuthenticationError, AssertionError, EOFError, OSError, ValueError)
-"""What a connection to anybody but a host of this run ends in; AssertionError for words that are no challenge."""
+"""Errors of a connection to a program that is not a host of this run; AssertionError: it sent no challenge."""
 
 
 class HostLost(RuntimeError):
@@ -205,7 +205,7 @@ class Cluster:
         self.wait(2 * GRACE_S)
 
     def failures(self) -> list[str]:
-        """Per host whose ranks have failed, its name and what it says about them."""
+        """A text per host whose ranks have failed: its name, and how they failed."""
         return [
             f"on {follower}: {follower.failure}" for follower in self.followers.values() if follower.failure
         ]
@@ -232,7 +232,7 @@ class Cluster:
     def _accept(self, token: bytes) -> None:
         while not self._over.is_set():
             with contextlib.suppress(OSError):
-                # A thread each: one that says nothing keeps nobody out.
+                # A thread each: a silent connection keeps no other out.
                 threading.Thread(
                     target=self._admit, args=(self._listener.accept(), token), daemon=True
                 ).start()

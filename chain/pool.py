@@ -64,8 +64,8 @@ class Pool:
         self._started_with = None if self.cfg.urls else model.resolve()
 
     def urls(self, model: Path) -> list[str]:
-        """The servers' URLs, once they are up; at the first need they start, with `model`. What they serve is not
-        promised."""
+        """The URLs of the servers, once they are up. The first call starts them with `model`; they may serve other
+        weights since."""
         self.start(model)
         assert self._wait is not None
         return self._wait()
@@ -80,7 +80,7 @@ class Pool:
     def rest(self, model: Path | None) -> None:
         """Before a learner starts: put servers that share its GPUs to sleep, until the next `serve`.
 
-        `model` is the learner's start, None where there is none. Servers that are still to be started are left so.
+        `model` is the checkpoint that the learner starts from, or None. Servers that have not been started stay so.
         """
         if not self.share_gpus or model is None:
             return

@@ -24,7 +24,7 @@ from rl.rollout.access import TOKEN
 from rl.rollout.config import MODEL_NAME, PoolConfig
 
 ADAPTER_NAME = "adapter"
-"""What a server calls the core with a LoRA adapter applied."""
+"""The name under which a server serves the core with a LoRA adapter applied."""
 
 
 def evaluate_checkpoint(

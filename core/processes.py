@@ -56,7 +56,7 @@ process."""
 
 
 def inherited_environment() -> dict[str, str]:
-    """This process's environment for a child that is no rank of the launcher (torchrun, accelerate) of this one."""
+    """This process's environment without the variables by which torchrun and accelerate make their children ranks."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -134,7 +134,7 @@ def how_it_ended(code: int) -> str:
 
 
 def last_lines(log: Path, count: int = LAST_LINES) -> str:
-    """The end of a text file, undecodable bytes replaced; a word about it where there is no file."""
+    """The last lines of a text file, undecodable bytes replaced; why it cannot be read, where it cannot."""
     try:
         return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
     except OSError as error:

@@ -39,7 +39,7 @@ PATHS = frozenset(
         *("/v1/models", "/v1/chat/completions", "/v1/completions"),
     )
 )
-"""What a server answers. The rest does not exist, /collective_rpc above all: it calls any method of the engine."""
+"""Paths that a server answers. Every other path is 404, above all /collective_rpc, which calls any engine method."""
 
 
 def new_token() -> str:
@@ -96,7 +96,7 @@ def may_ask(header: str | None, token: str) -> bool:
 
 
 def proof(token: str, port: int, challenge: str) -> str:
-    """What only a server that knows the token can answer to a client's random challenge."""
+    """The answer to a client's random challenge that only a server with the token can give."""
     return hmac.new(token.encode(), f"proof {port} {challenge}".encode(), hashlib.sha256).hexdigest()
 
 
@@ -115,7 +115,7 @@ def demand_proof(connection: Any, host: str, port: int, token: str) -> None:
 
 
 def verdict(path: str, query: str, header: str | None, port: int, token: str) -> tuple[int, dict] | None:
-    """A server's reply (status, JSON) to what it does not let through; None for a request that it serves."""
+    """The reply (status, JSON) to a request that the server does not let through; None for one that it serves."""
     if path == PROOF:
         challenge = parse_qs(query).get("challenge", [""])[0]
         return 200, {"proof": proof(token, port, challenge)}

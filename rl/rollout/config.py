@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from core.strict import Strict
 
 MODEL_NAME = "policy"
-"""What every server calls the model that it serves."""
+"""The name under which every server serves its model."""
 
 
 class PoolConfig(Strict):
@@ -61,16 +61,16 @@ class PoolConfig(Strict):
     makes. The environment variable POSTTRAIN_SERVER_TOKEN wins. None: servers that a run starts have a token of that
     run."""
     startup_timeout_s: float = Field(default=300, gt=0)
-    """A server that is not healthy by then is a failure. When every server is lost, a stage waits so long for one that
-    may come back."""
+    """A server has this time to become healthy. When every server is lost, a stage waits this long for one to come
+    back."""
     hang_timeout_s: float = Field(default=300, gt=0)
     """A server that we started and that has not said for this long that it is healthy hangs: it is killed and started
     again."""
     request_timeout_s: float = Field(default=1800, gt=0)
     """A server that has not answered a request by then, its wait for its turn included, is lost."""
     max_restarts: int = Field(default=3, ge=0)
-    """A server that was lost and came back so often is not asked again when it is lost once more. Those that we
-    started we start again as often, unless they share GPUs with a learner whose turn it may be."""
+    """How often a lost server may come back. Servers that we started are started again as often, unless they share GPUs
+    with a learner, whose turn it may be."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU only: OpenMP threads of one server."""
     concurrency: int = Field(default=64, ge=1, le=65536)
@@ -96,21 +96,25 @@ class PoolConfig(Strict):
     @property
     def is_local(self) -> bool:
         """Whether all servers are on this machine, and reached over loopback."""
-        return all(_on_this_machine(url) for url in self.urls or (f"http://{self.host}",))
+        return all(on_this_machine(url) for url in self.urls or (f"http://{self.host}",))
 
     @property
     def patience_s(self) -> float:
-        """How long to wait for a server when all are lost: nobody starts those again that share GPUs."""
+        """Seconds to wait for a server when all are lost. Servers that share GPUs are not started again."""
         restarted = self.urls or (self.max_restarts and not self.share_gpus)
         return self.startup_timeout_s if restarted else 0.0
 
     @model_validator(mode="after")
-    def _runs_no_foreign_code(self) -> PoolConfig:
-        refused = [word for word in self.extra_args if word.replace("_", "-").startswith("--trust-remote")]
-        if refused:
-            raise ValueError(
-                f"extra_args has {refused[0]}: a checkpoint's code is never run; `posttrain core import` converts it"
-            )
+    def _opens_no_door(self) -> PoolConfig:
+        for word in (word.replace("_", "-") for word in self.extra_args):
+            if word.startswith("--trust-remote"):
+                raise ValueError(
+                    f"extra_args has {word}: a checkpoint's code is never run; `posttrain core import` converts it"
+                )
+            if word.startswith(("--host", "--port", "--uds")):
+                raise ValueError(
+                    f"extra_args has {word}: servers.host and servers.first_port say where it listens"
+                )
         return self
 
     @model_validator(mode="after")
@@ -131,7 +135,7 @@ class PoolConfig(Strict):
     def _files_reach_the_servers(self) -> PoolConfig:
         if not self.sends_files or self.weights_dir is not None:
             return self
-        away = [url for url in self.urls if not _on_this_machine(url)]
+        away = [url for url in self.urls if not on_this_machine(url)]
         if away:
             raise ValueError(
                 f"weights=shm reaches servers on this machine only, but urls has {', '.join(away)}; set weights_dir to "
@@ -141,7 +145,7 @@ class PoolConfig(Strict):
         return self
 
 
-def _on_this_machine(url: str) -> bool:
+def on_this_machine(url: str) -> bool:
     """Whether a URL's host is the loopback interface."""
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")

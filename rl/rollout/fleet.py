@@ -16,7 +16,7 @@ class Fleet:
 
     Args:
         urls: every server of the pool.
-        max_returns: a server that has come back so often and is lost again stays out for good.
+        max_returns: how often a lost server may come back.
         warn: takes a line for people about every loss and return.
     """
 

@@ -1,4 +1,4 @@
-"""What rollout servers are asked and what they answer, and both in the words of vLLM's chat API."""
+"""Prompts and completions, and their form in vLLM's chat API."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class CoreFacts:
-    """What a client must know about the served core; read from its checkpoint folder."""
+    """Facts about the served core that a client needs, from its checkpoint folder."""
 
     banned_ids: tuple[int, ...]
     """The image token: a completion must not hold one, as no image belongs to it."""

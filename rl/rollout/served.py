@@ -19,7 +19,7 @@ class Served:
         self.what: Hashable | None = None
         """A checkpoint folder, or an update of the learner; None where nothing is known."""
         self.version: str | None = None
-        """What every server has to report; None: no weights were sent, and any report is right."""
+        """The version that every server has to report; None: no weights were sent, and any version is right."""
         self.files: list[Path] = []
         """Where a server that comes back gets the weights; empty: nowhere, if there is a version."""
         self.asleep = False
@@ -33,7 +33,7 @@ class Served:
         return self.what == what and not self.asleep
 
     def forget(self) -> None:
-        """Somebody else, or nobody knows who, sent weights."""
+        """Another process may have sent weights."""
         self.what = None
 
     def can_be_sent_again(self) -> bool:

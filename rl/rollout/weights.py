@@ -14,6 +14,7 @@ from core.checkpoint.stream import write_stream
 from core.processes import held_folder, remove_leftovers
 from rl.rollout import access
 from rl.rollout.client import RolloutClient
+from rl.rollout.config import on_this_machine
 from rl.rollout.served import Served
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class FileSync:
             with self.served.update(what):
                 _take_part(model)
             return
-        # First, as shared memory may not have room for two policies: nobody reads them between here and the next ones.
+        # First, as shared memory may not have room for two policies; no server reads them meanwhile.
         shutil.rmtree(self._path, ignore_errors=True)
         self._check_room(model)
         # Never one name twice: a network file system may go on showing another machine the file that was there.
@@ -108,6 +109,8 @@ class NcclSync:
         self.metadata: list[tuple[str, str, list[int]]] = []
         self.senders: list[Any] = []
         if client is not None:
+            if all(on_this_machine(url) for url in client.urls):
+                os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # where the group's store listens
             for index, url in enumerate(client.urls):
                 sender = _sender(url, first_port + index)
                 sender.init_communicator(device=device)

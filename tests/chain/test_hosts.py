@@ -90,7 +90,7 @@ def test_a_wrong_command_line_is_refused(words, problem):
 
 
 def test_a_launchers_variable_that_is_no_number_is_named():
-    with pytest.raises(ConfigError, match="RANK='x' is no whole number"):
+    with pytest.raises(ConfigError, match="RANK='x' is not a whole number"):
         placement({**TORCHRUN, "RANK": "x"})
 
 

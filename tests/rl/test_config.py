@@ -72,3 +72,11 @@ def test_servers_that_share_gpus_start_with_sleep_mode(monkeypatch):
     assert "--enable-sleep-mode" not in command(alone, Path("core"), 1)
     assert "PYTORCH_CUDA_ALLOC_CONF" not in environment(shared)
     assert "PYTORCH_CUDA_ALLOC_CONF" in environment(alone)
+
+
+@pytest.mark.parametrize(
+    "word", ["--trust-remote-code", "--trust_remote_code", "--host", "--port=80", "--uds"]
+)
+def test_arguments_that_would_open_a_server_are_refused(word):
+    with pytest.raises(ConfigError, match=f"extra_args has {word.replace('_', '-')}"):
+        parse(PoolConfig, {"max_model_tokens": 64, "extra_args": [word]})
