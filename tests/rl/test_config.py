@@ -4,6 +4,7 @@ import pytest
 
 from core.strict import ConfigError, parse
 from rl.config import RLConfig
+from rl.rollout.config import PoolConfig
 
 STAGE = {
     "data": [{"set": "rl"}],
