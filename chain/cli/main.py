@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path += [str(Path(__file__).resolve().parents[2]), str(Path.cwd())]
     # Ended from outside (CI's time limit, `kill`), the children and servers must be stopped as on Ctrl-C.
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGHUP, _terminated)  # the terminal is gone
     try:
         options.do(options)
     except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
