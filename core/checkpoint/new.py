@@ -51,7 +51,10 @@ class Plan:
 def plan_core(
     size: str, dst: Path, *, words: Sequence[str] = WORDS, dtype: str | None = None, layout: Layout = "native"
 ) -> Plan:
-    """The core that `new_core` would make, from shapes alone. Raises ConfigError for an unknown size or a taken `dst`."""
+    """The core that `new_core` would make, from shapes alone.
+
+    Raises ConfigError for an unknown size, and for a `dst` that exists.
+    """
     if dst.exists():
         raise ConfigError(f"{dst}: is there already; name another folder, or remove it")
     drawn = blueprint(size, words=words, dtype=dtype)
