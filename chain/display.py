@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from core.console import new_console
+
 log = logging.getLogger(__name__)
 
 PLAIN_EVERY_S = 10
@@ -127,12 +129,6 @@ class Display:
         elif now - self._last_plain >= PLAIN_EVERY_S and text != self._last_text:
             self._last_plain, self._last_text = now, text
             self.line(line)
-
-
-def new_console() -> Console:
-    """The terminal; a file or a pipe counts as 100 columns wide, not as the 80 that cut tables."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=100)
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Where the things that a recipe names are: data sets, and the source files of import strings."""
+"""The places of what a recipe names: data sets, and the source files of import strings."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def prepared_folder(run: Path, stage: str) -> Path:
 
 
 def locate_sets(recipe: Recipe, run: Path) -> dict[str, str]:
-    """Set name -> Parquet file, folder or hub id, for every set of the recipe, there or not yet."""
+    """Set name -> Parquet file, folder or hub id, for every set of the recipe, existing or not."""
     generated = recipe.data.generate.sets if recipe.data.generate else ()
     located = {name: str(data_folder(run) / f"{name}.parquet") for name in generated}
     located |= {name: _absolute(text) for name, text in recipe.data.sets.items()}
     for stage in STAGE_NAMES:
-        config = getattr(recipe, stage)
+        config = recipe.stage(stage)
         for name in made_between(config) if config else ():
             located[name] = str(prepared_folder(run, stage) / f"{name}.parquet")
     return located
@@ -72,7 +72,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def code_file(import_string: str) -> Path | None:
-    """The source file of a `package.module:name`, found without importing it; None if there is none."""
+    """The source file of a `package.module:name`, found without importing it; None if it does not exist."""
     module, _ = split_import(split_adapter(import_string)[1])
     if module.endswith(".py"):
         return Path(module) if Path(module).is_file() else None

@@ -40,7 +40,7 @@ class Outlook:
 
     def updates(self, stage: str) -> int | None:
         """Optimizer updates of a stage; None while its data is not there, and for stages without any."""
-        config = getattr(self.recipe, stage)
+        config = self.recipe.stage(stage)
         if isinstance(config, RLConfig):
             return config.max_steps
         if isinstance(config, SoupConfig) and self.recipe.basic_sft:
@@ -83,7 +83,7 @@ class Outlook:
         return left
 
     def _kind(self, stage: str) -> str:
-        return "rl" if isinstance(getattr(self.recipe, stage), RLConfig) else "sft"
+        return "rl" if isinstance(self.recipe.stage(stage), RLConfig) else "sft"
 
     def _paces(self) -> dict[str, float]:
         """Seconds per update of the last finished stage of each kind."""

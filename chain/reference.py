@@ -35,7 +35,7 @@ class Key:
     """One key of one mapping in a recipe."""
 
     name: str
-    type: str
+    kind: str
     default: str
     """As YAML, or `required`."""
     unit: str
@@ -133,7 +133,7 @@ def markdown() -> str:
         )
         rows = ["| key | type | default | unit | meaning |", "|---|---|---|---|---|"]
         rows += [
-            f"| `{key.name}` | {_escaped(key.type)} | {_escaped(key.default)} | {key.unit} | {_escaped(key.text)} |"
+            f"| `{key.name}` | {_escaped(key.kind)} | {_escaped(key.default)} | {key.unit} | {_escaped(key.text)} |"
             for key in section.keys
         ]
         parts.append("\n".join(rows))
@@ -250,7 +250,7 @@ def _section_text(section: Section) -> str:
     ]
     for key in section.keys:
         unit = f", {key.unit}" if key.unit else ""
-        lines.append(f"{key.name}: {key.type}{unit}; default {key.default}")
+        lines.append(f"{key.name}: {key.kind}{unit}; default {key.default}")
         lines += [f"    {key.text}"] if key.text else []
     return "\n".join(lines)
 
@@ -259,7 +259,7 @@ def _key_text(key: Key, section: Section, matches: list[str]) -> str:
     places = [full for full in matches if full in _keys_by_path([section])]
     lines = [
         ", ".join(places),
-        f"  type     {key.type}",
+        f"  type     {key.kind}",
         f"  default  {key.default}",
         *([f"  unit     {key.unit}"] if key.unit else []),
         f"  stages   {', '.join(section.stages) or 'the whole chain'}",

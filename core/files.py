@@ -40,7 +40,7 @@ def write_text(path: Path, text: str) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def _draft(path: Path) -> Path:
@@ -102,6 +102,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+class NoRoom(RuntimeError):
+    """A disk has no room for what is about to be written; the message has folder, need and space."""
+
+
+def require_room(folder: Path, needed: float, what: str) -> None:
+    """Raise NoRoom unless the disk of `folder`, an existing one, has `needed` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoRoom(
+            f"{folder}: {what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; make room, or "
+            "choose another --runs-dir"
+        )
+
+
 def _drop_torn_end(path: Path) -> None:
     """Cut a file after its last whole line."""
     if not path.exists() or not path.stat().st_size:
@@ -135,14 +149,14 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
         write_text(mark, same)
     readable = partial.stat().st_mode & 0o666
     yield partial
-    mark.unlink(missing_ok=True)
     for file in partial.rglob("*.safetensors"):
         file.chmod(readable)  # written for their owner alone, whatever the umask
     sync_tree(partial)
     if path.exists():
         path.rename(old)
     partial.rename(path)
-    _fsync(path.parent)
+    (path / _SAME).unlink(missing_ok=True)  # last: until the rename it says whose the folder is
+    fsync(path.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -151,8 +165,8 @@ def sync_tree(path: Path) -> None:
     """Have everything in a folder on disk."""
     for folder, _, files in os.walk(path):
         for name in files:
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
+            fsync(Path(folder, name))
+        fsync(Path(folder))
 
 
 def sha256_file(path: Path) -> str:
@@ -204,7 +218,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from core.files import fsync
 from core.model.pictures import Picture
 from core.strict import nearest
 from corpus.parquet import features
@@ -22,34 +23,56 @@ def write_records(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     a PIL image is stored as the model sees it, as PNG. Memory holds some hundred rows at a time. Raises RecordError if
     a row breaks a rule, with its row (from 0), field, rule and remedy: what is written can be loaded.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    schema, seen, bad, written = features().arrow_schema, set[str](), list[tuple[int, Problem]](), 0
+    seen, bad = set[str](), list[tuple[int, Problem]]()
     numbered = enumerate(rows)
-    try:
-        # Small row groups: a reader of single rows decompresses no more than it must.
-        with pq.ParquetWriter(draft, schema) as file:
-            while part := list(islice(numbered, SCAN_ROWS)):
-                taken = [(number, prepared(row)) for number, row in part]
-                bad += [(number, row) for number, row in taken if isinstance(row, Problem)]
-                good = [(number, row) for number, row in taken if not isinstance(row, Problem)]
-                bad += check_all(good, seen).bad
-                if not bad:
-                    plain = [_stored(row) for _, row in good]
-                    file.write_table(pa.Table.from_pylist(plain, schema=schema))
-                    written += len(plain)
+    with RecordFile(path) as file:
+        while part := list(islice(numbered, SCAN_ROWS)):
+            taken = [(number, prepared(row)) for number, row in part]
+            bad += [(number, row) for number, row in taken if isinstance(row, Problem)]
+            good = [(number, row) for number, row in taken if not isinstance(row, Problem)]
+            bad += check_all(good, seen).bad
+            if not bad:
+                file.add([row for _, row in good])
         if bad:
             raise RecordError(report(sorted(bad), lambda row: f"{path}: row {row}"))
-        if not written:
+        if not file.rows:
             raise RecordError(f"{path}: there is no row to write")
-        _settle(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return written
+    return file.rows
+
+
+class RecordFile:
+    """A Parquet file that checked records are added to. It is there once the block ends without an exception."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, 0
+        self._draft = path.with_name(f".{path.name}.{os.getpid()}")
+
+    def __enter__(self) -> RecordFile:
+        import pyarrow.parquet as pq
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._schema = features().arrow_schema
+        self._file = pq.ParquetWriter(self._draft, self._schema)
+        return self
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Write records as a row group: a reader of single rows decompresses no more than it must."""
+        import pyarrow as pa
+
+        if records:
+            plain = [_stored(record) for record in records]
+            self._file.write_table(pa.Table.from_pylist(plain, schema=self._schema))
+            self.rows += len(plain)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            self._file.close()
+            if kind is None:
+                fsync(self._draft)
+                self._draft.replace(self.path)
+        finally:
+            self._draft.unlink(missing_ok=True)
 
 
 def prepared(row: Any) -> Record | Problem:
@@ -90,10 +113,3 @@ def _stored(record: Record) -> Record:
         meta = json.dumps(meta, ensure_ascii=False, allow_nan=False, sort_keys=True)
     images = [{"bytes": image.data, "path": None} for image in record["images"]]
     return {**record, "images": images, "meta": meta}
-
-
-def _settle(draft: Path, path: Path) -> None:
-    """Put a whole file in its place."""
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    draft.replace(path)

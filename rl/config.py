@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from core.strict import Strict
+from core.strict import Name, Strict
 from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 from rewards.judge.address import refuse_secrets
@@ -24,7 +24,7 @@ class PoolConfig(Strict):
 
     engine: Literal["vllm", "hf"] = "vllm"
     """vllm, or hf: transformers' generate in a process of its own, for machines without vLLM."""
-    count: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1, le=4096)
     """Server processes that we start on this machine."""
     urls: tuple[str, ...] = ()
     """Servers that run already (then none is started), each http://host:port, on this machine or on others."""
@@ -32,9 +32,9 @@ class PoolConfig(Strict):
     """Where the servers that we start run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the served weights."""
-    max_model_tokens: int = Field(ge=8)
+    max_model_tokens: int = Field(ge=8, le=16_777_216)
     """Longest prompt + completion."""
-    max_sequences: int = Field(default=256, ge=1)
+    max_sequences: int = Field(default=256, ge=1, le=1_000_000)
     """Sequences that a server decodes together."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """CPU only: memory for keys and values of one server, GiB."""
@@ -68,9 +68,9 @@ class PoolConfig(Strict):
     max_restarts: int = Field(default=3, ge=0)
     """A server that was lost and came back so often is not asked again when it is lost once more. Those that we
     started we start again as often, unless they share GPUs with a learner whose turn it may be."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU only: OpenMP threads of one server."""
-    concurrency: int = Field(default=64, ge=1)
+    concurrency: int = Field(default=64, ge=1, le=65536)
     """Requests in flight per server."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for vLLM's API server, as on its command line."""
@@ -127,9 +127,9 @@ class PoolConfig(Strict):
 class Rollout(Strict):
     """How one batch of completions is sampled."""
 
-    prompts_per_batch: int = Field(ge=1)
+    prompts_per_batch: int = Field(ge=1, le=1_000_000)
     """Groups per rollout batch."""
-    group_size: int = Field(ge=2)
+    group_size: int = Field(ge=2, le=65536)
     """Completions per prompt; G in the GRPO paper."""
     max_completion_tokens: int = Field(ge=1)
     """A completion is cut there."""
@@ -247,7 +247,7 @@ class PassAtK(Strict):
     """Keep prompts by the starting policy's pass@k (report, section 4: pass@4 filter)."""
 
     source: DataSource
-    into: str
+    into: Name
     """Name of the set that the kept rows form."""
     samples: int = Field(default=4, ge=1)
     temperature: float = Field(default=1.0, gt=0)
@@ -262,7 +262,7 @@ class Harvest(Strict):
     """Rejection sampling: the policy's own correct, well-formed chains become think-fusion data."""
 
     source: DataSource
-    into: str
+    into: Name
     keep: int = Field(ge=1)
     """Chains to keep at most; fewer than min_rows is an error."""
     samples: int = Field(default=1, ge=1)
@@ -274,7 +274,7 @@ class HardCases(Strict):
     """Prompts that an earlier RL stage was unreliable on, from that stage's own record."""
 
     stage: str = "rlvr"
-    into: str
+    into: Name
     max_pass_rate: float = Field(gt=0, le=1)
     """Keep prompts whose completions were correct at most this often in that stage's last visit."""
     rows: int | None = Field(default=None, ge=1)
@@ -289,6 +289,11 @@ class Prepare(Strict):
     harvest: Harvest | None = None
     hard_cases: HardCases | None = None
     max_completion_tokens: int = Field(default=64, ge=1)
+
+    @property
+    def samples(self) -> bool:
+        """Whether completions are sampled; hard cases come from an earlier stage's record."""
+        return self.pass_at_k is not None or self.harvest is not None
 
 
 class Parity(Strict):

@@ -53,7 +53,7 @@ from chain import soup
 from chain.display import Tail
 from chain.fingerprints import identity
 from chain.recipe import STAGE_NAMES
-from core.files import PARTIAL, read_json, write_json, write_text
+from core.files import PARTIAL, read_json, write_json
 from core.manifest import Manifest, now
 from core.strict import ConfigError
 from rl.watch import ALARMS
@@ -150,16 +150,6 @@ def build(run_dir: Path) -> Report:
         failed=_failure(run_dir, _names(recipe)),
         soup=SoupReport.model_validate(cooked) if cooked else None,
     )
-
-
-def write(run_dir: Path) -> Report:
-    """Write report.json and report.html of a run; return the report."""
-    from chain.report.page import page
-
-    report = build(run_dir)
-    write_json(run_dir / JSON, report)
-    write_text(run_dir / HTML, page(report, run_dir))
-    return report
 
 
 def note_failure(run_dir: Path, stage: str, error: BaseException) -> None:

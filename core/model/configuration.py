@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 
-from core.model.sizes import DEFAULT_VISION
+from core.model.released_sizes import DEFAULT_VISION
 
 BLOCK = 2
 """Patches per side of the block that becomes one image token of an any-resolution core."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.model.names import Module
-from core.model.sizes import DEFAULT_VISION, TEXT
+from core.model.released_sizes import DEFAULT_VISION, TEXT
 
 if TYPE_CHECKING:
     from core.model.configuration import SailVL2Config

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.checkpoint.check import NonFinite
-from core.files import read_json, sync_tree, write_json
+from core.files import read_json, require_room, sync_tree, write_json
 from core.manifest import hash_config
 
 if TYPE_CHECKING:
@@ -70,6 +70,26 @@ def forget(out: Path) -> None:
         shutil.rmtree(out / FOLDER)
 
 
+def checkpoint_bytes(weights: int, moved: int, *, deepspeed: bool) -> int:
+    """Bytes of one checkpoint with optimizer states.
+
+    Args:
+        weights: bytes of the weights that it holds.
+        moved: parameters that are trained, each with AdamW's two moments in float32.
+        deepspeed: it has float32 master weights as well, and writes the weights once more.
+    """
+    return 2 * weights + moved * 12 if deepspeed else weights + moved * 8
+
+
+def _needed(model: Any, *, deepspeed: bool) -> int:
+    """`checkpoint_bytes` of a model in training; of adapters, which are saved alone, theirs."""
+    adapters = hasattr(model, "peft_config")
+    sizes = [(one, getattr(one, "ds_numel", one.numel())) for one in model.parameters()]
+    weights = sum(size * one.element_size() for one, size in sizes if one.requires_grad or not adapters)
+    moved = sum(size for one, size in sizes if one.requires_grad)
+    return checkpoint_bytes(weights, moved, deepspeed=deepspeed)
+
+
 def marker(
     facts: Callable[[], Mapping[str, int]], add: Callable[[Path], None] | None = None
 ) -> TrainerCallback:
@@ -81,9 +101,13 @@ def marker(
     from transformers import TrainerCallback
 
     class Marker(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             if args.save_strategy == "steps" and state.global_step % state.save_steps == 0:
                 control.should_log = True
+            if control.should_save and state.is_world_process_zero:
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                needed = _needed(model, deepspeed=args.deepspeed is not None)
+                require_room(Path(args.output_dir), needed, "a checkpoint with optimizer states (save_every)")
 
         def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             import torch

@@ -2,9 +2,10 @@ r"""A second, stricter opinion on answers: the gold as it is written, or nothing
 
 from dataclasses import dataclass
 
+from rewards.answers.number import exact_number
+from rewards.answers.plain import plain_text, unwrapped
 from rewards.example import Example
 from rewards.extract import parse
-from rewards.normal import exact_number, plain_text, unwrapped
 from rewards.verdict import Verdict
 
 

@@ -13,7 +13,8 @@ from chain import progress
 from chain.display import Display
 from chain.progress import Follower, Outlook, metrics_text
 from chain.recipe import load_recipe
-from core.files import Manifest, append_jsonl, write_json
+from core.files import append_jsonl, write_json
+from core.manifest import Manifest
 
 NAMES = ("core", "basic_sft", "rlvr")
 

@@ -16,6 +16,7 @@ from chain.report import charts
 from chain.report import data as report
 from chain.report.curves import curves
 from chain.report.page import page
+from chain.report.write import write
 from core.files import write_json
 from core.manifest import Manifest
 from core.strict import ConfigError
@@ -131,7 +132,7 @@ class Page(HTMLParser):
 
 
 def test_report_json_has_the_documented_keys(run_dir):
-    report.write(run_dir)
+    write(run_dir)
     found = json.loads((run_dir / "report.json").read_text())
     assert {"schema_version", "recipe", "seed", "chain", "commit", "versions", "stages", "soup"} <= set(found)
     assert [stage["name"] for stage in found["stages"]] == list(STAGES)
@@ -149,13 +150,13 @@ def test_report_json_has_the_documented_keys(run_dir):
 
 def test_a_stage_that_is_not_finished_is_not_reported(run_dir):
     (run_dir / "mixed_rl" / "manifest.json").unlink()
-    assert [stage.name for stage in report.write(run_dir).stages] == list(STAGES[:-1])
+    assert [stage.name for stage in write(run_dir).stages] == list(STAGES[:-1])
 
 
 def test_stages_made_from_an_earlier_run_of_a_stage_before_are_not_shown(run_dir):
     manifest = Manifest.read(run_dir / "rlvr")
     manifest.model_copy(update={"finished": "2026-01-02T10:00:00+00:00"}).write(run_dir / "rlvr")
-    found = report.write(run_dir)
+    found = write(run_dir)
     assert [stage.name for stage in found.stages] == list(
         STAGES[:5]
     )  # rlvr is new, what came of the old is not
@@ -165,12 +166,12 @@ def test_stages_made_from_an_earlier_run_of_a_stage_before_are_not_shown(run_dir
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no run's folder"):
-        report.write(tmp_path)
+        write(tmp_path)
 
 
 def test_the_table_has_a_row_per_stage_with_intervals(run_dir):
     console = Console(width=80, file=StringIO())
-    console.print(report.table(report.write(run_dir)))
+    console.print(report.table(write(run_dir)))
     text = console.file.getvalue()
     assert all(name in text for name in STAGES)
     assert "0.571 [.531, .611]" in text  # rlvr: 4 / 7
@@ -273,7 +274,7 @@ def test_a_failed_stage_is_shown_with_its_error_and_curves_until_it_finishes(run
     (run_dir / "mixed_rl").rename(run_dir / "mixed_rl.partial")
     (run_dir / "mixed_rl.partial" / "manifest.json").unlink()
     report.note_failure(run_dir, "mixed_rl", RuntimeError(f"out of memory\n{ATTACK}"))
-    found = report.write(run_dir)
+    found = write(run_dir)
     assert (found.failed.stage, found.failed.train["steps"]) == ("mixed_rl", 40)
     html = (run_dir / "report.html").read_text()
     shown = Page(html)
@@ -282,7 +283,7 @@ def test_a_failed_stage_is_shown_with_its_error_and_curves_until_it_finishes(run
     assert "script" not in shown.tags
     assert html.count("<strong>Reward</strong>") == 2  # rlvr's, and its own up to the failure
     (run_dir / "mixed_rl.partial").rename(run_dir / "mixed_rl")
-    assert report.write(run_dir).failed is None
+    assert write(run_dir).failed is None
 
 
 def test_a_torn_line_of_metrics_does_not_stop_the_report(run_dir, caplog):
@@ -290,5 +291,5 @@ def test_a_torn_line_of_metrics_does_not_stop_the_report(run_dir, caplog):
         file.write('{"step": 41, "rew')
     with (run_dir / "basic_sft" / "metrics.jsonl").open("a") as file:
         file.write("nonsense\n")
-    assert report.write(run_dir).stages[4].train["steps"] == 40
+    assert write(run_dir).stages[4].train["steps"] == 40
     assert "basic_sft/metrics.jsonl:20" in caplog.text

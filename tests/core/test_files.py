@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from core.files import (
+    NoRoom,
     append_jsonl,
     atomic_dir,
     hash_tree,
     read_json,
     read_jsonl,
+    require_room,
     sha256_file,
     write_json,
     write_text,
@@ -209,3 +211,11 @@ def test_wilson_intervals(successes, n, low, high):
 def test_wilson_refuses_impossible_counts():
     with pytest.raises(ValueError, match="must not be greater than n"):
         wilson(3, 2)
+
+
+def test_a_full_disk_is_named_with_what_was_needed_and_what_was_there(tmp_path):
+    require_room(tmp_path, 1, "nothing much")
+    with pytest.raises(
+        NoRoom, match=r"the checkpoint takes 1048576\.0 GiB, and [\d.]+ GiB are free; make room"
+    ):
+        require_room(tmp_path, 2**50, "the checkpoint")

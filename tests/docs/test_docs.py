@@ -167,5 +167,8 @@ def test_the_stage_pages_give_the_recipes_numbers(page):
     for path, shown in rows:
         value = recipe
         for part in path.split("."):
-            value = value[int(part)] if part.isdigit() else value[part]
+            if isinstance(value, list) and not part.isdigit():  # a reward, by its name
+                value = next(term for term in value if term["name"] == part)
+            else:
+                value = value[int(part)] if part.isdigit() else value[part]
         assert (float(shown) if isinstance(value, int | float) else shown) == value, path

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rewards import answer
 from rewards.answer import KINDS, UNGRADED, AnswerReward, gold_problem
+from rewards.answers import checker as checker_module
+from rewards.answers.checker import MathChecker
 from rewards.example import Example
-from rewards.mathcheck import MathChecker
 from rewards.style.format import DirectFormat, ThinkFormat
 
 CASES = json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8"))["cases"]
@@ -21,10 +21,10 @@ SCORES = {"correct": 1.0, "unscorable": None}
 @pytest.fixture(autouse=True, scope="module")
 def patient_checker():
     """A shared machine may make an honest comparison wait."""
-    checker, shared = MathChecker(deadline_s=30), answer.SHARED
-    answer.SHARED = checker
+    checker, shared = MathChecker(deadline_s=30), checker_module.SHARED
+    checker_module.SHARED = checker
     yield
-    answer.SHARED = shared
+    checker_module.SHARED = shared
     checker.close()
 
 
@@ -83,7 +83,7 @@ def test_every_gold_answer_earns_full_marks_for_itself(case):
 @pytest.mark.parametrize("case", [case for case in CASES if case.get("slow")], ids=name_of)
 def test_what_burns_the_deadline_is_never_credited(case, monkeypatch):
     checker = MathChecker()
-    monkeypatch.setattr(answer, "SHARED", checker)
+    monkeypatch.setattr(checker_module, "SHARED", checker)
     reward, completion, row = taken(case)
     assert reward(completion, row).score != 1
     checker.close()

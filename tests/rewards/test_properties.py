@@ -13,14 +13,18 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from rewards import algebra, extract, normal
+from rewards import extract
 from rewards.answer import KINDS, AnswerReward, gold_problem, kind_of
-from rewards.equality import Outcome, quick, quick_list
+from rewards.answers import algebra
+from rewards.answers.boxes import Box, iou, overlap
+from rewards.answers.math import compare_parts, decide, parse
+from rewards.answers.notation import joined
+from rewards.answers.number import exact_number
+from rewards.answers.outcome import Outcome
+from rewards.answers.plain import cleaned, plain_latex, plain_text
+from rewards.answers.quantity import read
 from rewards.example import Example
 from rewards.extract import parse_direct, parse_thinking
-from rewards.grounding import Box, iou, overlap
-from rewards.normal import exact_number, plain_latex, plain_text
-from rewards.quantity import read
 from rewards.style.format import DirectFormat, ThinkFormat
 from rewards.verdict import Status
 
@@ -79,6 +83,18 @@ MARKUP = (
         "°C",
     ),
 )
+
+
+def quick(gold, answer):
+    """The outcome where no worker is needed; None where one is."""
+    result = decide(gold, answer)
+    return result if isinstance(result, Outcome) else None
+
+
+def quick_list(gold, given, ordered):
+    return compare_parts(*(tuple(parse(joined(one)) for one in side) for side in (gold, given)), ordered)
+
+
 texts = st.lists(st.sampled_from(MARKUP) | st.text(max_size=5), max_size=40).map("".join)
 numbers = st.fractions(min_value=-(10**6), max_value=10**6, max_denominator=1000)
 
@@ -220,7 +236,7 @@ def test_a_decimal_reads_as_itself_in_every_spelling(decimal):
 @given(st.text())
 def test_what_is_normal_stays_so(text):
     assert plain_text(plain_text(text)) == plain_text(text)
-    assert normal.cleaned(normal.cleaned(text)) == normal.cleaned(text)
+    assert cleaned(cleaned(text)) == cleaned(text)
 
 
 # ---- expressions, against plain evaluation at a rational point
