@@ -127,7 +127,7 @@ def test_an_adapter_of_another_core_is_refused_with_what_does_not_fit(cores, tmp
     with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.up_proj: no such layer in the core"):
         merge_adapter(adapter, tmp_path / "merged", core=shallow)
     deep = build(tmp_path / "deep", text_layers=3)
-    with pytest.raises(AdapterError, match=r"7 problems(.|\n)*layers\.2.*the adapter has nothing for it"):
+    with pytest.raises(AdapterError, match=r"7 problems(.|\n)*layers\.2.*the adapter has no tensors for it"):
         merge_adapter(adapter, tmp_path / "merged", core=deep)
     assert not (tmp_path / "merged").exists()
 
