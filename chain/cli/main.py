@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = _words(error)
         if words is None or options.debug:
             raise
-        from core.checkpoint.shards import printable  # words of files and checkpoints must not drive a terminal
+        # Words of files and checkpoints must not drive a terminal.
+        from core.checkpoint.shards import printable
 
         print(f"posttrain: {printable(words)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
