@@ -1,12 +1,12 @@
 """A question cannot forge turns or images: the template's own tokens are refused, or are text like any other."""
 
 import pytest
-from core.training.learner import load_processor
 
 import core
 from core.model.prompts import messages
 from core.model.tiny import build_tiny
 from core.model.tokenizer import IMAGE_TOKEN, SPECIAL_TOKENS, TURN_END, TURN_START
+from core.training.model import load_processor
 from corpus.records import problem_of
 
 ROW = {
