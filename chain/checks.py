@@ -64,7 +64,7 @@ def check_rows(
     say: Callable[[str], None],
     only: str = "",
 ) -> None:
-    """Hold every row that servers will be asked against their limits, as far as it is there already.
+    """Hold every row that servers will be asked against their limits, as far as it exists already.
 
     Without `model`, a checkpoint folder with the tokenizer, pictures alone are counted. What was found is remembered
     in an existing `run_dir`. `only` is the first key of the sets to check, such as `eval`. Raises ConfigError with a

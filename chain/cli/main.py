@@ -54,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = _words(error)
         if words is None or options.debug:
             raise
-        print(f"posttrain: {words}", file=sys.stderr)
+        # Words of files and checkpoints must not drive a terminal.
+        from core.checkpoint.shards import printable
+
+        print(f"posttrain: {printable(words)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 

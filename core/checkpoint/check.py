@@ -1,4 +1,4 @@
-"""What every checkpoint must satisfy before anything loads it: no code of its own, and only finite weights.
+"""Checks a checkpoint before anything loads it: it brings no code, and its weights are finite.
 
 Stages, the soup, rollout servers, export and merge all ask `check_checkpoint`. A folder is untrusted: transformers
 stops and asks whether to run the code that a configuration names, and a `y` on standard input runs it.
