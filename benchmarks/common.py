@@ -16,9 +16,8 @@ def alternate(
 ) -> dict[str, float]:
     """Median seconds per side over `repetitions`, after `warm_up` that do not count.
 
-    The sides take turns and the order turns round every time, so that a machine that slows down or warms up favours
-    neither. Each side is called with the repetition's number; what counts are the seconds that it returns, or else the
-    wall time of the call.
+    The sides take turns, and their order alternates, so that a machine that slows down or warms up favours neither.
+    Each side is called with the repetition's number. It returns its seconds, or None for the wall time of the call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repetition in range(-warm_up, repetitions):

@@ -1,9 +1,9 @@
-"""What a learner's steps take, measured, beside what core/training/memory.py says they take.
+"""Peak memory of training, measured beside the estimate of core/training/memory.py.
 
     python -P -m benchmarks.memory [--quick]
 
-Each case trains two updates on random cores with the trainers of the stages, in a process of its own, on the CPU. The
-measured figure is the process's highest resident memory above what it held before the model was loaded.
+Each case trains two updates on a random core with a stage's own trainer, in a fresh process on the CPU. The measured
+figure is the process's highest resident memory above what it held before the model was loaded.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from core.training.config import LearnerConfig
 from core.training.memory import Memory, Work, estimate
 
 AT_ONCE = 2
-"""Cases measured beside each other: what they take is their own, whatever their time."""
+"""Cases that run at once. Their memory does not depend on each other; their time is not measured."""
 PHOTO_PX, PHOTOS = 1500, 1000
 """Side and number of the photos whose rows are measured."""
 UPDATES = 2
-"""The second one has the optimizer's states from the start."""
+"""Updates per case. The second one starts with the optimizer's states in memory."""
 SEPARATE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-"""glibc gives every tensor pages of its own, and back when it is freed: resident memory is then what is alive."""
+"""glibc gives every tensor its own pages and returns them when it is freed: resident memory is live memory."""
 
 WIDE = Size(112, (256, 2, 4, 512), (768, 3, 8, 2048), 4, 96, 16_384)
 """33M parameters in few layers, a third of them embeddings."""
 DEEP = Size(112, (128, 2, 4, 256), (256, 12, 4, 768), 2, 64, 2048)
 """11M parameters in many layers: activations outweigh them."""
 SEEING = Size(224, (512, 6, 8, 1408), (256, 2, 4, 768), 2, 64, 2048)
-"""Mostly a tower."""
+"""A core that is mostly tower."""
 SPECK = Size(112, (64, 1, 2, 64), (64, 1, 2, 64), 2, 32, 512)
-"""As good as nothing."""
+"""The smallest core."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Case:
     completion: int = 0
     groups: int = 1
     passes: int = 1
-    """Passes per update, among which an update's rows are shared out (sft)."""
+    """Passes per update; they share an update's rows (sft)."""
     learner: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -110,7 +110,7 @@ CASES = (
 
 
 def estimated(case: Case) -> Memory:
-    """What core/training/memory.py says of a case."""
+    """The estimate of core/training/memory.py for a case, in bytes."""
     config = build_config(case)
     return estimate(CoreShape.of(config.to_dict()), case.cfg, case.work, gpu=False)
 
@@ -123,7 +123,7 @@ def build_config(case: Case) -> Any:
 
 
 def measured(case: Case) -> float:
-    """Bytes that the case takes at its peak, in a child process."""
+    """Bytes that a case takes at its peak, measured in a child process."""
     command = [sys.executable, "-P", "-m", "benchmarks.memory", "--case", case.name]
     environment = {**os.environ, **SEPARATE, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
@@ -133,7 +133,7 @@ def measured(case: Case) -> float:
 
 
 def peak_bytes(case: Case) -> int:
-    """Train the case in this process; its highest resident memory above what was there before the model."""
+    """Train the case in this process; returns the highest resident bytes above those before the model was loaded."""
     from chain.worker import keep_engine_out
     from core.training.ranks import join_process_group
 
@@ -157,7 +157,7 @@ def peak_bytes(case: Case) -> int:
 
 
 def saved_core(case: Case, folder: Path) -> Path:
-    """A random core on disk, made by a process of its own: its model leaves nothing in this one."""
+    """A random core on disk. Another process makes it, so that its model leaves nothing in this one."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -299,7 +299,7 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
 
 
 def table(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Estimate and measurement of each case, printed as they come."""
+    """Print estimate and measurement of each case as they come."""
     lines = []
     print("case                  estimated  measured  ratio")
     with ThreadPoolExecutor(AT_ONCE) as children:

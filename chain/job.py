@@ -10,6 +10,9 @@ from typing import Any
 from core.strict import ConfigError, Strict, parse
 from core.training.job import Job
 
+DONE = ".done"
+"""In a step's folder: its process has done all its work. What is missing is the folder's final name."""
+
 
 class Typed(Strict):
     """A configuration that can be read back without knowing its type."""
@@ -20,13 +23,17 @@ class Typed(Strict):
 
     @classmethod
     def of(cls, config: Strict) -> Typed:
-        """The configuration with its type's name."""
+        """The configuration with its type's name. Defaults stay out: some keys may not be given at all."""
         kind = type(config)
-        return cls(type=f"{kind.__module__}:{kind.__qualname__}", values=config.model_dump(mode="json"))
+        return cls(
+            type=f"{kind.__module__}:{kind.__qualname__}",
+            values=config.model_dump(mode="json", exclude_unset=True),
+        )
 
     def read(self, where: str) -> Any:
         """The configuration. Raises ConfigError naming `where`."""
-        return parse(load(self.type), self.values, where)
+        kind: Any = load(self.type)
+        return parse(kind, self.values, where)
 
 
 class Task(Strict):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from chain.job import load
 from chain.recipe import CoreConfig, GenerateConfig
+from core.checkpoint.check import check_checkpoint
 from core.training.job import Job
 
 
@@ -16,9 +17,13 @@ def generate(cfg: GenerateConfig, job: Job) -> Path:
 
 
 def core(cfg: CoreConfig, job: Job) -> Path:
-    """Build the core, or link to the one that the recipe names; return its checkpoint folder."""
+    """Build the core, or link to the one that the recipe names; return its checkpoint folder.
+
+    Raises LayoutError for a core that brings code or holds NaN or infinity.
+    """
     checkpoint = job.out / "checkpoint"
     if cfg.path is not None:
+        check_checkpoint(Path(cfg.path))
         # A link, not a copy: a released core is gigabytes, and no stage writes to the one it starts from.
         checkpoint.symlink_to(Path(cfg.path).resolve())
     else:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from chain import run as runner
+from chain.checks import check_rows
+from chain.context import Context
 from chain.display import Display
+from chain.evaluate import evaluate
 from chain.inputs import locate_sets
 from chain.pool import OpenPool, Pool
 from chain.recipe import Recipe
 from chain.report import data as report
-from chain.stages import STAGES, Context
+from core.checkpoint.check import check_checkpoint
 from core.files import read_json, write_json
 from core.strict import ConfigError
 from rl.config import PoolConfig
@@ -43,19 +46,22 @@ def evaluate_checkpoint(
     display = Display()
     runner.data(recipe, runs_dir=runs_dir, display=display)
     out.mkdir(parents=True, exist_ok=True)
+    run_dir = (runs_dir / recipe.name).resolve()
+    sets = locate_sets(recipe, run_dir)
+    check_rows(recipe, sets, model.resolve(), run_dir, display.line, only="eval")
     with Pool(recipe.servers, out / "logs", open_pool) as pool, display.step("evaluation"):
         context = Context(
             recipe=recipe,
-            stage=STAGES[-1],
+            stage="eval",
             config=cfg,
             model=model.resolve(),
             out=out,
-            sets=locate_sets(recipe, (runs_dir / recipe.name).resolve()),
+            sets=sets,
             folders={},
             pool=pool,
             progress=display.passing,
         )
-        scores = STAGES[-1].evaluate(context)
+        scores = evaluate(context)
     write_json(out / "eval.json", {"model": str(model.resolve()), "scores": scores})
     display.line(report.scores_text(scores))
     display.line(f"samples and scores: {out}")
@@ -133,3 +139,4 @@ def _require_checkpoint(model: Path) -> None:
         raise ConfigError(
             f"{model}: model_type={kind!r}, a core has sailvl2; `posttrain core import` makes one"
         )
+    check_checkpoint(model)

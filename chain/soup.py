@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from chain.context import Context, Scores
+from chain.evaluate import evaluate
 from chain.recipe import Recipe
-from chain.stages import Context, Scores, evaluate
 from core.files import read_json, write_json
 from core.strict import Strict
 from core.training.job import Job
@@ -106,15 +107,17 @@ def record(folder: Path) -> dict[str, Any] | None:
 def _scorer(cfg: SoupWork, job: ServedJob, start: Path) -> Callable[[Path], float]:
     """A function from a checkpoint folder to the share of validation rows that it answers right, greedily."""
     from corpus.records import load_records
-    from rl.evaluate import judge
+    from rl.evaluate import accuracy
+    from rl.limits import askable
     from rl.rollout.client import RolloutClient
 
     source = cfg.soup.validation
-    rows = load_records(job.sets[source.set], split=source.split, rows=source.rows, seed=job.seed)
+    records = load_records(job.sets[source.set], split=source.split, rows=source.rows, seed=job.seed)
+    rows = askable(records, source, job.pool, start, cfg.max_completion_tokens)
     client = RolloutClient.of_pool(job.pool, job.urls, start)
 
     def score(checkpoint: Path) -> float:
         client.load_checkpoint(checkpoint)
-        return sum(row.correct for row in judge(rows, client, cfg.max_completion_tokens)) / len(rows)
+        return accuracy(rows, client, cfg.max_completion_tokens)
 
     return score

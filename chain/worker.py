@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
 
-from chain.job import Task
-from core.files import read_json
+from chain.errors import leave
+from chain.job import DONE, Task
+from core.files import read_json, sync_tree, write_text
 from core.strict import parse
 
 PR_SET_PDEATHSIG = 1
@@ -21,13 +23,21 @@ THREADS_END_S = 30.0
 def main(arguments: list[str]) -> int:
     """Do the task in the file that the only argument names; returns 0."""
     _end_with_parent()
+    faulthandler.enable()  # a segmentation fault leaves its stack in the log
     task = parse(Task, read_json(Path(arguments[0])), arguments[0])
     if not task.vllm:
         keep_engine_out()
     # One cache of the judges' replies for the whole run: a stage that starts again pays for nothing twice.
-    run_dir = Path(task.job.values["out"]).parent
-    os.environ.setdefault("POSTTRAIN_JUDGE_CACHE", str(run_dir / "judge.sqlite3"))
-    task.run()
+    out = Path(task.job.values["out"])
+    os.environ.setdefault("POSTTRAIN_JUDGE_CACHE", str(out.parent / "judge.sqlite3"))
+    try:
+        task.run()
+    except Exception as error:
+        leave(error, out)
+        raise
+    if os.environ.get("RANK", "0") == "0":
+        sync_tree(out)
+        write_text(out / DONE, "")
     _end_in_time()
     return 0
 

@@ -4,10 +4,13 @@ A stage writes into `<name>.partial`; the folder is renamed to `<name>` only whe
 disk. So a folder without the suffix is a finished one, whatever happened to the machine.
 """
 
+import glob
 import hashlib
 import json
+import logging
 import math
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +18,10 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import BaseModel
+
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 _CHUNK_BYTES = 1 << 20
@@ -25,7 +31,7 @@ _SAME = ".same"
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a reader sees the old text or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = _draft(path)
     try:
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -37,8 +43,18 @@ def write_text(path: Path, text: str) -> None:
     fsync(path.parent)
 
 
+def _draft(path: Path) -> Path:
+    """Where this process writes the new text; drafts that killed processes of this host left are removed."""
+    start = f".{path.name}.{platform.node()}."
+    for stale in path.parent.glob(f"{glob.escape(start)}*"):
+        process = stale.name.removeprefix(start)
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            stale.unlink(missing_ok=True)
+    return path.with_name(f"{start}{os.getpid()}")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write one JSON document as `write_text` does. NaN and infinity are no JSON: ValueError."""
+    """Write one JSON document as `write_text` does. Raises ValueError for NaN and infinity, which JSON cannot hold."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
 
 
@@ -50,31 +66,68 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line to a JSONL file, in one write, so that a reader following the file sees whole lines.
 
-    NaN and infinity become null: a diverged loss must not kill the run that is there to show it.
+    NaN and infinity become null: a diverged loss must not kill the run that is there to show it. A last line that a
+    killed writer left torn is dropped first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False, default=plain)
     except ValueError:
         line = json.dumps(_finite(json.loads(json.dumps(record, default=plain))), ensure_ascii=False)
+    _drop_torn_end(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; [] if there is none. Raises ValueError naming file and line."""
+    """The records of a JSONL file; [] if the file does not exist.
+
+    A last line that was torn (it has no end and is no JSON) is left out with a warning. Any other bad line raises
+    ValueError with file and line.
+    """
     if not path.exists():
         return []
     records = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not UTF-8
+                if not line.endswith(b"\n"):
+                    log.warning("%s:%d: the last line is torn; it is left out", path, number)
+                    break
                 raise ValueError(f"{path}:{number}: not a JSON line ({error})") from None
     return records
+
+
+class NoRoom(RuntimeError):
+    """A disk has no room for what is about to be written; the message has folder, need and space."""
+
+
+def require_room(folder: Path, needed: float, what: str) -> None:
+    """Raise NoRoom unless the disk of `folder`, an existing one, has `needed` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoRoom(
+            f"{folder}: {what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; make room, or "
+            "choose another --runs-dir"
+        )
+
+
+def _drop_torn_end(path: Path) -> None:
+    """Cut a file after its last whole line."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        log.warning("%s: the last line was torn; it is dropped", path)
+        file.truncate(whole)
 
 
 @contextmanager
@@ -96,13 +149,13 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
         write_text(mark, same)
     readable = partial.stat().st_mode & 0o666
     yield partial
-    mark.unlink(missing_ok=True)
     for file in partial.rglob("*.safetensors"):
         file.chmod(readable)  # written for their owner alone, whatever the umask
     sync_tree(partial)
     if path.exists():
         path.rename(old)
     partial.rename(path)
+    (path / _SAME).unlink(missing_ok=True)  # last: until the rename it says whose the folder is
     fsync(path.parent)
     if old.exists():
         shutil.rmtree(old)

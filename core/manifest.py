@@ -71,6 +71,11 @@ class Began:
     def __init__(self) -> None:
         self.started, self._clock = now(), time.monotonic()
 
+    @property
+    def seconds(self) -> float:
+        """Wall time since then."""
+        return time.monotonic() - self._clock
+
     def manifest(
         self,
         *,
@@ -80,8 +85,12 @@ class Began:
         inputs: Mapping[str, str] | None = None,
         seed: int = 0,
         parent: str | None = None,
+        seconds_before: float = 0.0,
     ) -> Manifest:
-        """The manifest of the work, which ends now; the fields are `Manifest`'s."""
+        """The manifest of the work, which ends now; the fields are `Manifest`'s.
+
+        `seconds_before` is what interrupted runs of the same work took.
+        """
         return Manifest(
             stage=stage,
             fingerprint=fingerprint,
@@ -93,7 +102,7 @@ class Began:
             commit=git_commit(),
             started=self.started,
             finished=now(),
-            seconds=round(time.monotonic() - self._clock, 3),
+            seconds=self.seconds + seconds_before,
         )
 
 

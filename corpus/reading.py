@@ -44,13 +44,17 @@ class Records(Sequence[Record]):
     """
 
     def __init__(self, table: Table, found: Scan) -> None:
-        self._table, self._indices = table, sorted(found.good)
+        self._table, self._scan, self._indices = table, found, sorted(found.good)
         self.dropped = dict(Counter(f"{problem.field}: {problem.rule}" for _, problem in found.bad))
         self.animated = found.animated
 
     def place(self, index: int) -> str:
         """Where a record comes from, for messages: its file and its row there, from 0."""
         return self._table.place(self._indices[index])
+
+    def only(self, kept: Sequence[int]) -> Records:
+        """The records of these indices."""
+        return Records(self._table, self._scan._replace(good=[self._indices[index] for index in kept]))
 
     @property
     def numbers(self) -> Sequence[int]:

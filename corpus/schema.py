@@ -30,7 +30,7 @@ from pydantic import Field
 
 from core.model.pictures import Picture
 from core.model.prompts import IMAGE, THINK_CONTRACT
-from core.strict import Strict, nearest
+from core.strict import Name, Strict, nearest
 
 Record = dict[str, Any]
 MODES = ("think", "direct")
@@ -72,12 +72,15 @@ OnBad = Literal["raise", "drop"]
 class DataSource(Strict):
     """A named set of records, and how much of it a stage takes."""
 
-    set: str = Field(min_length=1)
+    set: Name
     """Name of a set: `<run>/data/<set>.parquet`, or an entry of the recipe's data.sets."""
     rows: int | None = Field(default=None, ge=1)
     """Number of rows, drawn by the stage's seed; None takes all. More than the set has is an error."""
-    split: str = "train"
+    split: Name = "train"
     """Split of the set; a single Parquet file is its own."""
+    unaskable: Literal["refuse", "drop"] = "refuse"
+    """For sets that are sent to the rollout servers: a row beyond their limits (pictures per prompt, tokens of prompt
+    and completion) is refused before the first stage, or dropped and counted in the log."""
     on_bad_gold: OnBad = "raise"
     """RL only: a gold answer that cannot be graded against stops the load, or drops its row, counted in the log."""
 

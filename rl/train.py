@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,19 @@ from core.checkpoint.shards import weights_hash
 from core.files import append_jsonl
 from core.training.model import apply_freeze, load_model, load_processor, peft_config
 from core.training.ranks import join_process_group, training_arguments
-from core.training.resume import FOLDER, Unfinished, drop_lines_after, forget, identity, marker
+from core.training.resume import FOLDER, Unfinished, drop_lines_after, identity, marker
+from corpus.records import DataSource, Records
 from rewards.answer import AnswerReward
 from rewards.isolation import load_limited
 from rewards.judge.judges import Judge, statistics
 from rewards.mix import Mixture
 from rewards.selftest import self_test
 from rewards.style.length import SoftOverlong
+from rl import limits
 from rl.collect import Collector, Group, Pipeline, Sample
 from rl.config import PoolConfig, RLConfig
 from rl.data import Record, example_of, load_rows, prompt_messages
-from rl.evaluate import judge
+from rl.evaluate import accuracy
 from rl.job import ServedJob
 from rl.resume import StageState
 from rl.reward import mixture_of
@@ -51,7 +53,11 @@ def train(cfg: RLConfig, job: ServedJob) -> Path:
     model, out, seed, sets = job.start, job.out, job.seed, job.sets
     pool, urls, folders = job.pool, job.urls, job.folders
     join_process_group(cfg.learner)
-    records = load_rows(cfg.data, sets, seed)
+
+    def askable(source: DataSource, rows: Records) -> Records:
+        return limits.askable(rows, source, pool, model, cfg.rollout.max_completion_tokens)
+
+    records = load_rows(cfg.data, sets, seed, askable)
     unfinished = _unfinished(cfg, model, out, seed, records)
     # Before the model: ZeRO-3 splits weights as they load.
     arguments = trl_config(cfg, unfinished.folder, seed)
@@ -69,7 +75,7 @@ def train(cfg: RLConfig, job: ServedJob) -> Path:
         if cfg.save_every:
             record.drop_after(**unfinished.done)
         client = RolloutClient.of_pool(pool, urls, model, record.alarm_of_servers)
-        watcher = _watcher(cfg, client, out, sets, folders, seed)
+        watcher = _watcher(cfg, client, out, sets, folders, seed, askable)
         left = cfg.batches - unfinished.done["batches"]
         lead = Lead(client, _rollouts(cfg, client, records, folders, seed, left), watcher, record, records)
         if unfinished.checkpoint:
@@ -102,10 +108,7 @@ def train(cfg: RLConfig, job: ServedJob) -> Path:
     )
     try:
         unfinished.train(trainer)
-        path = save_checkpoint(trainer, processor, out / "checkpoint")
-        if lead:
-            forget(out)
-        return path
+        return save_checkpoint(trainer, processor, out / "checkpoint")
     finally:
         if lead:
             lead.client.close()
@@ -353,18 +356,17 @@ def _watcher(
     sets: Mapping[str, Path],
     folders: Sequence[Path],
     seed: int,
+    askable: Callable[[DataSource, Records], Records],
 ) -> Watcher:
     watch = cfg.watch
     second = (
         load_limited(watch.second_verifier, watch.second_params, folders) if watch.second_verifier else None
     )
-    rows = load_rows([watch.held_out], sets, seed) if watch.held_out else []
+    rows = load_rows([watch.held_out], sets, seed, askable) if watch.held_out else []
 
-    def accuracy(records: Sequence[Record]) -> float:
-        judged = judge(records, client, cfg.rollout.max_completion_tokens)
-        return sum(row.correct for row in judged) / len(judged)
-
-    return Watcher(watch, out, second, rows, accuracy)
+    return Watcher(
+        watch, out, second, rows, lambda records: accuracy(records, client, cfg.rollout.max_completion_tokens)
+    )
 
 
 def _sync(

@@ -39,14 +39,14 @@ _SAME_JSON = ("config.json", "tokenizer.json", "tokenizer_config.json", "process
 _SAME_TEXT = ("chat_template.jinja",)
 
 _NOT_COPIED = (START, INDEX, MANIFEST)
-"""What the first ingredient says about its own making."""
+"""Files that record how the first ingredient was made."""
 
 Score = Callable[[Path], float]
 """Validation score of a checkpoint folder; higher is better."""
 
 
 class SoupError(ValueError):
-    """The ingredients do not belong in one soup, or the soup is no good. The message is printable."""
+    """The ingredients do not fit together, or their merge is worse than they are. The message is printable."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
@@ -232,7 +232,7 @@ def soup(
 
 
 def _scored(score: Score, path: Path) -> float:
-    """The score of a checkpoint. Raises SoupError for one that is no number, which would compare with nothing."""
+    """The score of a checkpoint. Raises SoupError unless it is a finite number: comparisons with NaN are false."""
     value = score(path)
     if not isfinite(value):
         raise SoupError(f"{path}: its validation score is {value}; a score is a finite number")
@@ -293,14 +293,14 @@ def _check_tensors(one: _Checkpoint, other: _Checkpoint) -> None:
 def _start_of(path: Path) -> str:
     if not (path / START).exists():
         raise SoupError(
-            f"{path}: no {START}, so nothing says what it was fine-tuned from; sft.train writes it, or put "
+            f"{path}: no {START}, so its start is unknown; sft.train writes it, or put "
             '{"weights": <core.checkpoint.shards.weights_hash of the start>} there'
         )
     return str(read_json(path / START)["weights"])
 
 
 def _file_difference(one: Path, other: Path) -> str:
-    """What differs between two files, "" if nothing that matters does."""
+    """The first difference of two files that matters; "" if none does."""
     if not one.exists() and not other.exists():
         return ""
     if one.exists() != other.exists():
@@ -316,7 +316,7 @@ def _file_difference(one: Path, other: Path) -> str:
 
 
 def _stable(value: Any) -> Any:
-    """The JSON value without what says nothing about the model."""
+    """The JSON value without keys that do not describe the model."""
     if isinstance(value, dict):
         return {key: _stable(item) for key, item in value.items() if key not in _VOLATILE}
     return [_stable(item) for item in value] if isinstance(value, list) else value

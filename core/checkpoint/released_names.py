@@ -1,4 +1,4 @@
-"""Tensor names of the released SAIL-VL2 layout and of the native one, and what becomes of which.
+"""Tensor names of the released SAIL-VL2 layout and of the native one, and how they correspond.
 
 Source of the released names: public ports of the checkpoints (Apple's AIMv2, InternVL's adapter, Qwen3). The
 native names and shapes are those of core/model/layout.py.
@@ -56,12 +56,12 @@ _ROW_ORDER = ("q_proj", "k_proj", "v_proj")
 _POSITIONS = "vision_model.preprocessor.pos_embed"
 _EXPERT = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<number>\d+)\.(?P<half>gate|up|down)_proj\.weight")
 _HALVES = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
-"""What lies below one another in one expert's part of a stack."""
+"""The halves of one expert's part of a stack, in the order of their rows."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """A tensor of the released layout and the native ones that hold the same numbers, one below the other."""
+    """A tensor of the released layout and the native ones that hold the same numbers, stacked along the first axis."""
 
     released: str
     released_shape: Shape
@@ -69,7 +69,7 @@ class Link:
 
 
 def links(shapes: dict[str, Shape]) -> list[Link]:
-    """What becomes of every native tensor, in the native order; `shapes` as from `native_shapes`."""
+    """The link of every native tensor, in the native order; `shapes` comes from `native_shapes`."""
     parts: dict[str, list[tuple[str, Shape]]] = defaultdict(list)
     for name, shape in shapes.items():
         parts[released_name(name)].append((name, shape))

@@ -10,7 +10,7 @@ from core.checkpoint.adapters import check_fits, read_adapter, write_base
 from core.checkpoint.merge import merge_weights
 from core.checkpoint.shards import Tensors, read_object, weights_hash
 from core.checkpoint.stream import write_stream
-from core.files import atomic_dir, write_json
+from core.files import atomic_dir, require_room, write_json
 from core.model.layout import stored
 
 
@@ -32,6 +32,7 @@ def save_checkpoint(trainer: Any, processor: Any, out: Path) -> Path:
     if accelerator.is_main_process:
         start = Path(model.config.name_or_path)
         with atomic_dir(Path(out)) as folder:
+            require_room(folder, weight_bytes(model), "the checkpoint")
             if hasattr(model, "peft_config"):
                 _save_adapter_and_merged(model, state, folder)
             else:
@@ -41,6 +42,11 @@ def save_checkpoint(trainer: Any, processor: Any, out: Path) -> Path:
             released_files.hand_on(start, folder)
     accelerator.wait_for_everyone()
     return out
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's weights, of which ZeRO-3 leaves a part on this rank."""
+    return sum(getattr(one, "ds_numel", one.numel()) * one.element_size() for one in model.parameters())
 
 
 def _gathered(accelerator: Any, wrapped: Any, model: Any) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The one table of which part of a native core a tensor belongs to, by its name."""
+"""Maps tensor names of a native core to its parts: the only such table."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ def module_of(parameter_name: str) -> Module:
     for module, prefixes in MODULES.items():
         if parameter_name.startswith(prefixes):
             return module
-    raise ValueError(f"parameter {parameter_name!r} is in none of {MODULES}: this is no native core")
+    raise ValueError(f"parameter {parameter_name!r} is in none of {MODULES}: this is not a native core")

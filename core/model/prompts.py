@@ -1,4 +1,4 @@
-r"""What the model reads and what it is taught to say: the model card's prompt contract, as chat messages.
+r"""Prompts and targets as chat messages, by the model card's prompt contract.
 
 The rule is the same in every stage and in evaluation. The user's turn is the images, then the question; in thinking
 mode a newline and the contract follow. A question that holds `<image>` once for each image has them in those places.

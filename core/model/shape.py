@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.model.names import Module
-from core.model.sizes import DEFAULT_VISION, TEXT
+from core.model.released_sizes import DEFAULT_VISION, TEXT
 
 if TYPE_CHECKING:
     from core.model.configuration import SailVL2Config
@@ -42,7 +42,7 @@ class Parameters:
 
     @property
     def activated(self) -> int:
-        """What one token makes use of in the language model, embeddings included."""
+        """Parameters of the language model that one token uses, embeddings included."""
         return self.language_model_total - self.idle_experts
 
 
@@ -75,7 +75,7 @@ class CoreShape:
 
     @classmethod
     def read(cls, folder: Path) -> CoreShape:
-        """The shape of the native core in a folder; its weights are not looked at."""
+        """The shape of the native core in a folder; its weights are not read."""
         return cls.of(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
 
     @classmethod

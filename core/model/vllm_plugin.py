@@ -2,12 +2,13 @@
 
 vLLM calls it in every process it starts (API server, engine core, workers), before it reads the model's
 configuration. vLLM's transformers backend then finds the classes through the Auto classes and as attributes
-of the `transformers` module. Two questions that vLLM asks no processor are answered for ours: which image is
-the costliest, and which token of an image that has only one stands for it. Pictures of requests are decoded by the
-rule of core/model/pictures.py, as in the learner.
+of the `transformers` module. The plug-in also changes four things: which image vLLM takes as the costliest, which token
+stands for an image that has only one, how pictures of requests are decoded (by core/model/pictures.py, as in the
+learner), and that a checkpoint passes core/checkpoint/check.py before it is served.
 """
 
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 
@@ -19,6 +20,27 @@ def register() -> None:
     _measure_with_the_costliest_image()
     _find_the_token_of_an_image_of_one()
     _decode_pictures_as_the_learner_does()
+    _refuse_what_is_no_sound_checkpoint()
+
+
+def _refuse_what_is_no_sound_checkpoint() -> None:
+    """Let vLLM check a native core as stages do, before it reads it: no code of its own, only finite weights."""
+    import vllm.config.model as models
+
+    from core.checkpoint.check import check_checkpoint
+
+    stock = models.get_config
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @wraps(stock)
+    def checked(model: Any, *arguments: Any, **options: Any) -> Any:
+        config = stock(model, *arguments, **options)
+        if config.model_type == "sailvl2" and Path(model).is_dir():
+            check_checkpoint(Path(model))
+        return config
+
+    models.get_config = checked
 
 
 def _measure_with_the_costliest_image() -> None:

@@ -24,9 +24,9 @@ class Optim(Strict):
     """Passes over the data; give this or max_steps."""
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer updates; give this or epochs."""
-    global_batch_size: int | None = Field(default=None, ge=1)
+    global_batch_size: int | None = Field(default=None, ge=1, le=100_000_000)
     """Rows per optimizer update, over all ranks and accumulation steps."""
-    micro_batch_size: int = Field(default=1, ge=1)
+    micro_batch_size: int = Field(default=1, ge=1, le=1_000_000)
     """Rows per forward-backward pass of one rank."""
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -67,7 +67,7 @@ class DeepSpeedConfig(Strict):
     """DeepSpeed ZeRO. The report trains on ZeRO-2, for MoE with CPU offload (section 5)."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What is split over the ranks: 1 optimizer states, 2 also gradients, 3 also weights; 0 nothing."""
+    """Split over the ranks: 1 optimizer states, 2 also gradients, 3 also weights; 0 nothing."""
     offload: Literal["none", "cpu"] = "none"
     """Where optimizer states (and at stage 3 the weights) live."""
     bucket_elements: int = Field(default=500_000_000, ge=1)
@@ -132,9 +132,9 @@ class LoRAConfig(Strict):
 class LearnerConfig(Strict):
     """The machine side of training: ranks, precision, memory, and which weights move."""
 
-    processes: int = Field(default=1, ge=1)
+    processes: int = Field(default=1, ge=1, le=65536)
     """Ranks, of all hosts together; above 1 the stage runs under torchrun."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of each rank."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations; bfloat16 keeps float32 master weights in the optimizer under DeepSpeed."""

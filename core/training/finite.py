@@ -7,11 +7,14 @@ in a row the training raises `Diverged`.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+log = logging.getLogger(__name__)
 
 IN_A_ROW = 3
 """Updates in a row without finite loss and gradients that end a training: one bad batch may pass."""
@@ -60,6 +63,8 @@ class _FiniteGuard(TrainerCallback):
         self.run_before = self.run
         self.run = self.run + 1 if self.bad else 0
         self.total += self.bad
+        if self.bad:  # however rarely the stage logs
+            control.should_log = True
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -78,6 +83,8 @@ class _FiniteGuard(TrainerCallback):
         if self.run:
             rate = logs.get("learning_rate", math.nan)
             self.last_bad = f"step {state.global_step}: loss {loss:g}, gradient norm {norm:g}, rate {rate:g}"
+            if state.is_world_process_zero:
+                log.warning("%s: this update is not applied; %d in a row", self.last_bad, self.run)
         elif finite:
             self.last_finite = state.global_step, loss
         if self.total:

@@ -1,7 +1,7 @@
 """How much memory a rank needs to train a core: arithmetic over shapes, without torch.
 
-What transformers, TRL and DeepSpeed keep is counted tensor by tensor from their source, for the versions that this
-project pins; tests/core/test_memory.py holds it against what autograd keeps and against measured peaks.
+The counts follow the source of transformers, TRL and DeepSpeed tensor by tensor, in the pinned versions.
+tests/core/test_memory.py compares them with the tensors that autograd keeps and with measured peaks.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class Memory:
     """Master weights and AdamW's moments."""
     gradients: int
     activations: int
-    """What the forward pass keeps for the backward pass."""
+    """Kept by the forward pass for the backward pass."""
     recomputed: int
-    """What one layer takes while it is computed again; 0 without gradient checkpointing."""
+    """Of one layer while it is recomputed; 0 without gradient checkpointing."""
     head: int
     """The output layer's tile of logits and its gradient in float32."""
     buffers: int
     """Communication buckets, and copies that hold while they are filled."""
     step: int
-    """What the optimizer step needs for a moment."""
+    """Temporary copies in the optimizer step."""
     accumulates: bool
     host: int
     """Offloaded states, gradients included."""
@@ -70,7 +70,7 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """What stays between two updates: what a server that shares the GPU has to live with."""
+        """Bytes that stay between two updates, beside a server that shares the GPU."""
         return self.weights + self.optimizer
 
     @property
@@ -93,7 +93,7 @@ def estimate(
     frozen: tuple[Module, ...] | None = None,
     gpu: bool = True,
 ) -> Memory:
-    """What one rank of the learner takes at its largest pass.
+    """Memory of one rank of the learner at its largest pass.
 
     Args:
         shape: the core.
@@ -198,25 +198,18 @@ def _states(
     # Two buckets of gradients on their way, and the gradient that just came; offload copies that one once more.
     buckets = own * ((2 if stage >= 2 else 1) * bucket + largest * (2 if offload else 1))
     step = FP32 * part * (2 if gpu else 3)  # gradients in float32, and AdamW's copies
+    device = {"weights": weights, "gradients": gradients, "buffers": buckets}
     if not offload:
-        return {
-            "weights": weights,
-            "optimizer": optimizer,
-            "gradients": gradients,
-            "buffers": buckets,
-            "step": step,
-            "host": 0,
-        }
+        return {**device, "optimizer": optimizer, "step": step, "host": 0}
     # Gradients wait on the host in float32 for their own part, and whole where passes accumulate.
     host = optimizer + FP32 * part + 2 * FP32 * part
     host += own * trained if work.accumulates else 0
     if stage == 3:
         host += own * -(-total // ranks)
-        weights = own * min(LIVE, total)
-    device = {"weights": weights, "optimizer": 0, "gradients": 0, "buffers": buckets, "step": 0, "host": host}
+        device["weights"] = own * min(LIVE, total)
     if gpu:
-        return device
-    return {**device, "optimizer": optimizer + FP32 * part, "gradients": gradients, "step": step, "host": 0}
+        return {**device, "gradients": 0, "optimizer": 0, "step": 0, "host": host}
+    return {**device, "optimizer": optimizer + FP32 * part, "step": step, "host": 0}
 
 
 def _largest(shape: CoreShape) -> int:

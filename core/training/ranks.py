@@ -1,4 +1,4 @@
-"""How a process becomes a rank, and what SFT and RL tell transformers' TrainingArguments alike."""
+"""Process groups, and the training arguments that SFT and RL share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from core.training.config import LearnerConfig, Optim
 
 
 def training_arguments(optim: Optim, learner: LearnerConfig, *, seed: int) -> dict[str, Any]:
-    """What SFT and RL tell transformers' TrainingArguments alike; batch size and length are the stage's own.
+    """Arguments for transformers' TrainingArguments that SFT and RL share; each stage adds batch size and length.
 
     Call `join_process_group` first: DeepSpeed looks for its peers while the arguments are built.
     """

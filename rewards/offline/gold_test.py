@@ -49,10 +49,10 @@ def load_examples(data: str, split: str, rows: int | None, seed: int, mode: str 
     Raises ConfigError for a line that is no row or a missing file, RecordError for bad records.
     """
     if not data.endswith((".jsonl", ".json")):
-        from rl.data import example_of
+        from core.model.pictures import Decoded
 
         records = _records(data, split, rows, seed)
-        return Examples(records, records.numbers, example_of, mode)
+        return Examples(records, records.numbers, lambda row: Example.of(row, Decoded(row["images"])), mode)
     path = Path(data)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from core.files import write_json, write_text
 from core.manifest import now
+from core.model.pictures import Decoded
 from core.model.prompts import target_text
 from core.stats import wilson
 from corpus.records import load_records
@@ -37,7 +38,6 @@ from rewards.example import Example
 from rewards.judge.canaries import INJECTIONS, JudgeRefused
 from rewards.judge.judges import VisionJudge
 from rewards.verdict import Verdict
-from rl.data import example_of
 
 JSON, MARKDOWN, CACHE = "audit.json", "audit.md", "replies.sqlite3"
 LABELS = {
@@ -373,7 +373,7 @@ def _of_record(path: Path, place: int, record: Mapping[str, Any]) -> Labelled:
         completion = target_text(record)
     except ValueError as error:
         raise AuditError(f"{where}: {error}") from None
-    return Labelled(completion, example_of(record), good)
+    return Labelled(completion, Example.of(record, Decoded(record["images"])), good)
 
 
 def _label(value: Any, where: str, field: str) -> bool:

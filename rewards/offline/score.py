@@ -252,7 +252,7 @@ def run(
     """The command: score with a progress bar, and print the summary. Raises ConfigError for what is not there."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from chain.display import new_console
+    from core.console import new_console
 
     if not source.is_file():
         raise ConfigError(f"--input {source}: no such file")

@@ -37,14 +37,16 @@ class Engine:
         import torch
 
         import core
+        from core.checkpoint.check import check_checkpoint
         from core.training.model import load_processor
 
+        check_checkpoint(folder)
         core.register()
         from transformers import AutoModelForImageTextToText
 
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False).eval()
         self.model.to(self.device)
         self.processor = load_processor(folder)
         self.processor.tokenizer.padding_side = "left"

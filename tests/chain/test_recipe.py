@@ -217,3 +217,10 @@ def test_shared_gpus_refuse_what_needs_both_sides_at_once(toy, overrides, messag
 def test_a_key_that_was_renamed_is_refused_with_its_new_name(toy, override, message):
     with pytest.raises(ConfigError, match=message):
         load_recipe(toy.recipe_dir, [override])
+
+
+def test_hard_cases_come_from_an_earlier_rl_stage(toy):
+    with pytest.raises(
+        ConfigError, match=r"hard_cases\.stage='rlvr': no RL stage of this recipe before rlvr"
+    ):
+        load_recipe(toy.recipe_dir, ["rlvr.prepare.hard_cases={into: hard2, max_pass_rate: 0.5}"])

@@ -1,19 +1,24 @@
 """A stage's process ends when its work is done, whatever threads it has left."""
 
-import json
 import os
 import subprocess
 import sys
+
+from chain.job import Task
+from core.files import write_json
+from core.strict import Strict
+from core.training.job import Job
 
 
 def test_a_thread_that_a_reward_left_does_not_keep_the_process(tmp_path):
     (tmp_path / "leaves.py").write_text(
         "import threading, time\n"
-        "def work(job):\n"
+        "def work(cfg, job):\n"
         "    threading.Thread(target=time.sleep, args=(600,), name='left').start()\n"
         "    print('saved', flush=True)\n"
     )
-    (tmp_path / "job.json").write_text(json.dumps({"kind": "leaves:work"}))
+    task = Task.of("leaves:work", Strict(), Job(stage="leaves", out=tmp_path))
+    write_json(tmp_path / "job.json", task)
     code = (
         f"import sys, chain.worker as worker; worker.THREADS_END_S = 0.2; "
         f"sys.exit(worker.main([{str(tmp_path / 'job.json')!r}]))"

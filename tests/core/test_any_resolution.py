@@ -309,7 +309,7 @@ def test_a_longest_side_of_no_whole_block_is_refused(processor: SailVL2Processor
     processor.image_processor.size = {"longest_edge": 200}
     with pytest.raises(ValueError, match="longest side 200 px: images become whole blocks of 28 px"):
         processor(images=[[noise(40, 70)]], text=["<IMG_CONTEXT>"])
-    with pytest.raises(ValueError, match="max_image_px=200 is no multiple of 2 x patch_px=14"):
+    with pytest.raises(ValueError, match="max_image_px=200 is not a multiple of 2 x patch_px=14"):
         TinySize(any_resolution=True, max_image_px=200)
 
 

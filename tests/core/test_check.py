@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -204,3 +206,24 @@ def test_an_error_shows_no_control_character_of_a_file(folder):
     assert "\x1b" not in str(error.value)
     assert "\u202e" not in str(error.value)
     assert "\\x1b[31mred" in str(error.value)
+
+
+@pytest.mark.parametrize("bring", ["code", "NaN"])
+def test_vllm_refuses_such_a_core_before_it_reads_it(folder, bring):
+    """In a process of its own: vLLM patches transformers."""
+    if bring == "code":
+        edit(folder / "processor_config.json", auto_map={"AutoProcessor": "planted.Planted"})
+    else:
+        weights = load_file(folder / "model.safetensors")
+        weights["model.language_model.norm.weight"][0] = NAN
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    program = (
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "from vllm.config import ModelConfig\n"
+        f"ModelConfig(model={str(folder)!r}, model_impl='transformers', dtype='float32')\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    words = "processor_config.json: auto_map" if bring == "code" else "language_model.norm.weight: NaN"
+    assert done.returncode != 0
+    assert words in done.stderr

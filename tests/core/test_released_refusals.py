@@ -133,7 +133,7 @@ def test_an_index_cannot_name_files_outside_the_folder(name: str, tmp_path: Path
     there = write_released(tmp_path / "released", shards=2)
     save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
     edit(there / INDEX, lambda index: index["weight_map"].update({"mlp1.0.bias": name}))
-    refused(there, f"{INDEX} names {name!r}, which is no safetensors file of this folder")
+    refused(there, f"{INDEX} names {name!r}, which is not a safetensors file of this folder")
 
 
 def test_index_and_files_must_agree(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_index_and_files_must_agree(tmp_path: Path) -> None:
         f"{twice}: in {FIRST} and in {SECOND}",
     )
     (there / SECOND).unlink()
-    refused(there, f"{SECOND}: there is no such file; download the checkpoint again")
+    refused(there, f"{SECOND}: the file is missing; download the checkpoint again")
     (there / INDEX).unlink()
     refused(there, "config.json and weights disagree", "missing")
     (there / INDEX).write_text('{"weight_map": [1]}')
