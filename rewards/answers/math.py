@@ -155,9 +155,12 @@ def parse(text: str, depth: int = 0) -> Answer:
         return matrix
     if depth >= MAX_DEPTH:
         return Term(text)
-    if plain_number(text):
-        return Term(text)
+    # First: the comma of 1,000 separates nothing.
+    if plain_number(text) or (text.count("=") == 1 and plain_number(text.partition("=")[2])):
+        return _related(text, depth)
     listed = elements(text)
+    if listed.brackets == "()" and len(listed.parts) == 1:
+        return parse(listed.parts[0], depth + 1)
     if listed.brackets == "{}" and len(listed.parts) == 1:  # a set of one
         only = parse(listed.parts[0], depth + 1)
         return Collection(text, "{}", (only,), listed.connectives) if isinstance(only, Collection) else only
@@ -229,6 +232,8 @@ def decide(gold: str, answer: str, question: str = "") -> Result:
     """
     if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
         return Outcome.EQUAL if answer == gold else Outcome.UNPARSEABLE
+    if ";" in gold:
+        gold, answer = gold.replace(";", ","), answer.replace(";", ",")
     comma = _decimal_comma(gold, answer)
     return comma or compare(parse(notation.joined(gold)), parse(notation.joined(answer)), question)
 
@@ -276,6 +281,8 @@ def compare(gold: Answer, given: Answer, question: str = "", part: bool = False)
         return _compare_matrices(gold, given, question)
     if isinstance(gold, Collection) or isinstance(given, Collection):
         return _compare_collections(_bindings(gold), _bindings(given), question)
+    if isinstance(gold, Named) and isinstance(given, Named) and re.search(r"[(|:]", gold.name + given.name):
+        return Outcome.DIFFERENT  # f(3)=9 does not say that f(4)=9
     if isinstance(gold, Relation | Named) and isinstance(given, Relation | Named):
         return _compare_relations(_as_relation(gold), _as_relation(given))
     if (
@@ -602,7 +609,7 @@ def readable(gold: str) -> Result:
     >>> readable("1,024"), readable("Tuesday"), readable("x^2"), readable(r"\frac{")
     (<Outcome.EQUAL: 'equal'>, <Outcome.EQUAL: 'equal'>, <Outcome.EQUAL: 'equal'>, Pair(gold='\\frac{', given=None))
     """
-    gold = notation.joined(gold)
+    gold = notation.joined(gold.replace(";", ","))
     if not gold or strange(gold) or len(gold) > MAX_CHARS:
         return Outcome.BAD_GOLD
     return _readable(parse(gold))
