@@ -492,6 +492,6 @@ def test_a_value_earns_in_each_of_its_notations(top, bottom, form):
     for gold in notations(value)[:2]:
         row = Example("row", "?", gold, "direct", "math")
         for written in notations(value):
-            if form.endswith(" cm}}") and "%" in written:
-                continue
+            if (form.endswith(" cm}}") and "%" in written) or ("left(" in form and "," in written):
+                continue  # (1,000.0) is a point
             assert AnswerReward()(form.format(written), row).score == 1, (gold, form.format(written))
