@@ -23,15 +23,15 @@ WITH := --runs-dir $(RUNS) $(if $(SEED),--seed $(SEED)) $(foreach assignment,$(S
 SPAN := $(if $(FROM),--from $(FROM)) $(if $(UNTIL),--until $(UNTIL))
 
 .PHONY: help setup demo smoke post-train plan data core sft soup longcot rlvr fusion mixed-rl eval report \
-        rollout-server test test-all bench check format clean
+        rollout-server test test-all bench check docs format clean
 
 help: ## list the targets
 	@echo "make <target> [RECIPE=recipes/demo] [SEED=1] [FROM=rlvr] [UNTIL=fusion] [SET=\"rlvr.rollout.group_size=16\"]"
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
-setup: $(READY) ## virtual environment with the pinned stack (CPU or GPU build, whichever this machine has)
+setup: $(READY) ## make the virtual environment with the pinned stack (CPU or GPU build, as the machine has)
 
-# torch first: asked for by another package it can arrive as another, several gigabytes larger, build.
+# torch comes first: a package that asks for plain torch can bring a build that is several gigabytes larger.
 $(READY): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11, or name one with PYTHON=..."; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
@@ -48,57 +48,62 @@ else
 endif
 	@touch $@
 
-demo: setup ## the whole chain on the tiny core: a table and runs/demo/report.html
+demo: setup ## run the whole chain on a tiny core; prints a table, writes runs/demo/report.html
 	$(POSTTRAIN) run recipes/demo $(WITH) $(SPAN)
 
-smoke: setup ## the same stages in about two minutes
+smoke: setup ## run the same stages with few steps, in about two minutes
 	$(POSTTRAIN) run recipes/smoke $(WITH) $(SPAN)
 
-post-train: setup ## the chain of RECIPE, or a part of it: FROM=rlvr UNTIL=fusion
+post-train: setup ## run the chain of RECIPE, or a part of it: FROM=rlvr UNTIL=fusion
 	$(POSTTRAIN) run $(RECIPE) $(WITH) $(SPAN)
 
-plan: setup ## resolve and check RECIPE without training
+plan: setup ## check RECIPE and show stages, data, placement and memory; trains nothing
 	$(POSTTRAIN) plan $(RECIPE) $(if $(SEED),--seed $(SEED)) $(foreach assignment,$(SET),--set $(assignment))
 
 data: setup ## generate RECIPE's data
 	$(POSTTRAIN) data $(RECIPE) $(WITH)
 
-core: setup ## stage: build or fetch the pre-trained core
-sft: setup ## stage 1: basic SFT in four phases
-soup: setup ## stage 1b: model soup
-longcot: setup ## stage 2: LongCoT SFT
-rlvr: setup ## stage 3: RL with verifiable rewards
-fusion: setup ## stage 4: think-fusion SFT
-mixed-rl: setup ## stage 5: RL with the mixed reward system
+core: setup ## build or link the pre-trained core
+sft: setup ## run stage 1: basic SFT in four phases
+soup: setup ## run stage 1b: model soup
+longcot: setup ## run stage 2: LongCoT SFT
+rlvr: setup ## run stage 3: RL with verifiable rewards
+fusion: setup ## run stage 4: think-fusion SFT
+mixed-rl: setup ## run stage 5: RL with mixed rewards
 
 core sft soup longcot rlvr fusion mixed-rl:
 	$(POSTTRAIN) run $(RECIPE) $(WITH) --from $@ --until $@
 
-eval: setup ## evaluate MODEL=path/to/checkpoint on RECIPE's held-out sets
+eval: setup ## score MODEL=path/to/checkpoint on RECIPE's held-out sets
 	@[ -n "$(MODEL)" ] || { echo "make eval needs MODEL=path/to/checkpoint"; exit 2; }
 	$(POSTTRAIN) eval $(MODEL) --recipe $(RECIPE) $(WITH)
 
 report: setup ## write RECIPE's report again
-	$(POSTTRAIN) report $(RECIPE) $(WITH)
+	$(POSTTRAIN) report $(RUNS)/$(notdir $(RECIPE:/=))$(if $(SEED),-seed$(SEED))
 
-rollout-server: setup ## serve MODEL=path/to/checkpoint for rollouts until stopped
+rollout-server: setup ## serve MODEL=path/to/checkpoint until interrupted
 	@[ -n "$(MODEL)" ] || { echo "make rollout-server needs MODEL=path/to/checkpoint"; exit 2; }
 	$(POSTTRAIN) rollout-server $(MODEL) --recipe $(RECIPE) $(foreach assignment,$(SET),--set $(assignment))
 
-test: setup ## the tests that CI runs, without a GPU or a network
+test: setup ## run the tests that CI runs; they need neither a GPU nor a network
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m "not slow and not gpu"
 
-test-all: setup ## also the slow ones
+test-all: setup ## run the slow tests as well
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest
 
-bench: setup ## the benchmarks, each a table and one JSON line; QUICK=1: each within a minute
+bench: setup ## run the benchmarks; each prints a table and one JSON line (QUICK=1: each within a minute)
 	@for bench in learner packing rollout step scaling memory rewards; do \
 	  $(BIN)/python -P -m benchmarks.$$bench $(if $(QUICK),--quick) || exit 1; done
 
-check: setup ## ruff, formatting, types
+check: setup ## check lint, formatting, types and the links of the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy core corpus rewards sft rl chain recipes benchmarks
+	$(BIN)/python -P -m mkdocs build --quiet
+
+docs: setup ## build the documentation in build/docs
+	$(BIN)/python -P -m mkdocs build
+	@echo "docs: build/docs/index.html"
 
 format: setup ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

@@ -1,1 +1,1 @@
-"""Claims about speed, each measured side by side with the stock path: `python -P -m benchmarks.<name>`."""
+"""Claims about speed. Each is measured beside the stock path: `python -P -m benchmarks.<name>`."""

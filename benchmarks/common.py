@@ -16,9 +16,8 @@ def alternate(
 ) -> dict[str, float]:
     """Median seconds per side over `repetitions`, after `warm_up` that do not count.
 
-    The sides take turns and the order turns round every time, so that a machine that slows down or warms up favours
-    neither. Each side is called with the repetition's number; what counts are the seconds that it returns, or else the
-    wall time of the call.
+    The sides take turns, and their order alternates, so that a machine that slows down or warms up favours neither.
+    Each side is called with the repetition's number. It returns its seconds, or None for the wall time of the call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repetition in range(-warm_up, repetitions):
@@ -60,7 +59,7 @@ def bars(title: str, axis: str, values: Mapping[str, float]) -> str:
 
 def emit(bench: str, **results: Any) -> None:
     """Print the benchmark's one JSON line, with the machine and the commit it ran on."""
-    from core.files import git_commit
+    from core.manifest import git_commit
 
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     print(json.dumps({"bench": bench, **results, "commit": git_commit(), **machine}), flush=True)

@@ -2,13 +2,14 @@
 
     python -P -m benchmarks.learner [--quick]
 
-A step is the pass for old log-probabilities and the loss with its backward pass; no optimizer, as it is the same.
-`ratio` is with both passes on both sides; where one update follows each rollout batch, our learner leaves the first one
-out, which TRL with an engine does not: `ratio_one_update`. All completions of a shape have the same length, so that
-nothing is gained from padding. Before anything is timed, loss
-and gradients of both sides are compared. Both sides run in one process, in alternating order, one CPU thread (or one
-GPU, bf16, SAIL-VL2-2B's shapes with random weights); peak memory comes from a process of its own per side. On a GPU
-that is known, MFU is what the step needs when nothing is repeated, over what the GPU could do in the time.
+A step is the pass for old log-probabilities, and the loss with its backward pass. The optimizer is left out: it is the
+same on both sides. `ratio` counts both passes on both sides. Where one update follows each rollout batch, our learner
+skips the first pass; TRL with an engine runs it all the same (`ratio_one_update`). All completions of a shape have the
+same length, so that nothing is gained from padding.
+
+Loss and gradients of both sides are compared before the clock starts. Both sides run in one process, in alternating
+order, on one CPU thread or one GPU (bf16, SAIL-VL2-2B's shapes with random weights). Peak memory is measured in one
+process per side. MFU, on known GPUs, is the work of a step without repetition over what the GPU could do in that time.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ ONE_UPDATE = "shared, one update"
 
 @dataclass(frozen=True)
 class Shape:
-    """Groups of one prompt and equally long completions."""
+    """Groups of completions of the same length."""
 
     name: str
     group_size: int
     images: int
-    """Tiles in the prompt, each of the size's tokens."""
+    """Tiles in the prompt; the size of the core says how many tokens each has."""
     text: int
     """Other tokens of the prompt."""
     completion: int
@@ -63,10 +64,11 @@ class Size:
         return (self.image_px // 28) ** 2
 
     def step_flops(self, shape: Shape) -> float:
-        """Floating-point operations of a step with every prompt and image computed once.
+        """Floating-point operations of a step that computes every prompt and image once.
 
-        Two for each weight that a token meets, in four passes: old log-probabilities, forward, and a backward that
-        counts twice. Attention: two products over the keys that each token sees. Norms and softmax are left out.
+        Each weight costs a token two operations in each of four passes: old log-probabilities, forward, and a backward
+        pass that counts twice. Attention costs two products over the keys that a token sees. Norms and softmax are left
+        out.
         """
         prompt = shape.images * (self.tile_tokens + 2) + max(0, shape.text - 2 * shape.images)
         scored = shape.group_size * shape.completion
@@ -116,11 +118,11 @@ GPU_SHAPES = tuple(
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-"""Dense bf16 operations per second of GPUs by a part of their name. Source: NVIDIA's data sheets (SXM forms)."""
+"""Part of a GPU's name -> its dense bf16 operations per second. Source: NVIDIA's data sheets (SXM)."""
 
 
 def cases(quick: bool, gpu: bool) -> list[tuple[Size, Shape]]:
-    """What is measured, the headline first."""
+    """The shapes to measure, the headline first."""
     if gpu:
         return [(SAIL_2B, shape) for shape in (PROOF_SHAPE, *(GPU_SHAPES[1:2] if quick else GPU_SHAPES))]
     if quick:
@@ -172,7 +174,7 @@ def build_core(size: Size) -> tuple[Any, Any]:
 
 
 def rows_of(shape: Shape, size: Size, processor: Any) -> list[dict[str, Any]]:
-    """TRL's rows: pictures of noise, random tokens, made-up rewards and sampler log-probabilities."""
+    """TRL's rows: pictures of noise, random tokens, invented rewards and sampling log-probabilities."""
     import numpy as np
     import torch
     from PIL import Image
@@ -215,7 +217,7 @@ def trainer_of(
 ) -> tuple[Any, Any]:
     """TRL's or our trainer of this model, and the batch that it makes of the rows.
 
-    The batch is for two updates, so that the old log-probabilities are needed, but for `ONE_UPDATE`.
+    The batch serves two updates, so that the old log-probabilities are needed. Side `ONE_UPDATE` has one.
     """
     import torch
     from datasets import Dataset
@@ -260,7 +262,7 @@ def trainer_of(
 
 
 def step(trainer: Any, inputs: dict[str, Any]) -> float:
-    """Old log-probabilities where the batch has some, loss and gradients; returns the loss."""
+    """One step: old log-probabilities where the batch needs them, loss and gradients. Returns the loss."""
     import torch
 
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -279,7 +281,7 @@ def step(trainer: Any, inputs: dict[str, Any]) -> float:
 
 
 def repeated(trainer: Any, inputs: dict[str, Any]) -> Callable[[int], None]:
-    """A side of `alternate`: the step, to its end on the device."""
+    """A side for `alternate`: one step, until the device has finished it."""
     import torch
 
     def run(_: int) -> None:
@@ -291,7 +293,7 @@ def repeated(trainer: Any, inputs: dict[str, Any]) -> Callable[[int], None]:
 
 
 def checked_equal(name: str, model: Any, sides: Mapping[str, tuple[Any, dict[str, Any]]]) -> float:
-    """The largest relative difference of a side's gradients of `model` from stock's.
+    """The largest relative difference between a side's gradients of `model` and stock's.
 
     Raises AssertionError if a side's gradients or loss differ by more than rounding.
     """
@@ -316,7 +318,7 @@ def checked_equal(name: str, model: Any, sides: Mapping[str, tuple[Any, dict[str
 
 
 def mfu(size: Size, shape: Shape, seconds: float) -> float | None:
-    """Share of the GPU's peak that a step of so many seconds used; None on a CPU or a GPU that is not listed."""
+    """Share of the GPU's peak that a step of `seconds` used; None on a CPU or an unlisted GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -327,7 +329,7 @@ def mfu(size: Size, shape: Shape, seconds: float) -> float | None:
 
 
 def compare(size: Size, shape: Shape, folder: str) -> dict[str, Any]:
-    """Assert that both sides agree, then time them in turn."""
+    """Check that both sides agree, then time them in turn."""
     model, processor = build_core(size)
     rows = rows_of(shape, size, processor)
     sides = {}
@@ -350,7 +352,7 @@ def compare(size: Size, shape: Shape, folder: str) -> dict[str, Any]:
 
 
 def peak_mib(side: str, size: Size, shape: Shape) -> float:
-    """Peak memory of one step above what was held before it, MiB. For a process of its own."""
+    """Peak memory of one step above what was held before it, in MiB. Call it in a fresh process."""
     import torch
 
     model, processor = build_core(size)

@@ -1,6 +1,6 @@
-r"""Pairs of gold answer and prediction as they are met in training, with the verdict that each deserves.
+r"""Pairs of gold answer and prediction as training meets them, each with the right verdict.
 
-Each family makes, from random numbers, a gold answer, other spellings of it and wrong answers.
+Each family draws numbers at random and makes a gold answer of them, other spellings of it, and wrong answers.
 """
 
 import random
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Pair(NamedTuple):
-    """A question to a verifier, and the right reply."""
+    """A gold answer, a prediction, and whether they are equal."""
 
     gold: str
     prediction: str
@@ -18,7 +18,7 @@ class Pair(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """A gold answer, what is equal to it and what is not."""
+    """A gold answer, predictions that equal it, and predictions that do not."""
 
     gold: str
     equal: list[str]
@@ -42,7 +42,7 @@ HOSTILE = (
 
 
 def distinct(seed: int, each: int) -> list[Pair]:
-    """`each` rounds of one right and one wrong prediction per family, all pairs different, in random order."""
+    """`each` rounds with one right and one wrong prediction per family, in random order. No pair repeats."""
     draw = random.Random(seed)
     pairs: dict[tuple[str, str], Pair] = {}
     for family in FAMILIES:
@@ -62,7 +62,7 @@ def distinct(seed: int, each: int) -> list[Pair]:
 
 
 def groups(seed: int, each: int) -> list[Pair]:
-    """`each` prompts per family with eight completions in a row: five right in two spellings, three wrong."""
+    """`each` prompts per family, eight completions each in a row: five right in two spellings, three wrong."""
     draw = random.Random(seed)
     pairs = []
     for family in FAMILIES * each:
@@ -76,7 +76,7 @@ def groups(seed: int, each: int) -> list[Pair]:
 
 
 def _fraction(draw: random.Random) -> Fraction:
-    """Neither an integer nor a decimal."""
+    """A fraction that is neither an integer nor a finite decimal."""
     while True:
         value = Fraction(draw.randint(1, 99), draw.choice((3, 6, 7, 9, 11, 13, 14, 21)))
         if value.denominator not in (1, 2):

@@ -1,15 +1,16 @@
-"""What a learner's steps take, measured, beside what core/training/memory.py says they take.
+"""Peak memory of training, measured beside the estimate of core/training/memory.py.
 
     python -P -m benchmarks.memory [--quick]
 
-Each case trains two updates on random cores with the trainers of the stages, in a process of its own, on the CPU. The
-measured figure is the process's highest resident memory above what it held before the model was loaded.
+Each case trains two updates on a random core with a stage's own trainer, in a fresh process on the CPU. The measured
+figure is the process's highest resident memory above what it held before the model was loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import os
 import subprocess
@@ -22,24 +23,27 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learner import Size, build_core, status_kib
-from core.training.learner import LearnerConfig
-from core.training.memory import CoreShape, Memory, Work, estimate
+from core.model.shape import CoreShape
+from core.training.config import LearnerConfig
+from core.training.memory import Memory, Work, estimate
 
 AT_ONCE = 2
-"""Cases measured beside each other: what they take is their own, whatever their time."""
+"""Cases that run at once. Their memory does not depend on each other; their time is not measured."""
+PHOTO_PX, PHOTOS = 1500, 1000
+"""Side and number of the photos whose rows are measured."""
 UPDATES = 2
-"""The second one has the optimizer's states from the start."""
+"""Updates per case. The second one starts with the optimizer's states in memory."""
 SEPARATE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-"""glibc gives every tensor pages of its own, and back when it is freed: resident memory is then what is alive."""
+"""glibc gives every tensor its own pages and returns them when it is freed: resident memory is live memory."""
 
 WIDE = Size(112, (256, 2, 4, 512), (768, 3, 8, 2048), 4, 96, 16_384)
 """33M parameters in few layers, a third of them embeddings."""
 DEEP = Size(112, (128, 2, 4, 256), (256, 12, 4, 768), 2, 64, 2048)
 """11M parameters in many layers: activations outweigh them."""
 SEEING = Size(224, (512, 6, 8, 1408), (256, 2, 4, 768), 2, 64, 2048)
-"""Mostly a tower."""
+"""A core that is mostly tower."""
 SPECK = Size(112, (64, 1, 2, 64), (64, 1, 2, 64), 2, 32, 512)
-"""As good as nothing."""
+"""The smallest core."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Case:
     completion: int = 0
     groups: int = 1
     passes: int = 1
-    """Passes per update, among which an update's rows are shared out (sft)."""
+    """Passes per update; they share an update's rows (sft)."""
     learner: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -106,7 +110,7 @@ CASES = (
 
 
 def estimated(case: Case) -> Memory:
-    """What core/training/memory.py says of a case."""
+    """The estimate of core/training/memory.py for a case, in bytes."""
     config = build_config(case)
     return estimate(CoreShape.of(config.to_dict()), case.cfg, case.work, gpu=False)
 
@@ -119,7 +123,7 @@ def build_config(case: Case) -> Any:
 
 
 def measured(case: Case) -> float:
-    """Bytes that the case takes at its peak, in a child process."""
+    """Bytes that a case takes at its peak, measured in a child process."""
     command = [sys.executable, "-P", "-m", "benchmarks.memory", "--case", case.name]
     environment = {**os.environ, **SEPARATE, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
@@ -129,9 +133,9 @@ def measured(case: Case) -> float:
 
 
 def peak_bytes(case: Case) -> int:
-    """Train the case in this process; its highest resident memory above what was there before the model."""
+    """Train the case in this process; returns the highest resident bytes above those before the model was loaded."""
     from chain.worker import keep_engine_out
-    from core.training.learner import join_process_group
+    from core.training.ranks import join_process_group
 
     keep_engine_out()
     join_process_group(case.cfg)
@@ -153,7 +157,7 @@ def peak_bytes(case: Case) -> int:
 
 
 def saved_core(case: Case, folder: Path) -> Path:
-    """A random core on disk, made by a process of its own: its model leaves nothing in this one."""
+    """A random core on disk. Another process makes it, so that its model leaves nothing in this one."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -174,7 +178,7 @@ def sft_trainer(case: Case, core: Path, folder: Path) -> Any:
     import numpy as np
     import torch
 
-    from core.training.learner import load_processor
+    from core.training.model import load_processor
     from sft.config import SFTConfig
     from sft.packing import ByRows, Plan
     from sft.train import phase_trainer
@@ -213,7 +217,7 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
     from datasets import Dataset
 
     from benchmarks.learner import Shape, rows_of
-    from core.training.learner import load_model, load_processor, peft_config
+    from core.training.model import load_model, load_processor, peft_config
     from rewards.mix import Graded
     from rewards.verdict import Status, Verdict
     from rl.collect import Batch, Group, Pipeline, Sample
@@ -295,7 +299,7 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
 
 
 def table(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Estimate and measurement of each case, printed as they come."""
+    """Print estimate and measurement of each case as they come."""
     lines = []
     print("case                  estimated  measured  ratio")
     with ThreadPoolExecutor(AT_ONCE) as children:
@@ -309,20 +313,76 @@ def table(cases: Sequence[Case]) -> list[dict[str, Any]]:
     return lines
 
 
+def photos_line() -> dict[str, Any]:
+    """Host memory of an RL stage's rows with photos, loaded and each asked once."""
+    command = [sys.executable, "-P", "-m", "benchmarks.memory", "--photos"]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    print(
+        f"{PHOTOS:,} photos of {PHOTO_PX} px, {found['file'] / 2**20:.0f} MiB as files: rows that are loaded and asked "
+        f"take {found['held'] / 2**20:.0f} MiB of the process's own memory"
+    )
+    return found
+
+
+def held_by_photos() -> dict[str, int]:
+    """Bytes of the file, and of this process's memory that its rows add (files mapped into it left out)."""
+    import numpy as np
+    from PIL import Image
+
+    from corpus.records import DataSource, write_records
+    from rl.data import load_rows, prompt_messages
+    from rl.rollout.client import openai_messages
+
+    noise = np.random.default_rng(0)
+
+    def photo() -> bytes:
+        small = Image.fromarray(noise.integers(0, 256, (PHOTO_PX // 50, PHOTO_PX // 50, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        small.resize((PHOTO_PX, PHOTO_PX), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+        return buffer.getvalue()
+
+    def written(count: int) -> Path:
+        row = {"question": "How many?", "answer": "3", "mode": "direct", "verifier": "number"}
+        path, photos = Path(folder) / f"{count}.parquet", [photo() for _ in range(20)]
+        rows = ({**row, "id": str(number), "images": [photos[number % 20]]} for number in range(count))
+        write_records(path, rows)
+        return path
+
+    def asked(path: Path) -> Any:
+        rows = load_rows([DataSource(set="photos")], {"photos": path}, seed=0)
+        for row in rows:
+            openai_messages(prompt_messages(row))
+        gc.collect()
+        return rows
+
+    with tempfile.TemporaryDirectory() as folder:
+        warm, path = written(20), written(PHOTOS)
+        asked(warm)  # modules, threads and buffers
+        before = status_kib("RssAnon")
+        rows = asked(path)
+        held = (status_kib("RssAnon") - before) * 2**10
+        return {"photos": len(rows), "file": path.stat().st_size, "held": held}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="three cases")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--photos", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.photos:
+        print(json.dumps(held_by_photos()))
+        return
     if options.case:
         case = next(case for case in CASES if case.name == options.case)
         print(json.dumps({"peak_bytes": peak_bytes(case)}))
         return
     lines = table(CASES[:3] if options.quick else CASES)
+    photos = photos_line()
     worst = max(abs(line["ratio"] - 1) for line in lines)
-    print(json.dumps({"bench": "memory", "worst": worst, "cases": lines}))
+    print(json.dumps({"bench": "memory", "worst": worst, "cases": lines, "photos": photos}))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
 """Packed SFT against stock TRL with padding, on a documented mixture: `python -P -m benchmarks.packing [--quick]`.
 
-The mixture (ours; drawn so that its shape is that of image-text SFT data with dynamic tiling, SAIL-VL2's
-stages 1 to 4 together), at 256 tokens per tile:
+The mixture is ours. It has the shape of image-text SFT data with dynamic tiling, as in SAIL-VL2's stages 1 to 4
+together, at 256 tokens per tile:
 
-- images: 25% of rows have none. Of the others, half show one tile (an image of 448 px or less), 35% an image
-  cut in 2 to 12 tiles plus the thumbnail, 15% two to four images of one tile.
+- images: 25% of rows have none. Of the others, half show one tile (an image of 448 px or less), 35% show an image
+  cut in 2 to 12 tiles plus the thumbnail, and 15% show two to four images of one tile.
 - prompts: log-normal, median 45 tokens.
-- answers: 45% short (median 12 tokens), 35% descriptions (median 200), 20% long chains (median 1,000; their
-  tail is what contexts of 16,384 and 20,480 tokens are for, and is cut at 12,000 here).
+- answers: 45% are short (median 12 tokens), 35% are descriptions (median 200), 20% are long chains (median 1,000).
+  The chains' tail is the reason for contexts of 16,384 and 20,480 tokens; here it is cut at 12,000.
 
-One CPU thread cannot train at that scale, so the timing divides the lengths by sixteen (16 tokens per tile of
-112 px) and trains SAIL-VL2-2B with all widths divided by sixteen and its layers by four: tower, linear layers and
-attention keep the shares that they have at full size. Both paths train the same prepared rows in the same
-updates: what differs is the collator and the attention. Stock pads to the longest row of a micro-batch of 8, the
-default of TRL's configuration; smaller ones pad less, and keep a GPU busy less, which a CPU does not show.
-Imbalance is counted, not timed, at full scale. On a GPU nothing is scaled: SAIL-VL2-2B's shapes with random weights,
-bf16, gradient checkpointing, wall time.
+One CPU thread cannot train at that scale. The timing therefore divides the lengths by sixteen (16 tokens per tile of
+112 px) and trains SAIL-VL2-2B with widths divided by sixteen and layers by four. Tower, linear layers and attention
+keep their shares of the work. Both paths train the same prepared rows in the same updates; they differ in the collator
+and the attention. Stock pads to the longest row of a micro-batch of 8, TRL's default. Smaller micro-batches pad less
+but keep a GPU less busy, which a CPU does not show. Imbalance is counted at full scale, not timed. On a GPU nothing is
+scaled: SAIL-VL2-2B's shapes with random weights, bf16, gradient checkpointing, wall time.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from chain.worker import keep_engine_out
 
 TILE_TOKENS = 256
 SCALE = 16
-"""Real lengths are divided by it for the timing."""
+"""The timing divides real lengths by this."""
 RANKS, GLOBAL_BATCH, PACK_TOKENS = 8, 1024, 32768
-"""Of the imbalance: the report's global batch (section 4) on eight ranks."""
+"""For the imbalance: the report's global batch (section 4) on eight ranks."""
 HEADLINE = 8
-"""Rows of stock's micro-batch in the ratio."""
+"""Rows of stock's micro-batch for the headline ratio."""
 PACK_ROWS = 2
-"""A pack holds so many times the longest row: on a CPU, packs that stay in the cache are 10 to 15% faster than packs of
-eight, and they take less memory than the padded micro-batches."""
+"""Longest rows that fit in a pack. On a CPU, packs that stay in the cache are 10 to 15% faster than packs of eight, and
+they take less memory than the padded micro-batches."""
 
 
 def mixture(rows: int, seed: int) -> dict[str, np.ndarray]:
@@ -79,8 +78,9 @@ def full_scale_sizes(rows: int, seed: int) -> np.ndarray:
 
 
 def dealt_imbalance(sizes: np.ndarray) -> tuple[float, float]:
-    """Of whole updates on RANKS ranks: how far the busiest lies above the mean, in order and packed."""
-    from sft.packing import ByRows, Plan, imbalance
+    """How far the busiest of RANKS ranks lies above the mean over whole updates: (dealt in order, packed)."""
+    from sft.balance import imbalance
+    from sft.packing import ByRows, Plan
 
     updates = len(sizes) // GLOBAL_BATCH
     plan = Plan(sizes, ByRows(GLOBAL_BATCH), budget=PACK_TOKENS, ranks=RANKS, seed=0, max_updates=updates)
@@ -95,7 +95,7 @@ def dealt_imbalance(sizes: np.ndarray) -> tuple[float, float]:
 
 
 def build_core(folder: Path) -> Path:
-    """SAIL-VL2-2B with widths divided by 16 and layers by 4: Qwen3-1.7B and SAIL-ViT-Huge; undivided on a GPU."""
+    """SAIL-VL2-2B (Qwen3-1.7B, SAIL-ViT-Huge) with widths divided by 16 and layers by 4; undivided on a GPU."""
     from core.model.tiny import TinySize, build_tiny
 
     if on_gpu():
@@ -118,7 +118,7 @@ def build_core(folder: Path) -> Path:
 
 
 def build_lessons(rows: int, processor: Any, seed: int) -> list[dict[str, Any]]:
-    """Rows of the scaled mixture: random tokens, noise for pixels."""
+    """Rows of the scaled mixture: random tokens and noise for pixels."""
     import torch
 
     from sft.data import IGNORED
@@ -145,7 +145,7 @@ def build_lessons(rows: int, processor: Any, seed: int) -> list[dict[str, Any]]:
 
 
 def clock() -> float:
-    """Seconds. On a CPU, where one thread computes, its own: on a busy machine they leave out what neighbours do."""
+    """A clock in seconds: the thread's CPU time on a CPU, where neighbours then do not count, else wall time."""
     import torch
 
     if not on_gpu():
@@ -158,7 +158,7 @@ class Bench:
     """Trains the same rows padded and packed, and times the updates."""
 
     def __init__(self, folder: Path, updates: int, rows: int) -> None:
-        from core.training.learner import load_processor
+        from core.training.model import load_processor
 
         self.folder, self.updates, self.rows = folder, updates, rows
         self.core = build_core(folder / "core")
@@ -175,7 +175,7 @@ class Bench:
         self.signal = sum(labels)
 
     def train(self, micro_batch: int, packed: bool) -> tuple[float, list[float]]:
-        """Seconds of the updates, and each one's loss."""
+        """Seconds of all updates, and the loss of each."""
         from transformers import TrainerCallback
 
         from sft.config import SFTConfig
@@ -229,7 +229,7 @@ class Bench:
         return ends[-1] - ends[0], losses
 
     def compare(self, micro_batch: int, repetitions: int) -> dict[str, float]:
-        """Medians of both paths, taken in turns, with the order of the turns alternating."""
+        """Medians of both paths, which take turns in alternating order."""
         import torch
 
         peaks: dict[str, float] = {}
@@ -261,7 +261,7 @@ class Bench:
         }
 
     def padding(self, micro_batch: int) -> float:
-        """Share of the positions of stock's batches that hold padding."""
+        """Share of padding among the positions of stock's batches."""
         import torch
 
         tokens = self.sizes.sum(axis=1)

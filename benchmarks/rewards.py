@@ -2,9 +2,9 @@ r"""How fast, and how safe, answers are verified: our service, math-verify in a 
 
     python -P -m benchmarks.rewards [--quick]
 
-All three get the same pairs, in turn and in an order that alternates; each repetition brings new pairs, and the
-median counts. Before the clock starts our outcomes must be the expected ones, and one round has warmed all three
-up. math-verify and TRL run with their own timeouts, each where its alarms work: on the main thread of a process.
+All three get the same pairs, in turn and in alternating order. Each repetition brings new pairs, and the median
+counts. Before the clock starts, our outcomes must be the expected ones, and one round warms all three up. math-verify
+and TRL use their own timeouts, on the main thread of a process, where their alarms work.
 Prints a table and, as the last line, one JSON object.
 """
 
@@ -28,7 +28,7 @@ CHUNK = 16
 
 
 def math_verify_grade(pairs: list[Pair]) -> list[bool]:
-    """Whether each pair is equal, in the way of math-verify's README."""
+    """Whether each pair is equal, called as in math-verify's README."""
     from math_verify import parse, verify
 
     return [verify(parse(f"${gold}$"), parse(f"${prediction}$")) for gold, prediction, _ in pairs]
@@ -57,7 +57,7 @@ class Service:
 
 
 class Stock:
-    """Someone else's verifier in processes of its own."""
+    """Another library's verifier in a process pool."""
 
     def __init__(self, verifier: Callable[[list[Pair]], list[bool]], processes: int) -> None:
         self._verifier = verifier
@@ -68,7 +68,7 @@ class Stock:
         return [equal for graded in self._pool.map(self._verifier, chunks) for equal in graded]
 
     def done_within(self, pairs: list[Pair], seconds: float) -> int:
-        """How many pairs, sent one by one, are graded in time; the processes are gone afterwards."""
+        """How many pairs, sent one by one, are graded in time. The processes are ended afterwards."""
         jobs = [self._pool.submit(self._verifier, [pair]) for pair in pairs]
         done = sum(job.exception() is None for job in wait(jobs, seconds).done)
         for process in list(self._pool._processes.values()):
@@ -109,7 +109,7 @@ def rates(
 
 
 def latencies(checker: MathChecker, pairs: list[Pair]) -> list[float]:
-    """Seconds of each single call; the checker has a worker to spare, so that no call waits for a fork."""
+    """Seconds of each single call. The checker keeps a spare worker, so that no call waits for a fork."""
 
     def call(pair: Pair) -> float:
         start = time.perf_counter()
@@ -126,7 +126,7 @@ def disagreements(grade: Callable[[list[Pair]], list[bool]], pairs: list[Pair]) 
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Everything that is printed."""
+    """Measure everything; returns what is printed."""
     each, repetitions = (2, 3) if quick else (8, 5)
     service = Service()
     systems: dict[str, Service | Stock] = {
@@ -180,7 +180,7 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The table, then the JSON line."""
+    """Print the table, then the JSON line."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,10 +1,10 @@
-"""The rollout side: our client against vLLM in one process, weight updates, overlap, and what dynamic sampling wastes.
+"""The rollout side: our client against vLLM in one process, weight updates, overlap, and dynamic sampling's waste.
 
     python -P -m benchmarks.rollout [--quick]
 
-Client path: a server of our pool asked through RolloutClient, against `vllm.LLM.generate` in one process, on the same
-prompts with an image each and several completions; both must give the same tokens (on a GPU, where bf16 sums depend on
-what is batched together, as many). Overlap: the same RL stage with
+Client path: RolloutClient asks a server of our pool; `vllm.LLM.generate` in one process is the reference. Both get the
+same prompts, with an image each and several completions, and must give the same tokens (on a GPU as many: bf16 sums
+depend on the batch). Overlap: the same RL stage with
 `rollout.overlap` off and on. Dynamic sampling: the collector over simulated prompts of known pass rates, plain DAPO
 against the ledger.
 """
@@ -42,10 +42,10 @@ from benchmarks.workload import (
 PROMPTS, GROUP, TOKENS, MODEL_TOKENS = 32, 8, 32, 512
 MODULE = "benchmarks.rollout"
 SIMULATED_PROMPTS = 500
-"""Prompts of the simulated stage; their pass rates are drawn from Beta(0.6, 0.6): many solved, many failed."""
+"""Prompts of the simulated stage. Their pass rates follow Beta(0.6, 0.6): many near 0, many near 1."""
 
 SIMULATED_BATCHES = (40, 160)
-"""Of 16 groups: about one and a half epochs, and six. A ledger has nothing to say before the second."""
+"""Batches of 16 groups: about one and a half epochs, and six. A ledger helps from the second epoch on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare(quick: bool) -> None:
-    """Run all parts and print them."""
+    """Run all parts and print their figures."""
     from rl.rollout.client import CoreFacts
     from rl.rollout.server import starting_pool
 
@@ -115,8 +115,8 @@ def compare(quick: bool) -> None:
 def simulate_dynamic_sampling(batches: int) -> dict[str, float]:
     """Useful groups per 1,000 completions over `batches` batches, plain DAPO and with the ledger's defaults.
 
-    The policy improves as it would: a prompt's pass rate moves a little towards 1 with every batch. Both sides see the
-    same prompts and the same luck per prompt and visit.
+    The policy improves: every batch moves a prompt's pass rate a little towards 1. Both sides see the same prompts, and
+    the same random draws per prompt and visit.
     """
     return {
         "plain": _simulate(batches, {"oversample": 1.0, "carry": False, "rest_epochs": 0}),
@@ -153,7 +153,7 @@ def _simulate(batches: int, sampling: dict[str, Any]) -> float:
 
 
 class _SimulatedPolicy:
-    """Answers right with each prompt's own rate; the n-th visit of a prompt has the same luck on both sides."""
+    """Answers right at each prompt's own rate. The n-th visit of a prompt draws the same numbers on both sides."""
 
     def __init__(self, rates: dict[str, float]) -> None:
         self.rates, self.visits = dict(rates), dict.fromkeys(rates, 0)
@@ -175,7 +175,7 @@ class _SimulatedPolicy:
 
 
 def compare_client(core: Path, urls: Sequence[str], raw: _RawEngine, repetitions: int) -> dict[str, float]:
-    """Median seconds for the same prompts through our client and in one process; both give the same tokens."""
+    """Median seconds for the same prompts through our client and in one process. Both must give the same tokens."""
     from rl.data import prompt_messages
     from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
 
@@ -206,8 +206,9 @@ def _lengths(answers: list[list[list[int]]]) -> list[list[int]]:
 
 
 def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float:
-    """Median seconds from the learner's weights to servers that serve them, all caches forgotten."""
-    from core.training.learner import LearnerConfig, load_model
+    """Median seconds until the servers serve the learner's new weights, with all caches reset."""
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model
     from rl.rollout.client import CoreFacts, RolloutClient
     from rl.rollout.weights import FileSync, weights_folder
 
@@ -245,13 +246,13 @@ def compare_overlap(core: Path, urls: Sequence[str], pool: str, folder: Path) ->
             elapsed = [
                 json.loads(line)["elapsed"] for line in (out / "metrics.jsonl").read_text().splitlines()
             ]
-            # The first two batches hold the start: imports, first requests, and with overlap the batch in advance.
+            # The first two batches include the start: imports, first requests, and with overlap the batch in advance.
             seconds[name] += [after - before for before, after in pairwise(elapsed[1:])]
     return {name: median(found) for name, found in seconds.items()}
 
 
 class _RawEngine:
-    """`vllm.LLM` in a process of its own, asked by repetition number."""
+    """`vllm.LLM` in another process, which takes a repetition's number."""
 
     def __init__(self, core: Path, banned: Sequence[int]) -> None:
         self.process = subprocess.Popen(
@@ -294,7 +295,7 @@ def _raw_engine(job: dict[str, Any]) -> None:
     os.dup2(2, 1)  # whatever vLLM prints must not end up between the answers
     from vllm import LLM, SamplingParams
 
-    from core.training.learner import load_processor
+    from core.training.model import load_processor
     from rl.data import prompt_messages
 
     options: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
@@ -312,6 +313,8 @@ def _raw_engine(job: dict[str, Any]) -> None:
         limit_mm_per_prompt={"image": {"count": 1, "width": 112, "height": 112}},
         **options,
     )
+    from core.model.pictures import Decoded
+
     processor = load_processor(Path(job["core"]))
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
@@ -321,7 +324,7 @@ def _raw_engine(job: dict[str, Any]) -> None:
             text = processor.apply_chat_template(
                 prompt_messages(row), add_generation_prompt=True, tokenize=False
             )
-            requests.append({"prompt": text, "multi_modal_data": {"image": row["images"]}})
+            requests.append({"prompt": text, "multi_modal_data": {"image": list(Decoded(row["images"]))}})
             params.append(
                 SamplingParams(
                     n=GROUP,

@@ -1,11 +1,11 @@
-"""How the learner's cost grows with group size, prompt length, images per prompt and completion length, and with ranks.
+"""How the learner's cost grows with group size, prompt length, images per prompt, completion length and ranks.
 
     python -P -m benchmarks.scaling [--quick]
 
-One factor is doubled at a time, the others stay. Seconds of a step (benchmarks.learner) are fitted by
-seconds = a x factor^exponent; sharing shows as exponents near 0 for what a group has in common, where stock TRL's are
-near 1. Ranks share one batch, each with its own groups. Both sides' gradients are compared before anything is timed,
-and so are those of one rank and of two.
+One factor is doubled at a time; the others stay. Seconds of a step (benchmarks.learner) are fitted by
+seconds = a x factor^exponent. For parts that a group shares, our exponents should be near 0 and stock TRL's near 1.
+Ranks share one batch, each with its own groups. Gradients of both sides, and of one rank and two, are compared before
+the clock starts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FACTORS: Mapping[str, Sequence[int]] = {
     "images": (1, 4, 16),
     "completion": (32, 64, 128, 256),
 }
-"""Field of a shape -> its values; `text` are the prompt's tokens beside its images."""
+"""Field of a shape -> its values; `text` is the prompt's tokens without its images."""
 RANKS = (1, 2)
 RANK_GROUPS = 8
 """Groups in the batch that the ranks share."""

@@ -3,9 +3,9 @@
     python -P -m benchmarks.step [--quick]
 
 All sides train the same random core on the same prompts with the same reward, group size and completion length, each
-in processes of its own: ours samples from a vLLM server, and with `rollout.overlap` while it trains; TRL's GRPOTrainer
-samples with transformers' generate. Completions of a random core run to the end but by chance, so all sides work on the
-same number of tokens (checked to 5%). On a GPU: SAIL-VL2-2B's shapes with random weights, bf16.
+in its own processes. Ours samples from a vLLM server, with `rollout.overlap` while it trains. TRL's GRPOTrainer samples
+with transformers' generate. A random core hardly ever ends a completion early, so all sides work on the same number of
+tokens (checked to 5%). On a GPU: SAIL-VL2-2B's shapes with random weights, bf16.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare(quick: bool) -> None:
-    """Run all sizes and print them."""
+    """Run all sizes and print their figures."""
     sizes = ["2b"] if on_gpu() else ["tiny"] if quick else ["tiny", "mid"]
     found = {name: _compare(name, quick) for name in sizes}
     shares = next(iter(found.values()))["shares"]
@@ -87,7 +87,7 @@ def compare(quick: bool) -> None:
 
 
 def _compare(name: str, quick: bool) -> dict[str, Any]:
-    """Median seconds per step of all sides after the first two, in turns; and the parts of ours."""
+    """Median seconds per step of each side, in turns and without the first two steps, and the parts of ours."""
     from corpus.records import write_records
     from rl.rollout.server import rollout_pool
 
@@ -152,7 +152,7 @@ def _step_seconds(turns: Sequence[Sequence[Mapping[str, Any]]]) -> float:
 
 
 def _shares(turns: Sequence[Sequence[Mapping[str, Any]]], step_s: float) -> dict[str, float]:
-    """Of a step of ours: sampling, rewards, the weight update, and what is left, the learner."""
+    """The parts of our step: sampling, rewards, weight update, and the learner as the rest."""
     counted = [line for lines in turns for line in lines[2:]]
     shares = {part: median(line[figure] for line in counted) / step_s for part, figure in PARTS.items()}
     return {**shares, "learner": 1 - sum(shares.values())}
@@ -170,8 +170,10 @@ def _train_stock(job: Mapping[str, Any]) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     from core.files import append_jsonl
+    from core.model.pictures import Decoded
     from core.strict import parse
-    from core.training.learner import LearnerConfig, load_model, load_processor
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model, load_processor
     from corpus.records import load_records
     from rewards.answer import AnswerReward
     from rl.config import RLConfig
@@ -208,7 +210,7 @@ def _train_stock(job: Mapping[str, Any]) -> None:
                 {
                     "id": row["id"],
                     "prompt": [{"role": "user", "content": prompt_messages(row)[-1]["content"][-1]["text"]}],
-                    "images": row["images"],
+                    "images": list(Decoded(row["images"])),
                 }
                 for row in rows.values()
             ]

@@ -20,14 +20,14 @@ WORDS = (
     *("compute", "A", "B", "plus", "minus", "digit", "cell", "question"),
     *("".join(letters) for letters in islice(product("ABCDEFGHIJKLMN", repeat=3), 2328)),
 )
-"""A vocabulary of 2,374 tokens with the chat's: in it a random core rarely ends a turn, and it is in proportion
-(151,936 / 64) to cores whose widths are SAIL-VL2-2B's divided by 16 and layers by 4."""
+"""Makes a vocabulary of 2,374 tokens, the chat's included. A random core rarely ends a turn in it. It is in proportion
+(151,936 / 64) to cores with SAIL-VL2-2B's widths divided by 16 and layers by 4."""
 TINY_WORDS = 560
-"""Of the tiny core, whose output layer keeps the share that way that the 2B's has: a fifth of the language model."""
+"""Vocabulary of the tiny core: its output layer is then a fifth of the language model, as the 2B's is."""
 TEMPERATURE = 0.7
 READY = "ready"
 SIZES: Mapping[str, TinySize] = {"tiny": TinySize(text_layers=2), "mid": SMALL["mid"]}
-"""`tiny` is the demo's architecture with a layer less; `mid` has real tiles: 448 px, 256 tokens each."""
+"""`tiny` is the demo's architecture with one layer less; `mid` has real tiles: 448 px, 256 tokens each."""
 
 
 def on_gpu() -> bool:
@@ -38,7 +38,7 @@ def on_gpu() -> bool:
 
 
 def random_core(path: Path, size: str = "tiny") -> Path:
-    """A core with random weights, which never ends its turn early but by chance; core.model.sizes has the real ones."""
+    """A core with random weights, which hardly ever ends its turn early; core.model.sizes has the real sizes."""
     if size in SIZES:
         words = WORDS[:TINY_WORDS] if size == "tiny" else WORDS
         return build_tiny(path, words=words, seed=0, size=SIZES[size])
@@ -58,7 +58,7 @@ def learner_settings() -> dict[str, Any]:
 
 
 def records(count: int, first: int = 0, side_px: int = 56, images: int = 1) -> list[dict[str, Any]]:
-    """Prompts whose pictures are noise that no other prompt has, so that no cache answers in an engine's place."""
+    """Prompts whose pictures are noise of their own, so that no cache answers for the engine."""
     import numpy as np
     from PIL import Image
 
@@ -86,7 +86,7 @@ def records(count: int, first: int = 0, side_px: int = 56, images: int = 1) -> l
 def rl_stage(
     *, batches: int, prompts: int, group: int, tokens: int, rows_per_pass: int = 64
 ) -> dict[str, Any]:
-    """An RL stage on the set `rl` in which every sampled group is trained on: the work is the same every step."""
+    """An RL stage on the set `rl` that trains on every sampled group: each step does the same work."""
     return {
         "data": [{"set": "rl"}],
         "rewards": [{"name": "answer", "use": "answer", "weight": 1.0}],
@@ -113,6 +113,7 @@ def train_rl(job: Mapping[str, Any]) -> None:
     from chain.worker import keep_engine_out
     from core.strict import parse
     from rl.config import RLConfig
+    from rl.job import ServedJob
 
     keep_engine_out()
     import deepspeed  # noqa: F401
@@ -125,23 +126,25 @@ def train_rl(job: Mapping[str, Any]) -> None:
     with weights_folder(None) as weights:
         train(
             parse(RLConfig, job["stage"], "benchmark"),
-            model=Path(job["model"]),
-            out=Path(job["out"]),
-            seed=0,
-            sets={"rl": Path(job["data"])},
-            pool=PoolConfig.model_validate_json(job["pool"]),
-            urls=urls,
-            weights=weights,
+            ServedJob(
+                stage="benchmark",
+                model=Path(job["model"]),
+                out=Path(job["out"]),
+                sets={"rl": Path(job["data"])},
+                pool=PoolConfig.model_validate_json(job["pool"]),
+                urls=urls,
+                weights=weights,
+            ),
         )
 
 
 def child(module: str, option: str, job: Mapping[str, Any]) -> list[str]:
-    """Command line of this benchmark's own child process."""
+    """The command line of a benchmark's child process."""
     return [sys.executable, "-P", "-m", module, option, json.dumps(job)]
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """What a rollout server gets, and a learner: so that two sides differ in nothing else."""
+    """Environment of rollout servers and learners, so that two sides differ in nothing else."""
     from chain.launch import environment as learner_environment
     from rl.rollout.server import environment as server_environment
 
@@ -149,7 +152,7 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 
 class Child:
-    """A process that imports while others start, and works when it is told to, so that nobody's start is timed.
+    """A process that imports while others start, and works when told to, so that no start is timed.
 
     Args:
         command: of a program that calls `wait_for_the_word` before it works.
@@ -176,7 +179,7 @@ class Child:
         self._process.communicate()
 
     def wait_until_ready(self) -> None:
-        """Return when it has imported everything."""
+        """Wait until it has imported everything."""
         assert self._process.stdout is not None
         for line in self._process.stdout:  # imports print warnings
             if line.strip() == READY:
@@ -184,7 +187,7 @@ class Child:
         self._fail()
 
     def run(self, told: Any = None) -> None:
-        """Let it work to its end, with what it is told. Raises RuntimeError with the end of its log if it fails."""
+        """Send it its task and wait for its end. Raises RuntimeError with the end of its log if it fails."""
         self._process.communicate(f"{json.dumps(told)}\n")
         if self._process.returncode:
             self._fail()
@@ -197,7 +200,7 @@ class Child:
 
 
 def wait_for_the_word() -> Any:
-    """In a `Child`: say that everything is imported, and wait for what it is told. What it prints goes to the log."""
+    """In a `Child`: say that everything is imported, and wait for the task. Its prints go to the log."""
     answer = os.dup(1)
     os.dup2(2, 1)
     os.write(answer, f"{READY}\n".encode())

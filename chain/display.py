@@ -1,10 +1,12 @@
-"""What the terminal shows while a chain runs: a living line on a terminal, plain lines in a file or in CI."""
+"""What the terminal shows while a chain runs: one live line on a terminal, plain lines in a file or in CI."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,34 +14,83 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from core.console import new_console
+
+log = logging.getLogger(__name__)
+
 PLAIN_EVERY_S = 10
-"""Without a terminal, at most one line of progress in so many seconds."""
-_SHOWN = ("loss", "reward", "rollout/correct", "token_accuracy")
-"""Metrics worth a place in the line, of those that a stage logs."""
+"""Without a terminal, seconds between two lines of progress, at least."""
 
 
 class Tail:
-    """The records added to a JSONL file since the last look; an unfinished line waits for the next."""
+    """The records added to a JSONL file since the last look.
+
+    A line without its end waits for the next look. A file that was replaced or rewritten is read again from its start;
+    of its lines those that were read before and are unchanged are left out. A line that is not JSON is left out with a
+    warning: whoever only watches must not end a run.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._read = 0
+        self._read: list[bytes] = []
+        """Digests of the lines read so far."""
+        self._offset = 0
+        self._last = b""
 
     def new(self) -> list[dict[str, Any]]:
         """Records in the order they were written; [] while there is no file."""
+        start = self._offset - len(self._last)
         try:
             with self.path.open("rb") as file:
-                file.seek(self._read)
+                file.seek(start)
                 chunk = file.read()
+                if not chunk.startswith(self._last):
+                    file.seek(0)
+                    return self._again(file.read())
         except FileNotFoundError:
             return []
-        whole = chunk[: chunk.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+        return self._take(chunk[len(self._last) :])
+
+    def _again(self, content: bytes) -> list[dict[str, Any]]:
+        """Read a rewritten file: the lines after those that it shares with the old one."""
+        shared = 0
+        for digest, line in zip(self._read, _whole(content), strict=False):
+            if digest != _digest(line):
+                break
+            shared += len(line)
+        self._read = [_digest(line) for line in _whole(content[:shared])]
+        self._offset, self._last = shared, (_whole(content[:shared]) or [b""])[-1]
+        return self._take(content[shared:])
+
+    def _take(self, added: bytes) -> list[dict[str, Any]]:
+        records = []
+        for line in _whole(added):
+            self._read.append(_digest(line))
+            self._offset, self._last = self._offset + len(line), line
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                log.warning("%s:%d: not a JSON record; left out", self.path, len(self._read))
+        return records
+
+
+def _whole(content: bytes) -> list[bytes]:
+    """The lines that have an end, with it."""
+    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
+def _digest(line: bytes) -> bytes:
+    return hashlib.blake2b(line, digest_size=8).digest()
 
 
 class Display:
-    """Prints what stays, and shows what passes."""
+    """Prints lines that stay, and one live line that the next one replaces."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or new_console()
@@ -48,7 +99,7 @@ class Display:
         self._last_plain, self._last_text = 0.0, ""
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
@@ -65,33 +116,19 @@ class Display:
             finally:
                 self._status = None
 
-    def passing(self, text: str) -> None:
-        """What is going on now; the next call replaces it, and one with the same text moves the clock on."""
+    def passing(self, text: str, *, elapsed: bool = True) -> None:
+        """Show what is going on now, with the time since the step began unless `elapsed` is off.
+
+        On a terminal the next call replaces the line. Elsewhere it is printed at most every PLAIN_EVERY_S seconds, and
+        only if the text is new.
+        """
         now = time.monotonic()
-        line = f"{self._label}: {text}  {duration(now - self._started)}"
+        line = " · ".join([self._label, text, *([duration(now - self._started)] if elapsed else [])])
         if self._status is not None:
             self._status.update(escape(line))
         elif now - self._last_plain >= PLAIN_EVERY_S and text != self._last_text:
             self._last_plain, self._last_text = now, text
             self.line(line)
-
-
-def new_console() -> Console:
-    """The terminal; a file or a pipe counts as 100 columns wide, not as the 80 that cut tables."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=100)
-
-
-def metrics_text(record: Mapping[str, Any]) -> str:
-    """One metrics line in few words: `phase general  step 12  loss 0.431`."""
-    words = [str(record["phase"])] if record.get("phase") else []
-    words += [f"step {record['step']}"] if "step" in record else []
-    words += [
-        f"{name.rpartition('/')[2]} {record[name]:.3f}"
-        for name in _SHOWN
-        if isinstance(record.get(name), int | float)
-    ]
-    return "  ".join(words)
 
 
 def duration(seconds: float) -> str:

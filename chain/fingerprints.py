@@ -1,22 +1,28 @@
 """Whether a finished folder is still what its recipe asks for.
 
 A fingerprint is a hash of a resolved config, the chain's seed, the content of the input sets and of the code
-that the config names, and the manifest of the stage before. As that manifest holds when its stage ran, every
-stage after one that ran again has another fingerprint.
+that the config names, and the manifest of the parent stage. A manifest holds the time of its run. So when a
+stage runs again, every later stage gets a new fingerprint.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
 from chain.inputs import code_file, is_hub_id
-from chain.recipe import sources
-from core.files import Manifest, append_jsonl, hash_config, hash_tree, read_jsonl, sha256_file
+from chain.recipe import CoreConfig, GenerateConfig, sources
+from core.files import append_jsonl, hash_tree, sha256_file
+from core.manifest import Manifest, hash_config
+from rl.config import RLConfig
+
+log = logging.getLogger(__name__)
 
 
 class Fingerprints:
@@ -44,11 +50,16 @@ class Fingerprints:
 
     def of_files(self, config: BaseModel) -> dict[str, str]:
         """Hash of the core that a config names by path, and of the source files it names by import string."""
-        names = [getattr(config, "build", None), getattr(config, "by", None)]
-        names += [term.use for term in getattr(config, "rewards", ())]
+        names: list[str | None] = []
+        if isinstance(config, CoreConfig):
+            names.append(config.build)
+        if isinstance(config, GenerateConfig):
+            names.append(config.by)
+        if isinstance(config, RLConfig):
+            names += [term.use for term in config.rewards]
         found = {f"code:{name}": self.of_code(name) for name in names if name and ":" in name}
-        if path := getattr(config, "path", None):
-            found["core"] = self.hashes.of(str(Path(path).expanduser()))
+        if isinstance(config, CoreConfig) and config.path:
+            found["core"] = self.hashes.of(str(Path(config.path).expanduser()))
         return found
 
     def of_code(self, import_string: str) -> str:
@@ -62,7 +73,7 @@ class Fingerprints:
 
 
 def identity(manifest: Manifest) -> str:
-    """A finished stage, this very execution of it: run again, it is another one."""
+    """A hash of one execution of a stage: a second execution has another."""
     return hash_config(manifest.model_dump(mode="json"))
 
 
@@ -70,6 +81,22 @@ def is_current(folder: Path, fingerprint: str) -> bool:
     """Whether the folder is finished and was made from just these inputs."""
     manifest = Manifest.read(folder)
     return manifest is not None and manifest.fingerprint == fingerprint
+
+
+def read_cache(file: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that only saves work. Lines torn by a kill or a full disk are dropped, and said."""
+    if not file.exists():
+        return []
+    found, torn = [], 0
+    for line in file.read_bytes().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            torn += 1
+    if torn:
+        log.warning("%s: dropped %d torn lines; what they held is computed again", file, torn)
+        file.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
+    return found
 
 
 @dataclass
@@ -83,8 +110,7 @@ class Hashes:
     known: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for line in read_jsonl(self.memory):
-            self.known[line["state"]] = line["hash"]
+        self.known = {line["state"]: line["hash"] for line in read_cache(self.memory)}
 
     def of(self, place: str) -> str:
         """The hash of what lies at `place`; a hub id stands for itself, a missing file is `missing`."""

@@ -1,13 +1,16 @@
-"""Where the things that a recipe names are: data sets, and the source files of import strings."""
+"""The places of what a recipe names: data sets, and the source files of import strings."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from chain.recipe import STAGE_NAMES, Recipe, made_between, split_import
 from rewards.registry import split_adapter
+from sft.config import Phase
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -23,15 +26,43 @@ def prepared_folder(run: Path, stage: str) -> Path:
 
 
 def locate_sets(recipe: Recipe, run: Path) -> dict[str, str]:
-    """Set name -> Parquet file, folder or hub id, for every set of the recipe, there or not yet."""
+    """Set name -> Parquet file, folder or hub id, for every set of the recipe, existing or not."""
     generated = recipe.data.generate.sets if recipe.data.generate else ()
     located = {name: str(data_folder(run) / f"{name}.parquet") for name in generated}
     located |= {name: _absolute(text) for name, text in recipe.data.sets.items()}
     for stage in STAGE_NAMES:
-        config = getattr(recipe, stage)
+        config = recipe.stage(stage)
         for name in made_between(config) if config else ():
             located[name] = str(prepared_folder(run, stage) / f"{name}.parquet")
     return located
+
+
+def rows_of(place: str) -> int | None:
+    """Rows of a local set, read from its Parquet files' footers; None if it is not there."""
+    path = Path(place)
+    if not path.exists():
+        return None
+    import pyarrow.parquet as pq
+
+    files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    return sum(pq.read_metadata(file).num_rows for file in files)
+
+
+def phase_rows(phase: Phase, rows: Callable[[str], int | None]) -> int | None:
+    """Rows of an SFT phase's sets together; None if one is not there yet. `rows` maps a set's name to its rows."""
+    counts = [source.rows if source.rows is not None else rows(source.set) for source in phase.data]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def phase_updates(phase: Phase, rows: Callable[[str], int | None]) -> int | None:
+    """Optimizer updates of an SFT phase; None if they go by tokens or a set is not there yet."""
+    optim, count = phase.optim, phase_rows(phase, rows)
+    if optim.max_steps:
+        return optim.max_steps
+    if count is None or not optim.epochs or not optim.global_batch_size:
+        return None
+    return round(math.ceil(count / optim.global_batch_size) * optim.epochs)
 
 
 def is_hub_id(text: str) -> bool:
@@ -41,7 +72,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def code_file(import_string: str) -> Path | None:
-    """The source file of a `package.module:name`, found without importing it; None if there is none."""
+    """The source file of a `package.module:name`, found without importing it; None if it does not exist."""
     module, _ = split_import(split_adapter(import_string)[1])
     if module.endswith(".py"):
         return Path(module) if Path(module).is_file() else None

@@ -12,11 +12,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from chain.job import Task
 from core.files import write_json
 from core.processes import launcher_variables
 from rl.rollout.server import TETHERED
@@ -50,7 +51,7 @@ class Rendezvous:
 
 
 def run_job(
-    job: Mapping[str, Any],
+    task: Task,
     folder: Path,
     *,
     processes: int = 1,
@@ -58,15 +59,15 @@ def run_job(
     on_poll: Callable[[], None] = lambda: None,
     cluster: Cluster | None = None,
 ) -> None:
-    """Run `chain.worker` on a job; return when it has succeeded.
+    """Run `chain.worker` on a task; return when it has succeeded.
 
-    The job is written to `folder/job.json`, the child's output to `folder/log.txt`. With several processes it
+    The task is written to `folder/job.json`, the child's output to `folder/log.txt`. With several processes it
     runs under torchrun, and where there are several hosts each has its share of them. `on_poll` is called a few
     times per second. Raises StageFailed if the child fails, HostLost if a host is gone; on any exception, Ctrl-C
     included, the child and all its descendants are stopped first, here and on the other hosts.
     """
     job_file, log = folder / "job.json", folder / "log.txt"
-    write_json(job_file, job)
+    write_json(job_file, task)
     hosts = cluster if processes > 1 else None
     ranks = processes // hosts.nodes if hosts else processes
     process: subprocess.Popen | None = None
@@ -93,7 +94,7 @@ def run_job(
         if hosts:
             hosts.stop()
     if failures:
-        raise StageFailed(f"{job['stage']}: " + "\n".join(failures))
+        raise StageFailed(f"{task.stage}: " + "\n".join(failures))
 
 
 def start(command: Sequence[str], threads: int, log: Path) -> subprocess.Popen:

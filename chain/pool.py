@@ -19,7 +19,7 @@ class Pool:
     """Rollout servers that start late and serve one checkpoint after another.
 
     Args:
-        cfg: the recipe's `rollout`, or None for a recipe that needs no servers.
+        cfg: the recipe's `servers`, or None for a recipe that needs no servers.
         logs: folder for the servers' output.
         open_pool: starts the servers; the real one unless a test brings its own.
     """
@@ -45,7 +45,7 @@ class Pool:
     def start(self, model: Path) -> None:
         """Start the servers with `model` unless they have been started; does not wait for them."""
         if self.cfg is None:
-            raise ConfigError("rollout is missing from the recipe: this step needs rollout workers")
+            raise ConfigError("servers is missing from the recipe: this step needs rollout servers")
         if self._wait is not None:
             return
         if self._open is None:

@@ -1,4 +1,4 @@
-"""What a recipe may say: one typed object over a folder of YAML files. Cheap to import: no torch.
+"""The recipe: one typed object over a folder of YAML files. Imports no torch.
 
 A stage that a recipe leaves out (or sets to null over an extended recipe) is not run; the next one starts
 from the nearest stage before it.
@@ -8,31 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from chain.yaml_files import read_folder
-from core.strict import ConfigError, KeyPath, Strict, key_path, nearest, parse
+from core.strict import ConfigError, KeyPath, Name, Strict, key_path, nearest, parse
 from corpus.records import DataSource
 from rl.config import EvalConfig, PoolConfig, Prepare, RLConfig
 from sft.config import SFTConfig, SoupConfig
 
 IMPORT_STRING = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
-STAGE_NAMES = ("core", "basic_sft", "soup", "longcot_sft", "rlvr", "think_fusion", "mixed_rl")
-"""The chain, in order."""
-ALIASES = {
-    "sft": "basic_sft",
-    "basic-sft": "basic_sft",
-    "longcot": "longcot_sft",
-    "longcot-sft": "longcot_sft",
-    "rl": "rlvr",
-    "fusion": "think_fusion",
-    "think-fusion": "think_fusion",
-    "mixed": "mixed_rl",
-    "mixed-rl": "mixed_rl",
+SHORT = {
+    "basic_sft": "sft",
+    "longcot_sft": "longcot",
+    "rlvr": "rl",
+    "think_fusion": "fusion",
+    "mixed_rl": "mixed",
 }
-"""Short names of stages, on the command line and as the first key of an override."""
+"""Short names of stages."""
+ALIASES = {word: name for name, short in SHORT.items() for word in (short, name.replace("_", "-"))}
+"""Other names of stages, on the command line and as the first key of an override -> the stage."""
 
 
 class CoreConfig(Strict):
@@ -44,10 +40,10 @@ class CoreConfig(Strict):
     """Arguments of `build`."""
     path: str | None = None
     """A checkpoint folder; relative to the working directory."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the build."""
     size: Literal["2b", "8b", "a3b"] | None = None
-    """What `plan` takes the core for while its folder is not there: SAIL-VL2-2B, -8B or -A3B."""
+    """The size that `plan` counts with while the core's folder is missing: SAIL-VL2-2B, -8B or -A3B."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> CoreConfig:
@@ -63,11 +59,11 @@ class GenerateConfig(Strict):
 
     by: str = Field(pattern=IMPORT_STRING)
     """`package.module:function`, called `function(out, seed=..., **params)`; writes `<set>.parquet` files."""
-    sets: tuple[str, ...] = Field(min_length=1)
+    sets: tuple[Name, ...] = Field(min_length=1)
     """Names of the sets that it writes: a stage that names another is refused before anything runs."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `by`."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the generator."""
 
 
@@ -76,7 +72,7 @@ class DataConfig(Strict):
 
     generate: GenerateConfig | None = None
     """Sets that the run makes itself."""
-    sets: dict[str, str] = Field(default_factory=dict)
+    sets: dict[Name, str] = Field(default_factory=dict)
     """Set name -> Parquet file or folder (relative to the working directory), or hub id `owner/name`."""
 
     @model_validator(mode="after")
@@ -85,6 +81,9 @@ class DataConfig(Strict):
         if twice:
             raise ValueError(f"both generated and in sets: {', '.join(twice)}; rename one")
         return self
+
+
+TrackerName = Literal["wandb", "tensorboard", "mlflow"]
 
 
 class WandbConfig(Strict):
@@ -97,22 +96,22 @@ class WandbConfig(Strict):
     """auto: online with an API key (environment or netrc), else offline. Never asks."""
     tags: tuple[str, ...] = ()
     table_rows: int = Field(default=64, ge=0)
-    """Completions with images and verdicts in each stage's table, at most."""
+    """Completions with pictures and verdicts in one table, at most; for all trackers."""
 
 
 class HardwareConfig(Strict):
-    """The machines that a recipe is written for. `plan` holds the recipe against them where it finds no GPU."""
+    """The machines that a recipe is written for. `plan` compares the recipe with them where it finds no GPU."""
 
     gpu_gib: float | None = Field(default=None, gt=0)
     """Memory of one GPU; None: the recipe trains on CPUs."""
     gpus_per_node: int | None = Field(default=None, ge=1)
     nodes: int = Field(default=1, ge=1)
     host_gib: float | None = Field(default=None, gt=0)
-    """Memory of a node, for offloaded optimizer states; None: not looked at."""
+    """Memory of a node, for offloaded optimizer states; None: not checked."""
     disk_gib: float | None = Field(default=None, gt=0)
-    """Room for the run's folder; None: not looked at."""
+    """Room for the run's folder; None: not checked."""
     image_share: float = Field(default=0.75, ge=0, le=1)
-    """Share of image tokens in the passes with most of them: the tower works for those alone."""
+    """Largest share of image tokens in a pass: the tower computes those alone."""
 
 
 class SFTStage(SFTConfig):
@@ -121,22 +120,9 @@ class SFTStage(SFTConfig):
     prepare: Prepare = Prepare()
 
 
-class Recipe(Strict):
-    """A whole chain, resolved."""
+class Stages(Strict):
+    """The stages in the chain's order. None: the recipe leaves the stage out."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
-    """Names the run's folder, `runs/<name>`."""
-    about: str = ""
-    """One line for `plan` and the report."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the data, the core and every stage."""
-    data: DataConfig = DataConfig()
-    rollout: PoolConfig | None = None
-    """Rollout workers, for RL, for data made between the stages and for evaluation."""
-    eval: EvalConfig | None = None
-    """Held-out evaluation after each stage; null leaves it out."""
-    wandb: WandbConfig = WandbConfig()
-    hardware: HardwareConfig = HardwareConfig()
     core: CoreConfig
     basic_sft: SFTStage | None = None
     soup: SoupConfig | None = None
@@ -145,20 +131,82 @@ class Recipe(Strict):
     think_fusion: SFTStage | None = None
     mixed_rl: RLConfig | None = None
 
+
+STAGE_NAMES = tuple(Stages.model_fields)
+
+
+class Recipe(Stages):
+    """A whole chain, resolved."""
+
+    renamed: ClassVar[dict[str, str]] = {"rollout": "servers"}
+
+    name: Name
+    """Names the run's folder, `runs/<name>`."""
+    about: str = ""
+    """One line for `plan` and the report."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the data, the core and every stage."""
+    data: DataConfig = DataConfig()
+    servers: PoolConfig | None = None
+    """Rollout servers, for RL, for data made between the stages and for evaluation."""
+    eval: EvalConfig | None = None
+    """Held-out evaluation after each stage; null leaves it out."""
+    tracking: tuple[TrackerName, ...] = ("wandb",)
+    """Experiment trackers that get curves and completions; `[]` for none."""
+    wandb: WandbConfig = WandbConfig()
+    hardware: HardwareConfig = HardwareConfig()
+
+    def stage(self, name: str) -> Strict | None:
+        """A stage's part of the recipe; None if the recipe leaves it out."""
+        return getattr(self, name)
+
     @model_validator(mode="after")
     def _engine_where_needed(self) -> Recipe:
         needs = [name for name in ("eval", "rlvr", "mixed_rl") if getattr(self, name) is not None]
-        if self.rollout is None and needs:
-            raise ValueError(f"rollout is missing: {', '.join(needs)} need rollout workers")
+        if self.servers is None and needs:
+            raise ValueError(f"servers is missing: {', '.join(needs)} need rollout servers")
+        return self
+
+    @model_validator(mode="after")
+    def _completions_fit_the_servers(self) -> Recipe:
+        limit = self.servers.max_model_tokens if self.servers else None
+        lengths = {"eval": self.eval.max_completion_tokens if self.eval else 0}
+        for name in STAGE_NAMES:
+            config = getattr(self, name)
+            if isinstance(config, RLConfig):
+                lengths[f"{name}.rollout"] = config.rollout.max_completion_tokens
+            if isinstance(config, RLConfig | SFTStage) and config.prepare.samples:
+                lengths[f"{name}.prepare"] = config.prepare.max_completion_tokens
+        for key, length in lengths.items():
+            if limit is not None and length >= limit:
+                raise ValueError(
+                    f"{key}.max_completion_tokens={length} leaves no room for a prompt in "
+                    f"servers.max_model_tokens={limit}; lower the one or raise the other"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _hard_cases_come_from_an_earlier_rl_stage(self) -> Recipe:
+        earlier: list[str] = []
+        for name in STAGE_NAMES:
+            config = self.stage(name)
+            hard = config.prepare.hard_cases if isinstance(config, SFTStage | RLConfig) else None
+            if hard and hard.stage not in earlier:
+                raise ValueError(
+                    f"{name}.prepare.hard_cases.stage={hard.stage!r}: no RL stage of this recipe before {name} has "
+                    f"that name; {nearest(hard.stage, earlier)}"
+                )
+            if isinstance(config, RLConfig):
+                earlier.append(name)
         return self
 
     @model_validator(mode="after")
     def _turns_do_not_overlap(self) -> Recipe:
         for name in ("rlvr", "mixed_rl"):
             stage = getattr(self, name)
-            if self.rollout and self.rollout.share_gpus and stage and stage.rollout.overlap:
+            if self.servers and self.servers.share_gpus and stage and stage.rollout.overlap:
                 raise ValueError(
-                    f"{name}.rollout.overlap with rollout.share_gpus: the servers sleep while the learner trains, so "
+                    f"{name}.rollout.overlap with servers.share_gpus: the servers sleep while the learner trains, so "
                     "nothing can be sampled meanwhile; turn one of the two off"
                 )
         return self
@@ -169,8 +217,8 @@ class Recipe(Strict):
             raise ValueError(
                 "soup merges fine-tunings of basic_sft, which this recipe leaves out; set soup: null"
             )
-        if self.soup is not None and (self.eval is None or self.rollout is None):
-            raise ValueError("soup scores its ingredients by generating: it needs rollout and eval")
+        if self.soup is not None and (self.eval is None or self.servers is None):
+            raise ValueError("soup scores its ingredients by generating: it needs servers and eval")
         return self
 
 
@@ -208,17 +256,16 @@ def sources(config: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Da
                 yield from sources(item, here)
 
 
-def made_between(config: BaseModel) -> tuple[str, ...]:
+def made_between(config: BaseModel | None) -> tuple[str, ...]:
     """Names of the sets that a stage makes with the policy it starts from, before it trains."""
-    prepare = getattr(config, "prepare", None)
-    if prepare is None:
+    if not isinstance(config, SFTStage | RLConfig):
         return ()
-    parts = (getattr(prepare, name) for name in type(prepare).model_fields)
-    return tuple(part.into for part in parts if hasattr(part, "into"))
+    parts = (config.prepare.pass_at_k, config.prepare.harvest, config.prepare.hard_cases)
+    return tuple(part.into for part in parts if part)
 
 
 def check_sets(recipe: Recipe, where: Callable[[KeyPath], str] = lambda path: "") -> None:
-    """Refuse, in one ConfigError, sets that nobody provides and held-out sets that a stage trains on.
+    """Raise one ConfigError for sets that do not exist and for held-out sets that a stage trains on.
 
     A set is provided by `data.generate.sets`, by `data.sets`, or by `prepare` of this stage or one before it.
     """
@@ -232,7 +279,7 @@ def check_sets(recipe: Recipe, where: Callable[[KeyPath], str] = lambda path: ""
         problems.append(f"{where(path)}: {key_path(path)} = {source.set!r}: {rule}".removeprefix(": "))
 
     for name in STAGE_NAMES:
-        config = getattr(recipe, name)
+        config = recipe.stage(name)
         if config is None:
             continue
         known |= set(made_between(config))
@@ -252,5 +299,5 @@ def split_import(text: str) -> tuple[str, str]:
     """`package.module:name` in its two parts. Raises ConfigError otherwise."""
     module, colon, attribute = text.partition(":")
     if not (module and colon and attribute):
-        raise ConfigError(f"{text!r} is no import string; write package.module:name")
+        raise ConfigError(f"{text!r} is not an import string; write package.module:name")
     return module, attribute

@@ -1,50 +1,42 @@
-"""The chain: every stage of a recipe in order, each in a folder that is either finished or not there.
+"""The run's loop: every stage of a recipe in order, each trained and evaluated unless that is done already.
 
-A finished folder whose fingerprint (chain/fingerprints.py) is still right is skipped; anything else runs,
-in a `.partial` folder that takes its name when all is on disk.
+A finished stage is evaluated in a thread while the next one trains, unless that one needs the rollout servers too:
+training and evaluation use different processors. Work that needs the servers waits for the evaluation first (`settle`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from pydantic import BaseModel
-
-from chain.display import Display, Tail, duration, metrics_text
-from chain.fingerprints import Fingerprints, identity, is_current
+from chain.checks import check, check_rows, check_shares, room_for
+from chain.clean import clean
+from chain.context import Context, Progress
+from chain.display import Display, duration
+from chain.errors import ERROR, disk_is_full, left
+from chain.folder import DATA, RunFolder, facts
 from chain.hosts import Cluster, follow
-from chain.inputs import data_folder, locate_sets, prepared_folder
-from chain.launch import POLL_S, run_job
+from chain.job import DONE, Task
+from chain.launch import POLL_S, StageFailed, run_job
 from chain.placement import Placement
-from chain.plan.text import check_data, check_names
 from chain.pool import OpenPool, Pool
+from chain.progress import Follower, Outlook
 from chain.recipe import Recipe, made_between
 from chain.report import data as report
-from chain.stages import STAGES, Context, Progress, Stage, stage_named
+from chain.report.write import write as write_report
+from chain.stages import STAGES, Stage, stage_named
 from chain.tracking import StageTrack, Tracker
-from core.files import (
-    Manifest,
-    atomic_dir,
-    git_commit,
-    hash_config,
-    now,
-    read_json,
-    versions,
-    write_json,
-)
+from core.files import read_json, write_json
+from core.manifest import git_commit
 from core.strict import ConfigError, Strict
+from core.training.job import Job
+from rl.job import ServedJob
 from rl.rollout.weights import weights_folder
-from rl.watch import ALARMS
-
-DATA = "data"
 
 
 class StageIncomplete(RuntimeError):
@@ -71,221 +63,205 @@ def run(
     Raises ConfigError before anything runs, StageFailed when a stage's process fails, HostLost or LeaderEnded
     when another host is gone.
     """
-    check_names(recipe)
-    check_data(recipe)
+    check(recipe)
     display = display or Display()
-    run_dir = (runs_dir / recipe.name).resolve()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    chain_stages = [stage for stage in stages if stage.config(recipe) is not None]
-    first, last = _selection(chain_stages, from_, until)
+    chain = [stage for stage in stages if stage.config(recipe) is not None]
+    first, last = _selection(chain, from_, until)
+    names = tuple(stage.name for stage in chain)
+    folder = RunFolder(recipe, runs_dir, names, display.line)
+    agreed = {}
     if place is not None:
-        _check_shares(recipe, chain_stages[first : last + 1], place.nodes)
-        facts = _facts(recipe, run_dir, place)
+        check_shares({stage.name: stage.learner(recipe)[0] for stage in chain[first : last + 1]}, place.nodes)
+        agreed = facts(recipe, folder.path, place.nodes)
         if place.node > 0:
-            follow(place, run_dir, facts, display)
-            return run_dir
+            follow(place, folder.path, agreed, display)
+            return folder.path
     # On a failure the servers stop first: an evaluation still under way then ends, and can be waited for.
     with (
-        _locked(run_dir),
-        Cluster(place, run_dir, facts, display) if place else nullcontext() as cluster,
-        ThreadPoolExecutor(1, thread_name_prefix="evaluation") as behind,
-        Pool(recipe.rollout, run_dir / "logs", open_pool) as pool,
+        folder.locked(),
+        Cluster(place, folder.path, agreed, display) if place else nullcontext() as cluster,
+        Background(display) as background,
+        Pool(recipe.servers, folder.path / "logs", open_pool) as pool,
     ):
-        chain = Chain(recipe, run_dir, chain_stages, pool, display, behind, cluster)
-        chain.require_finished(chain_stages[:first], chain_stages[first].name)
-        write_json(run_dir / "recipe.json", recipe)
-        chain.data(force and first == 0)
-        for stage in chain_stages[first : last + 1]:
-            chain.stage(stage, force)
-        chain.settle()
-        report.write(run_dir)
-        display.console.print(report.table(report.read(run_dir)))
-        display.line(f"report: {run_dir / report.HTML}")
-    return run_dir
+        for line in clean():
+            display.line(line)
+        folder.require_finished(names[:first], names[first])
+        write_json(folder.path / "recipe.json", recipe)
+        loop = Loop(recipe, folder, pool, display, background, cluster)
+        loop.data(force and first == 0)
+        for stage in chain[first : last + 1]:
+            loop.stage(stage, force)
+        background.settle()
+        write_report(folder.path)
+        display.console.print(report.table(report.read(folder.path)))
+        display.line(f"report: {folder.path / report.HTML}")
+    return folder.path
 
 
 def data(
     recipe: Recipe, *, runs_dir: Path = Path("runs"), force: bool = False, display: Display | None = None
 ) -> Path:
     """Generate the recipe's data, if it is not there yet; return the folder of its sets."""
-    run_dir = (runs_dir / recipe.name).resolve()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(run_dir), ThreadPoolExecutor(1) as behind, Pool(None, run_dir) as pool:
-        Chain(recipe, run_dir, (), pool, display or Display(), behind).data(force)
-    return data_folder(run_dir)
+    display = display or Display()
+    folder = RunFolder(recipe, runs_dir, (), display.line)
+    with folder.locked(), Background(display) as background, Pool(None, folder.path) as pool:
+        Loop(recipe, folder, pool, display, background).data(force)
+    return folder.path / DATA
+
+
+def in_child(task: Task, out: Path, **options: Any) -> None:
+    """`run_job` with the child's own words first in StageFailed; only a bug is followed by the end of its log."""
+    (out / ERROR).unlink(missing_ok=True)
+    try:
+        run_job(task, out, **options)
+    except StageFailed as failed:
+        if full := disk_is_full(out):
+            raise StageFailed(f"{task.stage}: {full}\n{failed}") from failed
+        found = left(out)
+        if found is None:
+            raise
+        words, bug = found
+        rest = str(failed) if bug else f"log: {out / 'log.txt'}"
+        raise StageFailed(f"{task.stage}: {words}\n{rest}") from failed
+
+
+class Background:
+    """The evaluation of the stage before, in a thread of its own."""
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
+        self._work: Future[None] | None = None
+        self._text = ""
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def start(self, work: Callable[..., None], *args: Any) -> None:
+        """Begin; what began before must have been settled."""
+        assert self._work is None, "settle first"
+        self._work = self._thread.submit(work, *args)
+
+    def progress(self, text: str) -> None:
+        """Takes how far the evaluation is; shown while somebody waits for it."""
+        self._text = text
+
+    def settle(self) -> None:
+        """Wait until the evaluation is done; raise what it raised."""
+        if self._work is None:
+            return
+        with self.display.step("evaluation"):
+            while not wait([self._work], POLL_S).done:
+                self.display.passing(self._text)
+        work, self._work = self._work, None
+        work.result()
 
 
 @dataclass
-class Chain:
-    """One recipe's run on disk, and what is needed to continue it.
-
-    A finished stage is evaluated in the thread of `behind` while the next one trains, as long as that one leaves
-    the rollout servers alone: the two need different processors. Whoever needs the servers settles first.
-    """
+class Loop:
+    """What is done with one stage after another."""
 
     recipe: Recipe
-    run_dir: Path
-    stages: Sequence[Stage]
+    folder: RunFolder
     pool: Pool
     display: Display
-    behind: ThreadPoolExecutor
+    background: Background
     cluster: Cluster | None = None
     """The other hosts, where there are any."""
 
     def __post_init__(self) -> None:
-        self._evaluation: Future[None] | None = None
-        self._evaluating = ""
-        self.sets = locate_sets(self.recipe, self.run_dir)
-        self.prints = Fingerprints(self.recipe.seed, self.sets, self.run_dir / ".hashes.jsonl")
-        self.id = _chain_id(self.run_dir, self.recipe.name)
-        self.tracker = Tracker(self.recipe.wandb, self.id, self.run_dir, self.sets, self.display.line)
-
-    def folder(self, stage: Stage) -> Path:
-        """Where the stage's results are, once it is finished."""
-        return self.run_dir / stage.name
-
-    def parent(self, stage: Stage) -> Stage | None:
-        """The stage whose checkpoint this one starts from."""
-        place = self.stages.index(stage)
-        return self.stages[place - 1] if place else None
-
-    def require_finished(self, before: Sequence[Stage], first: str) -> None:
-        """Refuse to start at a stage whose predecessors are not finished; tell of those out of date."""
-        missing = [stage.name for stage in before if Manifest.read(self.folder(stage)) is None]
-        if missing:
-            raise ConfigError(
-                f"--from {first}: not finished: {', '.join(missing)} (in {self.run_dir}); "
-                f"start from {missing[0]}, or leave --from out to run whatever is missing"
-            )
-        for stage in before:
-            if self.manifest(stage).fingerprint != self.fingerprint(stage):
-                self.display.line(
-                    f"{stage.name}: its config or inputs have changed since it ran; "
-                    f"--from {first} takes it as it is"
-                )
-
-    def manifest(self, stage: Stage) -> Manifest:
-        """The manifest of a finished stage. Raises ConfigError if it is not finished."""
-        manifest = Manifest.read(self.folder(stage))
-        if manifest is None:
-            raise ConfigError(f"{stage.name} is not finished: no manifest in {self.folder(stage)}")
-        return manifest
-
-    def inputs(self, stage: Stage, config: BaseModel) -> dict[str, str]:
-        """Hash of everything that the stage, or one part of its config, reads, by name."""
-        found = self.prints.of_sources(config, without=made_between(self.config(stage)))
-        if parent := self.parent(stage):
-            found[f"stage:{parent.name}"] = identity(self.manifest(parent))
-        return found | self.prints.of_files(config)
-
-    def fingerprint(self, stage: Stage) -> str:
-        """Hash of what determines the stage's result."""
-        config = self.config(stage)
-        return self.prints.fingerprint(stage.name, config, self.inputs(stage, config))
-
-    def config(self, stage: Stage) -> Strict:
-        """The stage's part of the recipe."""
-        config = stage.config(self.recipe)
-        assert config is not None, f"{stage.name} is not in this chain"
-        return config
+        folder = self.folder
+        self._rows_are_checked = False
+        recipe, say = self.recipe, self.display.line
+        self.outlook = Outlook(recipe, folder.path, folder.stages)
+        self.tracker = Tracker(recipe.tracking, recipe.wandb, folder.id, folder.path, folder.sets, say)
 
     def data(self, force: bool = False) -> None:
-        """Generate the recipe's own sets, unless they are there and what makes them is unchanged."""
-        config = self.recipe.data.generate
-        if config is None:
+        """Generate the recipe's own sets, unless they are there and unchanged."""
+        step, config = self.folder.data(), self.recipe.data.generate
+        if step is None or config is None:
             return
-        folder, inputs = data_folder(self.run_dir), self.prints.of_files(config)
-        fingerprint = self.prints.fingerprint(DATA, config, inputs)
-        if not force and is_current(folder, fingerprint):
+        if step.current and not force:
             self.display.line(f"{DATA}: there already, unchanged — skipped")
             return
-        with (
-            self._making(DATA, folder, config, fingerprint, inputs, None) as partial,
-            self.display.step(DATA),
-        ):
-            job = {"stage": DATA, "kind": "data", "config": config, "out": partial, "seed": self.recipe.seed}
-            run_job(job, partial, threads=config.threads)
+        with self.folder.making(step) as partial, self.display.step(DATA):
+            job = Job(stage=DATA, out=partial, seed=self.recipe.seed)
+            in_child(Task.of("chain.make:generate", config, job, vllm=True), partial, threads=config.threads)
             missing = [name for name in config.sets if not (partial / f"{name}.parquet").exists()]
             if missing:
                 raise StageIncomplete(f"data.generate: {config.by} wrote no set {', '.join(missing)}")
 
     def stage(self, stage: Stage, force: bool = False) -> None:
-        """Bring one stage up to date: train it, evaluate it, and write the report with it."""
-        fingerprint = self.fingerprint(stage)
-        if not force and is_current(self.folder(stage), fingerprint):
+        """Bring one stage up to date: prepare its data, train it, start its evaluation."""
+        self.check_rows(self.folder.start(stage.name))
+        checkpoint = self.folder.stage(stage.name) / "checkpoint"
+        if self.folder.training(stage.name).current and not force:
             self.display.line(f"{stage.name}: finished, inputs and config unchanged — skipped")
-            self.settle()
-            self.evaluate(stage, self.evaluation(stage))
+            self.background.settle()
+            self.check_rows(checkpoint)
+            self.evaluate(stage, self.folder.evaluation(stage.name))
             return
         with ExitStack() as tracking:
             track = tracking.enter_context(self.tracker.stage(stage.name, self._tracked(stage)))
-            self.train(stage, fingerprint, track)
-            self.settle()
+            try:
+                self.train(stage, track)
+            except Exception as error:
+                report.note_failure(self.folder.path, stage.name, error)
+                write_report(self.folder.path)
+                raise
+            self.background.settle()
+            self.check_rows(checkpoint)
             if self.recipe.eval is not None:
-                self.pool.start(self.folder(stage) / "checkpoint")
-            evaluation = self.evaluation(stage)
-            self._evaluation = self.behind.submit(self._finish, stage, evaluation, track, tracking.pop_all())
+                self.pool.start(checkpoint)
+            evaluation = self.folder.evaluation(stage.name)
+            self.background.start(self._finish, stage, evaluation, track, tracking.pop_all())
 
-    def settle(self) -> None:
-        """Wait until the stage before is evaluated; raise what its evaluation raised."""
-        if self._evaluation is None:
+    def check_rows(self, model: Path | None) -> None:
+        """Refuse rows that the servers cannot be asked, once a checkpoint with the tokenizer is there."""
+        if model is None or self._rows_are_checked:
             return
-        with self.display.step("evaluation"):
-            while not wait([self._evaluation], POLL_S).done:
-                self.display.passing(self._evaluating)
-        evaluation, self._evaluation = self._evaluation, None
-        evaluation.result()
+        check_rows(self.recipe, self.folder.sets, model, self.folder.path, self.display.line)
+        self._rows_are_checked = True
 
-    def _finish(self, stage: Stage, evaluation: str, track: StageTrack, tracking: ExitStack) -> None:
-        """Evaluate a trained stage, write the report with it, and end its W&B run."""
-        with tracking:
-            scores = self.evaluate(stage, evaluation)
-            track.results(scores, self.folder(stage))
-            report.write(self.run_dir)
+    def prepare(self, stage: Stage) -> Preparation:
+        """Make the sets that the stage filters or harvests with its start's policy, unless they are there."""
+        step = self.folder.preparation(stage.name)
+        if step is None:
+            return Preparation({}, 0.0)
+        if not step.current:
+            self.background.settle()
+            with self.folder.making(step) as partial, self.display.step(f"{stage.name}: data"):
+                # One filter's set may be the next one's source: until they are all made, they lie here.
+                made = {name: str(partial / f"{name}.parquet") for name in made_between(self._config(stage))}
+                model = self.folder.start(stage.name)
+                context = self.context(stage, model, partial, self.display.passing, made)
+                write_json(partial / "kept.json", stage.prepare(context))
+        kept = read_json(step.folder / "kept.json")
+        for name, counts in kept.items():
+            self.display.line(f"{stage.name}: {name} {counts_text(counts)}")
+        manifest = step.manifest
+        return Preparation(kept, manifest.seconds if manifest else 0.0)
 
-    def train(self, stage: Stage, fingerprint: str, track: StageTrack) -> None:
+    def train(self, stage: Stage, track: StageTrack) -> None:
         """Run the stage's training in a child; its folder appears only when everything is in it."""
-        config, parent = self.config(stage), self.parent(stage)
         preparation = self.prepare(stage)
         if stage.needs_pool or self.pool.share_gpus:
-            self.settle()
-        inputs = self.inputs(stage, config)
-        finished = self._making(
-            stage.name,
-            self.folder(stage),
-            config,
-            fingerprint,
-            inputs,
-            parent,
-            preparation.seconds,
-            saves=stage.saves(self.recipe),
-        )
-        with finished as partial, self.display.step(stage.name):
+            self.background.settle()
+        step = self.folder.training(stage.name, stage.saves(self.recipe))
+        room_for(self.recipe, stage.name, self.folder.path)
+        with (
+            self.folder.making(step, preparation.seconds) as partial,
+            self.display.step(self.outlook.label(stage.name)),
+        ):
+            (partial / report.FAILED).unlink(missing_ok=True)
             if preparation.kept:
                 write_json(partial / "prepare.json", preparation.kept)
-            tail, alarms, text = Tail(partial / "metrics.jsonl"), Tail(partial / ALARMS), "starting"
-
-            def follow() -> None:
-                nonlocal text
-                for record in tail.new():
-                    track.log(record)
-                    text = metrics_text(record)
-                for alarm in alarms.new():
-                    self.display.line(f"{stage.name}: ALARM {alarm['name']}: {alarm['text']}")
-                    track.alert(f"{stage.name}: {alarm['name']}", alarm["text"])
-                self.display.passing(text)
-
-            processes, threads = stage.learner(self.recipe)
-            job = self.job(stage, config, partial)
-            self.pool.rest(job["model"])
-            with self._weights(stage) as weights:
-                run_job(
-                    job | {"weights": weights},
-                    partial,
-                    processes=processes,
-                    threads=threads,
-                    on_poll=follow,
-                    cluster=self.cluster,
+            if not (partial / DONE).exists():
+                self._run_child(
+                    stage, partial, Follower(stage.name, partial, self.display, track, self.outlook)
                 )
             if not (partial / "checkpoint" / "config.json").exists():
                 raise StageIncomplete(
@@ -294,156 +270,102 @@ class Chain:
         if stage.needs_pool:
             self.pool.weights_changed()
 
+    def _run_child(self, stage: Stage, out: Path, follower: Follower) -> None:
+        processes, threads = stage.learner(self.recipe)
+        model = self.folder.start(stage.name)
+        self.pool.rest(model)
+        (out / report.FAILED).unlink(missing_ok=True)
+        with self.task(stage, out) as task:
+            in_child(
+                task,
+                out,
+                processes=processes,
+                threads=threads,
+                on_poll=follower.look,
+                cluster=self.cluster,
+            )
+
     @contextmanager
-    def _weights(self, stage: Stage) -> Iterator[Path | None]:
-        """The folder for weights on their way to the servers, removed afterwards: here, as a learner may be killed."""
-        pool = self.recipe.rollout
-        if pool is None or not stage.needs_pool:
-            yield None
+    def task(self, stage: Stage, out: Path) -> Iterator[Task]:
+        """The call that the stage's process makes.
+
+        The folder for weights on their way to the servers is made and removed here, as a learner may be killed.
+        """
+        model, pool = self.folder.start(stage.name), self.recipe.servers
+        sets = {name: Path(place) for name, place in self.folder.sets.items()}
+        job = Job(stage=stage.name, model=model, out=out, seed=self.recipe.seed, sets=sets)
+        work = stage.work(self.recipe, self.folder.before(stage.name)) if stage.work else self._config(stage)
+        vllm = stage.imports_vllm(self.recipe)
+        if not stage.needs_pool:
+            yield Task.of(stage.train, work, job, vllm)
             return
-        with weights_folder(pool.weights_dir) as folder:
-            yield folder
-
-    def job(self, stage: Stage, config: Strict, out: Path) -> dict[str, Any]:
-        """What the stage's process is told; chain/worker.py lists the keys."""
-        parent = self.parent(stage)
-        model = self.folder(parent) / "checkpoint" if parent else None
-        return {
-            "stage": stage.name,
-            "kind": stage.kind,
-            "config": config,
-            "model": model,
-            "out": out,
-            "seed": self.recipe.seed,
-            "sets": self.sets,
-            "urls": self.pool.urls(model) if stage.needs_pool and model else [],
-            "pool": self.recipe.rollout,
-            "folders": [Path.cwd()],
-            "recipe": self.recipe,
-            "stages": self._before(stage),
-        }
-
-    def prepare(self, stage: Stage) -> Preparation:
-        """Make the sets that the stage filters or harvests with its start's policy, unless they are there."""
-        config, parent = self.config(stage), self.parent(stage)
-        part = getattr(config, "prepare", None)
-        if parent is None or part is None or not made_between(config):
-            return Preparation({}, 0.0)
-        inputs = self.inputs(stage, part)
-        fingerprint = self.prints.fingerprint(f"prepare {stage.name}", part, inputs)
-        folder = prepared_folder(self.run_dir, stage.name)
-        if not is_current(folder, fingerprint):
-            self.settle()
-            label = f"{stage.name}: data"
-            with (
-                self._making(stage.name, folder, part, fingerprint, inputs, parent) as partial,
-                self.display.step(label),
-            ):
-                # What one filter makes may be the next one's source; until they all are done it lies here.
-                made = {name: str(partial / f"{name}.parquet") for name in made_between(config)}
-                model = self.folder(parent) / "checkpoint"
-                context = self.context(stage, model, partial, self.display.passing)
-                context = replace(context, sets={**self.sets, **made})
-                write_json(partial / "kept.json", stage.prepare(context))
-        kept = read_json(folder / "kept.json")
-        for name, counts in kept.items():
-            self.display.line(f"{stage.name}: {name} {counts_text(counts)}")
-        manifest = Manifest.read(folder)
-        return Preparation(kept, manifest.seconds if manifest else 0.0)
-
-    def evaluation(self, stage: Stage) -> str:
-        """Hash of what determines a finished stage's held-out scores; "" without `eval`."""
-        cfg = self.recipe.eval
-        if cfg is None:
-            return ""
-        inputs = {**self.prints.of_sources(cfg), "stage": identity(self.manifest(stage))}
-        return self.prints.fingerprint("eval", cfg, inputs)
+        assert pool, "Recipe checks it"
+        assert model, f"{stage.name} starts from a checkpoint"
+        with weights_folder(pool.weights_dir) as weights:
+            served = ServedJob(
+                **dict(job),
+                pool=pool,
+                urls=tuple(self.pool.urls(model)),
+                weights=weights,
+                folders=(Path.cwd(),),
+            )
+            yield Task.of(stage.train, work, served, vllm)
 
     def evaluate(self, stage: Stage, fingerprint: str) -> dict[str, Any]:
         """Held-out scores of a finished stage, measured unless they are there; {} without `eval`."""
-        folder = self.folder(stage)
         if self.recipe.eval is None:
             return {}
+        folder = self.folder.stage(stage.name)
         if (folder / "eval.json").exists():
             known = read_json(folder / "eval.json")
             if known["fingerprint"] == fingerprint:
                 return known["scores"]
         started = time.monotonic()
-        scores = stage.evaluate(self.context(stage, folder / "checkpoint", folder, self._show_evaluating))
+        scores = stage.evaluate(self.context(stage, folder / "checkpoint", folder, self.background.progress))
         seconds = time.monotonic() - started
         write_json(folder / "eval.json", {"scores": scores, "seconds": seconds, "fingerprint": fingerprint})
         self.display.line(f"{stage.name}: {report.scores_text(scores)}  ({duration(seconds)})")
         return scores
 
-    def _show_evaluating(self, text: str) -> None:
-        self._evaluating = text
-
-    def context(self, stage: Stage, model: Path, out: Path, progress: Progress) -> Context:
-        """What a stage's `prepare` and `evaluate` see."""
+    def context(
+        self,
+        stage: Stage,
+        model: Path | None,
+        out: Path,
+        progress: Progress,
+        made: dict[str, str] | None = None,
+    ) -> Context:
+        """The context of a stage's `prepare` and `evaluate`; `made` are the sets that `prepare` is making."""
         return Context(
             recipe=self.recipe,
-            stage=stage,
-            config=self.config(stage),
+            stage=stage.name,
+            config=self._config(stage),
             model=model,
             out=out,
-            sets=self.sets,
-            folders=self._before(stage),
+            sets={**self.folder.sets, **(made or {})},
+            folders=self.folder.before(stage.name),
             pool=self.pool,
             progress=progress,
         )
 
-    @contextmanager
-    def _making(
-        self,
-        name: str,
-        folder: Path,
-        config: BaseModel,
-        fingerprint: str,
-        inputs: dict[str, str],
-        parent: Stage | None,
-        seconds_before: float = 0.0,
-        *,
-        saves: bool = False,
-    ) -> Iterator[Path]:
-        """The folder to fill, with its config and, at the end, its manifest; then it takes its final name.
+    def _finish(self, stage: Stage, evaluation: str, track: StageTrack, tracking: ExitStack) -> None:
+        """Evaluate a trained stage, write the report with it, and end its W&B run."""
+        with tracking:
+            scores = self.evaluate(stage, evaluation)
+            track.results(scores, self.folder.stage(stage.name))
+            write_report(self.folder.path)
 
-        What an interruption left there stays if the stage `saves` and its fingerprint is still the same.
-        """
-        started, clock = now(), time.monotonic()
-        dump = config.model_dump(mode="json")
-        with atomic_dir(folder, same=fingerprint if saves else None) as partial:
-            if (partial / "config.json").exists():
-                self.display.line(f"{name}: goes on where an interrupted run left off")
-            write_json(partial / "config.json", dump)
-            yield partial
-            seconds = time.monotonic() - clock
-            Manifest(
-                stage=name,
-                fingerprint=fingerprint,
-                config_hash=hash_config(dump),
-                inputs=inputs,
-                versions=versions(),
-                seed=self.recipe.seed,
-                parent=parent.name if parent else None,
-                commit=git_commit(),
-                started=started,
-                finished=now(),
-                seconds=seconds + seconds_before,
-            ).write(partial)
-        self.display.line(f"{folder.relative_to(self.run_dir)}: done in {duration(seconds)}")
-
-    def _before(self, stage: Stage) -> dict[str, Path]:
-        return {one.name: self.folder(one) for one in self.stages[: self.stages.index(stage)]}
+    def _config(self, stage: Stage) -> Strict:
+        return self.folder.config(stage.name)
 
     def _tracked(self, stage: Stage) -> dict[str, Any]:
-        parent = self.parent(stage)
         return {
             "stage": stage.name,
-            "parent": parent.name if parent else None,
+            "parent": self.folder.parent(stage.name),
             "recipe": self.recipe.name,
             "seed": self.recipe.seed,
             "commit": git_commit(),
-            **self.config(stage).model_dump(mode="json"),
+            **self._config(stage).model_dump(mode="json"),
         }
 
 
@@ -473,52 +395,3 @@ def _selection(stages: Sequence[Stage], from_: str | None, until: str | None) ->
             + ", ".join(stage.name for stage in stages)
         )
     return first, last
-
-
-def _check_shares(recipe: Recipe, stages: Sequence[Stage], nodes: int) -> None:
-    """Refuse hosts among which a stage's ranks cannot be shared out, or for which no stage has any."""
-    ranks = {stage.name: stage.learner(recipe)[0] for stage in stages}
-    problems = [
-        f"{name}: learner.processes={count} is not a multiple of the {nodes} hosts; it counts the ranks of all of them"
-        for name, count in ranks.items()
-        if count > 1 and count % nodes
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    if all(count == 1 for count in ranks.values()):
-        raise ConfigError(
-            f"{nodes} hosts, but every stage has one rank: set learner.processes, the ranks of all hosts together, to "
-            f"a multiple of {nodes}, or start on one host (--nnodes 1)"
-        )
-
-
-def _facts(recipe: Recipe, run_dir: Path, place: Placement) -> dict[str, Any]:
-    """What every host must agree on before it takes part."""
-    return {
-        "--nnodes": place.nodes,
-        "the run's folder": str(run_dir),
-        "the recipe (hash, with its overrides)": hash_config(recipe.model_dump(mode="json")),
-        "the code's commit": git_commit(),
-        "the installed packages": versions(),
-    }
-
-
-def _chain_id(run_dir: Path, name: str) -> str:
-    """The id under which W&B groups this chain's stages, made once per run folder."""
-    file = run_dir / "chain.json"
-    if not file.exists():
-        write_json(file, {"id": f"{name}-{uuid4().hex[:8]}", "started": now()})
-    return read_json(file)["id"]
-
-
-@contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run's folder: two chains in one folder would take each other's stages for their own."""
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{run_dir} is in use by another posttrain; wait for it, or choose --name"
-            ) from None
-        yield

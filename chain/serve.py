@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from chain import run as runner
+from chain.checks import check_rows
+from chain.context import Context
 from chain.display import Display
+from chain.evaluate import evaluate
 from chain.inputs import locate_sets
 from chain.pool import OpenPool, Pool
 from chain.recipe import Recipe
 from chain.report import data as report
-from chain.stages import STAGES, Context
+from core.checkpoint.check import check_checkpoint
 from core.files import read_json, write_json
 from core.strict import ConfigError
 from rl.config import PoolConfig
@@ -43,19 +46,22 @@ def evaluate_checkpoint(
     display = Display()
     runner.data(recipe, runs_dir=runs_dir, display=display)
     out.mkdir(parents=True, exist_ok=True)
-    with Pool(recipe.rollout, out / "logs", open_pool) as pool, display.step("evaluation"):
+    run_dir = (runs_dir / recipe.name).resolve()
+    sets = locate_sets(recipe, run_dir)
+    check_rows(recipe, sets, model.resolve(), run_dir, display.line, only="eval")
+    with Pool(recipe.servers, out / "logs", open_pool) as pool, display.step("evaluation"):
         context = Context(
             recipe=recipe,
-            stage=STAGES[-1],
+            stage="eval",
             config=cfg,
             model=model.resolve(),
             out=out,
-            sets=locate_sets(recipe, (runs_dir / recipe.name).resolve()),
+            sets=sets,
             folders={},
             pool=pool,
             progress=display.passing,
         )
-        scores = STAGES[-1].evaluate(context)
+        scores = evaluate(context)
     write_json(out / "eval.json", {"model": str(model.resolve()), "scores": scores})
     display.line(report.scores_text(scores))
     display.line(f"samples and scores: {out}")
@@ -72,15 +78,15 @@ def serve(
 ) -> None:
     """Start the recipe's rollout servers on a checkpoint, print their URLs, keep them until interrupted.
 
-    They are started here even if the recipe names `rollout.urls`. `host` and `port` take the place of its
-    `rollout.host` and `rollout.first_port`. With a LoRA `adapter` the servers have a second model by the name
+    They are started here even if the recipe names `servers.urls`. `host` and `port` take the place of its
+    `servers.host` and `servers.first_port`. With a LoRA `adapter` the servers have a second model by the name
     `adapter`: the checkpoint with it applied. Raises ServerFailed when the servers have ended once too often.
     """
     _require_checkpoint(model)
-    if recipe.rollout is None:
-        raise ConfigError(f"recipe {recipe.name} has no rollout: it says how servers are started")
-    own = {"urls": (), "host": host or recipe.rollout.host, "first_port": port or recipe.rollout.first_port}
-    cfg = recipe.rollout.model_copy(update=own)
+    if recipe.servers is None:
+        raise ConfigError(f"recipe {recipe.name} has no servers: it says how servers are started")
+    own = {"urls": (), "host": host or recipe.servers.host, "first_port": port or recipe.servers.first_port}
+    cfg = recipe.servers.model_copy(update=own)
     display = Display()
     if adapter is not None:
         cfg = with_adapter(cfg, model, adapter)
@@ -100,7 +106,7 @@ def serve(
                 "Whoever reaches these ports can change the served weights: let none but this cluster reach them."
             )
         display.line(
-            "Ctrl-C stops them. A recipe uses them with --set 'rollout.urls=[" + ", ".join(urls) + "]'"
+            "Ctrl-C stops them. A recipe uses them with --set 'servers.urls=[" + ", ".join(urls) + "]'"
         )
         with contextlib.suppress(KeyboardInterrupt):
             while True:
@@ -117,7 +123,7 @@ def with_adapter(cfg: PoolConfig, model: Path, adapter: Path) -> PoolConfig:
     from core.checkpoint.adapters import MERGE, check_servable, vllm_arguments
 
     if cfg.urls or cfg.engine != "vllm":
-        why = "rollout.urls names servers that run already" if cfg.urls else f"rollout.engine={cfg.engine}"
+        why = "servers.urls names servers that run already" if cfg.urls else f"servers.engine={cfg.engine}"
         raise ConfigError(
             f"--adapter: {why}, only vLLM servers that we start take one; merge it: {MERGE} {adapter} DST"
         )
@@ -133,3 +139,4 @@ def _require_checkpoint(model: Path) -> None:
         raise ConfigError(
             f"{model}: model_type={kind!r}, a core has sailvl2; `posttrain core import` makes one"
         )
+    check_checkpoint(model)

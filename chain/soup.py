@@ -11,10 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from chain.context import Context, Scores
+from chain.evaluate import evaluate
 from chain.recipe import Recipe
-from chain.stages import Context, Scores, evaluate
 from core.files import read_json, write_json
-from core.strict import ConfigError, parse
+from core.strict import Strict
+from core.training.job import Job
+from rl.job import ServedJob
+from sft.config import SFTConfig, SoupConfig
 
 RECORD = "soup.json"
 """In the stage's folder: what sft.soup.soup measured, each ingredient with its name."""
@@ -22,37 +26,58 @@ HELD_OUT = "ingredients_eval.json"
 """In the stage's folder: the ingredients' held-out scores, for the report alone."""
 
 
-def cook(job: Mapping[str, Any]) -> None:
-    """The soup's process: leaves checkpoint/, variants/<number>/ and soup.json in the job's `out`."""
-    from sft.soup import soup
-    from sft.train import train, variant_of, variant_start
+class SoupWork(Strict):
+    """The soup's configuration with what it takes from other parts of the recipe."""
 
-    recipe = parse(Recipe, job["recipe"], "recipe")
-    assert recipe.soup, "a soup job is made for recipes with a soup"
-    assert recipe.basic_sft, "which have basic_sft: Recipe checks it"
-    out, sets = Path(job["out"]), {name: Path(place) for name, place in job["sets"].items()}
-    folders = {name: Path(folder) for name, folder in job["stages"].items()}
-    start = variant_start(recipe.basic_sft, folders["basic_sft"], folders["core"] / "checkpoint")
-    named = {"basic_sft": folders["basic_sft"] / "checkpoint"}
-    for number, variant in enumerate(recipe.soup.variants, start=1):
-        train(
-            variant_of(recipe.basic_sft, variant),
-            model=start,
-            out=out / "variants" / str(number),
-            seed=job["seed"] + variant.seed_offset,
-            sets=sets,
-        )
-        named[f"variant {number}"] = out / "variants" / str(number) / "checkpoint"
+    soup: SoupConfig
+    basic_sft: SFTConfig
+    """Its last phase is trained again for each variant."""
+    basic_sft_folder: Path
+    """The finished stage; its checkpoint is the first ingredient."""
+    core: Path
+    """The checkpoint that basic SFT started from."""
+    max_completion_tokens: int
+    """Longest greedy answer when an ingredient is scored."""
+
+
+def work(recipe: Recipe, folders: Mapping[str, Path]) -> SoupWork:
+    """The soup of a recipe; `folders` are those of the stages before it."""
+    assert recipe.soup, "a recipe without a soup has no such stage"
+    assert recipe.basic_sft, "Recipe checks it"
+    assert recipe.eval, "Recipe checks it"
+    basic = SFTConfig(**{name: getattr(recipe.basic_sft, name) for name in SFTConfig.model_fields})
+    return SoupWork(
+        soup=recipe.soup,
+        basic_sft=basic,
+        basic_sft_folder=folders["basic_sft"],
+        core=folders["core"] / "checkpoint",
+        max_completion_tokens=recipe.eval.max_completion_tokens,
+    )
+
+
+def train(cfg: SoupWork, job: ServedJob) -> Path:
+    """Train the variants, score and merge; leaves checkpoint/, variants/<number>/ and soup.json in `job.out`."""
+    from sft.soup import soup
+    from sft.train import train as fine_tune
+    from sft.train import variant_of, variant_start
+
+    start = variant_start(cfg.basic_sft, cfg.basic_sft_folder, cfg.core)
+    out, named = job.out, {"basic_sft": cfg.basic_sft_folder / "checkpoint"}
+    for number, variant in enumerate(cfg.soup.variants, start=1):
+        folder, seed = out / "variants" / str(number), job.seed + variant.seed_offset
+        one = Job(stage=job.stage, model=start, out=folder, seed=seed, sets=job.sets)
+        named[f"variant {number}"] = fine_tune(variant_of(cfg.basic_sft, variant), one)
     if os.environ.get("RANK", "0") != "0":
-        return
-    score = _scorer(recipe, start, job["urls"], sets)
-    record = soup(recipe.soup, list(named.values()), out / "checkpoint", score=score, start=start)
+        return out / "checkpoint"
+    score = _scorer(cfg, job, start)
+    record = soup(cfg.soup, list(named.values()), out / "checkpoint", score=score, start=start)
     record["ingredients"] = [
         # Paths in a folder that is still being written would be wrong in a minute; names stay.
         {"name": name, **{key: value for key, value in ingredient.items() if key != "path"}}
         for name, ingredient in zip(named, record["ingredients"], strict=True)
     ]
     write_json(out / RECORD, record)
+    return out / "checkpoint"
 
 
 def evaluate_with_ingredients(context: Context) -> Scores:
@@ -79,20 +104,20 @@ def record(folder: Path) -> dict[str, Any] | None:
     return {**found, "ingredients": ingredients, "merged": {**found["merged"], "eval": merged}}
 
 
-def _scorer(recipe: Recipe, core: Path, urls: list[str], sets: Mapping[str, Path]) -> Callable[[Path], float]:
+def _scorer(cfg: SoupWork, job: ServedJob, start: Path) -> Callable[[Path], float]:
     """A function from a checkpoint folder to the share of validation rows that it answers right, greedily."""
     from corpus.records import load_records
-    from rl.evaluate import judge
+    from rl.evaluate import accuracy
+    from rl.limits import askable
     from rl.rollout.client import RolloutClient
 
-    if recipe.eval is None or recipe.rollout is None or recipe.soup is None:
-        raise ConfigError("soup scores its ingredients by generating: the recipe needs rollout and eval")
-    source, max_tokens = recipe.soup.validation, recipe.eval.max_completion_tokens
-    rows = load_records(sets[source.set], split=source.split, rows=source.rows, seed=recipe.seed)
-    client = RolloutClient.of_pool(recipe.rollout, urls, core)
+    source = cfg.soup.validation
+    records = load_records(job.sets[source.set], split=source.split, rows=source.rows, seed=job.seed)
+    rows = askable(records, source, job.pool, start, cfg.max_completion_tokens)
+    client = RolloutClient.of_pool(job.pool, job.urls, start)
 
     def score(checkpoint: Path) -> float:
         client.load_checkpoint(checkpoint)
-        return sum(row.correct for row in judge(rows, client, max_tokens)) / len(rows)
+        return accuracy(rows, client, cfg.max_completion_tokens)
 
     return score

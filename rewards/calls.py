@@ -1,26 +1,27 @@
-"""Calls a reward in the form that it has: plain or async, one completion at a time or a whole batch.
+"""Calls a reward in its form: plain or async, one completion at a time or a whole batch.
 
-| form | how it is told | how it is called |
+| form | how it is recognised | how it is called |
 |---|---|---|
-| plain | anything else | once per completion, many at once in threads |
+| plain | anything else | once per completion, in threads |
 | async | a coroutine function, or an object with an async `__call__` | all of a batch at once on one event loop |
 | batched | a method `batch(completions, examples)`, or first parameters of these names | once per batch |
 | batched and async | such a method or function that is a coroutine function | once per batch, on the event loop |
 
-The event loop has a thread of its own, so that all this works from any thread, one that runs an event loop
-included. A reward that raises becomes a RewardError in its place: the other completions keep their verdicts.
+The event loop runs in its own thread. So rewards can be called from any thread, including one that runs an event
+loop. A reward that raises becomes a RewardError for its completion; the other completions keep their verdicts.
 """
 
-import functools
 import inspect
 import os
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rewards.example import Example
+from rewards.forks import PerProcess
 from rewards.verdict import Verdict, as_verdict
 
 if TYPE_CHECKING:
@@ -37,7 +38,14 @@ _SHOWN_CHARS = 200
 
 
 class RewardError(RuntimeError):
-    """A reward raised; the message names the reward, the row and the completion, the cause is chained."""
+    """A reward failed on a completion. The message names the reward, the row and the completion."""
+
+    def __init__(self, message: str, problem: str = "", always_stops: bool = False) -> None:
+        super().__init__(message)
+        self.problem = problem or message
+        """What happened, without the names."""
+        self.always_stops = always_stops
+        """The run stops, whatever the term's policy says: a judge failed its start-up check."""
 
 
 @dataclass(frozen=True)
@@ -63,32 +71,42 @@ def form_of(reward: Any) -> Form:
     return Form(reward, _parameters(reward)[:2] == BATCH_NAMES, _is_async(reward))
 
 
+class Watch:
+    """Is told when calls begin and end; this one does nothing. Rows are places in the batch."""
+
+    def begun(self, rows: Sequence[int]) -> None:
+        """A call on these rows begins; on all rows of the batch, for a batched reward."""
+
+    def ended(self, row: int, result: Verdict | RewardError) -> None:
+        """A row has its result."""
+
+
 class Pending:
     """Verdicts to come, in the order of the completions."""
 
     def __init__(self, futures: Sequence[Future], whole: bool) -> None:
-        self._futures, self._whole = futures, whole
+        self.futures, self._whole = futures, whole
 
     def results(self) -> list[Verdict | RewardError]:
-        """One verdict per completion, or the error that stands in its place; waits for them.
+        """Wait for one verdict, or the error in its place, per completion.
 
-        Interrupted, it drops what has not begun: the interpreter would wait for all of it before it ends.
+        Interrupted, it cancels the calls that have not begun: else the interpreter would wait for them at its end.
         """
         try:
-            results = [future.result() for future in self._futures]
+            results = [future.result() for future in self.futures]
         except BaseException:
             self.cancel()
             raise
         return results[0] if self._whole else results
 
     def cancel(self) -> None:
-        """Drop what has not begun."""
-        for future in self._futures:
+        """Cancel the calls that have not begun."""
+        for future in self.futures:
             future.cancel()
 
 
 class Caller:
-    """Calls rewards from threads and an event loop; any thread may use one, and a forked child as well.
+    """Calls rewards from threads and an event loop. Any thread may use one, also in a forked child.
 
     >>> row = Example("row-1", "2 + 2?", "4", "direct")
     >>> pending = Caller().start(lambda completion, example: completion == "4", "mine", ["4", "5"], [row, row])
@@ -97,119 +115,154 @@ class Caller:
     """
 
     def __init__(self, threads: int = THREADS) -> None:
-        self.threads = threads
-        self._lock = threading.Lock()
-        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self._threads = PerProcess(lambda: ThreadPoolExecutor(threads, thread_name_prefix="reward"))
 
     def start(
-        self, reward: Reward, name: str, completions: Sequence[str], examples: Sequence[Example]
+        self,
+        reward: Reward,
+        name: str,
+        completions: Sequence[str],
+        examples: Sequence[Example],
+        watch: Watch | None = None,
     ) -> Pending:
         """Begin to grade each completion against its example."""
         form = form_of(reward)
-        pairs = list(zip(completions, examples, strict=True))
+        batch = _Batch(form.call, name, list(zip(completions, examples, strict=True)), watch or Watch())
         if form.is_async:
-            grade = _async_batch if form.batched else _async_each
-            return Pending([_on_loop(grade(form.call, name, pairs))], whole=True)
-        pool = self._threads()
+            return Pending([_on_loop(batch.whole_async() if form.batched else batch.each_async())], True)
+        threads = self._threads()
         if form.batched:
-            return Pending([pool.submit(_batch, form.call, name, pairs)], whole=True)
-        return Pending([pool.submit(_one, form.call, name, *pair) for pair in pairs], whole=False)
-
-    def _threads(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None or self._pool[0] != os.getpid():  # a forked child has none of our threads
-                self._pool = os.getpid(), ThreadPoolExecutor(self.threads, thread_name_prefix="reward")
-            return self._pool[1]
+            return Pending([threads.submit(batch.whole)], True)
+        return Pending([threads.submit(batch.one, row) for row in range(len(batch.pairs))], False)
 
 
 Pair = tuple[str, Example]
 
 
-def _one(call: Reward, name: str, completion: str, example: Example) -> Verdict | RewardError:
-    try:
-        value = call(completion, example)
-        if inspect.isawaitable(value):  # a plain function that hands on a coroutine
-            value = _on_loop(_awaited(value)).result()
-        return as_verdict(value, name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a reward's sys.exit() and math-verify's timeouts are no Exceptions
-        return _failed(name, [(completion, example)], error)
+@dataclass(frozen=True)
+class _Batch:
+    """Completions with their examples, and the reward that grades them."""
+
+    call: Reward
+    name: str
+    pairs: list[Pair]
+    watch: Watch
+
+    def one(self, row: int) -> Verdict | RewardError:
+        """Grade one completion."""
+        self.watch.begun([row])
+        try:
+            value = self.call(*self.pairs[row])
+            if inspect.isawaitable(value):  # a plain function that returns a coroutine
+                value = _on_loop(_awaited(value)).result()
+            result = self._result(row, value)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a reward's sys.exit() and math-verify's timeouts are no Exceptions
+            result = failure(self.name, [self.pairs[row]], error)
+        self.watch.ended(row, result)
+        return result
+
+    def whole(self) -> Sequence[Verdict | RewardError]:
+        """Grade all completions by one call."""
+        self.watch.begun(range(len(self.pairs)))
+        try:
+            values = self.call(*self._columns())
+            if inspect.isawaitable(values):
+                values = _on_loop(_awaited(values)).result()
+            results = self._results(values)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            results = self._all_failed(error)
+        return self._told(results)
+
+    async def each_async(self) -> Sequence[Verdict | RewardError]:
+        """Grade every completion by a call of its own, AT_ONCE of them side by side."""
+        import asyncio
+
+        room = asyncio.Semaphore(AT_ONCE)
+
+        async def one(row: int) -> Verdict | RewardError:
+            async with room:
+                self.watch.begun([row])
+                try:
+                    result = self._result(row, await self.call(*self.pairs[row]))
+                except asyncio.CancelledError:
+                    raise
+                except BaseException as error:  # an escaped one would end the loop, and every wait with it
+                    result = failure(self.name, [self.pairs[row]], error)
+                self.watch.ended(row, result)
+                return result
+
+        return await asyncio.gather(*map(one, range(len(self.pairs))))
+
+    async def whole_async(self) -> Sequence[Verdict | RewardError]:
+        """Grade all completions by one call on the event loop."""
+        import asyncio
+
+        self.watch.begun(range(len(self.pairs)))
+        try:
+            results = self._results(await self.call(*self._columns()))
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            results = self._all_failed(error)
+        return self._told(results)
+
+    def _columns(self) -> tuple[list[str], list[Example]]:
+        return [completion for completion, _ in self.pairs], [example for _, example in self.pairs]
+
+    def _result(self, row: int, value: Any) -> Verdict | RewardError:
+        if isinstance(value, RewardError):  # of a reward that has called its function elsewhere
+            return value
+        try:
+            return as_verdict(value, self.name)
+        except (TypeError, ValueError) as error:
+            return failure(self.name, [self.pairs[row]], error)
+
+    def _results(self, values: Any) -> list[Verdict | RewardError]:
+        if hasattr(values, "tolist"):  # a numpy array or a torch tensor
+            values = values.tolist()
+        if not isinstance(values, Sequence) or isinstance(values, str | bytes | Mapping):
+            raise TypeError(
+                f"reward {self.name!r} returned {type(values).__name__} for a batch: "
+                "return a list with a verdict, float, bool or None per completion"
+            )
+        if len(values) != len(self.pairs):
+            raise ValueError(
+                f"reward {self.name!r} returned {len(values)} verdicts for a batch of {len(self.pairs)} "
+                "completions: return one per completion, in their order; None for one that cannot be graded"
+            )
+        return [self._result(row, value) for row, value in enumerate(values)]
+
+    def _all_failed(self, error: BaseException) -> list[Verdict | RewardError]:
+        return [failure(self.name, self.pairs, error)] * len(self.pairs)
+
+    def _told(self, results: list[Verdict | RewardError]) -> list[Verdict | RewardError]:
+        for row, result in enumerate(results):
+            self.watch.ended(row, result)
+        return results
 
 
-def _batch(call: Reward, name: str, pairs: list[Pair]) -> Sequence[Verdict | RewardError]:
-    try:
-        values = call([completion for completion, _ in pairs], [example for _, example in pairs])
-        if inspect.isawaitable(values):
-            values = _on_loop(_awaited(values)).result()
-        return _verdicts(values, name, pairs)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        return [_failed(name, pairs, error)] * len(pairs)
-
-
-async def _async_each(call: Reward, name: str, pairs: list[Pair]) -> Sequence[Verdict | RewardError]:
-    import asyncio
-
-    room = asyncio.Semaphore(AT_ONCE)
-
-    async def one(completion: str, example: Example) -> Verdict | RewardError:
-        async with room:
-            try:
-                return as_verdict(await call(completion, example), name)
-            except asyncio.CancelledError:
-                raise
-            except BaseException as error:  # one that got out would end the loop, and every wait with it
-                return _failed(name, [(completion, example)], error)
-
-    return await asyncio.gather(*(one(*pair) for pair in pairs))
-
-
-async def _async_batch(call: Reward, name: str, pairs: list[Pair]) -> Sequence[Verdict | RewardError]:
-    import asyncio
-
-    try:
-        values = await call([completion for completion, _ in pairs], [example for _, example in pairs])
-        return _verdicts(values, name, pairs)
-    except asyncio.CancelledError:
-        raise
-    except BaseException as error:
-        return [_failed(name, pairs, error)] * len(pairs)
-
-
-def _verdicts(values: Any, name: str, pairs: list[Pair]) -> list[Verdict | RewardError]:
-    if hasattr(values, "tolist"):  # a numpy array or a torch tensor
-        values = values.tolist()
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes | Mapping):
-        raise TypeError(
-            f"reward {name!r} returned {type(values).__name__} for a batch: "
-            "return a list with a verdict, float, bool or None per completion"
-        )
-    if len(values) != len(pairs):
-        raise ValueError(
-            f"reward {name!r} returned {len(values)} verdicts for a batch of {len(pairs)} completions: "
-            "return one per completion, in their order; None for one that cannot be graded"
-        )
-    return [
-        _one(lambda *_, value=value: value, name, *pair) for value, pair in zip(values, pairs, strict=True)
-    ]
-
-
-def _failed(name: str, pairs: list[Pair], cause: BaseException) -> RewardError:
+def failure(name: str, pairs: Sequence[Pair], cause: BaseException) -> RewardError:
+    """The RewardError of a call on these pairs that ended in `cause`."""
     completion, example = pairs[0]
     batch = f"a batch of {len(pairs)} that begins with " if len(pairs) > 1 else ""
+    problem = f"{type(cause).__name__}: {str(cause)[:1000]}"
     error = RewardError(
-        f"reward {name!r} failed on {batch}row {example.id!r}: {problem_text(cause)}; "
-        f"the completion begins {completion[:_SHOWN_CHARS]!r}"
+        f"reward {name!r} failed on {batch}row {example.id!r}: {problem}; "
+        f"the completion begins {completion[:_SHOWN_CHARS]!r}",
+        problem,
+        bool(getattr(cause, "always_stops", False)),
     )
     error.__cause__ = cause
     return error
 
 
-def problem_text(cause: BaseException) -> str:
-    """Kind and words of an exception, as far as a record needs them."""
-    return f"{type(cause).__name__}: {str(cause)[:1000]}"
+def traceback_text(error: BaseException | None) -> str:
+    """The traceback of an exception, as far as the reward's own frames go back."""
+    return "".join(traceback.format_exception(error, limit=-8))[-4000:] if error else ""
 
 
 def _is_async(function: Any) -> bool:
@@ -240,17 +293,8 @@ def _on_loop(work: Any) -> Future:
     return asyncio.run_coroutine_threadsafe(work, loop)
 
 
-_starting = threading.Lock()
-
-
-def _background() -> tuple["AbstractEventLoop", threading.Thread]:
-    with _starting:
-        return _started_loop()
-
-
-@functools.cache
 def _started_loop() -> tuple["AbstractEventLoop", threading.Thread]:
-    """The event loop of this process and its thread: one for all, as clients are bound to the loop they met."""
+    """An event loop and its thread: one per process, as clients are bound to the loop that they met first."""
     import asyncio
     import atexit
 
@@ -269,10 +313,4 @@ def _started_loop() -> tuple["AbstractEventLoop", threading.Thread]:
     return loop, thread
 
 
-def _after_fork_in_child() -> None:
-    global _starting
-    _starting = threading.Lock()
-    _started_loop.cache_clear()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
+_background = PerProcess(_started_loop)

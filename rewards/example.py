@@ -1,6 +1,6 @@
 """The row that a completion is graded against."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +26,28 @@ class Example:
     """Either "think" or "direct"."""
     verifier: str = "math"
     """Kind of the answer, one of rewards.answer.KINDS."""
-    images: tuple[Any, ...] = ()
+    images: Sequence[Any] = ()
     """PIL pictures, in the order the model sees them."""
     chain: str | None = None
     """A reference chain of thought, if the row has one."""
     source: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Whatever the row's maker keeps for graders: `answers`, `choices`, a scene."""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], images: Sequence[Any]) -> "Example":
+        """The example of a record (corpus.schema) with these pictures, which may decode when they are looked at."""
+        return cls(
+            id=record["id"],
+            question=record["question"],
+            answer=record["answer"],
+            mode=record["mode"],
+            verifier=record["verifier"],
+            images=images,
+            chain=record["chain"],
+            source=record["source"],
+            meta=record["meta"] or {},
+        )
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from rewards.calls import THREADS, Caller, Reward, RewardError, problem_text
+from rewards.calls import THREADS, Caller, Reward, RewardError
 from rewards.example import MODES, Example
 from rewards.names import nearest
 from rewards.verdict import Verdict
@@ -168,11 +168,11 @@ class Mixture:
     def _settled(self, term: Term, result: Verdict | RewardError) -> Verdict:
         if isinstance(result, Verdict):
             return result
-        if term.on_error == "stop" or getattr(result.__cause__, "always_stops", False):
+        if term.on_error == "stop" or result.always_stops:
             raise result
         with self._counting:
             self.errors[term.name] += 1
-        return Verdict.unscored(problem_text(result.__cause__ or result))
+        return Verdict.unscored(result.problem)
 
 
 def cell_of(example: Example) -> Cell:

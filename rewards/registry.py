@@ -22,6 +22,7 @@ from rewards.names import nearest
 REWARDS = {
     "answer": "rewards.answer:AnswerReward",
     "literal_answer": "rewards.style.literal:LiteralAnswer",
+    "think_tags": "rewards.style.format:ThinkTags",
     "think_format": "rewards.style.format:ThinkFormat",
     "direct_format": "rewards.style.format:DirectFormat",
     "format": "rewards.style.format:Format",
@@ -73,6 +74,11 @@ def load_reward(
             "and whatever else it needs comes from params"
         )
     return reward
+
+
+def is_builtin(name: str) -> bool:
+    """Whether it is a reward of this package."""
+    return name in REWARDS
 
 
 def split_adapter(name: str) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from typing import Any
 
 from rewards.answers.choice import option_letter, options_of
 from rewards.answers.number import exact_number
-from rewards.calls import Caller, Reward, RewardError, problem_text
+from rewards.calls import Caller, Reward, RewardError
 from rewards.example import Example
 from rewards.extract import CHAT_TOKEN, CLOSE, OPEN
 from rewards.mix import Mixture, cell_of
@@ -206,7 +206,7 @@ def _met(expected: str, result: Verdict | RewardError) -> bool:
 
 def _found(result: Verdict | RewardError) -> str:
     if isinstance(result, RewardError):
-        return problem_text(result.__cause__ or result)
+        return result.problem
     score = "no score" if result.score is None else f"{result.score:g}"
     return f"{score} ({result.status.value}{f': {result.reason}' if result.reason else ''})"
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from core.strict import Strict
-from core.training.learner import LearnerConfig, Optim
+from core.strict import Name, Strict
+from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
+from rewards.judge.address import refuse_secrets
 from rewards.mix import check_terms
 
 Mode = Literal["think", "direct"]
@@ -17,11 +18,13 @@ AlarmName = Literal["unscorable", "status", "jump", "repeats", "disagreement", "
 
 
 class PoolConfig(Strict):
-    """Rollout workers that serve a whole chain, evaluation included."""
+    """Rollout servers of a whole chain, evaluation included: `servers:` of a recipe."""
+
+    renamed: ClassVar[dict[str, str]] = {"servers": "count"}
 
     engine: Literal["vllm", "hf"] = "vllm"
     """vllm, or hf: transformers' generate in a process of its own, for machines without vLLM."""
-    servers: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1, le=4096)
     """Server processes that we start on this machine."""
     urls: tuple[str, ...] = ()
     """Servers that run already (then none is started), each http://host:port, on this machine or on others."""
@@ -29,9 +32,9 @@ class PoolConfig(Strict):
     """Where the servers that we start run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the served weights."""
-    max_model_tokens: int = Field(ge=8)
+    max_model_tokens: int = Field(ge=8, le=16_777_216)
     """Longest prompt + completion."""
-    max_sequences: int = Field(default=256, ge=1)
+    max_sequences: int = Field(default=256, ge=1, le=1_000_000)
     """Sequences that a server decodes together."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """CPU only: memory for keys and values of one server, GiB."""
@@ -65,12 +68,27 @@ class PoolConfig(Strict):
     max_restarts: int = Field(default=3, ge=0)
     """A server that was lost and came back so often is not asked again when it is lost once more. Those that we
     started we start again as often, unless they share GPUs with a learner whose turn it may be."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU only: OpenMP threads of one server."""
-    concurrency: int = Field(default=64, ge=1)
+    concurrency: int = Field(default=64, ge=1, le=65536)
     """Requests in flight per server."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for vLLM's API server, as on its command line."""
+
+    @property
+    def sends_files(self) -> bool:
+        """Whether weights reach the servers as files."""
+        return self.weights == "shm"
+
+    @property
+    def starts_on_gpus(self) -> bool:
+        """Whether servers are started on this machine's GPUs."""
+        return not self.urls and self.device == "gpu"
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one served weight."""
+        return 2 if self.dtype == "bfloat16" else 4
 
     @property
     def patience_s(self) -> float:
@@ -82,7 +100,7 @@ class PoolConfig(Strict):
     def _can_share(self) -> PoolConfig:
         if not self.share_gpus:
             return self
-        if self.weights == "nccl":
+        if not self.sends_files:
             raise ValueError(
                 "share_gpus with weights=nccl: NCCL connects no two processes on one GPU; use weights: shm"
             )
@@ -94,7 +112,7 @@ class PoolConfig(Strict):
 
     @model_validator(mode="after")
     def _files_reach_the_servers(self) -> PoolConfig:
-        if self.weights != "shm" or self.weights_dir is not None:
+        if not self.sends_files or self.weights_dir is not None:
             return self
         away = [url for url in self.urls if not _on_this_machine(url)]
         if away:
@@ -109,9 +127,9 @@ class PoolConfig(Strict):
 class Rollout(Strict):
     """How one batch of completions is sampled."""
 
-    prompts_per_batch: int = Field(ge=1)
+    prompts_per_batch: int = Field(ge=1, le=1_000_000)
     """Groups per rollout batch."""
-    group_size: int = Field(ge=2)
+    group_size: int = Field(ge=2, le=65536)
     """Completions per prompt; G in the GRPO paper."""
     max_completion_tokens: int = Field(ge=1)
     """A completion is cut there."""
@@ -177,6 +195,15 @@ class Algorithm(Strict):
     importance_sampling: ImportanceSampling = ImportanceSampling()
 
 
+def _without_secrets(params: dict[str, Any]) -> dict[str, Any]:
+    refuse_secrets(params)
+    return params
+
+
+Params = Annotated[dict[str, Any], AfterValidator(_without_secrets)]
+"""A reward's parameters; a URL with a password is refused."""
+
+
 class RewardTerm(Strict):
     """One weighted term of the reward, with a curve of its own."""
 
@@ -193,15 +220,34 @@ class RewardTerm(Strict):
     gate: str | None = None
     """Name of another term: only where that one scores 1 is this one asked, elsewhere it scores 0."""
     on_error: Literal["stop", "unscorable"] = "stop"
-    """When the reward raises: stop the run, or count it and leave the row unscorable."""
-    params: dict[str, Any] = Field(default_factory=dict)
+    """When the reward fails: stop the run, or count it and leave the row unscorable. It fails when it raises, returns
+    what is no verdict, exceeds a limit below, or ends its process."""
+    isolate: bool = True
+    """Run a reward that is not built in in a process of its own. False: in the stage's, for rewards that must share
+    its memory; the deadline then is the only limit, and what the reward does to the process, it does to the stage."""
+    deadline_s: float = Field(default=60.0, gt=0)
+    """For one call of a reward that is not built in: one completion, or the batch of a batched reward."""
+    memory_gib: float = Field(default=4.0, gt=0)
+    """Private memory that the process of a reward that is not built in may use."""
+    params: Params = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _limits_are_for_users_rewards(self) -> RewardTerm:
+        if ":" not in self.use:
+            limits = ("deadline_s", "isolate", "memory_gib")
+            given = [key for key in limits if getattr(self, key) != type(self).model_fields[key].default]
+            if given:
+                raise ValueError(
+                    f"{given[0]} is for rewards of one's own; {self.use!r} is built in: remove it"
+                )
+        return self
 
 
 class PassAtK(Strict):
     """Keep prompts by the starting policy's pass@k (report, section 4: pass@4 filter)."""
 
     source: DataSource
-    into: str
+    into: Name
     """Name of the set that the kept rows form."""
     samples: int = Field(default=4, ge=1)
     temperature: float = Field(default=1.0, gt=0)
@@ -216,7 +262,7 @@ class Harvest(Strict):
     """Rejection sampling: the policy's own correct, well-formed chains become think-fusion data."""
 
     source: DataSource
-    into: str
+    into: Name
     keep: int = Field(ge=1)
     """Chains to keep at most; fewer than min_rows is an error."""
     samples: int = Field(default=1, ge=1)
@@ -228,7 +274,7 @@ class HardCases(Strict):
     """Prompts that an earlier RL stage was unreliable on, from that stage's own record."""
 
     stage: str = "rlvr"
-    into: str
+    into: Name
     max_pass_rate: float = Field(gt=0, le=1)
     """Keep prompts whose completions were correct at most this often in that stage's last visit."""
     rows: int | None = Field(default=None, ge=1)
@@ -243,6 +289,11 @@ class Prepare(Strict):
     harvest: Harvest | None = None
     hard_cases: HardCases | None = None
     max_completion_tokens: int = Field(default=64, ge=1)
+
+    @property
+    def samples(self) -> bool:
+        """Whether completions are sampled; hard cases come from an earlier stage's record."""
+        return self.pass_at_k is not None or self.harvest is not None
 
 
 class Parity(Strict):
@@ -274,7 +325,7 @@ class Watch(Strict):
     """Shorter completions are no repeats: honest short answers coincide."""
     second_verifier: str | None = None
     """A stricter reward, by name, that grades a sample of what the answer verifier called correct."""
-    second_params: dict[str, Any] = Field(default_factory=dict)
+    second_params: Params = Field(default_factory=dict)
     second_rows: int = Field(default=32, ge=1)
     """Completions per batch that it grades."""
     max_disagreement: float = Field(default=0.1, ge=0, le=1)
@@ -295,6 +346,11 @@ class RLLearner(LearnerConfig):
     token_budget: int | None = Field(default=None, ge=1)
     """Tokens of one packed forward-backward pass of a rank, for all but prefix=stock; a single row may exceed it.
     None: as many as TRL's pass over optim.micro_batch_size padded rows would hold."""
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether each prompt is computed once per group, by rl/shared_prefix.py and not by TRL."""
+        return self.prefix != "stock"
 
 
 class RLConfig(Strict):

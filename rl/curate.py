@@ -5,6 +5,7 @@ Each writes a set of records and returns what it kept and dropped, and why. Impo
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections import Counter
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_jsonl
-from corpus.records import load_records, write_records
+from core.model.pictures import as_rgb
+from corpus.records import DataSource, Records, load_records, write_records
 from rewards.answer import AnswerReward
 from rewards.extract import parse_thinking
 from rewards.style.format import ThinkFormat
@@ -22,6 +24,13 @@ from rl.data import Record, example_of, prompt_messages
 from rl.rollout.client import Completion, Prompt, RolloutClient, Sampling
 
 Progress = Callable[[int, int], None] | None
+Askable = Callable[[DataSource, Records], Records]
+"""Leaves out the rows that the servers cannot be asked (rl.limits)."""
+
+
+def every_row(source: DataSource, records: Records) -> Records:
+    """Leaves out nothing."""
+    return records
 
 
 class TooFewRows(RuntimeError):
@@ -37,6 +46,7 @@ def pass_at_k(
     seed: int,
     max_tokens: int,
     progress: Progress = None,
+    askable: Askable = every_row,
 ) -> dict[str, Any]:
     """Write the prompts that can teach the served policy something to `out/<into>.parquet`.
 
@@ -45,7 +55,7 @@ def pass_at_k(
     """
     kept: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
-    for row, completions in _sampled(cfg, client, sets, seed, max_tokens, progress):
+    for row, completions in _sampled(cfg, client, sets, seed, max_tokens, progress, askable):
         rate = _pass_rate(row, completions)
         if rate is None:
             dropped["unscorable"] += 1
@@ -67,13 +77,14 @@ def harvest(
     seed: int,
     max_tokens: int,
     progress: Progress = None,
+    askable: Askable = every_row,
 ) -> dict[str, Any]:
     """Write the served policy's own correct, well-formed chains to `out/<into>.parquet`, one per prompt at most."""
     answer, well_formed = AnswerReward(), ThinkFormat()
     kept: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     seen = set()
-    for row, completions in _sampled(cfg, client, sets, seed, max_tokens, progress):
+    for row, completions in _sampled(cfg, client, sets, seed, max_tokens, progress, askable):
         example = example_of(row)
         good = [c for c in completions if c.finished and well_formed(c.text, example).score == 1]
         right = [c for c in good if answer(c.text, example).score == 1]
@@ -131,10 +142,11 @@ def _sampled(
     seed: int,
     max_tokens: int,
     progress: Progress,
+    askable: Askable,
 ) -> list[tuple[Record, list[Completion]]]:
     """The source's rows, each with `cfg.samples` completions of the served policy."""
     source, samples = cfg.source, cfg.samples
-    rows = load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed)
+    rows = askable(source, load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed))
     prompts = [Prompt(prompt_messages(row), seed=(seed << 32) + at * samples) for at, row in enumerate(rows)]
     sampling = Sampling(max_tokens=max_tokens, n=samples, temperature=cfg.temperature)
     report = (lambda done: progress(done, len(rows))) if progress else None
@@ -150,7 +162,8 @@ def _pass_rate(row: Record, completions: Sequence[Completion]) -> float | None:
 
 
 def _image_key(row: Record) -> tuple[bytes, ...]:
-    return tuple(image.tobytes() for image in row["images"])
+    """A hash of each picture's pixels."""
+    return tuple(hashlib.sha256(as_rgb(image).tobytes()).digest() for image in row["images"])
 
 
 def _finish(what: str, kept: list[dict], dropped: Counter, min_rows: int, path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.model.pictures import Decoded
 from core.model.prompts import messages
 from corpus.records import DataSource, Records, load_records
 from rewards.answer import GoldError, gold_problem
@@ -19,15 +20,21 @@ log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 
-def load_rows(sources: Sequence[DataSource], sets: Mapping[str, Path], seed: int) -> list[dict[str, Any]]:
-    """All records of the named sets, in their order.
+def load_rows(
+    sources: Sequence[DataSource],
+    sets: Mapping[str, Path],
+    seed: int,
+    askable: Callable[[DataSource, Records], Records] = lambda source, records: records,
+) -> list[dict[str, Any]]:
+    """All records of the named sets, in their order. `askable` leaves out what the servers cannot be asked.
 
     Raises ValueError when an id is in two of the sets, a set is left without rows, or a gold answer could not be
     graded against and its source does not say to drop such rows; names the file and the row.
     """
     rows: list[dict[str, Any]] = []
     for source in sources:
-        rows += _gradable(source, load_records(sets[source.set], source.split, source.rows, seed))
+        records = load_records(sets[source.set], source.split, source.rows, seed)
+        rows += _gradable(source, askable(source, records))
     seen: set[str] = set()
     for row in rows:
         if row["id"] in seen:
@@ -61,18 +68,8 @@ def _gradable(source: DataSource, records: Records) -> list[dict[str, Any]]:
 
 
 def example_of(record: Record) -> Example:
-    """What a reward sees of a record."""
-    return Example(
-        id=record["id"],
-        question=record["question"],
-        answer=record["answer"],
-        mode=record["mode"],
-        verifier=record["verifier"],
-        images=tuple(record["images"]),
-        chain=record["chain"],
-        source=record["source"],
-        meta=record["meta"] or {},
-    )
+    """What a reward sees of a record; its pictures decode when the reward looks at them."""
+    return Example.of(record, Decoded(record["images"]))
 
 
 def prompt_messages(record: Record) -> list[dict[str, Any]]:

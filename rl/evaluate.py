@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.stats import wilson
-from corpus.records import load_records
+from corpus.records import DataSource, Records, load_records
 from rewards.answer import AnswerReward
 from rewards.mix import Reward
 from rewards.style.format import DirectFormat, ThinkFormat
@@ -22,7 +22,7 @@ MODES = {"thinking": "think", "direct": "direct"}
 
 
 @dataclass(frozen=True)
-class Judged:
+class Scored:
     """One held-out row with the policy's greedy completion and its verdicts."""
 
     record: Record
@@ -52,7 +52,8 @@ def evaluate(
     client: RolloutClient,
     sets: Mapping[str, Path],
     on_answer: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, dict[str, Any]], list[Judged]]:
+    askable: Callable[[DataSource, Records], Records] = lambda source, records: records,
+) -> tuple[dict[str, dict[str, Any]], list[Scored]]:
     """Score the policy that the pool serves now.
 
     Args:
@@ -60,25 +61,26 @@ def evaluate(
         client: the rollout pool.
         sets: data set name -> Parquet file.
         on_answer: told (rows done, rows in all).
+        askable: leaves out the rows that the servers cannot be asked.
 
     Returns:
         `{"thinking": {accuracy, n, ci95, format_rate, mean_tokens}, "direct": {...}}`, accuracies and rates in
         [0, 1], and every judged row.
     """
-    rows = {name: held_out(cfg, name, sets) for name in MODES}
+    rows = {name: askable(getattr(cfg, name), held_out(cfg, name, sets)) for name in MODES}
     total = sum(map(len, rows.values()))
-    judged: list[Judged] = []
+    judged: list[Scored] = []
     scores = {}
     for name, records in rows.items():
         before = len(judged)
         report = (lambda done, before=before: on_answer(before + done, total)) if on_answer else None
-        part = judge(records, client, cfg.max_completion_tokens, report)
+        part = answer_greedily(records, client, cfg.max_completion_tokens, report)
         scores[name] = summary(part)
         judged += part
     return scores, judged
 
 
-def held_out(cfg: EvalConfig, name: str, sets: Mapping[str, Path]) -> Sequence[Record]:
+def held_out(cfg: EvalConfig, name: str, sets: Mapping[str, Path]) -> Records:
     """The rows of one mode; a row of another mode in the set is an error."""
     source = getattr(cfg, name)
     records = load_records(sets[source.set], split=source.split, rows=source.rows)
@@ -91,12 +93,12 @@ def held_out(cfg: EvalConfig, name: str, sets: Mapping[str, Path]) -> Sequence[R
     return records
 
 
-def judge(
+def answer_greedily(
     records: Sequence[Record],
     client: RolloutClient,
     max_tokens: int,
     on_answer: Callable[[int], None] | None = None,
-) -> list[Judged]:
+) -> list[Scored]:
     """Greedy completions of the rows with their answer and format verdicts, in the rows' order."""
     answer = AnswerReward()
     formats: dict[str, Reward] = {"think": ThinkFormat(), "direct": DirectFormat()}
@@ -106,7 +108,7 @@ def judge(
     for row, given in zip(records, answers, strict=True):
         completion, example = given.completions[0], example_of(row)
         judged.append(
-            Judged(
+            Scored(
                 row,
                 completion,
                 answer=answer(completion.text, example),
@@ -116,7 +118,12 @@ def judge(
     return judged
 
 
-def summary(judged: Sequence[Judged]) -> dict[str, Any]:
+def accuracy(records: Sequence[Record], client: RolloutClient, max_tokens: int) -> float:
+    """The share of rows that the served policy answers right, greedily."""
+    return sum(row.correct for row in answer_greedily(records, client, max_tokens)) / len(records)
+
+
+def summary(judged: Sequence[Scored]) -> dict[str, Any]:
     """Accuracy with its 95% Wilson interval, format rate and mean completion length in tokens."""
     n = len(judged)
     if not n:

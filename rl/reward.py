@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rewards.isolation import load_limited
 from rewards.mix import Mixture, Term
-from rewards.registry import load_reward
 from rl.config import RewardTerm
 
 
 def mixture_of(terms: Iterable[RewardTerm], folders: Sequence[Path] = ()) -> Mixture:
-    """Load every term's reward (an unknown name names its nearest) and weigh them.
+    """Load every term's reward and weigh them. An unknown name or parameter is refused with the nearest known one.
 
     Args:
         terms: from the recipe.
@@ -21,7 +21,15 @@ def mixture_of(terms: Iterable[RewardTerm], folders: Sequence[Path] = ()) -> Mix
         [
             Term(
                 name=term.name,
-                reward=load_reward(term.use, term.params, folders),
+                reward=load_limited(
+                    term.use,
+                    term.params,
+                    folders,
+                    name=term.name,
+                    isolate=term.isolate,
+                    deadline_s=term.deadline_s,
+                    memory_gib=term.memory_gib,
+                ),
                 weight=term.weight,
                 modes=frozenset(term.modes),
                 graded=frozenset(term.graded),

@@ -5,32 +5,30 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.checkpoint.save import save_checkpoint
+from core.checkpoint.shards import weights_hash
 from core.files import append_jsonl
-from core.training.learner import (
-    apply_freeze,
-    join_process_group,
-    load_model,
-    load_processor,
-    peft_config,
-    save_checkpoint,
-    training_arguments,
-    weights_hash,
-)
-from core.training.resume import FOLDER, Unfinished, drop_lines_after, forget, identity, marker
+from core.training.model import apply_freeze, load_model, load_processor, peft_config
+from core.training.ranks import join_process_group, training_arguments
+from core.training.resume import FOLDER, Unfinished, drop_lines_after, identity, marker
+from corpus.records import DataSource, Records
+from rewards.adapters import check_columns
 from rewards.answer import AnswerReward
+from rewards.isolation import load_limited
 from rewards.judge.judges import Judge, statistics
 from rewards.mix import Mixture
-from rewards.registry import load_reward
 from rewards.selftest import self_test
 from rewards.style.length import SoftOverlong
+from rl import limits
 from rl.collect import Collector, Group, Pipeline, Sample
 from rl.config import PoolConfig, RLConfig
 from rl.data import Record, example_of, load_rows, prompt_messages
-from rl.evaluate import judge
+from rl.evaluate import accuracy
+from rl.job import ServedJob
 from rl.resume import StageState
 from rl.reward import mixture_of
 from rl.rollout.client import CoreFacts, Prompt, RolloutClient
@@ -41,40 +39,26 @@ from rl.watch import ALARMS, Watcher
 log = logging.getLogger(__name__)
 
 
-def train(
-    cfg: RLConfig,
-    *,
-    model: Path,
-    out: Path,
-    seed: int,
-    sets: Mapping[str, Path],
-    pool: PoolConfig,
-    urls: Sequence[str],
-    weights: Path,
-    folders: Sequence[Path] = (),
-) -> Path:
+def train(cfg: RLConfig, job: ServedJob) -> Path:
     """Run one RL stage; return the checkpoint folder that the next stage starts from.
 
-    Args:
-        cfg: the stage.
-        model: checkpoint folder of the policy to start from.
-        out: the stage's folder; takes checkpoint/, metrics.jsonl, completions.jsonl, record.jsonl and
-            alarms.jsonl. With `save_every`, an interrupted call in it is gone on with if the configuration, the
-            policy's weights, the seed and the rows' ids are the same.
-        seed: of prompts, completions and updates.
-        sets: data set name -> Parquet file or folder.
-        pool: configuration of the rollout pool behind `urls`.
-        urls: rollout servers, which serve a core of the same architecture.
-        weights: folder for the policy's weights on their way to the servers, which read them there.
-        folders: where users' own reward modules are looked for, after everything installed.
+    `job.out` takes checkpoint/, metrics.jsonl, completions.jsonl, record.jsonl and alarms.jsonl. With `save_every`, an
+    interrupted call continues there if the configuration, the policy's weights, the seed and the rows' ids are the
+    same. `job.seed` is the seed of prompts, completions and updates.
     """
     from datasets import Dataset
     from transformers import set_seed
 
     from rl.trainer import RolloutTrainer, reward_function
 
+    model, out, seed, sets = job.start, job.out, job.seed, job.sets
+    pool, urls, folders = job.pool, job.urls, job.folders
     join_process_group(cfg.learner)
-    records = load_rows(cfg.data, sets, seed)
+
+    def askable(source: DataSource, rows: Records) -> Records:
+        return limits.askable(rows, source, pool, model, cfg.rollout.max_completion_tokens)
+
+    records = load_rows(cfg.data, sets, seed, askable)
     unfinished = _unfinished(cfg, model, out, seed, records)
     # Before the model: ZeRO-3 splits weights as they load.
     arguments = trl_config(cfg, unfinished.folder, seed)
@@ -92,14 +76,14 @@ def train(
         if cfg.save_every:
             record.drop_after(**unfinished.done)
         client = RolloutClient.of_pool(pool, urls, model, record.alarm_of_servers)
-        watcher = _watcher(cfg, client, out, sets, folders, seed)
+        watcher = _watcher(cfg, client, out, sets, folders, seed, askable)
         left = cfg.batches - unfinished.done["batches"]
         lead = Lead(client, _rollouts(cfg, client, records, folders, seed, left), watcher, record, records)
         if unfinished.checkpoint:
             lead.state.read(unfinished.checkpoint)
     trainer = RolloutTrainer(
         rollouts=lead.rollouts if lead else None,
-        sync=_sync(pool, lead.client if lead else None, len(urls), policy, weights),
+        sync=_sync(pool, lead.client if lead else None, len(urls), policy, job.weights),
         guard=guard,
         records=records,
         probes=probes,
@@ -125,10 +109,7 @@ def train(
     )
     try:
         unfinished.train(trainer)
-        path = save_checkpoint(trainer, processor, out / "checkpoint")
-        if lead:
-            forget(out)
-        return path
+        return save_checkpoint(trainer, processor, out / "checkpoint")
     finally:
         if lead:
             lead.client.close()
@@ -179,7 +160,7 @@ def trl_config(cfg: RLConfig, folder: Path, seed: int) -> Any:
     from trl import GRPOConfig
 
     algorithm, rollout, correction = cfg.algorithm, cfg.rollout, cfg.algorithm.importance_sampling
-    shared = cfg.learner.prefix != "stock"  # an update's rows come at once and are cut by tokens
+    shared = cfg.learner.shares_prefix  # an update's rows come at once and are cut by tokens
     per_pass = cfg.mini_batch if shared else cfg.optim.micro_batch_size * cfg.learner.processes
     arguments = training_arguments(cfg.optim, cfg.learner, seed=seed)
     if cfg.save_every:  # between two batches
@@ -352,6 +333,7 @@ def check_rewards(mixture: Mixture, records: Sequence[Record], rows: int, seed: 
     for example in examples:
         mixture.terms_of(example)
     for term in mixture.terms:
+        check_columns(term.reward, term.name, examples)
         if isinstance(term.reward, Judge) and term.reward.canaries:
             report = term.reward.check_canaries()
             if not report.complete:
@@ -376,21 +358,20 @@ def _watcher(
     sets: Mapping[str, Path],
     folders: Sequence[Path],
     seed: int,
+    askable: Callable[[DataSource, Records], Records],
 ) -> Watcher:
     watch = cfg.watch
     second = (
-        load_reward(watch.second_verifier, watch.second_params, folders) if watch.second_verifier else None
+        load_limited(watch.second_verifier, watch.second_params, folders) if watch.second_verifier else None
     )
-    rows = load_rows([watch.held_out], sets, seed) if watch.held_out else []
+    rows = load_rows([watch.held_out], sets, seed, askable) if watch.held_out else []
 
-    def accuracy(records: Sequence[Record]) -> float:
-        judged = judge(records, client, cfg.rollout.max_completion_tokens)
-        return sum(row.correct for row in judged) / len(judged)
-
-    return Watcher(watch, out, second, rows, accuracy)
+    return Watcher(
+        watch, out, second, rows, lambda records: accuracy(records, client, cfg.rollout.max_completion_tokens)
+    )
 
 
 def _sync(
     pool: PoolConfig, client: RolloutClient | None, servers: int, policy: Any, folder: Path
 ) -> WeightSync:
-    return FileSync(client, folder) if pool.weights == "shm" else NcclSync(client, servers, policy.device)
+    return FileSync(client, folder) if pool.sends_files else NcclSync(client, servers, policy.device)

@@ -15,6 +15,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from core.files import append_jsonl
+from core.model.pictures import Picture
 from rewards.mix import Reward
 from rewards.verdict import Status, as_verdict
 from rl.collect import Group, Sample
@@ -290,5 +291,5 @@ def blanked(row: Record) -> dict[str, Any]:
     """The row with each image replaced by a grey one of its size."""
     from PIL import Image
 
-    grey = [Image.new("RGB", image.size, (128, 128, 128)) for image in row["images"]]
+    grey = [Picture.of(Image.new("RGB", image.size, (128, 128, 128))) for image in row["images"]]
     return {**row, "images": grey}

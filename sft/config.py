@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from core.model.names import Module
 from core.strict import Strict
-from core.training.learner import LearnerConfig, Module, Optim
+from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 
 
@@ -50,9 +51,9 @@ class SFTConfig(Strict):
     max_tokens: int = Field(ge=8)
     """Longest row, prompt with its image tokens and target together (the report's context)."""
     overlong: Literal["refuse", "drop"] = "refuse"
-    """What happens to a longer row. It is never cut: a cut chain teaches to stop in mid-thought."""
+    """Refuse or drop a longer row. It is never cut: a cut chain teaches to stop in mid-thought."""
     on_bad: Literal["raise", "drop"] = "raise"
-    """What happens to a row that breaks a rule of corpus.records: the stage stops, or the row is left out."""
+    """Stop at a row that breaks a rule of corpus.records, or leave the row out."""
     learner: LearnerConfig = LearnerConfig()
     packing: Packing | None = Packing()
     """How rows share a micro-batch; `off` pads them into batches of micro_batch_size instead. Updates hold the
@@ -61,8 +62,8 @@ class SFTConfig(Strict):
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
     save_every: int | None = Field(default=None, ge=1)
-    """Updates between checkpoints with the optimizer's states: an interrupted stage, started again unchanged, goes on
-    from the last one, and its finished phases stand. None: it starts again from its beginning."""
+    """Updates between checkpoints with the optimizer's states: an interrupted stage, started again unchanged, resumes
+    from the last one and keeps its finished phases. None: it starts again from its beginning."""
 
     @field_validator("packing", mode="before")
     @classmethod
@@ -141,7 +142,7 @@ class SoupConfig(Strict):
     """Largest distance of two ingredients, as a share of the start's norm; above it the soup is refused.
     Fine-tunings of a tiny core that differ in their seed alone lie about 0.05 apart."""
     on_worse: Literal["warn", "refuse"] = "warn"
-    """What happens when the merge scores below its worst ingredient."""
+    """Warn or refuse when the merge scores below its worst ingredient."""
 
     @model_validator(mode="after")
     def _variants_differ(self) -> SoupConfig:

@@ -1,4 +1,4 @@
-"""Packs as the model reads them: samples end to end in one row, none of which sees another.
+"""Packs as model inputs: samples end to end in one row, each attending to itself only.
 
 T tokens of a pack, S samples. Positions restart at each sample and attention stays within it, so a sample's
 logits are those it has alone. Lengths travel in the arguments that transformers' flash attention takes for

@@ -1,20 +1,19 @@
-"""Packing: which rows share a micro-batch, so that nothing is padded and every rank carries its share.
+"""Packing: which rows share a micro-batch, so that nothing is padded.
 
 A pack is the rows of one micro-batch of one rank, laid end to end as a single row of at most `budget` tokens
 (sft/packed_rows.py). Planning needs the rows' sizes alone, so it reads no pixel and runs the same on every
-rank. A `Plan` lists the packs of a whole run and derives each from its place in it: a run that is resumed at
-some update gets the packs that an unbroken one gets, and there is no state to save.
+rank. A `Plan` derives each pack from its place in the run: a resumed run gets the packs of an unbroken one, and there
+is no state to save.
 
 Two ways to choose the rows of an update:
 
 - by rows: the rows that the padded path would take, in its order. Packing then changes neither the updates
-  nor their loss, only what they cost.
-- by tokens: a stream. Out of a buffer of the next rows, each update takes those that fill its packs best,
-  first what has waited too long.
+  nor their loss, only their cost.
+- by tokens: a stream. From a buffer of the next rows, each update takes those that fill its packs best, after those
+  that have waited too long.
 
-Either way each row is trained once per epoch, and the packs of an update are balanced in text tokens as well
-as in image tokens (the tower's work): the report's stream packing and visual packing (arXiv:2509.14033,
-section 5).
+Either way each row is trained once per epoch, and sft/balance.py evens out the packs of an update in text and in image
+tokens: the report's stream packing and visual packing (arXiv:2509.14033, section 5).
 """
 
 from __future__ import annotations
@@ -29,22 +28,10 @@ from typing import Any
 
 import numpy as np
 
-Sizes = np.ndarray
-"""(rows, 2), int64: text tokens and image tokens of each row."""
-Pack = list[int]
-"""Row numbers of one micro-batch of one rank."""
-
-ENOUGH = 1.02
-"""A pack or rank at most this far above the mean needs no further balancing."""
-GIVE = 1.05
-"""How far evening out the ranks may raise a step's largest pack."""
+from sft.balance import Pack, PackingError, Sizes, balance, best_fit, exchange, imbalance, placed
 
 SLACK = 0.03
 """Share of a streamed pack that is left free."""
-
-
-class PackingError(ValueError):
-    """A row does not fit in a pack."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +80,7 @@ class Plan(Sequence[Pack]):
         if (self.epochs is None) == (self.max_updates is None):
             raise ValueError(f"epochs={self.epochs} and max_updates={self.max_updates}: give one of them")
         if not len(self.sizes):
-            raise ValueError("there are no rows to pack")
+            raise ValueError("no rows to pack")
         tokens = self.sizes.sum(axis=1)
         longest = int(tokens.argmax())
         if tokens[longest] > self.budget:
@@ -138,7 +125,7 @@ class Plan(Sequence[Pack]):
             return self.updates_by.tokens // (self.ranks * self.budget)
         tokens = self.sizes.sum(axis=1)
         most = max(
-            len(_best_fit(tokens[rows], self.budget)) for rows in map(self._rows_of, range(self.updates))
+            len(best_fit(tokens[rows], self.budget)) for rows in map(self._rows_of, range(self.updates))
         )
         return math.ceil(most / self.ranks)
 
@@ -290,153 +277,3 @@ def _fill(rows: Sequence[int], tokens: np.ndarray, packs: int, budget: int) -> t
         bins[pack].append(row)
         insort(room, (left - size, pack))
     return bins, rest
-
-
-def _best_fit(tokens: np.ndarray, budget: int) -> list[Pack]:
-    """As few packs as best-fit decreasing needs for items of these sizes: lists of their places."""
-    bins: list[Pack] = []
-    room: list[tuple[int, int]] = []
-    for place in np.argsort(-tokens, kind="stable").tolist():
-        size = int(tokens[place])
-        found = bisect_left(room, (size, -1))
-        left, pack = room.pop(found) if found < len(room) else (budget, len(bins))
-        if pack == len(bins):
-            bins.append([])
-        bins[pack].append(place)
-        insort(room, (left - size, pack))
-    return bins
-
-
-def balance(sizes: Sizes, packs: int, budget: int, start: np.ndarray | None = None) -> np.ndarray:
-    """The pack of each item, for `packs` packs of at most `budget` tokens, even in both kinds of tokens.
-
-    Greedy (the largest item to the emptiest pack), or from the packs that `start` gives; then exchanges, see
-    `exchange`. Raises PackingError if the items do not fit.
-    """
-    tokens = sizes.sum(axis=1)
-    pack_of = start if start is not None else _spread_out(_weights(sizes, packs), tokens, packs, budget)
-    if pack_of is None:  # tight: as best-fit decreasing packs them
-        bins = _best_fit(tokens, budget)
-        if len(bins) > packs:
-            raise PackingError(f"{tokens.sum()} tokens do not fit in {packs} packs of {budget}")
-        pack_of = np.empty(len(tokens), dtype=np.int64)
-        for pack, items in enumerate(bins):
-            pack_of[items] = pack
-    return exchange(sizes, pack_of, budget, np.arange(packs))
-
-
-def _weights(sizes: Sizes, carriers: int) -> np.ndarray:
-    """Sizes in fair shares: over all items each kind adds up to the number of carriers."""
-    mean = sizes.sum(axis=0) / carriers
-    return np.where(mean > 0, sizes / np.maximum(mean, 1e-9), 0.0)
-
-
-def _spread_out(weights: np.ndarray, tokens: np.ndarray, packs: int, budget: int) -> np.ndarray | None:
-    """The pack of each item, largest item first to where it hurts least; None if one finds no room."""
-    load, used = np.zeros((packs, 2)), np.zeros(packs, dtype=np.int64)
-    pack_of = np.empty(len(tokens), dtype=np.int64)
-    for item in np.argsort(-weights.max(axis=1), kind="stable").tolist():
-        after = load + weights[item]
-        cost = after.max(axis=1) + 1e-3 * after.sum(axis=1)
-        cost[used + tokens[item] > budget] = np.inf
-        pack = int(cost.argmin())
-        if cost[pack] == np.inf:
-            return None
-        load[pack] = after[pack]
-        used[pack] += tokens[item]
-        pack_of[item] = pack
-    return pack_of
-
-
-def exchange(
-    sizes: Sizes,
-    pack_of: np.ndarray,
-    budget: int,
-    carrier_of: np.ndarray,
-    step_of: np.ndarray | None = None,
-) -> np.ndarray:
-    """The pack of each item after exchanges of two, or moves of one, that bring the busiest carriers down.
-
-    A carrier is what must not be busier than others: a pack, or a rank with its packs; `carrier_of` names the
-    one of each pack. Each round, of which there are at most as many as packs, takes the exchange with the
-    busiest carrier after which the busier of the two is least busy; a carrier that no exchange helps is left
-    alone from then on. With `step_of`, packs exchange with packs of the same step only, and none grows beyond
-    GIVE times the largest of its step: there the ranks wait for one another.
-    """
-    packs, carriers = len(carrier_of), int(carrier_of.max()) + 1
-    # A phantom item of no size in each pack makes a move an exchange with it.
-    weights = np.vstack([_weights(sizes, carriers), np.zeros((packs, 2))])
-    tokens = np.concatenate([sizes.sum(axis=1), np.zeros(packs, dtype=np.int64)])
-    pack_of = np.concatenate([pack_of, np.arange(packs)])
-    filled = np.stack([np.bincount(pack_of, weights[:, kind], packs) for kind in (0, 1)], axis=1)
-    load = np.stack([np.bincount(carrier_of, filled[:, kind], carriers) for kind in (0, 1)], axis=1)
-    used = np.bincount(pack_of, tokens, packs).astype(np.int64)
-    ceiling = np.full((packs, 2), np.inf)
-    if step_of is None:
-        step_of = np.zeros(packs, dtype=np.int64)
-    else:
-        for step in range(int(step_of.max()) + 1):
-            ceiling[step_of == step] = filled[step_of == step].max(axis=0) * GIVE
-    settled = np.zeros(carriers, dtype=bool)
-    for _ in range(packs):
-        busy = np.where(settled, 0.0, load.max(axis=1))
-        worst = int(busy.argmax())
-        if busy[worst] <= ENOUGH:
-            break
-        least, pair = busy[worst] - 1e-9, None
-        for pack in np.flatnonzero(carrier_of == worst).tolist():
-            partners = (step_of == step_of[pack]) & (carrier_of != worst)
-            mine, others = np.flatnonzero(pack_of == pack), np.flatnonzero(partners[pack_of])
-            if not len(others):
-                continue
-            home = pack_of[others]
-            gain = weights[others][None] - weights[mine][:, None]  # (mine, others, 2): this pack's
-            grow = tokens[others][None] - tokens[mine][:, None]
-            score = np.maximum((load[worst] + gain).max(axis=2), (load[carrier_of[home]] - gain).max(axis=2))
-            over = (filled[pack] + gain > ceiling[pack]) | (filled[home] - gain > ceiling[home])
-            score[over.any(axis=2) | (used[pack] + grow > budget) | (used[home] - grow > budget)] = np.inf
-            if score.min() < least:
-                here, there = divmod(int(score.argmin()), len(others))
-                least, pair = score[here, there], (int(mine[here]), int(others[there]))
-        if pair is None:
-            settled[worst] = True
-            continue
-        one, other = pair
-        pack, partner = pack_of[one], pack_of[other]
-        for kind, change in ((filled, weights), (used, tokens)):
-            kind[pack] += change[other] - change[one]
-            kind[partner] -= change[other] - change[one]
-        load[worst] += weights[other] - weights[one]
-        load[carrier_of[partner]] -= weights[other] - weights[one]
-        pack_of[one], pack_of[other] = partner, pack
-    return pack_of[:-packs]
-
-
-def placed(loads: np.ndarray, ranks: int) -> np.ndarray:
-    """The place of each pack, step x ranks + rank, for loads (packs, 2).
-
-    Packs of like size share a step, where the ranks wait for one another; within it the largest goes to the
-    rank that has had least so far.
-    """
-    loads = loads / np.maximum(loads.mean(axis=0), 1e-9)
-    order = np.argsort(-loads.sum(axis=1), kind="stable")
-    total, places = np.zeros((ranks, 2)), np.empty(len(loads), dtype=np.int64)
-    for first in range(0, len(loads), ranks):
-        free = list(range(ranks))
-        for pack in order[first : first + ranks].tolist():
-            rank = min(free, key=lambda rank: (float((total[rank] + loads[pack]).max()), rank))
-            free.remove(rank)
-            total[rank] += loads[pack]
-            places[pack] = first + rank
-    return places
-
-
-def imbalance(loads: np.ndarray) -> float:
-    """How far the busiest of (carriers, kinds) loads lies above the mean of its kind: 0.05 is 5%.
-
-    >>> imbalance(np.array([[100, 3], [110, 1]]))
-    0.5
-    """
-    mean = loads.mean(axis=0)
-    kinds = mean > 0
-    return float((loads.max(axis=0)[kinds] / mean[kinds]).max() - 1) if kinds.any() else 0.0

@@ -4,8 +4,8 @@ Only homogeneous ingredients make a good soup: in the report two homogeneous che
 to 76.6, heterogeneous ones to 12.9. So ingredients must share architecture, tokenizer and start, how far
 apart they are is measured, and a merge that scores below its worst ingredient does not pass unnoticed.
 
-Weights are read slice by slice and written shard by shard: memory for one shard of one model, however many
-ingredients there are.
+Weights are read slice by slice and written file by file: memory for one file of one model, however many ingredients
+there are. Guards are written so that NaN fails them: `not far <= limit`, never `far > limit`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
-from math import sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
 from core.checkpoint import released_files
+from core.checkpoint.check import check_checkpoint
+from core.checkpoint.shards import INDEX, Tensors, copy_own, printable
+from core.checkpoint.stream import write_stream
 from core.files import atomic_dir, read_json
+from core.manifest import MANIFEST
 from sft.config import SoupConfig
 
 log = logging.getLogger(__name__)
@@ -34,12 +38,18 @@ _VOLATILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "i
 _SAME_JSON = ("config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
 _SAME_TEXT = ("chat_template.jinja",)
 
+_NOT_COPIED = (START, INDEX, MANIFEST)
+"""Files that record how the first ingredient was made."""
+
 Score = Callable[[Path], float]
 """Validation score of a checkpoint folder; higher is better."""
 
 
 class SoupError(ValueError):
-    """The ingredients do not belong in one soup, or the soup is no good."""
+    """The ingredients do not fit together, or their merge is worse than they are. The message is printable."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -60,25 +70,24 @@ class _Checkpoint:
     def __init__(self, path: Path, stack: ExitStack) -> None:
         from safetensors import safe_open
 
-        self.path = path
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise SoupError(f"{path}: no safetensors file; an ingredient is a checkpoint folder")
-        self.shards = {file.name: stack.enter_context(safe_open(file, framework="pt")) for file in files}
-        self._home = {name: shard for shard in self.shards.values() for name in shard.keys()}  # noqa: SIM118
+        self.path, self.tensors = path, Tensors(path)
+        files = {file: stack.enter_context(safe_open(path / file, "pt")) for file in self.tensors.files}
+        self._slices = {
+            name: files[entry.file].get_slice(name) for name, entry in self.tensors.entries.items()
+        }
 
     def names(self) -> set[str]:
-        return set(self._home)
+        return set(self._slices)
 
     def slice_of(self, name: str) -> Any:
-        return self._home[name].get_slice(name)
-
-    def tensor(self, name: str) -> Any:
-        return self._home[name].get_tensor(name)
+        return self._slices[name]
 
 
 def check_ingredients(paths: Sequence[Path]) -> None:
-    """Raise SoupError unless the checkpoints agree in architecture, tensors, tokenizer and start."""
+    """Raise SoupError unless the checkpoints agree in architecture, tensors, tokenizer and start.
+
+    Raises LayoutError for an ingredient that brings code or holds a tensor with NaN or infinity.
+    """
     if len(paths) < 2:
         raise SoupError(f"a soup needs two ingredients or more, got {[str(path) for path in paths]}")
     first = Path(paths[0])
@@ -90,6 +99,8 @@ def check_ingredients(paths: Sequence[Path]) -> None:
                     f"{other}: {name} differs from that of {first} ({difference}); merge fine-tunings of one "
                     "core only"
                 )
+    for path in paths:
+        check_checkpoint(Path(path))
     starts = {str(path): _start_of(Path(path)) for path in paths}
     if len(set(starts.values())) > 1:
         listed = "; ".join(f"{path}: {start[:12]}" for path, start in starts.items())
@@ -133,25 +144,24 @@ def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = No
     """Write the weighted mean of the checkpoints (equal weights by default) as a checkpoint; returns `out`.
 
     Sums in float32, keeps each tensor's data type; configuration and tokenizer are the first ingredient's.
-    Raises SoupError if the tensors do not match or the weights do not sum to 1.
+    Raises SoupError if the tensors do not match or the weights do not sum to 1, NonFinite for a mean with NaN or
+    infinity.
     """
-    from safetensors.torch import save_file
-
     shares = [1 / len(paths)] * len(paths) if weights is None else list(weights)
-    if len(shares) != len(paths) or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) != len(paths) or not abs(sum(shares) - 1) <= 1e-6:
         raise SoupError(f"weights={shares}: one per ingredient ({len(paths)}), summing to 1")
     with ExitStack() as stack:
         opened = [_Checkpoint(Path(path), stack) for path in paths]
         for checkpoint in opened[1:]:
             _check_tensors(opened[0], checkpoint)
+        means = ((name, _mean(name, opened, shares)) for name in opened[0].tensors.entries)
+        first = Path(paths[0])
         with atomic_dir(Path(out)) as folder:
-            for shard, tensors in opened[0].shards.items():
-                mean = {name: _mean(name, opened, shares) for name in tensors.keys()}  # noqa: SIM118
-                save_file(mean, folder / shard, metadata={"format": "pt"})
-            for file in sorted(Path(paths[0]).iterdir()):
-                if file.is_file() and file.suffix != ".safetensors" and file.name != START:
-                    shutil.copy2(file, folder / file.name)
-            released_files.hand_on(Path(paths[0]), folder)
+            write_stream(means, folder)
+            for file in sorted(first.iterdir()):
+                if file.is_file() and file.suffix != ".safetensors" and file.name not in _NOT_COPIED:
+                    copy_own(file, folder / file.name)
+            released_files.hand_on(first, folder)
     return Path(out)
 
 
@@ -171,7 +181,7 @@ def greedy(paths: Sequence[Path], out: Path, score: Score, scores: Sequence[floa
     trial = Path(out).with_name(Path(out).name + ".trial")
     for number in order[1:]:
         merge([paths[i] for i in (*used, number)], trial)
-        reached = score(trial)
+        reached = _scored(score, trial)
         log.info("greedy soup: %s + %d scores %.4f, without it %.4f", used, number, reached, best)
         if reached >= best:
             used, best = [*used, number], reached
@@ -198,9 +208,9 @@ def soup(
     check_ingredients(paths)
     apart = distances(paths, start)
     _refuse_far(paths, apart, cfg.max_distance)
-    scores = [score(Path(path)) for path in paths]
+    scores = [_scored(score, Path(path)) for path in paths]
     used = uniform(paths, out) if cfg.method == "uniform" else greedy(paths, out, score, scores)
-    reached = score(Path(out))
+    reached = _scored(score, Path(out))
     worst = min(scores)
     if reached < worst:
         message = (
@@ -221,31 +231,36 @@ def soup(
     }
 
 
+def _scored(score: Score, path: Path) -> float:
+    """The score of a checkpoint. Raises SoupError unless it is a finite number: comparisons with NaN are false."""
+    value = score(path)
+    if not isfinite(value):
+        raise SoupError(f"{path}: its validation score is {value}; a score is a finite number")
+    return value
+
+
 def _refuse_far(paths: Sequence[Path], apart: Distances, limit: float) -> None:
-    pair, far = max(apart.pairwise.items(), key=lambda item: item[1])
-    if far > limit:
-        i, j = (int(number) for number in pair.split("-"))
-        raise SoupError(
-            f"{paths[i]} and {paths[j]} lie {far:.3f} of the start's norm apart, max_distance is {limit}: "
-            "too heterogeneous to merge; train them with closer data and rates, or raise max_distance"
-        )
+    for pair, far in sorted(apart.pairwise.items(), key=lambda item: -item[1]):
+        if not far <= limit:  # NaN is far
+            i, j = (int(number) for number in pair.split("-"))
+            raise SoupError(
+                f"{paths[i]} and {paths[j]} lie {far:.3f} of the start's norm apart, max_distance is {limit}: "
+                "too heterogeneous to merge; train them with closer data and rates, or raise max_distance"
+            )
 
 
 def _mean(name: str, checkpoints: Sequence[_Checkpoint], shares: Sequence[float]) -> Any:
-    """The weighted mean of one tensor, slice by slice; integer tensors must be equal."""
+    """The weighted mean of one tensor, slice by slice."""
     import torch
 
-    out = checkpoints[0].tensor(name).clone()
-    if not out.is_floating_point():
-        if any(not torch.equal(out, checkpoint.tensor(name)) for checkpoint in checkpoints[1:]):
-            raise SoupError(f"{name} holds integers that differ between the ingredients; they have no mean")
-        return out
-    for here in _slices(checkpoints[0].slice_of(name)):
-        total = torch.zeros(out[here].shape, dtype=torch.float32)
+    first = checkpoints[0].slice_of(name)
+    parts = []
+    for here in _slices(first):
+        total = torch.zeros(first[here].shape, dtype=torch.float32)
         for checkpoint, share in zip(checkpoints, shares, strict=True):
             total += share * checkpoint.slice_of(name)[here].float()
-        out[here] = total.to(out.dtype)
-    return out
+        parts.append(total.to(first[here].dtype))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _slices(tensor: Any) -> Iterator[Any]:
@@ -254,10 +269,7 @@ def _slices(tensor: Any) -> Iterator[Any]:
     if not shape:
         yield ...
         return
-    row = 1
-    for length in shape[1:]:
-        row *= length
-    step = max(1, _SLICE_ELEMENTS // max(row, 1))
+    step = max(1, _SLICE_ELEMENTS // max(prod(shape[1:]), 1))
     for first in range(0, shape[0], step):
         yield slice(first, first + step)
 
@@ -270,7 +282,10 @@ def _check_tensors(one: _Checkpoint, other: _Checkpoint) -> None:
             f"e.g. {difference[0]}"
         )
     for name in sorted(one.names()):
-        kinds = [(tuple(c.slice_of(name).get_shape()), c.slice_of(name).get_dtype()) for c in (one, other)]
+        kinds = [
+            (checkpoint.tensors.entries[name].shape, checkpoint.tensors.entries[name].dtype)
+            for checkpoint in (one, other)
+        ]
         if kinds[0] != kinds[1]:
             raise SoupError(f"{name}: {kinds[0]} in {one.path}, {kinds[1]} in {other.path}")
 
@@ -278,14 +293,14 @@ def _check_tensors(one: _Checkpoint, other: _Checkpoint) -> None:
 def _start_of(path: Path) -> str:
     if not (path / START).exists():
         raise SoupError(
-            f"{path}: no {START}, so nothing says what it was fine-tuned from; sft.train writes it, or put "
-            '{"weights": <core.training.learner.weights_hash of the start>} there'
+            f"{path}: no {START}, so its start is unknown; sft.train writes it, or put "
+            '{"weights": <core.checkpoint.shards.weights_hash of the start>} there'
         )
     return str(read_json(path / START)["weights"])
 
 
 def _file_difference(one: Path, other: Path) -> str:
-    """What differs between two files, "" if nothing that matters does."""
+    """The first difference of two files that matters; "" if none does."""
     if not one.exists() and not other.exists():
         return ""
     if one.exists() != other.exists():
@@ -301,7 +316,7 @@ def _file_difference(one: Path, other: Path) -> str:
 
 
 def _stable(value: Any) -> Any:
-    """The JSON value without what says nothing about the model."""
+    """The JSON value without keys that do not describe the model."""
     if isinstance(value, dict):
         return {key: _stable(item) for key, item in value.items() if key not in _VOLATILE}
     return [_stable(item) for item in value] if isinstance(value, list) else value

@@ -1,8 +1,20 @@
 """One SFT stage: a curriculum of phases, each on TRL's SFTTrainer, from the weights of the phase before.
 
-What differs from handing TRL the rows: they are prepared once instead of once per epoch (sft/data.py), and a
-row that is too long is refused instead of cut; and unless packing is off, a data set of packs and a collator
-take the place of padding (sft/packing.py). Loss (token mean over the global batch) and loop are TRL's.
+Differs from stock TRL:
+
+- Rows are prepared once instead of once per epoch (sft/data.py). A row that is too long is refused, never cut.
+- Unless packing is off, a data set of packs and a collator replace padding (sft/packing.py). TRL refuses to pack rows
+  with images.
+- Updates with a loss or gradients that are not finite are skipped and counted, and a few in a row end the stage
+  (core/training/finite.py).
+- Loss (token mean over the global batch), loop, optimizer and DeepSpeed are TRL's.
+
+Differs from the report (arXiv:2509.14033, sections 4 and 5):
+
+- Stream packing plans a whole run from the rows' lengths before it starts, and every rank derives its packs from the
+  plan. The report packs online out of a buffer per node; in both, long rows wait for a bounded time and none is cut.
+- Visual packing evens out image tokens over the ranks of an update, as the report does over devices.
+- Hyper-parameters of basic SFT are not in the report: recipes mark them `ours:`.
 """
 
 from __future__ import annotations
@@ -15,17 +27,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.checkpoint.save import save_checkpoint
+from core.checkpoint.shards import weights_hash
 from core.files import append_jsonl, read_json, write_json
-from core.training.learner import (
-    apply_freeze,
-    join_process_group,
-    load_model,
-    load_processor,
-    peft_config,
-    save_checkpoint,
-    training_arguments,
-    weights_hash,
-)
+from core.training.finite import watch_finite
+from core.training.job import Job
+from core.training.model import apply_freeze, load_model, load_processor, peft_config
+from core.training.ranks import join_process_group, training_arguments
 from core.training.resume import FOLDER, Unfinished, drop_lines_after, forget, identity, marker
 from sft.config import Phase, SFTConfig, Variant
 from sft.data import Collator, Lesson, Lessons, Mixture, blank_lesson, fit, load_mixture
@@ -45,19 +53,19 @@ METRICS = {
     "num_tokens": "tokens",
     "mean_token_accuracy": "token_accuracy",
     "entropy": "entropy",
+    "nonfinite_updates": "nonfinite_updates",
 }
 """TRL's names of what is logged, and ours in metrics.jsonl. Tokens are those read so far in the phase."""
 
 
-def train(cfg: SFTConfig, *, model: Path, out: Path, seed: int, sets: Mapping[str, Path]) -> Path:
-    """Run the phases from the core at `model`; returns `out/checkpoint`, the one the next stage starts from.
+def train(cfg: SFTConfig, job: Job) -> Path:
+    """Run the phases from the checkpoint `job.model`; returns `job.out/checkpoint`, where the next stage starts.
 
     Writes `out/metrics.jsonl`, `out/data.json` (rows, dropped rows and packing, by phase) and, for every phase
-    but the last, `out/phases/<number>_<name>`. Every rank calls it. `sets` maps the names in the configuration to
-    Parquet files, folders or hub ids. With `save_every`, an interrupted call in the same `out` is gone on with if the
-    configuration, the start's weights, the seed and the rows' lengths are the same.
+    but the last, `out/phases/<number>_<name>`. Every rank calls it. With `save_every`, an interrupted call in the
+    same `out` continues if the configuration, the start's weights, the seed and the rows' lengths are the same.
     """
-    out = Path(out)
+    model, out, seed, sets = job.start, job.out, job.seed, job.sets
     join_process_group(cfg.learner)
     # Bad data of the last phase stops the stage before the first one trains.
     data = [phase_data(cfg, number, model, sets, seed) for number in range(len(cfg.phases))]
@@ -74,7 +82,7 @@ def train(cfg: SFTConfig, *, model: Path, out: Path, seed: int, sets: Mapping[st
                 for phase, mixture, plan in zip(cfg.phases, data, plans, strict=True)
             },
         )
-    start, steps = Path(model), 0
+    start, steps = model, 0
     same = None
     if cfg.save_every:
         rows = [mixture.sizes for mixture in data]
@@ -161,7 +169,7 @@ def run_phase(
 ) -> int:
     """Train one phase with a fresh optimizer and write its checkpoint; returns its optimizer updates.
 
-    With `same`, the stage's identity, it goes on where an interrupted run of the same stage left off in `out`.
+    With `same`, the stage's identity, the phase resumes from what an interrupted run of the same stage left in `out`.
     """
     phase, target = cfg.phases[number], phase_folder(cfg, out, number)
     if same and (target / START).exists() and (facts := read_json(target / START))["stage"] == same:
@@ -180,6 +188,7 @@ def run_phase(
     log.info("phase %s: %d rows from %s", phase.name, len(mixture), start)
     if plan:
         log.info("phase %s: packed: %s", phase.name, plan.summary())
+    watch_finite(trainer)
     unfinished.train(trainer)
     steps = trainer.state.global_step
     save_checkpoint(trainer, processor, target)
@@ -202,7 +211,7 @@ def phase_trainer(
     folder: Path,
     seed: int,
 ) -> Any:
-    """TRL's trainer of one phase, on packs where there is a plan and on padded batches where there is none."""
+    """TRL's trainer of one phase, on packs if there is a plan, else on padded batches."""
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
@@ -238,8 +247,8 @@ def phase_trainer(
 def trl_config(cfg: SFTConfig, phase: Phase, plan: Plan | None, folder: Path, seed: int) -> Any:
     """TRL's configuration of one phase.
 
-    A plan is one epoch of TRL's, read in order: it has shuffled the rows, and repeats them, itself. Each
-    micro-batch is a data set's item, of which TRL deals rank after rank its own.
+    A plan is one epoch for TRL, read in order: the plan itself shuffles and repeats the rows. Each micro-batch is an
+    item of the data set, and TRL deals the items to the ranks in turn.
     """
     from trl import SFTConfig as TRLConfig
 
@@ -302,7 +311,7 @@ def _metrics_writer(path: Path, phase: str, offset: int) -> TrainerCallback:
 
 @contextmanager
 def _imports_set_aside() -> Iterator[None]:
-    """Keep the garbage collector from looking through what the imports left: 0.4 s for each collection."""
+    """Exclude the imported modules' objects from garbage collection, which takes 0.4 s with them."""
     import trl.trainer.sft_trainer  # noqa: F401
 
     gc.freeze()
@@ -313,7 +322,7 @@ def _imports_set_aside() -> Iterator[None]:
 
 
 def _release() -> None:
-    """Let the last phase's weights and optimizer states go before the next phase loads its own."""
+    """Free the last phase's weights and optimizer states before the next phase loads its own."""
     import torch
 
     gc.collect()

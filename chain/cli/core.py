@@ -8,20 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-Command = Callable[[Any, str, Any, str], argparse.ArgumentParser]
+from chain.cli.options import above_0, command
 
 
-def add(commands: Any, command: Command) -> None:
-    """Add the group `core` to the command line; `command` adds one subcommand (chain.cli.main)."""
+def add(commands: Any) -> None:
+    """Add the group `core` to the command line."""
     group = command(commands, "core", None, "bring checkpoints in and give them back")
     core = group.add_subparsers(metavar="COMMAND", required=True, help="what to do with a checkpoint")
-    _add_import(core, command)
-    _add_export(core, command)
-    _add_new(core, command)
-    _add_merge(core, command)
+    _add_import(core)
+    _add_export(core)
+    _add_new(core)
+    _add_merge(core)
 
 
-def _add_import(core: Any, command: Command) -> None:
+def _add_import(core: Any) -> None:
     into = command(core, "import", _import, "turn a released SAIL-VL2 checkpoint into a native core")
     into.add_argument(
         "src", type=Path, metavar="SRC", help="folder with a release: config.json, *.safetensors"
@@ -32,10 +32,15 @@ def _add_import(core: Any, command: Command) -> None:
         action="store_true",
         help="an AnyRes model: images keep their size (up to 1792 px a side) instead of being cut into tiles",
     )
+    into.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="import tensors with NaN or infinity as they are; stages and servers refuse such a core",
+    )
     _shard_option(into)
 
 
-def _add_export(core: Any, command: Command) -> None:
+def _add_export(core: Any) -> None:
     back = command(core, "export", _export, "turn a native core into the released layout")
     back.add_argument("src", type=Path, metavar="SRC", help="native checkpoint folder")
     back.add_argument("dst", type=Path, metavar="DST", help="folder to write; must not exist")
@@ -49,7 +54,7 @@ def _add_export(core: Any, command: Command) -> None:
     _shard_option(back)
 
 
-def _add_new(core: Any, command: Command) -> None:
+def _add_new(core: Any) -> None:
     from core.model.sizes import SIZES
 
     new = command(core, "new", _new, "make a core of a real shape with random weights")
@@ -71,7 +76,7 @@ def _add_new(core: Any, command: Command) -> None:
     _shard_option(new)
 
 
-def _add_merge(core: Any, command: Command) -> None:
+def _add_merge(core: Any) -> None:
     merge = command(core, "merge", _merge, "merge a LoRA adapter into its core")
     merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder with adapter_config.json")
     merge.add_argument("dst", type=Path, metavar="DST", help="folder to write; must not exist")
@@ -81,8 +86,8 @@ def _add_merge(core: Any, command: Command) -> None:
     _shard_option(merge)
 
 
-def _shard_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
+def _shard_option(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
         "--shard-gb",
         type=above_0,
         default=2.0,
@@ -92,8 +97,8 @@ def _shard_option(command: argparse.ArgumentParser) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from chain.display import new_console
     from core.checkpoint.released import import_released
+    from core.console import new_console
 
     console = new_console()
     with _progress(console) as progress:
@@ -101,6 +106,7 @@ def _import(options: argparse.Namespace) -> None:
             options.src,
             options.dst,
             any_resolution=options.any_resolution,
+            allow_nonfinite=options.allow_nonfinite,
             max_shard_bytes=int(options.shard_gb * 1e9),
             progress=progress,
         )
@@ -108,8 +114,8 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from chain.display import new_console
     from core.checkpoint.released import export_released
+    from core.console import new_console
 
     console = new_console()
     with _progress(console) as progress:
@@ -125,8 +131,8 @@ def _export(options: argparse.Namespace) -> None:
 
 def _new(options: argparse.Namespace) -> None:
     from chain.cli.core_tables import disk_text, parameter_table, tokenizer_text
-    from chain.display import new_console
     from core.checkpoint.new import new_core, plan_core
+    from core.console import new_console
     from core.model.sizes import WORDS
 
     console = new_console()
@@ -149,8 +155,8 @@ def _new(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from chain.display import new_console
     from core.checkpoint.merge import merge_adapter
+    from core.console import new_console
 
     console = new_console()
     with _progress(console) as progress:
@@ -180,14 +186,3 @@ def _progress(console: Any) -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[work], completed=done)
 
         yield show
-
-
-def above_0(text: str) -> float:
-    """An option's value as a finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0, such as 2")
-    return number

@@ -1,1 +1,1 @@
-"""What a recipe takes of a machine, told before anything runs."""
+"""The resources that a recipe needs, counted before anything runs."""

@@ -22,7 +22,7 @@ class Machine:
     host_gib: float | None
     disk_gib: float | None
     origin: str
-    """Who said so."""
+    """The source of these figures, for messages."""
 
     def __str__(self) -> str:
         if self.gpu_gib is None:

@@ -1,7 +1,7 @@
 """Whether a training stage fits on the machine, and where its processes would be.
 
-The arithmetic of a rank is core/training/memory.py; here it meets a recipe: what the largest pass of a stage is,
-who else is on the GPU, what the stage leaves on disk.
+core/training/memory.py counts the memory of one rank. This module applies it to a recipe: the largest pass of a stage,
+other processes on the same GPU, and the stage's disk.
 """
 
 from __future__ import annotations
@@ -11,40 +11,45 @@ from typing import Any, Literal
 
 from chain.plan.machine import Machine
 from chain.recipe import Recipe, SFTStage
-from core.training.learner import DeepSpeedConfig, LearnerConfig, Module
-from core.training.memory import GIB, CoreShape, Memory, Work, estimate
+from core.model.names import Module
+from core.model.pictures import MAX_PIXELS
+from core.model.shape import CoreShape
+from core.training.config import DeepSpeedConfig, LearnerConfig
+from core.training.memory import GIB, Memory, Work, estimate
+from core.training.resume import checkpoint_bytes
 from rl.config import RLConfig
 from rl.rollout.weights import FILE_BYTES
 from sft.config import Phase
+from sft.data import CACHE_BYTES
 
 CONTEXT = 1.5 * GIB
-"""Of a GPU, for the CUDA context, kernels' workspaces and what the allocator cannot use."""
+"""Bytes of a GPU for the CUDA context, kernels' workspaces and the allocator's fragments."""
 ASLEEP = 1.5 * GIB
-"""What a sleeping server keeps: its CUDA context and captured graphs."""
+"""Bytes that a sleeping server keeps: its CUDA context and captured graphs."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The largest pass of a stage or of one of its phases, and what it takes."""
+    """The largest forward-backward pass of a stage or of one of its phases, and its memory."""
 
     name: str
     """The phase; "" for an RL stage."""
     work: Work
     memory: Memory
     plain: Memory
-    """The same with gradient checkpointing turned round."""
+    """The memory with gradient checkpointing switched the other way."""
     knob: str
-    """What makes the pass smaller."""
+    """The key that makes the pass smaller."""
     frozen: tuple[Module, ...]
 
 
 class StageFit:
-    """One training stage on the machine: lines for the reader, and problems that no run can survive.
+    """One training stage on the machine: lines for the reader, and reasons why the stage cannot run.
 
     Args:
         name: the stage, as the recipe's key.
         config: its configuration.
-        recipe, shape, machine: what it is held against.
+        recipe, shape, machine: the recipe, the core's shape, and the machine that must hold the stage.
     """
 
     def __init__(
@@ -81,7 +86,7 @@ class StageFit:
         completion, prompt = config.rollout.max_completion_tokens, self._longest_prompt
         row = prompt + completion
         budget = config.learner.token_budget
-        if config.learner.prefix == "shared":
+        if config.learner.shares_prefix:
             tokens = max(budget or config.optim.micro_batch_size * row, row)
             rows = max(1, (tokens - prompt) // completion)
             work = Work(
@@ -112,8 +117,8 @@ class StageFit:
     def _longest_prompt(self) -> int:
         """Tokens of an RL stage's longest prompt."""
         assert isinstance(self.config, RLConfig)
-        assert self.recipe.rollout
-        return max(1, self.recipe.rollout.max_model_tokens - self.config.rollout.max_completion_tokens)
+        assert self.recipe.servers
+        return max(1, self.recipe.servers.max_model_tokens - self.config.rollout.max_completion_tokens)
 
     def _tiles(self, tokens: int) -> int:
         return int(tokens * self.recipe.hardware.image_share) // self.shape.tile_tokens
@@ -167,7 +172,7 @@ class StageFit:
             lines.append(f"GPUs: {self.placement()}")
         if self.host > 0:
             room = f" of {self.machine.host_gib:.0f}" if self.machine.host_gib is not None else ""
-            what = "offloaded states, weights on their way" if self.gpu else "all ranks"
+            what = "offloaded states, pictures, weights on their way" if self.gpu else "all ranks"
             lines.append(f"host memory of a node: {gib(self.host)}{room} GiB ({what})")
         passing = (
             f"up to {gib(self.unfinished)} GiB more while it runs (save_every)" if self.unfinished else ""
@@ -179,18 +184,18 @@ class StageFit:
         return lines
 
     def placement(self) -> str:
-        """Which GPUs the learners take, and which the servers."""
+        """The GPUs of the learners and of the servers."""
         ranks, per_node = self.learner.processes, self.machine.gpus_per_node
         nodes = -(-ranks // per_node)
         learners = (
             f"learners on {spans(ranks)}" if nodes == 1 else f"learners on {ranks} GPUs of {nodes} nodes"
         )
-        pool = self.recipe.rollout
-        if pool is None or (pool.device != "gpu" and not pool.urls):
+        pool = self.recipe.servers
+        if pool is None or not (pool.starts_on_gpus or pool.urls):
             return learners
         if pool.urls:
             return f"{learners}; servers at {', '.join(pool.urls)}"
-        servers = spans(pool.servers * pool.gpus_per_server, pool.first_gpu)
+        servers = spans(pool.count * pool.gpus_per_server, pool.first_gpu)
         if pool.share_gpus:
             turn = "while it trains" if isinstance(self.config, RLConfig) else "throughout"
             return f"{learners}; servers on {servers}, asleep {turn}"
@@ -198,14 +203,14 @@ class StageFit:
 
     @property
     def besides(self) -> float:
-        """What a GPU loses to others than our tensors, bytes."""
+        """Bytes of a GPU that other things than our tensors take."""
         if not self.gpu:
             return 0
         return CONTEXT + (ASLEEP if self._shares else 0)
 
     @property
     def _shares(self) -> bool:
-        return self.recipe.rollout is not None and self.recipe.rollout.share_gpus
+        return self.recipe.servers is not None and self.recipe.servers.share_gpus
 
     @property
     def needed(self) -> float:
@@ -214,24 +219,26 @@ class StageFit:
 
     @property
     def host(self) -> float:
-        """Bytes of host memory on the node that has most ranks: all of them where there is no GPU."""
+        """Bytes of host memory on the node with the most ranks; without a GPU, all the memory of these ranks."""
         if not self.gpu:
             return self.needed * -(-self.learner.processes // self.machine.nodes)
         ranks = min(self.learner.processes, self.machine.gpus_per_node)
         offloaded = self.largest.memory.host * ranks
+        # A rank decodes one picture at a time; SFT also keeps prepared rows, an RL stage's rows hold no pictures.
+        prepared = CACHE_BYTES if isinstance(self.config, SFTStage) else 0
+        pictures = ranks * (3 * MAX_PIXELS + prepared)
         pushed = 0
-        pool = self.recipe.rollout
-        if isinstance(self.config, RLConfig) and pool and pool.weights == "shm":
+        pool = self.recipe.servers
+        if isinstance(self.config, RLConfig) and pool and pool.sends_files:
             pushed = FILE_BYTES  # rank 0 copies one file's weights after another
             pushed += self.checkpoint if pool.weights_dir is None else 0  # the files in shared memory
-        return offloaded + pushed
+        return offloaded + pictures + pushed
 
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint."""
         # Plain PyTorch trains float32 weights, and saves them.
-        half = self.learner.dtype == "bfloat16" and (self.learner.deepspeed or self.learner.lora)
-        return sum(self.shape.parameters().values()) * (2 if half else 4)
+        return sum(self.shape.parameters().values()) * (2 if self.learner.half else 4)
 
     @property
     def checkpoints(self) -> int:
@@ -244,19 +251,17 @@ class StageFit:
 
     @property
     def unfinished(self) -> int:
-        """Bytes of the two checkpoints with optimizer states that lie there while the newer one is written."""
+        """Bytes of the two checkpoints with optimizer states that exist while the newer one is written."""
         if self.config.save_every is None:
             return 0
         frozen = set.intersection(*(set(one.frozen) for one in self.passes))
         moved = sum(count for module, count in self.shape.parameters().items() if module not in frozen)
         if self.learner.lora:
-            everywhere = self.learner.lora.targets == "all_linear"
-            moved = self.shape.adapter_parameters(self.learner.lora.r, everywhere)
+            moved = self.shape.adapter_parameters(self.learner.lora.r, self.learner.lora.everywhere)
         weights = moved * 4 if self.learner.lora else self.checkpoint
-        # AdamW's two moments in float32; DeepSpeed has master weights as well, and writes the weights once more.
-        return 2 * (2 * weights + moved * 12 if self.learner.deepspeed else weights + moved * 8)
+        return 2 * checkpoint_bytes(weights, moved, deepspeed=self.learner.deepspeed is not None)
 
-    # What cannot be
+    # Problems
 
     def problems(self) -> list[str]:
         """Why the stage cannot run on the machine, each with the key to change; [] if it can."""
@@ -273,31 +278,31 @@ class StageFit:
                     f"spread the ranks over more nodes, or set {self.name}.learner.deepspeed.offload=none"
                 )
             else:
-                remedy = "set rollout.weights=nccl"
+                remedy = "set servers.weights=nccl"
             found.append(
                 f"{self.name}: host memory of a node {gib(self.host)} GiB, of {self.machine.host_gib:.0f} GiB; {remedy}"
             )
         return found
 
     def _too_few_gpus(self) -> list[str]:
-        pool, ranks = self.recipe.rollout, self.learner.processes
+        pool, ranks = self.recipe.servers, self.learner.processes
         if ranks > self.machine.gpus:
             return [
                 f"{self.name}.learner.processes={ranks}, on {self.machine.gpus} GPUs ({self.machine.gpus_per_node} x "
                 f"{self.machine.nodes} nodes); lower it, or raise hardware.nodes"
             ]
-        if pool is None or pool.urls or pool.device != "gpu":
+        if pool is None or not pool.starts_on_gpus:
             return []
-        last = pool.first_gpu + pool.servers * pool.gpus_per_server
+        last = pool.first_gpu + pool.count * pool.gpus_per_server
         if last > self.machine.gpus_per_node:
             return [
-                f"rollout: {pool.servers} servers x {pool.gpus_per_server} GPUs from first_gpu={pool.first_gpu} end at "
-                f"GPU {last - 1}, and a node has {self.machine.gpus_per_node}; lower rollout.servers or first_gpu"
+                f"servers: {pool.count} servers x {pool.gpus_per_server} GPUs from first_gpu={pool.first_gpu} end at "
+                f"GPU {last - 1}, and a node has {self.machine.gpus_per_node}; lower servers.count or first_gpu"
             ]
         if not pool.share_gpus and min(ranks, self.machine.gpus_per_node) > pool.first_gpu:
             return [
-                f"{self.name}.learner.processes={ranks}, but the servers begin at rollout.first_gpu={pool.first_gpu}: "
-                "lower the one, raise the other, or let them take turns (rollout.share_gpus)"
+                f"{self.name}.learner.processes={ranks}, but the servers begin at servers.first_gpu={pool.first_gpu}: "
+                "lower the one, raise the other, or let them take turns (servers.share_gpus)"
             ]
         return []
 
@@ -323,7 +328,7 @@ class StageFit:
             if isinstance(self.config, SFTStage)
             else (
                 self._longest_prompt + self.config.rollout.max_completion_tokens,
-                "rollout.max_model_tokens",
+                "servers.max_model_tokens",
             )
         )
         while smaller.tokens > 2048:
@@ -358,7 +363,7 @@ class StageFit:
 
     def _no_turns(self) -> list[str]:
         """Servers that share a GPU wake beside what the learner keeps."""
-        pool = self.recipe.rollout
+        pool = self.recipe.servers
         if not self._shares or pool is None or not isinstance(self.config, RLConfig):
             return []
         assert self.machine.gpu_gib is not None
@@ -371,11 +376,11 @@ class StageFit:
         remedy = (
             f"lower it to {free:g} or less"
             if free > 0
-            else "set rollout.share_gpus=false, or take larger GPUs"
+            else "set servers.share_gpus=false, or take larger GPUs"
         )
         return [
             f"{self.name}: while the servers are awake the learner keeps {gib(kept)} GiB of a GPU's "
-            f"{self.machine.gpu_gib:g}, and rollout.gpu_memory_utilization={pool.gpu_memory_utilization:g} wants "
+            f"{self.machine.gpu_gib:g}, and servers.gpu_memory_utilization={pool.gpu_memory_utilization:g} wants "
             f"{gib(pool.gpu_memory_utilization * room)} GiB; {remedy}"
         ]
 

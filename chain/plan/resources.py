@@ -1,4 +1,4 @@
-"""What a whole chain takes of a machine: stage by stage, its rollout servers, its disk; and what cannot be."""
+"""The resources of a whole chain: stages, rollout servers, disk; and the reasons why it cannot run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 from chain.plan.machine import Machine, machine_of
 from chain.plan.memory import StageFit, gib
 from chain.recipe import STAGE_NAMES, Recipe, SFTStage
+from core.model.shape import SHAPES, CoreShape
 from core.strict import ConfigError
-from core.training.memory import GIB, SHAPES, CoreShape
+from core.training.memory import GIB
 from rl.config import PoolConfig, RLConfig
 
 SERVER_WORK = 2.0 * GIB
-"""What a server's largest prefill takes besides weights and cache."""
+"""Bytes that a server's largest prefill takes besides weights and cache."""
 
 
 class DoesNotFit(ConfigError):
@@ -22,33 +23,40 @@ class DoesNotFit(ConfigError):
 
 
 def resources(recipe: Recipe, runs_dir: Path = Path("runs"), gpu_gib: float | None = None) -> Resources:
-    """What the recipe takes of the machine that `machine_of` finds; nothing is counted of a core of unknown shape."""
+    """The recipe's needs on the machine that `machine_of` finds. A core of unknown shape is not counted."""
     machine = machine_of(recipe, runs_dir, gpu_gib)
     shape = core_shape(recipe, runs_dir / recipe.name)
     fits: dict[str, StageFit] = {}
     server = None
     if shape is not None:
         for name in STAGE_NAMES:
-            config = getattr(recipe, name)
+            config = recipe.stage(name)
             if isinstance(config, SFTStage | RLConfig):
                 fits[name] = StageFit(name, config, recipe, shape, machine)
-        pool = recipe.rollout
+        pool = recipe.servers
         if (
             pool
             and machine.gpu_gib is not None
-            and (pool.device == "gpu" or pool.urls)
+            and (pool.starts_on_gpus or pool.urls)
             and pool.engine == "vllm"
         ):
             server = ServerFit(pool, shape, machine)
     return Resources(recipe, machine, shape, fits, server)
 
 
-def core_shape(recipe: Recipe, run_dir: Path) -> CoreShape | None:
-    """The core's shape: from its folder, or that of an earlier run, or `core.size`; None if nothing says."""
+def core_folder(recipe: Recipe, run_dir: Path) -> Path | None:
+    """The core's checkpoint folder: the recipe's own, or that of an earlier run; None if neither is there."""
     places = [Path(recipe.core.path).expanduser()] if recipe.core.path else []
-    for place in (*places, run_dir / "core" / "checkpoint"):
-        if (place / "config.json").is_file():
-            return CoreShape.read(place)
+    found = (
+        place for place in (*places, run_dir / "core" / "checkpoint") if (place / "config.json").is_file()
+    )
+    return next(found, None)
+
+
+def core_shape(recipe: Recipe, run_dir: Path) -> CoreShape | None:
+    """The core's shape: from its folder, or `core.size`; None if nothing says."""
+    if folder := core_folder(recipe, run_dir):
+        return CoreShape.read(folder)
     return SHAPES[recipe.core.size] if recipe.core.size else None
 
 
@@ -64,7 +72,7 @@ class Resources:
     server: ServerFit | None
 
     def lines(self, stage: str) -> list[str]:
-        """What one stage takes."""
+        """The needs of one stage."""
         if stage == "soup" and "basic_sft" in self.fits:
             return [
                 f"disk: {self._soups} checkpoints, {gib(self._soups * self.fits['basic_sft'].checkpoint)} GiB"
@@ -72,7 +80,7 @@ class Resources:
         return self.fits[stage].lines() if stage in self.fits else []
 
     def summary(self) -> list[str]:
-        """The chain as a whole: servers, disk, and what it was held against."""
+        """The whole chain: servers, disk, and the machine that it was compared with."""
         if self.shape is None:
             return ["memory: not counted, as the core is not there and core.size does not say what it is"]
         lines = [self.server.line()] if self.server else []
@@ -88,14 +96,21 @@ class Resources:
 
     @property
     def disk(self) -> float:
-        """Bytes of all checkpoints that the chain keeps, and of the largest that lie there on the way."""
+        """Bytes of all checkpoints that the chain keeps, and of the largest set of temporary ones."""
         own = sum(fit.disk for fit in self.fits.values())
         own += max((fit.unfinished for fit in self.fits.values()), default=0)
         return own + (self._soups * self.fits["basic_sft"].checkpoint if "basic_sft" in self.fits else 0)
 
+    def saved_by(self, stage: str) -> float:
+        """Bytes that a stage writes to disk; 0 where the core's shape is not known."""
+        if stage == "soup" and "basic_sft" in self.fits:
+            return self._soups * self.fits["basic_sft"].checkpoint
+        fit = self.fits.get(stage)
+        return fit.disk + fit.unfinished if fit else 0
+
     @property
     def problems(self) -> list[str]:
-        """Everything that cannot be, each with the key to change."""
+        """Every reason why the recipe cannot run here, each with the key to change."""
         found = [problem for fit in self.fits.values() for problem in fit.problems()]
         found += self.server.problems() if self.server else []
         if self.machine.disk_gib is not None and self.disk > self.machine.disk_gib * GIB:
@@ -106,7 +121,7 @@ class Resources:
         return list(dict.fromkeys(found))  # every stage finds the servers' problems
 
     def check(self) -> None:
-        """Raise DoesNotFit with every problem; return if there is none."""
+        """Raise DoesNotFit with every problem, if there is any."""
         if self.problems:
             raise DoesNotFit("\n".join(self.problems))
 
@@ -125,7 +140,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class ServerFit:
-    """What a rollout server's GPU holds."""
+    """Weights and cache on a rollout server's GPU."""
 
     pool: PoolConfig
     shape: CoreShape
@@ -134,8 +149,7 @@ class ServerFit:
     @property
     def weights(self) -> float:
         """Bytes of weights on one GPU."""
-        width = 2 if self.pool.dtype == "bfloat16" else 4
-        return sum(self.shape.parameters().values()) * width / self.pool.gpus_per_server
+        return sum(self.shape.parameters().values()) * self.pool.dtype_bytes / self.pool.gpus_per_server
 
     @property
     def cache(self) -> float:
@@ -146,10 +160,9 @@ class ServerFit:
     @property
     def cache_tokens(self) -> int:
         """Tokens whose keys and values fit into a server's cache."""
-        width = 2 if self.pool.dtype == "bfloat16" else 4
         # Tensor parallel servers split heads, down to one per GPU.
         split = min(self.pool.gpus_per_server, self.shape.kv_heads)
-        return int(max(0.0, self.cache) / (self.shape.cache_token(width) / split))
+        return int(max(0.0, self.cache) / (self.shape.cache_token(self.pool.dtype_bytes) / split))
 
     def line(self) -> str:
         """Weights, cache, and how many of the longest sequences it holds."""
@@ -164,7 +177,7 @@ class ServerFit:
         if self.cache_tokens >= self.pool.max_model_tokens:
             return []
         return [
-            f"rollout: a server's cache holds {self.cache_tokens} tokens (weights {gib(self.weights)} GiB on each of "
+            f"servers: a server's cache holds {self.cache_tokens} tokens (weights {gib(self.weights)} GiB on each of "
             f"{self.pool.gpus_per_server} GPUs of {self.machine.gpu_gib:g} GiB), and max_model_tokens="
-            f"{self.pool.max_model_tokens}; raise rollout.gpus_per_server or gpu_memory_utilization"
+            f"{self.pool.max_model_tokens}; raise servers.gpus_per_server or gpu_memory_utilization"
         ]

@@ -1,22 +1,21 @@
-"""What a recipe would do, resolved and checked without a model: stages, data, batch sizes, rewards.
+"""The plan as text: stages, data, batch sizes, rewards, all resolved without a model.
 
-Where it would run, and whether it fits, is in chain/plan/resources.py.
+chain/plan/resources.py counts memory, GPUs and disk.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chain.inputs import code_file, is_hub_id, locate_sets
+from chain.inputs import is_hub_id, locate_sets, phase_rows, phase_updates, rows_of
 from chain.plan.resources import Resources
 from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
 from chain.stages import STAGES, Stage
-from core.strict import ConfigError, Strict
-from core.training.learner import LearnerConfig, Optim
+from core.strict import Strict
+from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 from rl.config import RewardTerm, RLConfig
 from sft.config import Phase, SoupConfig
@@ -24,7 +23,7 @@ from sft.config import Phase, SoupConfig
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage as it would run."""
+    """One stage of the plan."""
 
     name: str
     title: str
@@ -32,7 +31,7 @@ class StagePlan:
     sets: dict[str, str]
     """Name of each set that it reads -> where it comes from, and whether it is there."""
     details: tuple[str, ...]
-    """What it does, in lines: batches, updates, rewards, learner."""
+    """Lines about its work: batches, updates, rewards, learner."""
 
 
 def plan(
@@ -41,8 +40,7 @@ def plan(
     stages: Sequence[Stage] = STAGES,
     resources: Resources | None = None,
 ) -> list[StagePlan]:
-    """The recipe's stages, resolved. Raises ConfigError for import strings and rewards that do not exist."""
-    check_names(recipe)
+    """The recipe's stages, resolved."""
     states = _Sets(recipe, (runs_dir / recipe.name).resolve())
     plans: list[StagePlan] = []
     for stage in stages:
@@ -74,8 +72,8 @@ def text(
         lines += [f"  set {name}: {state}" for name, state in one.sets.items()]
     if recipe.eval:
         lines.append("\nafter each stage: " + _evaluation(recipe))
-    if recipe.rollout:
-        lines.append(f"rollout: {_pool(recipe)}")
+    if recipe.servers:
+        lines.append(f"servers: {_pool(recipe)}")
     lines += resources.summary() if resources else []
     return "\n".join(lines)
 
@@ -91,69 +89,13 @@ def as_json(recipe: Recipe, plans: Sequence[StagePlan], resources: Resources | N
     }
 
 
-def check_names(recipe: Recipe) -> None:
-    """Refuse, in one ConfigError, modules and rewards that a recipe names and nobody provides."""
-    problems = []
-    generate = recipe.data.generate
-    for key, name in (("data.generate.by", generate and generate.by), ("core.build", recipe.core.build)):
-        if name and code_file(name) is None:
-            problems.append(f"{key} = {name!r}: no such module; is its package installed, or on PYTHONPATH?")
-    for stage in STAGE_NAMES:
-        config = getattr(recipe, stage)
-        if isinstance(config, RLConfig):
-            problems += _reward_problems(stage, config)
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def check_data(recipe: Recipe) -> None:
-    """Refuse, in one ConfigError, a recipe whose data or core is not there. Hub ids are not looked up."""
-    problems = [
-        f"data.sets.{name} = {place!r}: no such file or folder"
-        for name, place in recipe.data.sets.items()
-        if not is_hub_id(place) and not Path(place).expanduser().exists()
-    ]
-    path = recipe.core.path
-    if path is not None and not (Path(path).expanduser() / "config.json").is_file():
-        problems.append(f"core.path = {path!r}: no checkpoint folder: config.json is missing")
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def _reward_problems(stage: str, config: RLConfig) -> list[str]:
-    problems = []
-    for index, term in enumerate(config.rewards):
-        problem = _reward_problem(term)
-        if problem:
-            problems.append(f"{stage}.rewards[{index}].use = {term.use!r}: {problem}")
-    return problems
-
-
-def _reward_problem(term: RewardTerm) -> str | None:
-    """What is wrong with a reward's name or parameters; a user's own code is looked for, not run."""
-    if ":" in term.use:
-        found = code_file(term.use)
-        return None if found else "no such module or file; is its package installed, or on PYTHONPATH?"
-    from rewards.registry import load_reward
-
-    try:
-        load_reward(term.use, term.params)
-    except (ValueError, TypeError) as error:
-        return str(error)
-    return None
-
-
 class _Sets:
     """Where the named sets are and how many rows they have."""
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         self.places = locate_sets(recipe, run_dir)
         self.generated = set(recipe.data.generate.sets if recipe.data.generate else ())
-        self.made = {
-            name: stage
-            for stage in STAGE_NAMES
-            for name in made_between(getattr(recipe, stage) or recipe.core)
-        }
+        self.made = {name: stage for stage in STAGE_NAMES for name in made_between(recipe.stage(stage))}
 
     def state(self, name: str) -> str:
         """Origin of a set, and whether it is there."""
@@ -170,13 +112,7 @@ class _Sets:
 
     def rows(self, name: str) -> int | None:
         """Rows of a local set; None if it is not there."""
-        path = Path(self.places[name])
-        if not path.exists():
-            return None
-        import pyarrow.parquet as pq
-
-        files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
-        return sum(pq.read_metadata(file).num_rows for file in files)
+        return rows_of(self.places[name])
 
 
 def _details(stage: Stage, config: Strict, recipe: Recipe, states: _Sets) -> list[str]:
@@ -221,12 +157,12 @@ def _prepared(config: SFTStage | RLConfig) -> list[str]:
 
 def _phase(phase: Phase, states: _Sets) -> str:
     optim = phase.optim
-    counts = [source.rows if source.rows is not None else states.rows(source.set) for source in phase.data]
-    rows = sum(count for count in counts if count is not None) if None not in counts else None
-    updates = f"{optim.max_steps} updates" if optim.max_steps else f"{optim.epochs:g} epochs"
-    if optim.epochs and rows is not None and optim.global_batch_size:
-        steps = math.ceil(rows / optim.global_batch_size) * optim.epochs
-        updates = f"{rows} rows x {optim.epochs:g} epochs = {steps:.0f} updates"
+    steps = phase_updates(phase, states.rows)
+    updates = f"{steps} updates" if steps is not None else ""
+    if optim.epochs:
+        rows = phase_rows(phase, states.rows) if updates else None
+        epochs = f"{optim.epochs:g} epochs"
+        updates = f"{rows} rows x {epochs} = {updates}" if rows is not None else epochs
     mixture = " + ".join(_amount(source) for source in phase.data)
     size = f" of {optim.global_batch_size} rows" if optim.global_batch_size else ""
     return f"phase {phase.name}: {mixture}; {updates}{size}; {_rate(optim)}"
@@ -268,14 +204,14 @@ def _packs(config: SFTStage) -> str:
 
 def _prefix(config: RLConfig) -> str:
     learner = config.learner
-    if learner.prefix == "stock":
+    if not learner.shares_prefix:
         return f"prefix: stock, {config.optim.micro_batch_size} padded rows a pass"
     size = (
         f"{learner.token_budget} tokens"
         if learner.token_budget
         else (f"as many tokens as {config.optim.micro_batch_size} padded rows")
     )
-    return f"prefix: shared, passes of {size}"
+    return f"prefix: {learner.prefix}, passes of {size}"
 
 
 def _watched(config: RLConfig) -> list[str]:
@@ -290,7 +226,7 @@ def _watched(config: RLConfig) -> list[str]:
 def _learner(learner: LearnerConfig) -> str:
     deepspeed = learner.deepspeed
     engine = f"DeepSpeed ZeRO-{deepspeed.zero_stage}" if deepspeed else "plain PyTorch"
-    offload = ", CPU offload" if deepspeed and deepspeed.offload == "cpu" else ""
+    offload = ", CPU offload" if deepspeed and deepspeed.offloads else ""
     how = f"LoRA r={learner.lora.r}" if learner.lora else "all parameters"
     frozen = f", {', '.join(learner.freeze)} frozen" if learner.freeze else ""
     ranks = f"{learner.processes} process{'es' if learner.processes > 1 else ''} x {learner.threads} threads"
@@ -317,10 +253,8 @@ def _evaluation(recipe: Recipe) -> str:
 
 
 def _pool(recipe: Recipe) -> str:
-    pool = recipe.rollout
+    pool = recipe.servers
     assert pool is not None
     if pool.urls:
         return f"{pool.engine} at {', '.join(pool.urls)}"
-    return (
-        f"{pool.servers} {pool.engine} server{'s' if pool.servers > 1 else ''} on {pool.device}, {pool.dtype}"
-    )
+    return f"{pool.count} {pool.engine} server{'s' if pool.count > 1 else ''} on {pool.device}, {pool.dtype}"

@@ -22,7 +22,11 @@
           "alarms": [{"batch": 12, "name": "repeats", "text": "..."}]    signs of reward hacking; RL stages
         }
       ],
-      "outdated": [],                      left out of stages: made from an earlier run of a stage before
+      "outdated": [],                      left out of stages: made from an earlier run of a stage before them
+      "failed": null or {                  the stage that ended the last run
+        "stage": "mixed_rl", "at": "2026-01-31T12:00:00+00:00", "error": "StageFailed: ...",
+        "train": {...}, "alarms": [...]    as of finished stages, up to the failure
+      },
       "soup": null or {
         "ingredients": [                   the first is basic SFT's own checkpoint
           {"name": "basic_sft", "score": 0.97, "distance": 0.08, "eval": {"thinking": {...}, "direct": {...}}}
@@ -46,13 +50,17 @@ from rich import box
 from rich.table import Table
 
 from chain import soup
+from chain.display import Tail
 from chain.fingerprints import identity
 from chain.recipe import STAGE_NAMES
-from core.files import Manifest, now, read_json, read_jsonl, write_json, write_text
+from core.files import PARTIAL, read_json, write_json
+from core.manifest import Manifest, now
 from core.strict import ConfigError
 from rl.watch import ALARMS
 
 JSON, HTML = "report.json", "report.html"
+FAILED = "failed.json"
+"""In the unfinished folder of a stage that failed: when, and with which error."""
 MODES = ("thinking", "direct")
 
 
@@ -80,6 +88,17 @@ class StageReport(BaseModel):
     alarms: list[dict[str, Any]] = []
 
 
+class Failure(BaseModel):
+    """A stage that failed in the last run."""
+
+    stage: str
+    at: str
+    error: str
+    """Class and message of what was raised; for a stage's process with the end of its log."""
+    train: dict[str, Any] = {}
+    alarms: list[dict[str, Any]] = []
+
+
 class SoupReport(BaseModel):
     """The soup's ingredients and their merge."""
 
@@ -102,13 +121,16 @@ class Report(BaseModel):
     written: str
     stages: list[StageReport]
     outdated: list[str]
+    failed: Failure | None = None
     soup: SoupReport | None
 
 
 def build(run_dir: Path) -> Report:
-    """The report of a run's finished stages. Raises ConfigError if the folder is no run."""
+    """The report of a run's finished stages, and of the one that failed. Raises ConfigError without a run there."""
     if not (run_dir / "recipe.json").exists():
-        raise ConfigError(f"{run_dir} is no run folder: recipe.json is missing; `posttrain run` makes one")
+        raise ConfigError(
+            f"{run_dir}: this is no run's folder (recipe.json is missing); `posttrain run` makes one"
+        )
     recipe, chain = read_json(run_dir / "recipe.json"), read_json(run_dir / "chain.json")
     manifests = {name: Manifest.read(run_dir / name) for name in _names(recipe)}
     finished = {name: manifest for name, manifest in manifests.items() if manifest}
@@ -125,18 +147,16 @@ def build(run_dir: Path) -> Report:
         written=now(),
         stages=[_stage(run_dir / name, finished[name]) for name in shown],
         outdated=[name for name in finished if name not in shown],
+        failed=_failure(run_dir, _names(recipe)),
         soup=SoupReport.model_validate(cooked) if cooked else None,
     )
 
 
-def write(run_dir: Path) -> Report:
-    """Write report.json and report.html of a run; return the report."""
-    from chain.report.page import page
-
-    report = build(run_dir)
-    write_json(run_dir / JSON, report)
-    write_text(run_dir / HTML, page(report, run_dir))
-    return report
+def note_failure(run_dir: Path, stage: str, error: BaseException) -> None:
+    """Leave the error in the stage's unfinished folder, for the report."""
+    write_json(
+        run_dir / f"{stage}{PARTIAL}" / FAILED, {"at": now(), "error": f"{type(error).__name__}: {error}"}
+    )
 
 
 def read(run_dir: Path) -> Report:
@@ -186,14 +206,14 @@ def scores_text(scores: dict[str, dict[str, Any]]) -> str:
 def _outdated_text(report: Report) -> str:
     if not report.outdated:
         return ""
-    return f"\nnot shown: {', '.join(report.outdated)}, made from an earlier run of a stage before"
+    return f"\nnot shown: {', '.join(report.outdated)}, made from an earlier run of a stage before them"
 
 
 def _chain(names: Sequence[str], finished: Mapping[str, Manifest]) -> list[str]:
-    """Of the recipe's stages the finished ones that descend from one another as they are now, in order.
+    """The finished stages, in order, each of which started from the one before as it is now.
 
-    A stage that ran again leaves the ones after it as they were until they run again, too: children of a
-    checkpoint that is no more.
+    A stage that ran again leaves the later ones in place until they run again. Their start is gone, so they are not
+    shown.
     """
     chain: list[str] = []
     for before, name in zip([None, *names], names, strict=False):
@@ -223,10 +243,21 @@ def _stage(folder: Path, manifest: Manifest) -> StageReport:
         seconds=manifest.seconds,
         eval_seconds=scored.get("seconds"),
         eval=scored.get("scores", {}),
-        train=_train(read_jsonl(folder / "metrics.jsonl")),
+        train=_train(Tail(folder / "metrics.jsonl").new()),
         prepare=optional("prepare.json"),
-        alarms=read_jsonl(folder / ALARMS),
+        alarms=Tail(folder / ALARMS).new(),
     )
+
+
+def _failure(run_dir: Path, names: Sequence[str]) -> Failure | None:
+    """The last failure of a stage that has not finished since."""
+    found = []
+    for name in names:
+        folder = run_dir / f"{name}{PARTIAL}"
+        if (folder / FAILED).exists():
+            train, alarms = _train(Tail(folder / "metrics.jsonl").new()), Tail(folder / ALARMS).new()
+            found.append(Failure(stage=name, **read_json(folder / FAILED), train=train, alarms=alarms))
+    return max(found, key=lambda failure: failure.at, default=None)
 
 
 def _train(metrics: list[dict[str, Any]]) -> dict[str, Any]:

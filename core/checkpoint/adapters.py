@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from core.checkpoint.shards import LayoutError, Tensors, listed, own_file, read_object
+from core.checkpoint.check import check_checkpoint, check_finite
+from core.checkpoint.shards import LayoutError, Tensors, listed, own_file, read_object, weights_hash
+from core.deadline import TooSlow, deadline
 from core.files import write_json
-from core.model.parameters import EXPERTS
+from core.model.names import EXPERTS, MODULES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -20,13 +24,13 @@ MERGE = "posttrain core merge"
 _PREFIX = "base_model.model."
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank. Source: vllm.config.lora (0.31)."""
+_MAX_ALPHA = 1_000_000
 _SHOWN = 12
 """Problems that an error lists of an adapter of another core, which may have one per layer."""
-_TOWER_SIDE = ("model.vision_tower.", "model.multi_modal_projector.")
 
 
-class AdapterError(ValueError):
-    """An adapter is not what it is taken for; the message says what is wrong and what to do."""
+class AdapterError(LayoutError):
+    """An adapter cannot be used; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,15 @@ class Adapter:
 
         # As peft finds a module's own alpha: the first pattern that matches, else the adapter's.
         alphas: dict[str, float] = self.config.get("alpha_pattern") or {}
-        alpha: float = alphas.get(get_pattern_key(list(alphas), module), self.config["lora_alpha"])
+        with _patterns(self.folder):
+            alpha: float = alphas.get(get_pattern_key(list(alphas), module), self.config["lora_alpha"])
         rank = self.tensors.entries[self.pairs[module][0]].shape[0]
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in a folder. Raises AdapterError for a folder without one, for weights that are no safetensors,
-    for a kind other than plain LoRA on linear layers, and for tensors that belong to no such adapter.
+    """The adapter in a folder. Raises AdapterError for a folder without an adapter, weights in another format than
+    safetensors, another kind than plain LoRA on linear layers, and tensors of another adapter.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -73,11 +78,8 @@ def read_adapter(folder: Path) -> Adapter:
             f"{folder}: no {WEIGHTS}; adapters are read from safetensors only (a .bin file runs code when read): "
             "save it again with peft's save_pretrained"
         )
-    try:
-        config, tensors = read_object(folder / CONFIG), Tensors(folder)
-        base = read_object(folder / BASE) if (folder / BASE).is_file() else {}
-    except LayoutError as error:
-        raise AdapterError(str(error)) from None
+    config, tensors = read_object(folder / CONFIG), Tensors(folder)
+    base = read_object(folder / BASE) if (folder / BASE).is_file() else {}
     problems = _kind_problems(config)
     problems += [
         f"{BASE}: {key}={base.get(key)!r}: a text is needed" for key in base if not isinstance(base[key], str)
@@ -115,8 +117,21 @@ def _kind_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type={config.get('peft_type')!r}: only LORA is supported")
-    if not isinstance(config.get("lora_alpha"), int | float):
-        problems.append(f"lora_alpha={config.get('lora_alpha')!r}: a number is needed")
+    alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict):
+        problems.append(f"alpha_pattern={alphas!r:.80}: a mapping from patterns to numbers is needed")
+        alphas = {}
+    named = {"lora_alpha": config.get("lora_alpha")} | {
+        f"alpha_pattern.{key}": alpha for key, alpha in alphas.items()
+    }
+    for key, alpha in named.items():
+        if not isinstance(alpha, int | float) or not abs(alpha) <= _MAX_ALPHA:  # NaN is not below it
+            problems.append(f"{key}={_short(alpha)}: a number of at most {_MAX_ALPHA:,} is needed")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        value = config.get(key)
+        words = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            problems.append(f"{key}={_short(value)}: a text or a list of texts is needed")
     if config.get("bias", "none") != "none":
         problems.append(
             f"bias={config['bias']!r}: biases that were trained along are not supported; use none"
@@ -131,6 +146,23 @@ def _kind_problems(config: Mapping[str, Any]) -> list[str]:
         if config.get(key)
     ]
     return problems
+
+
+def _short(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+
+
+@contextmanager
+def _patterns(folder: Path) -> Iterator[None]:
+    """Around the regular expressions of an adapter's configuration, which are untrusted."""
+    try:
+        with deadline(f"{folder / CONFIG}: matching its patterns to the core's layers"):
+            yield
+    except (TooSlow, re.error) as error:
+        raise AdapterError(f"{error}; list the layers by name in {CONFIG}") from None
 
 
 def check_fits(adapter: Adapter, base: Tensors, core: Path) -> None:
@@ -157,9 +189,11 @@ def check_fits(adapter: Adapter, base: Tensors, core: Path) -> None:
             problems.append(
                 f"{name}: of shape {adapter.tensors.entries[tensor].shape}, the core's is {there.shape}"
             )
+    with _patterns(adapter.folder):
+        targets = list(_targets(adapter, base))
     problems += [
         f"{module}: the adapter's target_modules mean it, the adapter has nothing for it"
-        for module in _targets(adapter, base)
+        for module in targets
         if module not in adapter.pairs
     ]
     if problems:
@@ -173,7 +207,7 @@ def check_fits(adapter: Adapter, base: Tensors, core: Path) -> None:
 
 def check_base(adapter: Adapter, core: Path, weights: str) -> bool:
     """Whether the adapter says which weights it was trained on. Raises AdapterError if it says others than
-    `weights`, the `core.training.learner.weights_hash` of `core`.
+    `weights`, the `core.checkpoint.shards.weights_hash` of `core`.
     """
     expected = adapter.base.get("weights")
     if expected and expected != weights:
@@ -197,21 +231,22 @@ def check_servable(folder: Path, core: Path, device: Literal["cpu", "gpu"] = "cp
     Raises AdapterError otherwise, with each reason and the remedy. This has to be asked before a server starts:
     vLLM 0.31 takes an adapter with tower tensors without a word and serves the language model's half of it.
     """
-    from core.training.learner import weights_hash
-
     adapter = read_adapter(folder)
+    check_finite(folder)
+    check_checkpoint(core)
     text = read_object(own_file(core / "config.json")).get("text_config") or {}
     check_fits(adapter, Tensors(core), core)
     if adapter.base:
         check_base(adapter, core, weights_hash(core))
     problems = []
-    for prefix, part in zip(
-        _TOWER_SIDE, ("vision tower", "adapter between tower and language model"), strict=True
-    ):
-        count = sum(module.startswith(prefix) for module in adapter.pairs)
+    for part, words in {
+        "tower": "vision tower",
+        "adapter": "adapter between tower and language model",
+    }.items():
+        count = sum(module.startswith(MODULES[part]) for module in adapter.pairs)
         if count:
             problems.append(
-                f"{count} LoRA pairs on the {part}: vLLM applies LoRA to the language model only and would leave "
+                f"{count} LoRA pairs on the {words}: vLLM applies LoRA to the language model only and would leave "
                 "them out without an error"
             )
     if adapter.whole:
@@ -246,7 +281,10 @@ def _targets(adapter: Adapter, base: Tensors) -> Iterator[str]:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    config: Any = LoraConfig.from_pretrained(str(adapter.folder))
+    try:
+        config: Any = LoraConfig.from_pretrained(str(adapter.folder))
+    except Exception as error:  # peft raises whatever its checks of the values come to
+        raise AdapterError(f"{adapter.folder / CONFIG}: peft cannot read it ({error})") from None
     if not config.target_modules:
         return
     for name, entry in base.entries.items():

@@ -3,8 +3,6 @@ of another, which the system can drop."""
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +10,35 @@ from typing import TYPE_CHECKING
 
 from core.checkpoint import released_files
 from core.checkpoint.adapters import Adapter, AdapterError, check_base, check_fits, read_adapter
-from core.checkpoint.shards import BYTES, INDEX, Entry, LayoutError, Progress, Tensors, own_file, read_object
+from core.checkpoint.check import check_checkpoint, check_finite
+from core.checkpoint.shards import (
+    BYTES,
+    INDEX,
+    Entry,
+    Progress,
+    Tensors,
+    copy_own,
+    printable,
+    read_object,
+    silent,
+    weights_hash,
+)
 from core.checkpoint.stream import SHARD_BYTES, write_stream
-from core.files import MANIFEST, Manifest, atomic_dir, git_commit, hash_config, hash_tree, now, versions
+from core.files import atomic_dir, hash_tree
+from core.manifest import MANIFEST, Began, hash_config
+from core.model.names import MODULES, module_of
 from core.strict import ConfigError
-from core.training.learner import MODULES, module_of, weights_hash
 
 if TYPE_CHECKING:
     import torch
 
 _NOT_COPIED = (INDEX, MANIFEST, "start.json")
-"""What a checkpoint folder says about its own making."""
+"""Files of a checkpoint folder that record how it was made."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did."""
+    """The result of a merge."""
 
     core: Path
     modules: dict[str, int]
@@ -47,7 +58,7 @@ class Merged:
             lines.append(
                 "The adapter does not say which weights it was trained on: only names and shapes were compared."
             )
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def merge_adapter(
@@ -56,7 +67,7 @@ def merge_adapter(
     *,
     core: Path | None = None,
     max_shard_bytes: int = SHARD_BYTES,
-    progress: Progress = lambda work, done, total: None,
+    progress: Progress = silent,
 ) -> Merged:
     """Write the core of the adapter at `adapter`, with the adapter merged in, to the folder `dst`.
 
@@ -65,12 +76,13 @@ def merge_adapter(
     peft's merge_and_unload bit for bit in float32 and bfloat16.
 
     Raises ConfigError for a `dst` that is there, and AdapterError, with a line for everything that does not fit,
-    if the adapter belongs to another core or is of a kind that cannot be merged.
+    if the adapter belongs to another core or is of a kind that cannot be merged; NonFinite for NaN or infinity.
     """
     if dst.exists():
         raise ConfigError(f"{dst}: is there already; name another folder, or remove it")
-    started, clock = now(), time.monotonic()
+    began = Began()
     opened = read_adapter(adapter)
+    check_finite(adapter)
     start = core or _named_core(opened)
     base = _open(start)
     check_fits(opened, base, start)
@@ -82,19 +94,13 @@ def merge_adapter(
         _copy_files(start, folder)
         inputs = {"core": weights, "adapter": hash_tree(adapter)}
         config_hash = hash_config(read_object(start / "config.json"))
-        Manifest(
+        began.manifest(
             stage="core merge",
             fingerprint=hash_config({**inputs, "config": config_hash}),
             config_hash=config_hash,
             inputs=inputs,
-            versions=versions(),
-            seed=0,
-            commit=git_commit(),
-            started=started,
-            finished=now(),
-            seconds=time.monotonic() - clock,
         ).write(folder)
-    counts = dict.fromkeys(MODULES, 0)
+    counts: dict[str, int] = dict.fromkeys(MODULES, 0)
     for module in opened.pairs:
         counts[module_of(f"{module}.")] += 1
     return Merged(start, counts, len(opened.whole), checked)
@@ -107,12 +113,12 @@ def merge_weights(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
-    progress: Progress = lambda work, done, total: None,
+    progress: Progress = silent,
 ) -> None:
     """Write the weights of a core with an adapter that fits it merged in to the folder `out`, files and index.
 
-    The core's weights are taken in `dtype` (default: their own), and the sum is rounded to it once. Raises
-    AdapterError if the sum is not finite.
+    The core's weights are taken in `dtype` (default: their own), and the sum is rounded to it once. Raises NonFinite
+    if a sum is not finite.
     """
     size = None if dtype is None else dtype.itemsize
     total = sum(_nbytes(entry, size) for entry in base.entries.values())
@@ -146,11 +152,6 @@ def _merged_tensors(
                         # The product and the sum in float32, rounded once: peft's order, and so its bits.
                         wide = torch.promote_types(tensor.dtype, torch.float32)
                         tensor = tensor.to(wide).add(b @ a * adapter.scaling(module)).to(tensor.dtype)
-                        if not tensor.isfinite().all():
-                            raise AdapterError(
-                                f"{adapter.folder}: {module} is not finite once merged; the adapter is broken, "
-                                "take an earlier one"
-                            )
                     yield name, tensor
 
 
@@ -168,19 +169,17 @@ def _named_core(adapter: Adapter) -> Path:
 
 
 def _open(core: Path) -> Tensors:
-    try:
-        if read_object(core / "config.json").get("model_type") != "sailvl2":
-            raise AdapterError(
-                f"{core}: not a native core (model_type sailvl2); `posttrain core import` makes one"
-            )
-        return Tensors(core)
-    except LayoutError as error:
-        raise AdapterError(str(error)) from None
+    if read_object(core / "config.json").get("model_type") != "sailvl2":
+        raise AdapterError(
+            f"{core}: not a native core (model_type sailvl2); `posttrain core import` makes one"
+        )
+    check_checkpoint(core)
+    return Tensors(core)
 
 
 def _copy_files(core: Path, out: Path) -> None:
     """Every file of a checkpoint folder but its weights and what it says about its own making."""
     for path in sorted(core.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_COPIED:
-            shutil.copyfile(own_file(path), out / path.name)
+            copy_own(path, out / path.name)
     released_files.hand_on(core, out)

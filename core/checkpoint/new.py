@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.checkpoint.shards import Progress
+from core.checkpoint.shards import Progress, silent
 from core.checkpoint.stream import SHARD_BYTES, write_stream
-from core.files import PARTIAL, Manifest, atomic_dir, git_commit, hash_config, now, versions
-from core.model.parameters import EXPERTS, Parameters, count, empty_model
+from core.files import PARTIAL, atomic_dir
+from core.manifest import Began, hash_config
+from core.model.layout import empty_model, on_disk
+from core.model.shape import Parameters, count
 from core.model.sizes import WORDS, Blueprint, blueprint
 from core.model.tokenizer import generation_config
 from core.strict import ConfigError
@@ -35,7 +36,7 @@ class DiskFull(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a core of some size comes to, before anything is written."""
+    """The parameters and disk space of a core, before anything is written."""
 
     size: str
     layout: Layout
@@ -48,9 +49,14 @@ class Plan:
 
 
 def plan_core(
-    size: str, dst: Path, *, words: Sequence[str] = WORDS, dtype: str | None = None, layout: Layout = "native"
+    size: str,
+    dst: Path,
+    *,
+    words: Sequence[str] = WORDS,
+    dtype: str | None = None,
+    layout: Layout = "native",
 ) -> Plan:
-    """What `new_core` would make, from shapes alone. Raises ConfigError for an unknown size or a taken `dst`."""
+    """The core that `new_core` would make, from shapes alone. Raises ConfigError for an unknown size, a taken `dst`."""
     if dst.exists():
         raise ConfigError(f"{dst}: is there already; name another folder, or remove it")
     drawn = blueprint(size, words=words, dtype=dtype)
@@ -70,7 +76,7 @@ def new_core(
     *,
     seed: int = 0,
     max_shard_bytes: int = SHARD_BYTES,
-    progress: Progress = lambda work, done, total: None,
+    progress: Progress = silent,
 ) -> Path:
     """Write the core of a plan with random weights to the folder `dst`, whole or not at all; returns `dst`.
 
@@ -101,7 +107,7 @@ def new_core(
 
 
 def _write_native(plan: Plan, folder: Path, seed: int, max_shard_bytes: int, progress: Progress) -> None:
-    started, clock = now(), time.monotonic()
+    began = Began()
     config = plan.blueprint.config
     config.architectures = ["SailVL2ForConditionalGeneration"]
     write_stream(
@@ -115,16 +121,11 @@ def _write_native(plan: Plan, folder: Path, seed: int, max_shard_bytes: int, pro
     generation_config(plan.blueprint.tokenizer).save_pretrained(folder)
     plan.blueprint.processor.save_pretrained(folder)
     values = config.to_dict()
-    Manifest(
+    began.manifest(
         stage="core new",
         fingerprint=hash_config({"size": plan.size, "config": values, "seed": seed}),
         config_hash=hash_config(values),
-        versions=versions(),
         seed=seed,
-        commit=git_commit(),
-        started=started,
-        finished=now(),
-        seconds=time.monotonic() - clock,
     ).write(folder)
 
 
@@ -146,7 +147,7 @@ def fresh_tensors(config: SailVL2Config, seed: int) -> Iterator[tuple[str, torch
         # Each part initialises with its own configuration: the innermost model around the module.
         owner = models[max((at for at in models if f"{place}.".startswith(f"{at}." if at else "")), key=len)]
         for name, tensor in zip(names, _initialised(owner, module, f"{seed} {place}"), strict=True):
-            yield from _on_disk(name, tensor)
+            yield from on_disk(name, tensor)
 
 
 def _initialised(owner: Any, module: torch.nn.Module, seed: str) -> list[torch.Tensor]:
@@ -160,18 +161,3 @@ def _initialised(owner: Any, module: torch.nn.Module, seed: str) -> list[torch.T
     tensors = [parameter.detach() for parameter in module.parameters(recurse=False)]
     module.to_empty(device="meta", recurse=False)
     return tensors
-
-
-def _on_disk(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Under the names of files: transformers stacks experts in memory, and writes each by itself."""
-    if EXPERTS not in name:
-        yield name, tensor
-        return
-    stem, part = name.rsplit(".", 1)
-    for number, expert in enumerate(tensor):
-        if part == "gate_up_proj":
-            gate, up = expert.chunk(2)
-            yield f"{stem}.{number}.gate_proj.weight", gate.clone()
-            yield f"{stem}.{number}.up_proj.weight", up.clone()
-        else:
-            yield f"{stem}.{number}.{part}.weight", expert.clone()

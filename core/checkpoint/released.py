@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.checkpoint import released_files as files
+from core.checkpoint.check import NonFinite, check_code, nonfinite_tensors, shortened
+from core.checkpoint.cut import Target, write_targets
 from core.checkpoint.released_config import (
     CONFIG,
     PREPROCESSOR,
@@ -33,11 +34,9 @@ from core.checkpoint.released_config import (
 from core.checkpoint.released_names import (
     RELEASED_EMBEDDING,
     RELEASED_HEAD,
-    Shape,
     export_targets,
     import_targets,
     links,
-    native_shapes,
 )
 from core.checkpoint.released_text import (
     CHAT_TEMPLATE,
@@ -51,22 +50,18 @@ from core.checkpoint.shards import (
     Entry,
     LayoutError,
     Progress,
-    Target,
     Tensors,
+    copy_own,
     listed,
+    printable,
     read_object,
-    write_tensors,
+    silent,
 )
-from core.files import (
-    Manifest,
-    atomic_dir,
-    git_commit,
-    hash_config,
-    now,
-    sha256_file,
-    versions,
-    write_json,
-)
+from core.checkpoint.stream import SHARD_BYTES
+from core.files import atomic_dir, sha256_file, write_json
+from core.manifest import Began, Manifest, hash_config
+from core.model.layout import Shape, native_shapes
+from core.model.names import HEAD, MODULES, module_of
 from core.model.tokenizer import IMAGE_TOKEN, token_id
 
 if TYPE_CHECKING:
@@ -75,23 +70,17 @@ if TYPE_CHECKING:
 _LAYOUT = 1
 """Raised when the same source gives another result than before."""
 _VOLATILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
-_PARTS = {
-    "tower": "model.vision_tower.",
-    "adapter": "model.multi_modal_projector.",
-    "language model": "model.language_model.",
-    "output layer": "lm_head.",
-}
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What an import or export did, for whoever asked for it."""
+    """The result of an import or export, for the terminal."""
 
     out: Path
     title: str
     lines: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What was assumed, changed or left out."""
+    """Assumptions, changes and omissions."""
     skipped: bool = False
     """The folder was there already, from the same source."""
 
@@ -102,7 +91,21 @@ class Converted:
         lines = [self.title, *(f"  {line}" for line in self.lines)]
         if self.notes:
             lines += ["note:", *(f"  - {note}" for note in self.notes)]
-        return "\n".join([*lines, f"written to {self.out}"])
+        return printable("\n".join([*lines, f"written to {self.out}"]))
+
+
+@dataclass
+class _Import:
+    """A release, read and checked, before anything is written."""
+
+    source: Tensors
+    released: dict[str, Any]
+    """Its config.json."""
+    tokenizer: Any
+    config: SailVL2Config
+    images: Any
+    """The native image processor."""
+    notes: list[str]
 
 
 def import_released(
@@ -110,21 +113,65 @@ def import_released(
     dst: Path,
     *,
     any_resolution: bool = False,
-    max_shard_bytes: int = 2_000_000_000,
-    progress: Progress | None = None,
+    allow_nonfinite: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Progress = silent,
 ) -> Converted:
     """Write the released checkpoint in `src` as a native core to `dst`, whole or not at all.
 
-    `any_resolution` is for the AnyRes models: no released key is known that tells them from those that cut images
-    into tiles.
+    Args:
+        any_resolution: the release is an AnyRes model. No known released key tells them from models that cut images
+            into tiles.
+        allow_nonfinite: import tensors with NaN or infinity too. Stages and servers refuse such a core.
 
     Does nothing if `dst` is the result for the same files already. Raises LayoutError for everything in
-    `src` that is unknown, missing, contradictory or not supported, and for another folder at `dst`.
+    `src` that is unknown, missing, contradictory or not supported, and for another folder at `dst`; NonFinite for
+    weights with NaN or infinity.
     """
-    started, clock = now(), time.monotonic()
-    progress = progress or _silent
+    began = Began()
     src, dst = Path(src), Path(dst)
     _check_places(src, dst, "import")
+    read = _read_release(src, any_resolution)
+    _check_numbers(read, allow_nonfinite)
+    config, notes = read.config, read.notes
+    shapes = _shapes(src, config)
+    targets = import_targets(links(shapes), read.source, head_is_embedding=bool(config.tie_word_embeddings))
+    template = native_template(src, read.tokenizer, notes)
+    generation = native_generation_config(src, read.released["llm_config"], read.tokenizer, notes)
+    names = files.carried(src)
+    notes += _what_is_left(src, names)
+    hashes = _hashes(src, [*read.source.files, *names], progress)
+    fingerprint = hash_config(
+        {"what": "import", "layout": _LAYOUT, "inputs": hashes, "any_resolution": config.any_resolution}
+    )
+    if _is_finished(dst, "import", fingerprint):
+        return Converted(dst, "", skipped=True)
+    _check_disk(dst, read.source.nbytes)
+
+    from core.model.processing import SailVL2Processor
+
+    read.tokenizer.chat_template = template
+    with atomic_dir(dst) as folder:
+        write_targets(
+            read.source, targets, folder, max_shard_bytes, progress=progress, allow_nonfinite=allow_nonfinite
+        )
+        config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+        tokens = int(config.image_seq_length or 0)
+        SailVL2Processor(read.images, read.tokenizer, image_seq_length=tokens).save_pretrained(folder)
+        files.store(src, names, folder, head_stored=RELEASED_HEAD in read.source)
+        _check_loads(folder)
+        _write_manifest(folder, "import", fingerprint, hashes, began)
+    return Converted(
+        dst,
+        f"SAIL-VL2 core, {_count(shapes.values())} parameters, {_dtypes(read.source)}",
+        [*_parts(shapes), _tiles(read.images, config), f"end of text: {generation.eos_token_id}"],
+        notes,
+    )
+
+
+def _read_release(src: Path, any_resolution: bool) -> _Import:
+    """Configuration, tokenizer and image processor of a release. Raises LayoutError."""
     if not (src / CONFIG).exists():
         raise LayoutError(f"{src}: no {CONFIG}; give the folder of a released SAIL-VL2 checkpoint")
     released = read_object(src / CONFIG)
@@ -155,41 +202,19 @@ def import_released(
         raise LayoutError(
             f"{src}: the tokenizer has {len(tokenizer)} tokens, the embedding {config.text_config.vocab_size} rows"
         )
-    shapes = _shapes(src, config)
-    targets = import_targets(links(shapes), source, head_is_embedding=bool(config.tie_word_embeddings))
     preprocessor = read_object(src / PREPROCESSOR) if (src / PREPROCESSOR).exists() else {}
     images = image_processor(released, preprocessor, config, notes)
-    template = native_template(src, tokenizer, notes)
-    generation = native_generation_config(src, released["llm_config"], tokenizer, notes)
-    names = files.carried(src)
-    notes += _what_is_left(src, names)
-    hashes = _hashes(src, [*source.files, *names], progress)
-    fingerprint = hash_config(
-        {"what": "import", "layout": _LAYOUT, "inputs": hashes, "any_resolution": config.any_resolution}
-    )
-    if _is_finished(dst, "import", fingerprint):
-        return Converted(dst, "", skipped=True)
-    _check_disk(dst, source.nbytes)
+    return _Import(source, released, tokenizer, config, images, notes)
 
-    from core.model.processing import SailVL2Processor
 
-    with atomic_dir(dst) as folder:
-        write_tensors(source, targets, folder, max_shard_bytes=max_shard_bytes, progress=progress)
-        config.save_pretrained(folder)
-        generation.save_pretrained(folder)
-        tokenizer.chat_template = template
-        SailVL2Processor(
-            images, tokenizer, image_seq_length=int(config.image_seq_length or 0)
-        ).save_pretrained(folder)
-        files.store(src, names, folder, head_stored=RELEASED_HEAD in source)
-        _check_loads(folder)
-        _write_manifest(folder, "import", fingerprint, hashes, started, clock)
-    return Converted(
-        dst,
-        f"SAIL-VL2 core, {_count(shapes.values())} parameters, {_dtypes(source)}",
-        [*_parts(shapes), _tiles(images, config), f"end of text: {generation.eos_token_id}"],
-        notes,
-    )
+def _check_numbers(read: _Import, allow_nonfinite: bool) -> None:
+    broken = nonfinite_tensors(read.source)
+    if broken and not allow_nonfinite:
+        raise NonFinite(
+            listed(f"{read.source.folder}: weights that are not finite", shortened(broken))
+            + "\ndownload the files again; --allow-nonfinite imports them as they are, for a look at them"
+        )
+    read.notes += [f"not finite: {problem}" for problem in shortened(broken)]
 
 
 def export_released(
@@ -197,20 +222,20 @@ def export_released(
     dst: Path,
     *,
     like: Path | None = None,
-    max_shard_bytes: int = 2_000_000_000,
-    progress: Progress | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Progress = silent,
 ) -> Converted:
     """Write the native checkpoint in `src` in the released layout to `dst`, whole or not at all.
 
     Code, tokenizer and the other files are those of the release `like` (or of its import), by default of the
-    one that `src` was imported or trained from; without any, they are written anew and there is no code.
+    one that `src` was imported or trained from; without a release, they are written anew and contain no code.
     Raises LayoutError as `import_released`, and if `src` and the release are different models.
     """
-    started, clock = now(), time.monotonic()
-    progress = progress or _silent
+    began = Began()
     src, dst = Path(src), Path(dst)
     _check_places(src, dst, "export")
     config = _read_native(src)
+    check_code(src)
     source, notes = Tensors(src), list[str]()
     release = files.Release.of(Path(like) if like else src)
     if like and release is None:
@@ -219,25 +244,7 @@ def export_released(
     # Older code ties a nested language model or not, depending on its version: with both stored, both are right.
     copy_head = bool(config.tie_word_embeddings) and (release is None or release.head_stored)
     targets = export_targets(links(shapes), source, copy_head=copy_head)
-
-    import core
-    from core.model.processing import SailVL2Processor
-
-    core.register()
-    processor = SailVL2Processor.from_pretrained(src)
-    images = processor.image_processor
-    if release:
-        home, names = release.folder, files.carried(release.folder)
-        _check_same_tokenizer(src, release.folder)
-        written = _changed(release, config, images, _entries(source, targets), notes)
-    else:
-        home, names = src, [path.name for path in src.iterdir() if path.is_file() and files.legal(path.name)]
-        written = {
-            CONFIG: released_config(config, images),
-            PREPROCESSOR: released_preprocessor(config, images),
-            **released_text(processor.tokenizer, src),
-        }
-        notes.append("no release is known: files are written anew, and there is no code; give one by --like")
+    home, names, written = _files_of_export(src, release, config, _entries(source, targets), notes)
     hashes = _hashes(src, [*source.files, CONFIG], progress)
     hashes |= {f"release/{name}": sha256_file(home / name) for name in names}
     fingerprint = hash_config(
@@ -247,16 +254,13 @@ def export_released(
         return Converted(dst, "", skipped=True)
     _check_disk(dst, source.nbytes)
     with atomic_dir(dst) as folder:
-        write_tensors(source, targets, folder, max_shard_bytes=max_shard_bytes, progress=progress)
-        for name in names:
-            shutil.copyfile(home / name, folder / name)
+        write_targets(source, targets, folder, max_shard_bytes, progress=progress)
+        for name in (*names, *(() if release else (TOKENIZER, CHAT_TEMPLATE))):
+            copy_own(home / name, folder / name, home=src if home.is_relative_to(src) else home)
         for name, values in written.items():
             write_json(folder / name, values)
-        if release is None:
-            for name in (TOKENIZER, CHAT_TEMPLATE):
-                shutil.copyfile(src / name, folder / name)
         _check_written(folder, {target.name: target.shape for target in targets})
-        _write_manifest(folder, "export", fingerprint, hashes, started, clock)
+        _write_manifest(folder, "export", fingerprint, hashes, began)
     head = "the embedding, stored again" if copy_head else "the embedding, stored once"
     return Converted(
         dst,
@@ -268,6 +272,36 @@ def export_released(
         ],
         notes,
     )
+
+
+def _files_of_export(
+    src: Path,
+    release: files.Release | None,
+    config: SailVL2Config,
+    entries: Mapping[str, Entry],
+    notes: list[str],
+) -> tuple[Path, list[str], dict[str, dict[str, Any]]]:
+    """Files beside the weights of an export: the folder they are copied from, their names, and those written anew."""
+    import core
+    from core.model.processing import SailVL2Processor
+
+    core.register()
+    processor = SailVL2Processor.from_pretrained(src, trust_remote_code=False)
+    images = processor.image_processor
+    if release:
+        _check_same_tokenizer(src, release.folder)
+        return (
+            release.folder,
+            files.carried(release.folder),
+            _changed(release, config, images, entries, notes),
+        )
+    notes.append("no release is known: files are written anew, and there is no code; give one by --like")
+    written = {
+        CONFIG: released_config(config, images),
+        PREPROCESSOR: released_preprocessor(config, images),
+        **released_text(processor.tokenizer, src),
+    }
+    return src, [path.name for path in files.legal_files(src)], written
 
 
 def _changed(
@@ -356,7 +390,7 @@ def _shapes(src: Path, config: SailVL2Config) -> dict[str, Shape]:
 
 @contextmanager
 def _worded(src: Path) -> Iterator[None]:
-    """Whatever a stranger's numbers make transformers raise, as an error with the file's name."""
+    """Turn any error that transformers raises for untrusted values into a LayoutError with the file's name."""
     try:
         yield
     except LayoutError:
@@ -408,7 +442,7 @@ def _check_loads(folder: Path) -> None:
 
     core.register()
     _check_written(folder, native_shapes(SailVL2Config.from_pretrained(folder)))
-    SailVL2Processor.from_pretrained(folder)
+    SailVL2Processor.from_pretrained(folder, trust_remote_code=False)
 
 
 def _hashes(folder: Path, names: Sequence[str], progress: Progress) -> dict[str, str]:
@@ -422,20 +456,12 @@ def _hashes(folder: Path, names: Sequence[str], progress: Progress) -> dict[str,
     return hashes
 
 
-def _write_manifest(
-    folder: Path, what: str, fingerprint: str, inputs: dict[str, str], started: str, clock: float
-) -> None:
-    Manifest(
+def _write_manifest(folder: Path, what: str, fingerprint: str, inputs: dict[str, str], began: Began) -> None:
+    began.manifest(
         stage=what,
         fingerprint=fingerprint,
         config_hash=hash_config(read_object(folder / CONFIG)),
         inputs=inputs,
-        versions=versions(),
-        seed=0,
-        commit=git_commit(),
-        started=started,
-        finished=now(),
-        seconds=round(time.monotonic() - clock, 1),
     ).write(folder)
 
 
@@ -457,11 +483,16 @@ def _what_is_left(src: Path, names: Sequence[str]) -> list[str]:
 
 
 def _parts(shapes: Mapping[str, Shape]) -> list[str]:
+    """A line per part with its parameters; the output layer has its own where it is stored."""
     lines = []
-    for part, prefix in _PARTS.items():
-        held = [shape for name, shape in shapes.items() if name.startswith(prefix)]
+    for part in (*MODULES, "output layer"):
+        held = [
+            shape
+            for name, shape in shapes.items()
+            if ("output layer" if name == HEAD else module_of(name)) == part
+        ]
         if held:
-            lines.append(f"{part + ':':16} {_count(held):>9}")
+            lines.append(f"{part.replace('_', ' ') + ':':16} {_count(held):>9}")
     return lines
 
 
@@ -485,7 +516,3 @@ def _tiles(images: Any, config: SailVL2Config) -> str:
         return f"images: one tile of {side} px, {tokens} tokens"
     thumbnail = "with a thumbnail where there are several" if images.use_thumbnail else "without a thumbnail"
     return f"images: {images.min_patches} to {images.max_patches} tiles of {side} px, {tokens} tokens each, {thumbnail}"
-
-
-def _silent(work: str, done: int, total: int) -> None:
-    pass

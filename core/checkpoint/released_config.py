@@ -1,4 +1,4 @@
-"""What a released config.json and preprocessor_config.json say, as a native configuration, and back.
+"""Converts a released config.json and preprocessor_config.json to a native configuration, and back.
 
 The weights have the last word where the two contradict each other, and every guess is noted for the user.
 Sources of the released keys: public ports of SAIL-VL2 and InternVL2, whose configuration it extends.
@@ -162,7 +162,7 @@ def native_config(
     dtype = top.torch_dtype or top.dtype
     if dtype is None:
         dtype = _DTYPES[next(iter(entries.values())).dtype]
-        notes.append(f"config.json names no data type: {dtype}, which the first tensor has")
+        notes.append(f"config.json does not give the data type; the first tensor's is used: {dtype}")
     text = _text_config(top, llm, entries, head_is_embedding, notes)
     return SailVL2Config(
         vision_config={

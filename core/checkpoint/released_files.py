@@ -5,14 +5,14 @@ Nothing here is executed. They lie in the folder `released/` of a core and of ev
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.checkpoint.released_names import RELEASED_HEAD
-from core.checkpoint.shards import INDEX, LayoutError, Tensors, own_file, read_object
-from core.files import MANIFEST, write_json
+from core.checkpoint.shards import INDEX, LayoutError, Tensors, copy_own, own_file, read_object
+from core.files import write_json
+from core.manifest import MANIFEST
 
 FOLDER = "released"
 RECORD = "import.json"
@@ -39,6 +39,7 @@ class Release:
         if not folder.is_dir():
             raise LayoutError(f"{folder}: no folder")
         if (folder / FOLDER / RECORD).exists():
+            own_file(folder / FOLDER / RECORD, home=folder)
             return cls(folder / FOLDER, read_object(folder / FOLDER / RECORD).get("head_stored") is True)
         if (folder / "config.json").exists() and "llm_config" in read_object(folder / "config.json"):
             return cls(folder, RELEASED_HEAD in Tensors(folder))
@@ -81,18 +82,26 @@ def store(source: Path, names: list[str], out: Path, *, head_stored: bool) -> No
     """Copy the files of a release into the native core `out`, its licence to the top as well."""
     (out / FOLDER).mkdir()
     for name in names:
-        shutil.copyfile(source / name, out / FOLDER / name)
+        copy_own(source / name, out / FOLDER / name)
         if legal(name):
-            shutil.copyfile(source / name, out / name)
+            copy_own(source / name, out / name)
     write_json(out / FOLDER / RECORD, {"head_stored": head_stored})
 
 
 def hand_on(start: Path, out: Path) -> None:
-    """Give a checkpoint the release's files and licence of the one it was made from; nothing if that has none."""
+    """Give a checkpoint the release's files and licence of the one it was made from; nothing if that has none.
+
+    Raises LayoutError for links that leave `start`.
+    """
     if not start.is_dir():  # a hub id
         return
-    if (start / FOLDER).is_dir():
-        shutil.copytree(start / FOLDER, out / FOLDER)
-    for path in start.iterdir():
-        if path.is_file() and legal(path.name):
-            shutil.copyfile(path, out / path.name)
+    for path in sorted((start / FOLDER).rglob("*")):
+        if path.is_file():
+            copy_own(path, out / path.relative_to(start), home=start)
+    for path in legal_files(start):
+        copy_own(path, out / path.name)
+
+
+def legal_files(folder: Path) -> list[Path]:
+    """The licences and notices at the top of a folder."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and legal(path.name))

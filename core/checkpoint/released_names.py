@@ -1,7 +1,7 @@
-"""Tensor names of the released SAIL-VL2 layout and of the native one, and what becomes of which.
+"""Tensor names of the released SAIL-VL2 layout and of the native one, and how they correspond.
 
 Source of the released names: public ports of the checkpoints (Apple's AIMv2, InternVL's adapter, Qwen3). The
-native names and all shapes are read off the native model, built on the meta device.
+native names and shapes are those of core/model/layout.py.
 
 Native checkpoints hold a mixture's experts one by one: transformers stacks them when it loads and takes the stack
 apart when it saves. A checkpoint saved as stacks is read as well.
@@ -13,19 +13,14 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from core.checkpoint.shards import LayoutError, Piece, Target, Tensors, listed
-
-if TYPE_CHECKING:
-    from core.model.configuration import SailVL2Config
-
-Shape = tuple[int, ...]
+from core.checkpoint.cut import Piece, Target
+from core.checkpoint.shards import LayoutError, Tensors, listed
+from core.model.layout import Shape
+from core.model.names import EMBEDDING, HEAD
 
 RELEASED_EMBEDDING = "language_model.model.embed_tokens.weight"
 RELEASED_HEAD = "language_model.lm_head.weight"
-NATIVE_EMBEDDING = "model.language_model.embed_tokens.weight"
-NATIVE_HEAD = "lm_head.weight"
 
 _BLOCK = r"model\.vision_tower\.encoder\.layers\.(\d+)\."
 _TO_RELEASED = tuple(
@@ -59,43 +54,22 @@ _TO_RELEASED = tuple(
 )
 _ROW_ORDER = ("q_proj", "k_proj", "v_proj")
 _POSITIONS = "vision_model.preprocessor.pos_embed"
-_STACK = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<stack>gate_up_proj|down_proj)")
 _EXPERT = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<number>\d+)\.(?P<half>gate|up|down)_proj\.weight")
 _HALVES = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
-"""What lies below one another in one expert's part of a stack."""
+"""The halves of one expert's part of a stack, in the order of their rows."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """A tensor of the released layout and the native ones that hold the same numbers, one below the other."""
+    """A tensor of the released layout and the native ones that hold the same numbers, stacked along the first axis."""
 
     released: str
     released_shape: Shape
     native: tuple[tuple[str, Shape], ...]
 
 
-def native_shapes(config: SailVL2Config) -> dict[str, Shape]:
-    """Name and shape of every tensor of a native checkpoint on disk, as `save_pretrained` writes it.
-
-    A tied output layer is not stored, and experts are stored one by one.
-    """
-    import torch
-
-    from core.model.modeling import SailVL2ForConditionalGeneration
-
-    with torch.device("meta"):
-        model = SailVL2ForConditionalGeneration(config)
-    shapes: dict[str, Shape] = {}
-    for name, tensor in model.state_dict().items():
-        if name == NATIVE_HEAD and config.tie_word_embeddings:
-            continue
-        stack = _STACK.fullmatch(name)
-        shapes |= _experts(stack, tuple(tensor.shape)) if stack else {name: tuple(tensor.shape)}
-    return shapes
-
-
 def links(shapes: dict[str, Shape]) -> list[Link]:
-    """What becomes of every native tensor, in the native order; `shapes` as from `native_shapes`."""
+    """The link of every native tensor, in the native order; `shapes` comes from `native_shapes`."""
     parts: dict[str, list[tuple[str, Shape]]] = defaultdict(list)
     for name, shape in shapes.items():
         parts[released_name(name)].append((name, shape))
@@ -154,14 +128,14 @@ def export_targets(found: Sequence[Link], source: Tensors, *, copy_head: bool) -
     homes = {name: home for name, home in _stack_homes(native).items() if home.name in source}
     stacks = {stack: _stack_shape(stack, native) for stack in {home.name for home in homes.values()}}
     expected = {name: shape for name, shape in native.items() if name not in homes} | stacks
-    tied = NATIVE_HEAD not in native
+    tied = HEAD not in native
     if tied:  # transformers leaves it out, other writers may not
-        expected[NATIVE_HEAD] = expected[NATIVE_EMBEDDING]
-    _check(source, expected, optional={NATIVE_HEAD} if tied else set())
-    if tied and NATIVE_HEAD in source and not source.equal(NATIVE_HEAD, NATIVE_EMBEDDING):
+        expected[HEAD] = expected[EMBEDDING]
+    _check(source, expected, optional={HEAD} if tied else set())
+    if tied and HEAD in source and not source.equal(HEAD, EMBEDDING):
         raise LayoutError(
-            f"{source.folder}: config.json ties the output layer to the embedding, but {NATIVE_HEAD} in "
-            f"{source.entries[NATIVE_HEAD].file} differs from {NATIVE_EMBEDDING}; set tie_word_embeddings to what "
+            f"{source.folder}: config.json ties the output layer to the embedding, but {HEAD} in "
+            f"{source.entries[HEAD].file} differs from {EMBEDDING}; set tie_word_embeddings to what "
             "is meant"
         )
     targets, problems = [], []
@@ -194,17 +168,6 @@ def _check(source: Tensors, expected: dict[str, Shape], optional: set[str]) -> N
             )
     if problems:
         raise LayoutError(listed(f"{source.folder}: config.json and weights disagree", problems))
-
-
-def _experts(stack: re.Match[str], shape: Shape) -> dict[str, Shape]:
-    """A stack's experts one by one: [gate; up] (experts, 2 x inner, hidden), down (experts, hidden, inner)."""
-    experts, rows, columns = shape
-    halves = _HALVES[stack["stack"]]
-    return {
-        f"{stack['experts']}.{number}.{half}_proj.weight": (rows // len(halves), columns)
-        for number in range(experts)
-        for half in halves
-    }
 
 
 def _stack_homes(native: dict[str, Shape]) -> dict[str, Piece]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.checkpoint.shards import LayoutError, own_file, read_object
+from core.deadline import TooSlow, deadline
 from core.files import write_json
 from core.model.tokenizer import IMAGE_END, IMAGE_START, IMAGE_TOKEN, PAD, TURN_END, chat_template, token_id
 
@@ -49,7 +50,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer = kind.from_pretrained(scratch, local_files_only=True)
         except Exception as error:  # tokenizers raises a bare Exception for a file it cannot parse
             raise LayoutError(f"{folder / needed[0]}: not a tokenizer ({error}); download it again") from None
-    for key in ("is_local", "local_files_only", "name_or_path"):  # where it was found is no property of it
+    for key in ("is_local", "local_files_only", "name_or_path"):  # its location is not part of it
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.name_or_path = ""
     try:
@@ -84,7 +85,7 @@ def native_template(folder: Path, tokenizer: PreTrainedTokenizerBase, notes: lis
             notes.append("chat template: adds a default system prompt, as shipped")
         if not _continues(tokenizer, template):
             notes.append(
-                "chat template: a prompt is no prefix of the same chat with its answer, which SFT relies on; "
+                "chat template: a chat with its answer does not begin with its prompt, which SFT needs; "
                 f"compare {CHAT_TEMPLATE} with ours in core/"
             )
         return template
@@ -156,28 +157,29 @@ def _shipped_template(folder: Path) -> str | None:
 
 def _render(tokenizer: PreTrainedTokenizerBase, template: str, images: int) -> str | None:
     parts: list[Any] = [{"type": "image"}] * images
-    chat: Any = [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                chat, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        )
-    except Exception:  # a stranger's program: whatever it raises, it does not write this chat
-        return None
+    chat = [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
+    return _written(tokenizer, template, chat, add_generation_prompt=True)
 
 
 def _continues(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    chat: Any = [
+    chat = [
         {"role": "user", "content": [{"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "<think>a</think>b"}]},
     ]
-    options: Any = {"chat_template": template, "tokenize": False}
+    prompt = _written(tokenizer, template, chat[:1], add_generation_prompt=True)
+    whole = _written(tokenizer, template, chat)
+    return prompt is not None and whole is not None and whole.startswith(f"{prompt}<think>a</think>b")
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, template: str, chat: Any, **options: Any) -> str | None:
+    """A chat by an untrusted template; None if it fails. Raises LayoutError if it does not end."""
     try:
-        prompt = str(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, **options))
-        return str(tokenizer.apply_chat_template(chat, **options)).startswith(f"{prompt}<think>a</think>b")
-    except Exception:  # as above
-        return False
+        with deadline(f"the shipped chat template ({CHAT_TEMPLATE}, or chat_template in a .json)"):
+            return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options))
+    except TooSlow as error:
+        raise LayoutError(f"{error}; remove it, and the core gets ours") from None
+    except Exception:  # whatever the template raises, it does not write this chat
+        return None
 
 
 def _ids(value: Any, where: str) -> list[int]:

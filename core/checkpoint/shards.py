@@ -6,15 +6,22 @@ index and files is reported.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from core.files import write_json
+import numpy as np
+
+from core.files import sha256_file
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -22,14 +29,33 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes per element of the data types that weights may have, by their names in safetensors files."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MAX_JSON_BYTES = 64 << 20
+_PIECE_BYTES = 1 << 18
 _LFS_POINTER = b"version https://git-lfs"
 
 Progress = Callable[[str, int, int], None]
-"""Told the name of a piece of work, the bytes done and the bytes in all."""
+"""Called with the name of a piece of work, the bytes done and the bytes in all."""
+
+
+def silent(work: str, done: int, total: int) -> None:
+    """The `Progress` that shows nothing."""
+
+
+def printable(text: str) -> str:
+    """`text` with everything that could drive a terminal written as an escape: `\\x1b[31m`, `\\u202e`.
+
+    File, key and tensor names of a checkpoint are untrusted text. Ends of lines stay; a tab becomes a space.
+    """
+    return "".join(
+        mark if mark.isprintable() or mark == "\n" else mark.encode("unicode_escape").decode()
+        for mark in text.replace("\t", " ")
+    )
 
 
 class LayoutError(ValueError):
-    """A checkpoint folder is not what its layout says; the message lists everything that is wrong."""
+    """A checkpoint folder is not what its layout says; the message lists everything that is wrong, printably."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -47,29 +73,12 @@ class Entry:
         return prod(self.shape) * BYTES.get(self.dtype, 0)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A tensor of the source or, with `index`, a part of it along its first axes."""
-
-    name: str
-    index: tuple[int | slice, ...] = ()
-
-
-@dataclass(frozen=True)
-class Target:
-    """A tensor to write: pieces of the source, one below the other, in a shape of its own."""
-
-    name: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-
 class Tensors:
     """The tensors of a folder's safetensors files by name, in the files' order, opened but not read.
 
     Raises LayoutError, with a line per problem, for a folder without safetensors, an index that names files
-    outside the folder or disagrees with them, unreadable headers, a name in two files, and data types that
-    are no floating-point number.
+    outside the folder or disagrees with them, unreadable headers, a name in two files, and data types other
+    than floating point.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -92,6 +101,35 @@ class Tensors:
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor, file by file; a tensor is mapped from its file, which can close before it is used."""
+        from safetensors import safe_open
+
+        for file in self.files:
+            with safe_open(self.folder / file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # no mapping
+                    yield name, opened.get_tensor(name)
+
+    def bits(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and numbers of each tensor, piece by piece, as flat unsigned integers of their width.
+
+        A piece is valid until the next one. Reading into a buffer of the cache's size is twice as fast as mapping.
+        """
+        buffer = np.empty(_PIECE_BYTES, "u1")
+        for file in self.files:
+            with (self.folder / file).open("rb", buffering=0) as opened:
+                first = 8 + int.from_bytes(opened.read(8), "little")
+                places = json.loads(opened.read(first - 8))
+                for name, entry in (
+                    (name, entry) for name, entry in self.entries.items() if entry.file == file
+                ):
+                    at, end = places[name]["data_offsets"]
+                    opened.seek(first + at)
+                    while at < end:
+                        piece = buffer[: min(_PIECE_BYTES, end - at)]
+                        at += _read_into(opened, piece)
+                        yield name, piece.view(f"u{BYTES[entry.dtype]}")
 
     @property
     def nbytes(self) -> int:
@@ -132,48 +170,14 @@ class Tensors:
                 yield f"{name}: in {entry.file}, not in {INDEX}"
 
 
-def write_tensors(
-    source: Tensors, targets: Sequence[Target], out: Path, *, max_shard_bytes: int, progress: Progress
-) -> None:
-    """Write `targets`, cut from `source`, as safetensors files of at most `max_shard_bytes` and their index.
-
-    A tensor larger than that gets a file of its own. Memory: one file plus one tensor, of which all that is
-    copied unchanged is mapped from the source and can be dropped by the system.
-    """
-    from safetensors.torch import save_file
-
-    shards = _shards(source, targets, max_shard_bytes)
-    names = [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
-    total = sum(_nbytes(source, target) for target in targets)
-    done, weight_map = 0, dict[str, str]()
-    progress("weights", done, total)
-    for file, shard in zip(names, shards, strict=True):
-        with ExitStack() as stack:
-            opened = _Opened(source, stack)
-            tensors = {target.name: opened.assemble(target) for target in shard}
-            save_file(tensors, out / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        del tensors, opened
-        done += sum(_nbytes(source, target) for target in shard)
-        progress("weights", done, total)
-    if len(names) > 1:
-        parameters = sum(prod(target.shape) for target in targets)
-        metadata = {"total_parameters": parameters, "total_size": total}
-        write_json(out / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-
-
 def listed(what: str, problems: Sequence[str]) -> str:
-    """An error's text: what is wrong, and a line for each problem.
-
-    Names of tensors and files are a stranger's words: what could drive a terminal is replaced.
-    """
-    plain = ("".join(mark if mark.isprintable() else "\ufffd" for mark in problem) for problem in problems)
+    """An error's text: what is wrong, and a line for each problem; a name with a line break stays on its line."""
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return f"{what}; {count}:\n" + "\n".join(f"  {problem}" for problem in plain)
+    return f"{what}; {count}:\n" + "\n".join("  " + problem.replace("\n", "\\n") for problem in problems)
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint. Raises LayoutError if it is none, or absurdly large."""
+    """The JSON object in a file of a checkpoint. Raises LayoutError for another value or a file of over 64 MiB."""
     own_file(path)
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise LayoutError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_JSON_BYTES} are read")
@@ -186,14 +190,15 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def own_file(path: Path) -> Path:
-    """`path`, if it is a file of its own folder. Raises LayoutError for a link that leads elsewhere.
+def own_file(path: Path, home: Path | None = None) -> Path:
+    """`path`, if it is a file of the checkpoint folder `home` (default: its own folder).
 
+    Raises LayoutError for a link that leads elsewhere: copied, it would carry a private file out under a public name.
     Folders of the Hugging Face cache are links into `blobs` beside `snapshots`; those are the folder's own.
     """
     if not path.is_file():
-        raise LayoutError(f"{path}: there is no such file; download the checkpoint again")
-    target, folder = path.resolve(), path.parent.resolve()
+        raise LayoutError(f"{path}: the file is missing; download the checkpoint again")
+    target, folder = path.resolve(), (home or path.parent).resolve()
     homes = [folder]
     if folder.parent.name == "snapshots":
         homes.append(folder.parent.parent / "blobs")
@@ -204,54 +209,39 @@ def own_file(path: Path) -> Path:
     return path
 
 
-class _Opened:
-    """The source's files, mapped at first use until the stack closes."""
+def copy_own(path: Path, out: Path, home: Path | None = None) -> None:
+    """Copy a file of the checkpoint folder `home` to the path `out`. Raises LayoutError as `own_file`.
 
-    def __init__(self, source: Tensors, stack: ExitStack) -> None:
-        self._source, self._stack, self._files = source, stack, dict[str, Any]()
-        self._given: set[str] = set()
-
-    def assemble(self, target: Target) -> Any:
-        import torch
-
-        parts = [self._part(piece) for piece in target.pieces]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(target.shape)
-
-    def _part(self, piece: Piece) -> Any:
-        from safetensors import safe_open
-
-        file = self._source.entries[piece.name].file
-        if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(self._source.folder / file, "pt"))
-        opened = self._files[file]
-        if piece.index:
-            return opened.get_slice(piece.name)[piece.index]
-        tensor = opened.get_tensor(piece.name)
-        if piece.name in self._given:  # safetensors refuses to write one memory under two names
-            return tensor.clone()
-        self._given.add(piece.name)
-        return tensor
+    Every file that goes from one checkpoint folder to another under a name from the first comes through here.
+    """
+    own_file(path, home)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, out)
 
 
-def _nbytes(source: Tensors, target: Target) -> int:
-    return prod(target.shape) * BYTES[source.entries[target.pieces[0].name].dtype]
+def weights_hash(path: Path) -> str:
+    """One SHA-256 over the safetensors files of a checkpoint: two checkpoints with equal weights share it.
+
+    Raises FileNotFoundError if there are none.
+    """
+    digest = hashlib.sha256()
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{path}: no safetensors file; a checkpoint of this project has one")
+    for file in files:
+        digest.update(f"{file.name} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()
 
 
-def _shards(source: Tensors, targets: Sequence[Target], max_bytes: int) -> list[list[Target]]:
-    shards: list[list[Target]] = []
-    room = 0
-    for target in targets:
-        size = _nbytes(source, target)
-        if not shards or size > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(target)
-        room -= size
-    return shards
-
-
-def _shard_name(number: int, count: int) -> str:
-    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+def _read_into(file: Any, piece: np.ndarray) -> int:
+    """Fill `piece` from an unbuffered file; returns its bytes. Raises LayoutError if the file is shorter."""
+    done = 0
+    while done < len(piece):
+        count = file.readinto(memoryview(piece)[done:])
+        if not count:
+            raise LayoutError(f"{file.name}: became shorter while it was read")
+        done += count
+    return done
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -273,7 +263,7 @@ def _weight_files(folder: Path) -> list[str]:
     indexed = sorted(set(_weight_map(folder).values()))
     for name in indexed:
         if name != Path(name).name or not name.endswith(".safetensors"):
-            problems.append(f"{INDEX} names {name!r}, which is no safetensors file of this folder")
+            problems.append(f"{INDEX} names {name!r}, which is not a safetensors file of this folder")
             continue
         try:
             own_file(folder / name)
@@ -304,7 +294,7 @@ def _header(path: Path, problems: list[str]) -> Iterator[tuple[str, Entry]]:
         problems.append(f"{path.name}: a Git LFS pointer, not the weights; run `git lfs pull` there")
         return
     try:
-        with safe_open(path, "pt") as opened:
+        with safe_open(path, "np") as opened:  # no torch for a look at names
             for name in opened.keys():  # noqa: SIM118  # no mapping
                 part = opened.get_slice(name)
                 yield name, Entry(path.name, part.get_dtype(), tuple(part.get_shape()))

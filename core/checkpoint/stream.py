@@ -1,4 +1,8 @@
-"""Tensors as they are made, one after another, into the weight files of a checkpoint: memory for one file."""
+"""The one writer of weight files: named tensors, one after another, into safetensors files and their index.
+
+Whatever writes a checkpoint (training, soup, merge, import, export, new cores) and the weights on their way to rollout
+servers come through here, so that none of them is ever written with NaN or infinity.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.checkpoint.shards import INDEX, SINGLE, Progress
+from core.checkpoint.check import NonFinite, nonfinite_tensor
+from core.checkpoint.shards import INDEX, SINGLE, Progress, silent
 from core.files import write_json
 
 if TYPE_CHECKING:
@@ -20,14 +25,17 @@ def write_stream(
     tensors: Iterable[tuple[str, torch.Tensor]],
     out: Path,
     *,
-    total_bytes: int,
+    total_bytes: int = 0,
     max_shard_bytes: int = SHARD_BYTES,
-    progress: Progress = lambda work, done, total: None,
+    allow_nonfinite: bool = False,
+    progress: Progress = silent,
 ) -> None:
-    """Write named tensors to the folder `out` in the order they come, as safetensors files and their index.
+    """Write named CPU tensors to the folder `out` in the order they come, as safetensors files and their index.
 
     A file takes tensors up to `max_shard_bytes`; a larger tensor gets a file of its own. Memory: one file plus
-    one tensor. `total_bytes` is what the tensors will come to, for `progress` alone.
+    one tensor. `total_bytes` is the size of all tensors, for `progress` alone.
+
+    Raises NonFinite at the first tensor with NaN or infinity unless `allow_nonfinite`.
     """
     from safetensors.torch import save_file
 
@@ -43,6 +51,10 @@ def write_stream(
 
     progress("weights", 0, total_bytes)
     for name, tensor in tensors:
+        if not allow_nonfinite and (what := nonfinite_tensor(tensor)):
+            raise NonFinite(
+                f"{out}: {name} holds {what}: such weights are not written; the checkpoint before is the last good one"
+            )
         if held and held_bytes + tensor.nbytes > max_shard_bytes:
             flush()
             held_bytes = 0

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLConfig
 
-from core.model.sizes import DEFAULT_VISION
+from core.model.released_sizes import DEFAULT_VISION
 
 BLOCK = 2
 """Patches per side of the block that becomes one image token of an any-resolution core."""
@@ -25,7 +25,7 @@ class SailVL2Config(InternVLConfig):
     count ends in a shape error far away, and two different answers to "tied?" load the wrong output layer
     without any error (vLLM ties when either says so).
 
-    With `any_resolution` an image is no set of tiles but one grid of patches of its own size, to which the tower's
+    With `any_resolution` an image is one grid of patches of its own size instead of tiles, to which the tower's
     positions are interpolated (core/model/any_resolution.py); `image_seq_length` is then that of an image of the size
     for which the positions were learned.
     """

@@ -8,7 +8,7 @@ from transformers import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from core.model.pictures import as_bytes
+from core.model.pictures import as_bytes, decoded
 
 
 class SailVL2AnyResImageProcessor(Qwen2VLImageProcessorPil):
@@ -25,6 +25,14 @@ class SailVL2AnyResImageProcessor(Qwen2VLImageProcessorPil):
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
     temporal_patch_size = 1
+
+    def fetch_images(self, images: Any) -> Any:
+        """The images as they are: no path is opened and no address is fetched."""
+        return images
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """As transformers', of `core.model.pictures.Picture` too."""
+        return super().preprocess(decoded(images), *args, **kwargs)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """One image as an array (3, height, width) of bytes; see core.model.pictures for what is refused."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from transformers import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     GotOcr2ImageProcessorKwargs,
@@ -10,7 +11,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 )
 from transformers.utils import TensorType
 
-from core.model.pictures import as_bytes
+from core.model.pictures import as_bytes, decoded
 
 
 class SailVL2ImageKwargs(GotOcr2ImageProcessorKwargs, total=False):
@@ -34,6 +35,14 @@ class SailVL2ImageProcessor(GotOcr2ImageProcessorPil):
     image_std = IMAGENET_DEFAULT_STD
     crop_to_patches = True
     use_thumbnail = True
+
+    def fetch_images(self, images: Any) -> Any:
+        """The images as they are: no path is opened and no address is fetched."""
+        return images
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """As transformers', of `core.model.pictures.Picture` too."""
+        return super().preprocess(decoded(images), *args, **kwargs)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """One image as an array (3, height, width) of bytes."""

@@ -1,40 +1,160 @@
-"""A picture as every part of the suite sees it: eight bits of red, green and blue, as they are stored."""
+"""A picture as every part of the suite sees it: one rule from an encoded file to eight bits of red, green and blue.
+
+Processor, learner, rollouts, the vLLM plug-in, evaluation, judges and reports all read pictures through this file.
+
+The rule:
+
+1. A file is read in one of FORMATS. Other formats are refused: EPS, for one, would start Ghostscript.
+2. A file of more than MAX_PIXELS is refused before it is decoded.
+3. An animation shows its first frame. `Picture.animated` says that there were more.
+4. The orientation that the file's EXIF or XMP data gives is applied. Unreadable EXIF data counts as none.
+5. Transparent pixels are laid over white.
+6. More than eight bits are scaled to eight. The scale is the smallest of 8, 10, 12, 14, 16, ... bits that holds the
+   largest value: a 12-bit scan in a 16-bit file is not black. Floats of at most 1 are scaled by 1.
+7. CMYK, YCbCr, LAB, HSV, palettes, greys and bitmaps are converted by Pillow. Colour profiles are not applied.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""Pillow's names of the formats that are read; MPO files, as phones write them, are JPEG here."""
+MAX_PIXELS = 89_478_485
+"""Width times height of the largest picture; Pillow's own limit (`Image.MAX_IMAGE_PIXELS`), 256 MiB of RGB."""
+_ORIENTATION = 0x0112
+"""The EXIF tag (JEITA CP-3451, 4.6.4 A)."""
+_PNG_METADATA = re.compile(rb"exif|xmp", re.IGNORECASE)
 
-def as_rgb(image: Image) -> Image:
-    """The image in mode RGB, by Pillow's conversion: transparency is dropped, not composited.
 
-    An EXIF orientation is not applied: who opens a file decides on that. What InternVL's code does with a
-    file; SAIL-VL2's own, given another mode than RGB, resizes before it converts. Raises ValueError where the
-    conversion loses the picture: more than eight bits per channel are clipped at 255, not scaled.
+class Picture:
+    """One encoded picture. It decodes when it is used and keeps no pixels.
+
+    Args:
+        source: the file's bytes, or a function that reads them (from a memory-mapped table, for example).
     """
+
+    __slots__ = ("_read", "_size", "animated")
+
+    def __init__(self, source: bytes | Callable[[], bytes]) -> None:
+        self._read = source if callable(source) else lambda: source
+        self._size: tuple[int, int] | None = None
+        self.animated: bool | None = None
+        """Whether the file has more than one frame; None until the picture was decoded."""
+
+    @classmethod
+    def of(cls, image: Any) -> Picture:
+        """The picture of a `Picture`, of a file's bytes, or of a PIL image (as a PNG of what the model sees of it).
+
+        Raises TypeError for anything else.
+        """
+        if isinstance(image, Picture):
+            return image
+        if isinstance(image, bytes):
+            return cls(image)
+        if not hasattr(image, "getexif"):
+            raise TypeError(f"expected the bytes of an encoded picture, got {image!r:.80}")
+        buffer = io.BytesIO()
+        as_rgb(image).save(buffer, format="PNG")
+        return cls(buffer.getvalue())
+
+    @property
+    def data(self) -> bytes:
+        """The encoded file, as it is stored."""
+        return self._read()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels as the model sees it, read from the file's header."""
+        if self._size is None:
+            data = self.data
+            image = _opened(data)
+            # Pillow gives a TIFF's size as it is shown. It looks for a PNG's EXIF data behind its pixels, and decodes
+            # them for that: not where there is none.
+            known = image.format == "TIFF" or (image.format == "PNG" and not _PNG_METADATA.search(data))
+            turned = not known and _orientation(image) in (5, 6, 7, 8)
+            self._size = (image.height, image.width) if turned else image.size
+        return self._size
+
+    @property
+    def width(self) -> int:
+        return self.size[0]
+
+    @property
+    def height(self) -> int:
+        return self.size[1]
+
+    def rgb(self) -> Image:
+        """The decoded picture in mode RGB. Raises ValueError for what the rule refuses, OSError for broken files."""
+        data = self.data
+        image = _opened(data)
+        # The second view of a phone's MPO file is a thumbnail or a depth map, not a frame.
+        self.animated = getattr(image, "is_animated", False) and image.format != "MPO"
+        deep = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile)
+        seen = _turned(_sixteen_bits(data), _orientation(image)) if deep else as_rgb(image)
+        self._size = seen.size
+        return seen
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Picture, (self.data,)
+
+    def __deepcopy__(self, memo: Any) -> Picture:
+        return self
+
+
+class Decoded(Sequence[Any]):
+    """Pictures as PIL images in mode RGB, decoded when they are looked at."""
+
+    def __init__(self, pictures: Sequence[Any]) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return Decoded(self.pictures[index])
+        return as_rgb(self.pictures[index])
+
+
+def as_rgb(image: Image | Picture) -> Image:
+    """A `Picture` or a PIL image in mode RGB by the rule. An image that is so already comes back itself.
+
+    Raises ValueError for an image without pixels, and for values that cannot be scaled (negative, not finite).
+    """
+    if isinstance(image, Picture):
+        return image.rgb()
     if not (image.width and image.height):
         raise ValueError(f"the image has {image.width}x{image.height} pixels: it shows nothing; remove it")
-    if image.mode == "RGB":
-        return image
+    image.load()  # Pillow turns a TIFF while it loads it, and takes its tag away
+    turn = _orientation(image)  # conversions drop it
     if image.mode == "F" or image.mode.startswith("I"):
-        low, high = cast(tuple[float, float], image.getextrema())
-        if image.mode == "F" or low < 0 or high > 255:
-            raise ValueError(
-                f"the image has mode {image.mode} with values from {low} to {high}: the conversion to eight "
-                "bits clips at 255; scale the values to 0..255 and save it with eight bits per channel"
-            )
-    if image.mode == "P":
-        image = image.convert("RGBA")  # the same pixels; straight to RGB, Pillow warns of the transparency
-    return image.convert("RGB")
+        import numpy as np
+        from PIL.Image import fromarray
+
+        return _turned(fromarray(_eight_bits(np.asarray(image))).convert("RGB"), turn)
+    if image.has_transparency_data:
+        return _turned(_over_white(image), turn)
+    return _turned(image if image.mode == "RGB" else image.convert("RGB"), turn)
 
 
 def as_bytes(image: Any) -> Any:
-    """A PIL image in mode RGB, an array as it is. Raises ValueError for what `as_rgb` refuses, and other arrays than
-    of bytes."""
-    if hasattr(image, "getextrema"):
+    """A PIL image in mode RGB by the rule, an array as it is.
+
+    Raises ValueError for what `as_rgb` refuses, and for arrays of another type than uint8.
+    """
+    if isinstance(image, Picture) or hasattr(image, "getextrema"):
         return as_rgb(image)
     if str(getattr(image, "dtype", "")).removeprefix("torch.") != "uint8":
         raise ValueError(
@@ -42,3 +162,99 @@ def as_bytes(image: Any) -> Any:
             "image, or an array of bytes (uint8) with three channels"
         )
     return image
+
+
+def decoded(images: Any) -> Any:
+    """The images of any nesting of lists, each `Picture` decoded and everything else as it is."""
+    if isinstance(images, list | tuple):
+        return [decoded(image) for image in images]
+    return images.rgb() if isinstance(images, Picture) else images
+
+
+def _opened(data: bytes) -> Any:
+    """The PIL image of a file, its pixels not yet read."""
+    from PIL import Image
+
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"the file is broken or in no format that is read: {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"at most {MAX_PIXELS} pixels are decoded; scale it down ({error})") from None
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width}x{image.height}"
+        raise ValueError(f"the image has {size} pixels, at most {MAX_PIXELS} are decoded; scale it down")
+    return image
+
+
+def _orientation(image: Any) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # whatever Pillow raises at broken EXIF data
+        return 1
+
+
+def _turned(image: Any, orientation: int) -> Any:
+    """The image turned and mirrored as its orientation (EXIF, 1 to 8) says."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    if orientation not in turns:
+        return image
+    turned = image.transpose(turns[orientation])
+    turned.info = {}  # or the orientation would be applied again
+    return turned
+
+
+def _over_white(image: Any) -> Any:
+    """The image in mode RGB, laid over white. As vLLM does it, so that a stock server shows the same pixels."""
+    from PIL import Image
+
+    plain = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)  # premultiplied; Pillow converts them to these alone
+    image = (image.convert(plain) if plain else image).convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Numbers of any depth as uint8, of the same shape."""
+    import numpy as np
+
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high < float("inf")):  # NaN is neither
+        raise ValueError(
+            f"the image has values from {low:g} to {high:g}: they must be finite and not negative; scale "
+            "them to 0..255 and save the image with eight bits per channel"
+        )
+    if values.dtype.kind == "f" and high <= 1:
+        full = 1.0
+    else:
+        bits = max(8, int(high).bit_length())
+        full = float(2 ** (bits + bits % 2) - 1)
+    return np.rint(values * (255 / full)).clip(0, 255).astype(np.uint8)
+
+
+def _sixteen_bits(data: bytes) -> Any:
+    """A file with 16 bits in each of several channels, which Pillow would cut to eight, in mode RGB."""
+    import cv2
+    import numpy as np
+    from PIL import Image
+
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None:
+        raise ValueError("the file has 16 bits per channel and does not decode")
+    colours = _eight_bits(values[..., 2::-1])  # BGR
+    if values.shape[-1] == 3:
+        return Image.fromarray(colours)
+    return _over_white(Image.fromarray(np.dstack([colours, _eight_bits(values[..., 3:])])))

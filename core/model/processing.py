@@ -6,6 +6,7 @@ from typing import Any
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
+from core.deadline import deadline
 from core.model.configuration import BLOCK
 from core.model.image_patches import SailVL2AnyResImageProcessor
 from core.model.image_tiles import SailVL2ImageProcessor
@@ -77,13 +78,22 @@ class SailVL2Processor(ProcessorMixin):
             inputs["text_replacement_offsets"] = expansions
         return inputs
 
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        processed = self.image_processor(images, **kwargs)
+        return processed, [self.replace_image_token(processed, place) for place in range(len(images))]
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As transformers'. Raises TooSlow for a template that does not end: it came with the checkpoint."""
+        with deadline("chat_template.jinja of the core: use another template"):
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
+
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **_: Any) -> str:
         """What one placeholder becomes, for the image at `image_idx` of the call."""
         tokens = self._image_tokens(int(image_inputs["num_patches"][image_idx]))
         return f"{IMAGE_START}{IMAGE_TOKEN * tokens}{IMAGE_END}"
 
     def _image_tokens(self, count: int) -> int:
-        """Image tokens of an image of so many tiles, or patches if it is of any resolution."""
+        """Image tokens of an image with `count` tiles, or `count` patches at any resolution."""
         return count // BLOCK**2 if self.any_resolution else count * self.image_seq_length
 
     @property
@@ -122,7 +132,7 @@ class SailVL2Processor(ProcessorMixin):
         images: Any = SailVL2AnyResImageProcessor if any_resolution else SailVL2ImageProcessor
         image_processor = images.from_pretrained(folder, subfolder=subfolder, **kwargs)
         tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", folder, subfolder=subfolder, **kwargs)
-        for key in ("is_local", "local_files_only"):  # where it was found is no property of the tokenizer
+        for key in ("is_local", "local_files_only"):  # its location is not part of the tokenizer
             tokenizer.init_kwargs.pop(key, None)
         return [image_processor, tokenizer]
 

@@ -1,12 +1,13 @@
-r"""What the model reads and what it is taught to say: the model card's prompt contract, as chat messages.
+r"""Prompts and targets as chat messages, by the model card's prompt contract.
 
-Rule, the same in every stage and in evaluation: the user's turn is the images, then the question; in thinking
-mode a newline and the contract follow. Differs from the model card, which joins the two without a separator
-("describe the imageYou FIRST ..."): there the last word of the question and the first of the contract would
-share a token in some tokenizers, and the two modes would then disagree about how the question itself is read.
+The rule is the same in every stage and in evaluation. The user's turn is the images, then the question; in thinking
+mode a newline and the contract follow. A question that holds `<image>` once for each image has them in those places.
+Differs from the model card, which joins question and contract without a separator ("describe the imageYou FIRST
+..."): there the last word of the question and the first of the contract would share a token in some tokenizers, and
+the two modes would then disagree about how the question itself is read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 THINK_CONTRACT = (
@@ -15,6 +16,9 @@ THINK_CONTRACT = (
     r"The final answer MUST BE put in \boxed{}."
 )
 """The model card's words (SAIL-VL2-2B-Thinking, Quick Start), verbatim."""
+
+IMAGE = "<image>"
+"""Marks the place of an image in a question, as in the data sets of LLaVA."""
 
 Message = dict[str, Any]
 
@@ -62,9 +66,30 @@ def messages(record: Mapping[str, Any], with_target: bool = False) -> list[Messa
     An image part carries its picture under "image". Text is always a list of parts, never a bare string, so
     that templates of vision-language models and TRL read it alike.
     """
-    parts: list[Message] = [{"type": "image", "image": image} for image in record.get("images") or ()]
-    parts.append({"type": "text", "text": user_text(record["question"], record["mode"])})
+    parts = user_parts(user_text(record["question"], record["mode"]), record.get("images") or ())
     chat = [{"role": "user", "content": parts}]
     if with_target:
         chat.append({"role": "assistant", "content": [{"type": "text", "text": target_text(record)}]})
     return chat
+
+
+def user_parts(text: str, images: Sequence[Any]) -> list[Message]:
+    """The images and the text of a user's turn as parts: images first, or where the text has `<image>` for each.
+
+    >>> [part["type"] for part in user_parts("Is <image> like <image>?", [1, 2])]
+    ['text', 'image', 'text', 'image', 'text']
+
+    Raises ValueError if the text marks another number of places than there are images.
+    """
+    marks = text.count(IMAGE)
+    if not marks:
+        return [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+    if marks != len(images):
+        raise ValueError(
+            f"{marks} {IMAGE} in the question for {len(images)} images: write one for each, or none"
+        )
+    first, *others = text.split(IMAGE)
+    parts: list[Message] = [{"type": "text", "text": first}]
+    for image, words in zip(images, others, strict=True):
+        parts += [{"type": "image", "image": image}, {"type": "text", "text": words}]
+    return [part for part in parts if part["type"] == "image" or part["text"]]

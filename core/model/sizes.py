@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from core.model.released_sizes import DEFAULT_VISION, TEXT
 from core.model.tiny import IMAGENET_MEAN, IMAGENET_STD, TinySize, tiny_config, tiny_processor
 from core.model.tokenizer import (
     IMAGE_TOKEN,
-    PAD,
     RELEASED_IDS,
-    RELEASED_VOCABULARY,
-    TURN_END,
     build_padded_tokenizer,
     build_word_tokenizer,
 )
@@ -40,31 +38,6 @@ SMALL = {
 }
 """`tiny` is the demo's architecture; `mid` has 18M parameters and real tiles: 448 px, 256 tokens each."""
 
-DEFAULT_VISION = {
-    "model_type": "aimv2_vision_model",
-    **{"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 12},
-    **{"image_size": 448, "patch_size": 14, "rms_norm_eps": 1e-5, "use_head": False},
-}
-"""SAIL-ViT-Huge. Source: the released `vision_config` (hidden 1536, 24 blocks, 12 heads, SwiGLU 4096)."""
-_QWEN3 = {
-    **{"model_type": "qwen3", "vocab_size": RELEASED_VOCABULARY, "head_dim": 128, "rms_norm_eps": 1e-6},
-    **{"num_key_value_heads": 8, "max_position_embeddings": 40960},
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-    **{"pad_token_id": RELEASED_IDS[PAD], "eos_token_id": RELEASED_IDS[TURN_END]},
-}
-TEXT: dict[str, dict[str, Any]] = {
-    "2b": _QWEN3
-    | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
-    | {"num_attention_heads": 16, "tie_word_embeddings": True},
-    "8b": _QWEN3
-    | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
-    | {"num_attention_heads": 32, "tie_word_embeddings": False},
-    "a3b": _QWEN3
-    | {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48}
-    | {"num_attention_heads": 32, "num_key_value_heads": 4, "tie_word_embeddings": False}
-    | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
-}
-"""Language models of SAIL-VL2-2B, -8B and -A3B: Qwen3-1.7B, Qwen3-8B and Qwen3-30B-A3B. Source: their config.json."""
 MAX_TILES = 10
 """Tiles that the released image processor cuts from an image, at most (a thumbnail comes on top)."""
 WORDS = ("compute", "A", "B", "plus", "minus", "digit", "cell", "question", "read", "image", "yes", "no")
@@ -98,10 +71,10 @@ def core_config(size: str) -> SailVL2Config:
 def blueprint(size: str, *, words: Sequence[str] = WORDS, dtype: str | None = None) -> Blueprint:
     """Configuration, tokenizer and processor of a size.
 
-    No released vocabulary is at hand, so every size gets a word-level tokenizer of `words`; the real sizes' is
+    The released vocabulary is not available, so every size gets a word-level tokenizer of `words`; the real sizes' is
     padded to the released vocabulary, with the chat tokens at their released ids. `dtype` is float32 or bfloat16;
-    default: float32 for tiny and mid, bfloat16 for the others. Raises ConfigError for another size, and for words
-    that are none.
+    default: float32 for tiny and mid, bfloat16 for the others. Raises ConfigError for another size and for invalid
+    words.
     """
     if size not in SIZES:
         raise ConfigError(f"size {size!r}: {nearest(size, SIZES)}")

@@ -52,21 +52,21 @@ class TinySize(Strict):
     def _fits(self) -> "TinySize":
         if self.image_px % (2 * self.patch_px):
             raise ValueError(
-                f"image_px={self.image_px} is no multiple of 2 x patch_px={self.patch_px}: "
+                f"image_px={self.image_px} is not a multiple of 2 x patch_px={self.patch_px}: "
                 "two patches by two become one image token"
             )
         if self.any_resolution and self.max_image_px % (2 * self.patch_px):
             raise ValueError(
-                f"max_image_px={self.max_image_px} is no multiple of 2 x patch_px={self.patch_px}: images of any "
+                f"max_image_px={self.max_image_px} is not a multiple of 2 x patch_px={self.patch_px}: images of any "
                 "resolution are whole blocks of two patches by two"
             )
         if self.vision_hidden % self.vision_heads:
             raise ValueError(
-                f"vision_hidden={self.vision_hidden} is no multiple of vision_heads={self.vision_heads}"
+                f"vision_hidden={self.vision_hidden} is not a multiple of vision_heads={self.vision_heads}"
             )
         if self.text_heads % self.text_kv_heads:
             raise ValueError(
-                f"text_heads={self.text_heads} is no multiple of text_kv_heads={self.text_kv_heads}"
+                f"text_heads={self.text_heads} is not a multiple of text_kv_heads={self.text_kv_heads}"
             )
         if self.experts and self.experts_per_token > self.experts:
             raise ValueError(

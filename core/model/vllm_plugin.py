@@ -2,11 +2,13 @@
 
 vLLM calls it in every process it starts (API server, engine core, workers), before it reads the model's
 configuration. vLLM's transformers backend then finds the classes through the Auto classes and as attributes
-of the `transformers` module. Two questions that vLLM asks no processor are answered for ours: which image is
-the costliest, and which token of an image that has only one stands for it.
+of the `transformers` module. The plug-in also changes four things: which image vLLM takes as the costliest, which token
+stands for an image that has only one, how pictures of requests are decoded (by core/model/pictures.py, as in the
+learner), and that a checkpoint passes core/checkpoint/check.py before it is served.
 """
 
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +19,28 @@ def register() -> None:
     core.register()
     _measure_with_the_costliest_image()
     _find_the_token_of_an_image_of_one()
+    _decode_pictures_as_the_learner_does()
+    _refuse_what_is_no_sound_checkpoint()
+
+
+def _refuse_what_is_no_sound_checkpoint() -> None:
+    """Let vLLM check a native core as stages do, before it reads it: no code of its own, only finite weights."""
+    import vllm.config.model as models
+
+    from core.checkpoint.check import check_checkpoint
+
+    stock = models.get_config
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @wraps(stock)
+    def checked(model: Any, *arguments: Any, **options: Any) -> Any:
+        config = stock(model, *arguments, **options)
+        if config.model_type == "sailvl2" and Path(model).is_dir():
+            check_checkpoint(Path(model))
+        return config
+
+    models.get_config = checked
 
 
 def _measure_with_the_costliest_image() -> None:
@@ -64,3 +88,34 @@ def _find_the_token_of_an_image_of_one() -> None:
         return ids[1] if len(set(ids)) == len(ids) == 3 else stock(replacement_ids)
 
     multimodal._get_embed_token_id = between_its_marks
+
+
+def _decode_pictures_as_the_learner_does() -> None:
+    """Let vLLM read the pictures of requests by our rule.
+
+    vLLM 0.31 applies EXIF orientation and lays alpha over white as we do, but reads every format of Pillow's (EPS
+    through Ghostscript) and cuts 16 bits per channel to eight. Other modes than RGB and other backgrounds than white,
+    if asked for on its command line, stay vLLM's.
+    """
+    from vllm.multimodal.media.base import MediaWithBytes
+    from vllm.multimodal.media.image import ImageMediaIO
+
+    from core.model.pictures import Picture
+
+    stock = ImageMediaIO.load_bytes
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @wraps(stock)
+    def by_the_rule(self: Any, data: bytes) -> Any:
+        if self.image_mode != "RGB" or self.rgba_background_color != (255, 255, 255):
+            return stock(self, data)
+        try:
+            image = Picture(data).rgb()
+        except (
+            Exception
+        ) as error:  # whatever a broken file makes Pillow raise; vLLM answers 400 to a ValueError
+            raise ValueError(f"Failed to load image: {error}") from error
+        return MediaWithBytes(image, data, {"image_mode": "RGB", "rule": "core.model.pictures"})
+
+    ImageMediaIO.load_bytes = by_the_rule  # type: ignore[method-assign]

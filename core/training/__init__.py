@@ -1,1 +1,1 @@
-"""What the SFT and RL learners share."""
+"""The parts that the SFT and RL learners share."""

@@ -1,19 +1,16 @@
 """How much memory a rank needs to train a core: arithmetic over shapes, without torch.
 
-What transformers, TRL and DeepSpeed keep is counted tensor by tensor from their source, for the versions that this
-project pins; tests/core/test_memory.py holds it against what autograd keeps and against measured peaks.
+The counts follow the source of transformers, TRL and DeepSpeed tensor by tensor, in the pinned versions.
+tests/core/test_memory.py compares them with the tensors that autograd keeps and with measured peaks.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from core.model.sizes import DEFAULT_VISION, TEXT
-from core.training.learner import LearnerConfig, Module
+from core.model.names import Module
+from core.model.shape import BF16, CoreShape
+from core.training.config import LearnerConfig
 
 GIB = 2**30
 LIVE = 1_000_000_000
@@ -22,121 +19,7 @@ HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 """The tile of logits that TRL's fused output layer computes at a time: the whole matrix never exists."""
 HEAD_COPIES = {"cpu": 7, "gpu": 0}
 """float32 copies of that tile that its backward pass makes: torch's operations on a CPU, one Triton kernel on a GPU."""
-FP32, BF16 = 4, 2
-
-
-@dataclass(frozen=True)
-class CoreShape:
-    """The sizes that decide what a core takes; from its config.json."""
-
-    image_px: int
-    patch_px: int
-    vision_hidden: int
-    vision_layers: int
-    vision_heads: int
-    vision_mlp: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocabulary: int
-    tied: bool
-    experts: int = 0
-    experts_per_token: int = 0
-    expert_mlp: int = 0
-
-    @classmethod
-    def read(cls, folder: Path) -> CoreShape:
-        """The shape of the native core in a folder; its weights are not looked at."""
-        return cls.of(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> CoreShape:
-        """The shape in a native core's config.json. Raises KeyError naming what is missing."""
-        vision, text = config["vision_config"], config["text_config"]
-        return cls(
-            image_px=vision["image_size"],
-            patch_px=vision["patch_size"],
-            vision_hidden=vision["hidden_size"],
-            vision_layers=vision["num_hidden_layers"],
-            vision_heads=vision["num_attention_heads"],
-            vision_mlp=vision["intermediate_size"],
-            hidden=text["hidden_size"],
-            layers=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            kv_heads=text["num_key_value_heads"],
-            head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-            mlp=text["intermediate_size"],
-            vocabulary=text["vocab_size"],
-            tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
-            experts=text.get("num_experts") or text.get("num_local_experts") or 0,
-            experts_per_token=text.get("num_experts_per_tok") or 0,
-            expert_mlp=text.get("moe_intermediate_size") or 0,
-        )
-
-    @property
-    def patches(self) -> int:
-        """Patches of one tile."""
-        return (self.image_px // self.patch_px) ** 2
-
-    @property
-    def tile_tokens(self) -> int:
-        """Language-model tokens of one tile: two by two patches become one."""
-        return self.patches // 4
-
-    @property
-    def query(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def key(self) -> int:
-        return self.kv_heads * self.head_dim
-
-    @property
-    def embedding(self) -> int:
-        """Parameters of the input embedding; an output layer of its own has as many."""
-        return self.vocabulary * self.hidden
-
-    def parameters(self) -> dict[Module, int]:
-        """Parameters of each module."""
-        h, m, t = self.vision_hidden, self.vision_mlp, self.hidden
-        tower = (
-            (3 * self.patch_px**2 + 1) * h + self.patches * h + 2 * h
-        )  # patches, positions, first and last norm
-        tower += self.vision_layers * (4 * h * h + 3 * h * m + 2 * h)
-        adapter = 2 * 4 * h + (4 * h + 1) * t + (t + 1) * t
-        feed_forward = 3 * t * self.mlp
-        if self.experts:
-            feed_forward = self.experts * (3 * t * self.expert_mlp + t)
-        layer = t * (2 * self.query + 2 * self.key) + 2 * self.head_dim + 2 * t + feed_forward
-        language_model = self.layers * layer + t + self.embedding * (1 if self.tied else 2)
-        return {"tower": tower, "adapter": adapter, "language_model": language_model}
-
-    def adapter_parameters(self, rank: int, everywhere: bool) -> int:
-        """Parameters of LoRA adapters of this rank on the language model's linear layers, or on all.
-
-        A mixture of experts keeps its experts in one tensor per layer, which gets no adapter.
-        """
-        t = self.hidden
-        pairs = 2 * (t + self.query) + 2 * (t + self.key)
-        pairs += 0 if self.experts else 3 * (t + self.mlp)
-        total = self.layers * pairs
-        if everywhere:
-            h, m = self.vision_hidden, self.vision_mlp
-            total += self.vision_layers * (4 * 2 * h + 3 * (h + m)) + (4 * h + t) + 2 * t
-        return rank * total
-
-    def cache_token(self, width: int = BF16) -> int:
-        """Bytes of one token's keys and values in a server's cache."""
-        return 2 * self.layers * self.key * width
-
-
-SHAPES = {
-    size: CoreShape.of({"vision_config": DEFAULT_VISION, "text_config": text}) for size, text in TEXT.items()
-}
-"""SAIL-VL2-2B, -8B and -A3B: SAIL-ViT-Huge with Qwen3-1.7B, Qwen3-8B and Qwen3-30B-A3B."""
+FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -168,15 +51,15 @@ class Memory:
     """Master weights and AdamW's moments."""
     gradients: int
     activations: int
-    """What the forward pass keeps for the backward pass."""
+    """Kept by the forward pass for the backward pass."""
     recomputed: int
-    """What one layer takes while it is computed again; 0 without gradient checkpointing."""
+    """Of one layer while it is recomputed; 0 without gradient checkpointing."""
     head: int
     """The output layer's tile of logits and its gradient in float32."""
     buffers: int
     """Communication buckets, and copies that hold while they are filled."""
     step: int
-    """What the optimizer step needs for a moment."""
+    """Temporary copies in the optimizer step."""
     accumulates: bool
     host: int
     """Offloaded states, gradients included."""
@@ -187,7 +70,7 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """What stays between two updates: what a server that shares the GPU has to live with."""
+        """Bytes that stay between two updates, beside a server that shares the GPU."""
         return self.weights + self.optimizer
 
     @property
@@ -210,7 +93,7 @@ def estimate(
     frozen: tuple[Module, ...] | None = None,
     gpu: bool = True,
 ) -> Memory:
-    """What one rank of the learner takes at its largest pass.
+    """Memory of one rank of the learner at its largest pass.
 
     Args:
         shape: the core.
@@ -226,7 +109,7 @@ def estimate(
     lora = learner.lora
     moving: set[Module]
     if lora:
-        everywhere = lora.targets == "all_linear"
+        everywhere = lora.everywhere
         trained = shape.adapter_parameters(lora.r, everywhere)
         moving = {"language_model", "tower", "adapter"} if everywhere else {"language_model"}
         total_held = total + trained
@@ -304,7 +187,7 @@ def _states(
             "step": FP32 * trained if gpu else 2 * FP32 * min(largest, trained),
             "host": 0,
         }
-    stage, offload = deepspeed.zero_stage, deepspeed.offload == "cpu"
+    stage, offload = deepspeed.zero_stage, deepspeed.offloads
     part = -(-trained // ranks)
     if stage == 3:
         weights = -(-weights // ranks) + own * min(LIVE, total)
@@ -315,25 +198,18 @@ def _states(
     # Two buckets of gradients on their way, and the gradient that just came; offload copies that one once more.
     buckets = own * ((2 if stage >= 2 else 1) * bucket + largest * (2 if offload else 1))
     step = FP32 * part * (2 if gpu else 3)  # gradients in float32, and AdamW's copies
+    device = {"weights": weights, "gradients": gradients, "buffers": buckets}
     if not offload:
-        return {
-            "weights": weights,
-            "optimizer": optimizer,
-            "gradients": gradients,
-            "buffers": buckets,
-            "step": step,
-            "host": 0,
-        }
+        return {**device, "optimizer": optimizer, "step": step, "host": 0}
     # Gradients wait on the host in float32 for their own part, and whole where passes accumulate.
     host = optimizer + FP32 * part + 2 * FP32 * part
     host += own * trained if work.accumulates else 0
     if stage == 3:
         host += own * -(-total // ranks)
-        weights = own * min(LIVE, total)
-    device = {"weights": weights, "optimizer": 0, "gradients": 0, "buffers": buckets, "step": 0, "host": host}
+        device["weights"] = own * min(LIVE, total)
     if gpu:
-        return device
-    return {**device, "optimizer": optimizer + FP32 * part, "gradients": gradients, "step": step, "host": 0}
+        return {**device, "gradients": 0, "optimizer": 0, "step": 0, "host": host}
+    return {**device, "optimizer": optimizer + FP32 * part, "step": step, "host": 0}
 
 
 def _largest(shape: CoreShape) -> int:

@@ -1,7 +1,9 @@
-"""Where an interrupted training goes on: transformers' own checkpoints (weights, optimizer, schedule, random states).
+"""Resuming an interrupted training from transformers' own checkpoints (weights, optimizer, schedule, random states).
 
-What is left to see to: a checkpoint counts once it is whole, the one before goes only then, it is gone on with by the
-same training alone, and what the interrupted run logged after it is dropped, as those updates are made again.
+This file adds four rules. A checkpoint counts once it is whole; the one before is removed only then. Only the same
+training may resume from it. What the interrupted run logged after it is dropped, as those updates are made again. A log
+line is written with each checkpoint, so that every average begins and ends between two checkpoints and a resumed run
+logs what an unbroken one does.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.files import hash_config, read_json, sync_tree, write_json
+from core.checkpoint.check import NonFinite
+from core.files import read_json, require_room, sync_tree, write_json
+from core.manifest import hash_config
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -29,16 +33,16 @@ MARK = "whole.json"
 
 
 def identity(**facts: Any) -> str:
-    """Of a training: what another must have in common with it to go on from its checkpoints."""
+    """A hash of what two trainings must share for one to resume from the other's checkpoints."""
     return hash_config(facts)[:16]
 
 
 class Unfinished:
-    """A training's checkpoints: the last whole one, if there is one, and how far the training was then.
+    """A training's checkpoints: the last whole one, if there is one, and the training's progress at that point.
 
     Args:
-        folder: where they lie.
-        count: what is counted beside `updates`.
+        folder: the folder that holds them.
+        count: the unit that is counted beside `updates`.
     """
 
     def __init__(self, folder: Path, count: str) -> None:
@@ -55,15 +59,35 @@ class Unfinished:
         if self.checkpoint is None:
             trainer.train()
             return
-        log.info("goes on after %s", ", ".join(f"{count} {what}" for what, count in self.done.items()))
+        log.info("resuming after %s", ", ".join(f"{count} {what}" for what, count in self.done.items()))
         _allow_numbered_cpus()
         trainer.train(resume_from_checkpoint=str(self.checkpoint))
 
 
 def forget(out: Path) -> None:
-    """Remove what a stage in `out` would have gone on from: it is finished."""
+    """Remove the checkpoints of a stage in `out` that has finished."""
     if (out / FOLDER).exists():
         shutil.rmtree(out / FOLDER)
+
+
+def checkpoint_bytes(weights: int, moved: int, *, deepspeed: bool) -> int:
+    """Bytes of one checkpoint with optimizer states.
+
+    Args:
+        weights: bytes of the weights that it holds.
+        moved: parameters that are trained, each with AdamW's two moments in float32.
+        deepspeed: it has float32 master weights as well, and writes the weights once more.
+    """
+    return 2 * weights + moved * 12 if deepspeed else weights + moved * 8
+
+
+def _needed(model: Any, *, deepspeed: bool) -> int:
+    """`checkpoint_bytes` of a model in training; of adapters, which are saved alone, theirs."""
+    adapters = hasattr(model, "peft_config")
+    sizes = [(one, getattr(one, "ds_numel", one.numel())) for one in model.parameters()]
+    weights = sum(size * one.element_size() for one, size in sizes if one.requires_grad or not adapters)
+    moved = sum(size for one, size in sizes if one.requires_grad)
+    return checkpoint_bytes(weights, moved, deepspeed=deepspeed)
 
 
 def marker(
@@ -71,14 +95,24 @@ def marker(
 ) -> TrainerCallback:
     """A callback that marks each checkpoint as whole, with its `facts`, and removes the one before.
 
-    `add` puts into the checkpoint's folder, on rank 0, what the trainer does not know of.
+    `add` writes into the checkpoint's folder, on rank 0, what the trainer does not save. Raises NonFinite instead of
+    marking a checkpoint whose weights hold NaN or infinity.
     """
     from transformers import TrainerCallback
 
     class Marker(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if args.save_strategy == "steps" and state.global_step % state.save_steps == 0:
+                control.should_log = True
+            if control.should_save and state.is_world_process_zero:
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                needed = _needed(model, deepspeed=args.deepspeed is not None)
+                require_room(Path(args.output_dir), needed, "a checkpoint with optimizer states (save_every)")
+
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             import torch
 
+            _refuse_nonfinite(model, state.global_step)
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()  # each rank has written its part
             if not state.is_world_process_zero:
@@ -95,9 +129,20 @@ def marker(
     return Marker()
 
 
+def _refuse_nonfinite(model: Any, step: int) -> None:
+    """Raise NonFinite for NaN or infinity among the weights that this rank holds, wherever they lie."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not all(end.isfinite() for end in torch.aminmax(parameter.detach())):
+            raise NonFinite(
+                f"{name} is not finite after update {step}: no checkpoint is kept of it; lower optim.learning_rate"
+            )
+
+
 @lru_cache(maxsize=1)  # torch takes no second entry of one priority
 def _allow_numbered_cpus() -> None:
-    """Have torch load states for `cpu:0`, where transformers sends them if ranks are CPUs without DeepSpeed."""
+    """Let torch load states for `cpu:0`: transformers sends them there if ranks are CPUs without DeepSpeed."""
     import torch
 
     torch.serialization.register_package(
@@ -106,8 +151,10 @@ def _allow_numbered_cpus() -> None:
 
 
 def drop_lines_after(path: Path, key: str, last: int) -> None:
-    """Keep a JSONL file's lines whose `key` is at most `last`; of its last line the interrupted run may have written a
-    part."""
+    """Keep the lines of a JSONL file whose `key` is at most `last`.
+
+    The interrupted run may have written a part of the file's last line; such a part is dropped too.
+    """
     if not path.exists():
         return
     kept = path.with_name(f".{path.name}.kept")

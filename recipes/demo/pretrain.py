@@ -48,7 +48,8 @@ def build(
 
     from core.files import append_jsonl, atomic_dir
     from core.model.tiny import build_tiny
-    from core.training.learner import LearnerConfig, load_model, load_processor
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model, load_processor
 
     out = Path(out)
     metrics = out.with_name("metrics.jsonl")

@@ -4,7 +4,6 @@ Only real replies are kept, never failures. A cache that cannot be read or writt
 first error is logged, all are counted, and judging goes on without it.
 """
 
-import ctypes
 import logging
 import os
 import sqlite3
@@ -12,6 +11,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from rewards.forks import PerProcess
 
 log = logging.getLogger(__name__)
 
@@ -100,31 +101,10 @@ class ReplyCache:
         return connection
 
 
-_caches: dict[str, ReplyCache] = {}
-_lock = threading.Lock()
+_caches: PerProcess[dict[str, ReplyCache]] = PerProcess(dict)
 
 
 def cache_at(path: str | os.PathLike[str]) -> ReplyCache:
     """This process's one cache of that file."""
     whole = os.path.abspath(os.path.expanduser(path))
-    with _lock:
-        if whole not in _caches:
-            _caches[whole] = ReplyCache(Path(whole))
-        return _caches[whole]
-
-
-def keep_for_ever(thing: object) -> None:
-    """Never let go of an object: for connections of the parent's in a forked child, which must not close them.
-
-    Not even when the interpreter ends: a socket taken off the event loop's epoll there is off the parent's too.
-    """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
-
-
-def _after_fork() -> None:
-    global _caches, _lock
-    keep_for_ever(_caches)  # SQLite: neither use nor close a parent's connection
-    _caches, _lock = {}, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+    return _caches().setdefault(whole, ReplyCache(Path(whole)))

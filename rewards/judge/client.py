@@ -1,208 +1,52 @@
 """Asks a model on any OpenAI-compatible server to choose a word, many questions at once, within a budget.
 
-Per process and server there is one engine: an event loop in a thread of its own, which holds the
-connections. Callers from any thread or event loop hand it a batch and wait for it, at most until the batch's
-deadline; a forked child starts an engine of its own.
+Each process has one engine per server: an event loop in its own thread, which holds the connections. Callers from
+any thread or event loop hand it a batch and wait for it, at most until the batch's deadline. A forked child starts
+its own engine.
 
-A failure is a value, never an exception: `Failure` with one of CAUSES. What may pass (no connection, no reply
-in time, HTTP 408, 425, 429, 5xx, a reply that is no chat completion) is tried again after a growing, jittered
+A failure is a value, never an exception: `Failure` with one of CAUSES. Failures that may pass (no connection, no
+reply in time, HTTP 408, 425, 429, 5xx, a reply that is no chat completion) are tried again after a growing, jittered
 pause, or after the pause that the server asks for if it fits into the budget. When several questions in a row
-have failed for good, the circuit opens: for a while nobody waits for that server, then one question probes it.
+have failed for good, the circuit opens: for a while the server is not asked, then one question probes it.
+
+The official openai client was measured in the place of this one (version 3.57, against a server on loopback, 64
+requests at once): 2.4 ms of CPU per question instead of 0.16, with a picture 15 instead of 6.5; it reads a reply of
+any size (400 MiB cost 640 MiB of memory; here a reply ends at 1 MiB); and it sleeps through a Retry-After that is
+longer than the batch's time, where this one gives up at once.
 """
 
 import asyncio
 import atexit
-import base64
 import email.utils
-import hashlib
 import io
-import json
 import logging
-import os
 import random
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from rewards.judge.cache import ReplyCache, keep_for_ever
+from rewards.forks import PerProcess
+from rewards.judge.breaker import Breaker, Slots
+from rewards.judge.cache import ReplyCache
+from rewards.judge.meter import Limits, Meter
+from rewards.judge.questions import Endpoint, Failure, Question, Reply, body_of, key_of, reply_of
 
 if TYPE_CHECKING:
     import aiohttp
 
 log = logging.getLogger(__name__)
 
-CAUSES = (
-    "connection",
-    "timeout",
-    "http_429",
-    "http_4xx",
-    "http_5xx",
-    "no_chat",
-    "no_choice",
-    "circuit_open",
-    "budget",
-)
-"""Why a question has no reply. no_chat: HTTP 200, but no chat completion; no_choice: none of the words."""
 _OUTAGES = frozenset(("connection", "timeout", "http_429", "http_5xx", "no_chat"))
 """Causes that may pass, and that say the server is not well."""
-_FORMAT = 1
-"""Part of the cache's keys: raise it when requests are put together in another way."""
-_REPLY_TOKENS = 8
 _MAX_REPLY_BYTES = 1 << 20
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
-_TRIP_AFTER, _COOL_DOWN_S = 5, 15.0
 _GRACE_S = 1.0
-"""How much longer than its deadline a batch may take to give up: for an engine whose thread gets no CPU."""
+"""How much longer than its deadline a batch may take to give up, if the engine's thread gets no CPU."""
 _LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A model on a server. `api_key_env` names the environment variable with the key; None sends "EMPTY"."""
-
-    base_url: str
-    model: str
-    api_key_env: str | None = None
-
-    def key(self) -> str:
-        """The API key. Raises ValueError if its environment variable is not set."""
-        if self.api_key_env is None:
-            return "EMPTY"
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise ValueError(f"api_key_env={self.api_key_env!r}: that environment variable is not set")
-        return key
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a batch may cost. None is no limit; a limit on the run counts over this process's life."""
-
-    timeout_s: float = 30.0
-    max_retries: int = 2
-    max_concurrency: int = 8
-    step_s: float = 120.0
-    step_calls: int | None = None
-    step_tokens: int | None = None
-    run_s: float | None = None
-    run_calls: int | None = None
-    run_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PIL picture; equal to any other with the same pixels."""
-
-    digest: str
-    image: Any = field(compare=False, repr=False)
-
-    @classmethod
-    def of(cls, image: Any) -> "Picture":
-        """The picture, its pixels read once."""
-        plain = image.convert("RGB")
-        return cls(hashlib.sha256(f"{plain.size}".encode() + plain.tobytes()).hexdigest(), image)
-
-
-@dataclass(frozen=True)
-class Question:
-    """One request: instructions, then pictures, the material and what is asked of it; a word is the reply.
-
-    >>> Question("Be brief.", "| 2 + 2 = 5", "Is that right? Answer yes or no.").choices
-    ('yes', 'no')
-    """
-
-    system: str
-    material: str
-    asked: str
-    images: tuple[Picture, ...] = ()
-    choices: tuple[str, ...] = ("yes", "no")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model chose. `tokens` is what it cost: 0 from the cache."""
-
-    choice: str
-    tokens: int = 0
-    cached: bool = False
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why there is no reply."""
-
-    cause: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.cause}: {self.detail}"
-
-
-@dataclass
-class Meter:
-    """What one judge has cost this process, for metrics and for the limits on the run."""
-
-    calls: int = 0
-    """HTTP requests sent, those that failed included."""
-    cache_hits: int = 0
-    retries: int = 0
-    tokens: int = 0
-    """As the server counts them; where it does not, a quarter of the characters, pictures not included."""
-    seconds: float = 0.0
-    """Time during which at least one batch was waiting."""
-    failures: Counter[str] = field(default_factory=Counter)
-    """Questions without a reply, by cause."""
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _waiting: int = 0
-    _since: float = 0.0
-
-    def add(self, *, calls: int = 0, cache_hits: int = 0, retries: int = 0, tokens: int = 0) -> None:
-        """Count; from any thread."""
-        with self._lock:
-            self.calls += calls
-            self.cache_hits += cache_hits
-            self.retries += retries
-            self.tokens += tokens
-
-    def fail(self, failures: Sequence[Failure]) -> None:
-        """Count failures by cause."""
-        with self._lock:
-            self.failures.update(failure.cause for failure in failures)
-
-    def started(self) -> None:
-        """A batch begins to wait."""
-        with self._lock:
-            if not self._waiting:
-                self._since = time.monotonic()
-            self._waiting += 1
-
-    def ended(self) -> None:
-        """A batch is done."""
-        with self._lock:
-            self._waiting -= 1
-            if not self._waiting:
-                self.seconds += time.monotonic() - self._since
-
-    def to_dict(self) -> dict[str, float]:
-        """Counts so far: calls, cache_hits, retries, tokens, seconds, failed, and failed/<cause>."""
-        with self._lock:
-            waiting = time.monotonic() - self._since if self._waiting else 0.0
-            counts: dict[str, float] = {
-                "calls": self.calls,
-                "cache_hits": self.cache_hits,
-                "retries": self.retries,
-                "tokens": self.tokens,
-                "seconds": self.seconds + waiting,
-                "failed": self.failures.total(),
-            }
-            return counts | {f"failed/{cause}": count for cause, count in sorted(self.failures.items())}
 
 
 def ask(
@@ -224,20 +68,13 @@ def ask(
         deadline = now + limits.step_s if deadline is None else deadline
         if limits.run_s is not None:
             deadline = min(deadline, now + limits.run_s - meter.to_dict()["seconds"])
-        keys = [_key(endpoint.model, question) for question in questions]
-        first: dict[str, int] = {}
-        for place, name in enumerate(keys):
-            first.setdefault(name, place)
-        settled: dict[str, Reply | Failure] = {}
-        if cache is not None:
-            for name, choice in cache.get(list(first)).items():
-                if choice in questions[first[name]].choices:
-                    settled[name] = Reply(choice, cached=True)
-        open_questions = {name: questions[place] for name, place in first.items() if name not in settled}
+        keys = [key_of(endpoint.model, question) for question in questions]
+        asked = dict(zip(keys, questions, strict=True))
+        settled: dict[str, Reply | Failure] = dict(_kept(asked, cache))
+        open_questions = {name: question for name, question in asked.items() if name not in settled}
         if open_questions and time.monotonic() < deadline:
-            engine = _engine(endpoint.base_url, key)
             step = _Step(endpoint.model, limits, meter, cache, deadline, open_questions)
-            engine.run(step)
+            _engine(endpoint.base_url, key).run(step)
             settled.update(step.outcomes)
         late = Failure("budget", f"no reply within this batch's {max(0.0, deadline - now):.3g} s")
         outcomes = [settled.get(name, late) for name in keys]
@@ -248,27 +85,18 @@ def ask(
     return outcomes
 
 
+def _kept(asked: Mapping[str, Question], cache: ReplyCache | None) -> dict[str, Reply]:
+    """The replies that the cache has, by key."""
+    found = cache.get(list(asked)) if cache is not None else {}
+    return {
+        name: Reply(choice, cached=True) for name, choice in found.items() if choice in asked[name].choices
+    }
+
+
 def close() -> None:
     """Stop this process's engines and close their connections; the next question starts them again."""
-    with _lock:
-        engines = list(_engines.values())
-        _engines.clear()
-    for engine in engines:
+    for engine in (_engines.drop() or {}).values():
         engine.close()
-
-
-def _key(model: str, question: Question) -> str:
-    """The model, every word of the request and the pictures' pixels, as a hash."""
-    parts = (
-        _FORMAT,
-        model,
-        question.system,
-        question.material,
-        question.asked,
-        question.choices,
-        [picture.digest for picture in question.images],
-    )
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class _Step:
@@ -313,91 +141,6 @@ class _Step:
         self.meter.add(tokens=tokens)
 
 
-class Breaker:
-    """Closed while the server answers; open after several failures in a row; then one probe at a time.
-
-    Belongs to one event loop. `now` is a clock in seconds.
-    """
-
-    def __init__(self, trip_after: int = _TRIP_AFTER, cool_down_s: float = _COOL_DOWN_S, now: Any = None):
-        self.trip_after, self.cool_down_s = trip_after, cool_down_s
-        self._now = now or time.monotonic
-        self._in_a_row = 0
-        self._opened: float | None = None
-        self._probe: asyncio.Event | None = None
-
-    async def admit(self) -> str:
-        """ "pass", "probe" (say how it went) or "refuse"; waits while another question probes."""
-        while self._probe is not None:
-            await self._probe.wait()
-        if self._opened is None:
-            return "pass"
-        if self._now() - self._opened < self.cool_down_s:
-            return "refuse"
-        self._probe = asyncio.Event()
-        return "probe"
-
-    def succeeded(self) -> None:
-        """The server answered, whatever it said."""
-        self._in_a_row, self._opened = 0, None
-        self._probed()
-
-    def failed(self, probe: bool = False) -> None:
-        """A question failed for good."""
-        self._in_a_row += 1
-        if probe or (self._opened is None and self._in_a_row >= self.trip_after):
-            self.trip()
-        if probe:
-            self._probed()
-
-    def trip(self) -> None:
-        """Open."""
-        self._opened = self._now()
-
-    def _probed(self) -> None:
-        if self._probe is not None:
-            self._probe.set()
-            self._probe = None
-
-
-class _Slots:
-    """Requests in flight on one server, first come first served; each says how many there may be with it."""
-
-    def __init__(self) -> None:
-        self._used = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    @asynccontextmanager
-    async def take(self, limit: int) -> AsyncIterator[None]:
-        if self._waiting or self._used >= limit:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append((limit, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._used -= 1
-                self._wake()
-                raise
-        else:
-            self._used += 1
-        try:
-            yield
-        finally:
-            self._used -= 1
-            self._wake()
-
-    def _wake(self) -> None:
-        while self._waiting:
-            limit, turn = self._waiting[0]
-            if not turn.done() and self._used >= limit:
-                return
-            self._waiting.popleft()
-            if not turn.done():
-                self._used += 1
-                turn.set_result(None)
-
-
 class _Engine:
     """Connections to one server, and the thread whose event loop runs them."""
 
@@ -408,7 +151,7 @@ class _Engine:
         self.session: aiohttp.ClientSession | None = None
         self.constrained = True
         """Sends vLLM's structured_outputs, until the server refuses the field."""
-        self.breaker, self.slots = Breaker(), _Slots()
+        self.breaker, self.slots = Breaker(), Slots()
         self.jitter = random.Random()  # its own: a seeded run's draws must not depend on a judge's health
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="judge", daemon=True)
@@ -528,7 +271,7 @@ class _Engine:
         try:
             async with asyncio.timeout(step.limits.timeout_s):
                 # Pictures are encoded and the request written out in a thread: the loop serves others meanwhile.
-                body = await asyncio.to_thread(_body, step.model, question, self.constrained)
+                body = await asyncio.to_thread(body_of, step.model, question, self.constrained)
                 async with self.session.post(
                     self.url,
                     data=io.BytesIO(body),
@@ -541,7 +284,9 @@ class _Engine:
         except (aiohttp.ClientError, OSError) as error:
             return _Problem("connection", f"{type(error).__name__}: {error}")
         if response.status == 200:
-            return _parsed(content, question, step)
+            outcome, tokens = reply_of(content, question)
+            step.paid(tokens)
+            return outcome if isinstance(outcome, Reply) else _Problem(outcome.cause, outcome.detail)
         words = content[:300].decode("utf-8", "replace")
         if self.constrained and response.status in (400, 422) and "structured_outputs" in words:
             self.constrained = False
@@ -585,66 +330,16 @@ async def _content(response: "aiohttp.ClientResponse") -> bytes:
     return content
 
 
-def _parsed(content: bytes, question: Question, step: _Step) -> "Reply | _Problem":
-    """The reply in a chat completion. Only one of the words counts, at most with a full stop or quotes."""
-    try:
-        reply = json.loads(content)
-        said = reply["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        return _Problem("no_chat", f"no chat completion ({type(error).__name__}): {content[:80]!r}")
-    usage = reply.get("usage")
-    tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-    if not isinstance(tokens, int) or tokens < 0:
-        tokens = (len(question.system) + len(question.material) + len(question.asked)) // 4 + 1
-    step.paid(tokens)
-    word = said.strip().strip(".\"'`*").casefold() if isinstance(said, str) else None
-    if word not in question.choices:
-        return _Problem("no_choice", f"the judge said {said!r:.80}, not {' or '.join(question.choices)}")
-    return Reply(word, tokens)
-
-
-def _body(model: str, question: Question, constrained: bool) -> bytes:
-    pictures = [
-        {"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in question.images
-    ]
-    texts = [{"type": "text", "text": text} for text in (question.material, question.asked)]
-    request: dict[str, Any] = {
-        "model": model,
-        "messages": [
-            {"role": "system", "content": question.system},
-            {"role": "user", "content": [*pictures, *texts]},
-        ],
-        "temperature": 0.0,
-        "max_tokens": _REPLY_TOKENS,
-    }
-    if constrained:  # vLLM: the reply can be nothing else. Other servers ignore the field, or refuse it.
-        request["structured_outputs"] = {"choice": list(question.choices)}
-    return json.dumps(request).encode()
-
-
-@lru_cache(maxsize=32)  # a picture is asked about several times in a row: per criterion, per completion
-def _data_url(picture: Picture) -> str:
-    buffer = io.BytesIO()
-    picture.image.convert("RGB").save(buffer, format="PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-_engines: dict[tuple[str, str], _Engine] = {}
-_lock = threading.Lock()
+_engines: PerProcess[dict[tuple[str, str], _Engine]] = PerProcess(dict)
+_starting = PerProcess(threading.Lock)
 
 
 def _engine(base_url: str, key: str) -> _Engine:
-    with _lock:
-        if (base_url, key) not in _engines:
-            _engines[base_url, key] = _Engine(base_url, key)
-        return _engines[base_url, key]
+    engines = _engines()
+    with _starting():
+        if (base_url, key) not in engines:
+            engines[base_url, key] = _Engine(base_url, key)
+        return engines[base_url, key]
 
 
-def _after_fork() -> None:
-    global _engines, _lock
-    keep_for_ever(_engines)
-    _engines, _lock = {}, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 atexit.register(close)

@@ -102,7 +102,7 @@ def run(before: Path, after: Path, limit: int, as_json: bool) -> None:
     """The command: print totals and the first changes, or all of them as JSON."""
     import json
 
-    from chain.display import new_console
+    from core.console import new_console
 
     changes: list[dict[str, Any]] = []
 

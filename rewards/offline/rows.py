@@ -1,4 +1,4 @@
-"""Rows of JSONL files that nobody vouches for: every line is an object or a reason why not, and none stops the rest.
+"""Rows of untrusted JSONL files: every line is an object, or a reason why it is none. No line stops the others.
 
 A row of stored completions, as `posttrain score` reads it:
 
@@ -8,7 +8,7 @@ A row of stored completions, as `posttrain score` reads it:
 | gold (or answer) | str, the gold answer |
 | prompt (or question) | str, optional; without images |
 | kind (or verifier) | one of rewards.answer.KINDS, optional: how the answer is compared |
-| mode | think or direct, optional; else think where the prompt or the completion holds a think tag |
+| mode | think or direct, optional; else `--mode`; else think if the prompt or the completion holds a think tag |
 | id | optional; else line-<number> |
 | meta | object, optional: answers, choices |
 | images | paths, optional, from the file's folder; opened when a reward looks at them |
@@ -20,7 +20,6 @@ completions.jsonl of an RL stage has these names.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,7 +103,6 @@ def example_of_row(row: Mapping[str, Any], number: int, folder: Path, mode: str 
         raise RowError('no "gold": the gold answer is missing')
     prompt = _text(row, "prompt", "question") or ""
     kind = _known(row, ("kind", "verifier"), KINDS) or DEFAULT_KIND
-    tagged = OPEN in prompt or any(tag in str(row.get("completion")) for tag in (OPEN, CLOSE))
     identity = row.get("id")
     if not isinstance(identity, str | int | None):
         raise RowError(f'"id" is a JSON {_json_type(identity)}: write text')
@@ -112,13 +110,29 @@ def example_of_row(row: Mapping[str, Any], number: int, folder: Path, mode: str 
         id=f"line-{number}" if identity is None else str(identity),
         question=prompt,
         answer=gold,
-        mode=_known(row, ("mode",), MODES) or mode or ("think" if tagged else "direct"),
+        mode=mode_of_row(row, mode)[0],
         verifier=kind,
         images=cast(Any, Pictures(_paths(row), folder)),
         chain=_text(row, "chain"),
         source=_text(row, "source") or "",
         meta=_meta(row),
     )
+
+
+def mode_of_row(row: Mapping[str, Any], mode: str | None = None) -> tuple[str, str]:
+    """The mode of a row, and whose word that is: "its own", "--mode", or "its tags". Raises RowError.
+
+    >>> mode_of_row({"completion": "4"}), mode_of_row({"mode": "think", "completion": "4"}, "direct")
+    (('direct', 'its tags'), ('think', 'its own'))
+    """
+    named = _known(row, ("mode",), MODES)
+    if named:
+        return named, "its own"
+    if mode:
+        return mode, "--mode"
+    prompt = _text(row, "prompt", "question") or ""
+    tagged = OPEN in prompt or any(tag in str(row.get("completion")) for tag in (OPEN, CLOSE))
+    return "think" if tagged else "direct", "its tags"
 
 
 def completion_of_row(row: Mapping[str, Any], example: Example) -> str:
@@ -144,11 +158,11 @@ class Pictures(Sequence[Any]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Any]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        from PIL import Image
+        from core.model.pictures import Picture
 
         if isinstance(index, slice):
             return Pictures(self.paths[index], self.folder)
-        return Image.open(io.BytesIO((self.folder / self.paths[index]).read_bytes()))
+        return Picture((self.folder / self.paths[index]).read_bytes()).rgb()
 
 
 def printable(text: str, chars: int = 80) -> str:

@@ -37,6 +37,32 @@ class ThinkFormat:
 
 
 @dataclass(frozen=True)
+class ThinkTags:
+    r"""1 if the completion opens with one thought in think tags, else 0. Boxes do not matter.
+
+    Source: SAIL-VL2 (arXiv:2509.14033), section 4, RLVR: the format reward of stage 3 asks for the reasoning in
+    `<think>` tags alone; stage 5's asks for the box as well (ThinkFormat).
+
+    >>> row = Example("row-1", "What is 2 + 2?", "4", "think")
+    >>> ThinkTags()("<think>2 + 2 = 4</think> It is 4.", row).score
+    1.0
+    >>> ThinkTags()("2 + 2 = 4", row).reason
+    'no thought'
+    """
+
+    thought_open: bool = False
+    """The chat template has already opened <think>: the completion starts inside the thought."""
+
+    self_test: ClassVar[str] = "form"
+    contract_of: ClassVar[str] = "think"
+
+    def __call__(self, completion: str, example: Example) -> Verdict:
+        # The same rules as ThinkFormat's, on a text whose boxes cannot break any.
+        with_one_box = completion.replace(r"\boxed", "") + "\n\\boxed{0}"
+        return ThinkFormat(self.thought_open)(with_one_box, example)
+
+
+@dataclass(frozen=True)
 class DirectFormat:
     """1 for an answer without thought: some text, no think tags, no chat tokens.
 

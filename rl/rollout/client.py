@@ -6,7 +6,6 @@ Imports no torch, so that evaluation and data curation run in light processes.
 from __future__ import annotations
 
 import base64
-import io
 import json
 import logging
 import threading
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from core.model.pictures import as_rgb
+from core.model.pictures import Picture
 from rl.config import PoolConfig
 from rl.rollout.fleet import Fleet
 from rl.rollout.server import MODEL_NAME
@@ -543,7 +542,10 @@ class RolloutClient:
 
 
 def openai_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation with PIL images inlined as PNG data URLs."""
+    """The conversation with pictures inlined as data URLs: files as they are stored, PIL images as PNG.
+
+    A server decodes a file by the rule of core.model.pictures (core/model/vllm_plugin.py, rl/rollout/hf.py).
+    """
     out = []
     for message in messages:
         content = message["content"]
@@ -557,17 +559,15 @@ def _openai_part(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] != "image":
         return dict(part)
     with _OPENING:
-        part["image"].load()
-    buffer = io.BytesIO()
-    as_rgb(part["image"]).save(buffer, format="PNG", compress_level=1)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        picture = Picture.of(part["image"])
+    data = base64.b64encode(picture.data).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/*;base64,{data}"}}
 
 
 def _no_answer(url: str, path: str, error: Exception) -> ServerLost:
     return ServerLost(
         f"{url}/{path}: no answer ({type(error).__name__}: {error}). Is the rollout server up? See its log. One that "
-        "only takes longer needs a larger rollout.request_timeout_s."
+        "only takes longer needs a larger servers.request_timeout_s."
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import io
 import json
 import queue
 import threading
@@ -38,14 +37,16 @@ class Engine:
         import torch
 
         import core
-        from core.training.learner import load_processor
+        from core.checkpoint.check import check_checkpoint
+        from core.training.model import load_processor
 
+        check_checkpoint(folder)
         core.register()
         from transformers import AutoModelForImageTextToText
 
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False).eval()
         self.model.to(self.device)
         self.processor = load_processor(folder)
         self.processor.tokenizer.padding_side = "left"
@@ -165,7 +166,7 @@ def _alike(jobs: list) -> tuple[list, list]:
 
 def _messages(body: dict) -> list[dict]:
     """The request's conversation with its data URLs opened."""
-    from PIL import Image
+    from core.model.pictures import Picture
 
     out = []
     for message in body["messages"]:
@@ -176,7 +177,7 @@ def _messages(body: dict) -> list[dict]:
         for part in parts:
             if part["type"] == "image_url":
                 data = base64.b64decode(part["image_url"]["url"].split(",", 1)[1])
-                part = {"type": "image", "image": Image.open(io.BytesIO(data)).convert("RGB")}
+                part = {"type": "image", "image": Picture(data).rgb()}
             opened.append(part)
         out.append({"role": message["role"], "content": opened})
     return out

@@ -16,7 +16,7 @@ CAUSES = """likely causes:
   - a weight that the servers kept (tied lm_head not sent; a tensor name that the server maps elsewhere)
   - a cache that was not reset after the update (multimodal, encoder and prefix caches hold old features)
   - a token banned in sampling but not in the learner, or another temperature on the two sides
-  - other precision on the two sides: compare learner.dtype and rollout.dtype, then raise parity.bound if it is that
+  - other precision on the two sides: compare learner.dtype and servers.dtype, then raise parity.bound if it is that
   - another chat template or image processor in the served folder than in the learner's"""
 
 

@@ -130,7 +130,7 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
     """
     servers: list[RolloutServer] = []
     # A server that started by itself would take the GPU from under a learner whose turn it is.
-    keeper = Keeper(servers, 0, "rollout.share_gpus") if cfg.share_gpus else Keeper(servers, cfg.max_restarts)
+    keeper = Keeper(servers, 0, "servers.share_gpus") if cfg.share_gpus else Keeper(servers, cfg.max_restarts)
 
     def wait() -> list[str]:
         if not servers:
@@ -144,7 +144,7 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
         return [server.url for server in servers]
 
     try:
-        for index in range(0 if cfg.urls else cfg.servers):
+        for index in range(0 if cfg.urls else cfg.count):
             # One by one: should the second fail to start, the first must be known to be stopped.
             servers.append(RolloutServer(cfg, model, log_dir / f"rollout-server-{index}.log", index))  # noqa: PERF401
         yield wait
@@ -165,7 +165,7 @@ class Keeper(threading.Thread):
     """
 
     def __init__(
-        self, servers: list[RolloutServer], max_restarts: int, limited_by: str = "rollout.max_restarts"
+        self, servers: list[RolloutServer], max_restarts: int, limited_by: str = "servers.max_restarts"
     ) -> None:
         super().__init__(name="rollout-server-keeper", daemon=True)
         self.servers, self.max_restarts, self.limited_by = servers, max_restarts, limited_by
@@ -218,7 +218,7 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
             str(port),
             *cfg.extra_args,
         ]
-    backend = BACKEND if cfg.weights == "shm" else "nccl"
+    backend = BACKEND if cfg.sends_files else "nccl"
     args = {
         "--model": model,
         "--served-model-name": MODEL_NAME,

@@ -78,7 +78,7 @@ class FileSync:
         if need > free:
             raise NoRoomForWeights(
                 f"{self.folder}: {need / 1e9:.2f} GB of weights have to pass through it and {free / 1e9:.2f} GB are "
-                "free; set rollout.weights_dir to a folder on a disk (in a container, --shm-size makes shared memory "
+                "free; set servers.weights_dir to a folder on a disk (in a container, --shm-size makes shared memory "
                 "larger)"
             )
 
@@ -143,8 +143,7 @@ def weights_folder(chosen: str | None) -> Iterator[Path]:
     model's weight."""
     root = Path(chosen or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()))
     root.mkdir(parents=True, exist_ok=True)
-    for old in root.glob(f"{_PREFIX}*"):
-        _remove_if_left(old)
+    remove_left(root)
     with (
         tempfile.TemporaryDirectory(prefix=_PREFIX, dir=root) as folder,
         Path(folder, "new").open("wb") as lock,
@@ -155,13 +154,20 @@ def weights_folder(chosen: str | None) -> Iterator[Path]:
         yield Path(folder).resolve()
 
 
-def _remove_if_left(folder: Path) -> None:
+def remove_left(root: Path) -> list[Path]:
+    """Remove the folders for weights in `root` whose process was killed; return them."""
+    return [folder for folder in root.glob(f"{_PREFIX}*") if _remove_if_left(folder)]
+
+
+def _remove_if_left(folder: Path) -> bool:
     """Remove a folder of ours that no process holds any more; one that cannot be looked at stays."""
     with suppress(OSError):
         if folder.lstat().st_uid == os.getuid() and not (folder / _LOCK).is_symlink():
             with (folder / _LOCK).open("r+b") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder)
+                return True
+    return False
 
 
 def policy_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

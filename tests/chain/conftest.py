@@ -11,6 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from chain import run as runner
 from chain.display import Display
 from chain.recipe import load_recipe
 from chain.run import run
@@ -38,23 +39,26 @@ def build(out, *, seed, **params):
     note(out, "core")
     checkpoint(out)
 
-def train(job):
-    out = Path(job["out"])
-    note(out, job["stage"])
-    if os.environ.get("TOY_FAIL") == job["stage"]:
+def train(cfg, job):
+    out = job.out
+    note(out, job.stage)
+    if os.environ.get("TOY_FAIL") == job.stage:
         (out / "checkpoint").mkdir()
         print("the reason is here")
         sys.exit(3)
+    if os.environ.get("TOY_RAISE") == job.stage:
+        from core.strict import ConfigError
+        raise ConfigError("the judge refused") if os.environ["TOY_AS"] == "ours" else KeyError("colour")
     with open(out / "metrics.jsonl", "a") as file:
         for step in range(1, 4):
-            file.write(json.dumps({"step": step, "reward": step / 4, "urls": len(job["urls"])}) + chr(10))
+            file.write(json.dumps({"step": step, "reward": step / 4, "urls": len(getattr(job, "urls", ()))}) + chr(10))
     checkpoint(out / "checkpoint")
 '''
 
 PIPELINE = {
     "name": "toy",
     "data": {"generate": {"by": "toy_stages:generate", "sets": ["train", "extra", "held"]}},
-    "rollout": {"max_model_tokens": 64},
+    "servers": {"max_model_tokens": 128},
     "eval": {
         "thinking": {"set": "held", "split": "think"},
         "direct": {"set": "held", "split": "direct"},
@@ -114,19 +118,19 @@ class Toy:
     @property
     def stages(self) -> tuple[Stage, ...]:
         def evaluate(context) -> dict:
-            self.before_scores(context.stage.name)
-            self.evaluated.append(context.stage.name)
+            self.before_scores(context.stage)
+            self.evaluated.append(context.stage)
             sample = {"id": "a", "mode": "think", "question": "2+2?", "answer": "4", "completion": "4"}
             (context.out / "samples.jsonl").write_text(json.dumps({**sample, "correct": True}) + "\n")
             return scores_of(0.5)
 
         def prepare(context) -> dict:
-            self.prepared.append(context.stage.name)
+            self.prepared.append(context.stage)
             (context.out / "hard.parquet").write_text("rows")
             return {"pass_at_k": {"kept": 3, "dropped": {"never solved": 2}}}
 
         return (
-            Stage("core", "core", "Core", evaluate=evaluate),
+            Stage("core", "chain.make:core", "Core", evaluate=evaluate),
             Stage("basic_sft", "toy_stages:train", "SFT", evaluate=evaluate),
             Stage("rlvr", "toy_stages:train", "RL", needs_pool=True, prepare=prepare, evaluate=evaluate),
         )
@@ -184,5 +188,8 @@ def toy(tmp_path, monkeypatch, write_recipe) -> Toy:
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
     monkeypatch.setenv("TOY_CALLS", str(tmp_path / "calls.txt"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    # The sets are not Parquet, and the core has no tokenizer.
+    monkeypatch.setattr(runner, "check_rows", lambda *_: None)
+    monkeypatch.setattr(runner, "room_for", lambda *_: None)
     write_recipe("recipe", pipeline=PIPELINE, sft={"basic_sft": BASIC_SFT}, rlvr={"rlvr": RLVR})
     return Toy(tmp_path)

@@ -131,3 +131,37 @@ def test_folders_of_the_users_that_are_called_like_ours_hide_nothing(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert '"mine:one": {"score": 1.0' in (tmp_path / "scored.jsonl").read_text()
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_debug_shows_the_traceback_of_a_clear_error(toy, monkeypatch, place):
+    def fail(*args, **options):
+        raise StageFailed("rlvr: it broke")
+
+    monkeypatch.setattr(runner, "run", fail)
+    words = ["run", str(toy.recipe_dir)]
+    with pytest.raises(StageFailed):
+        main(["--debug", *words] if place == "before" else [*words, "--debug"])
+
+
+def test_plan_ends_with_code_2_where_something_is_missing_unless_it_may_be(toy, capsys):
+    words = ["plan", str(toy.recipe_dir), "--set", "data.sets.more=nowhere.parquet"]
+    assert main(words) == 2
+    assert "data.sets.more = 'nowhere.parquet': no such file or folder" in capsys.readouterr().err
+    assert main([*words, "--allow-missing"]) == 0
+
+
+def test_plan_refuses_a_reward_that_does_not_load_by_the_code_of_run(toy, capsys):
+    words = [
+        str(toy.recipe_dir),
+        "--set",
+        "rlvr.rewards.0.use=answer",
+        "rlvr.rewards.0.params={tolerence: 1}",
+    ]
+    told = []
+    for command in ("plan", "run"):
+        assert main([command, *words]) == 2
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1]
+    assert "rlvr.rewards[0].use = 'answer'" in told[0]
+    assert "tolerance" in told[0]

@@ -38,7 +38,7 @@ def test_a_file_size_that_is_none_is_a_wrong_command_line(size, tmp_path, capsys
     with pytest.raises(SystemExit) as end:
         main(["core", "import", "a", "b", "--shard-gb", size])
     assert end.value.code == 2
-    assert "is no number above 0" in capsys.readouterr().err
+    assert "write a number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["0", "-24", "nan"])
@@ -46,7 +46,7 @@ def test_a_gpu_of_no_memory_is_a_wrong_command_line(size, capsys):
     with pytest.raises(SystemExit) as end:
         main(["plan", "recipes/demo", "--gpu-gib", size])
     assert end.value.code == 2
-    assert "is no number above 0" in capsys.readouterr().err
+    assert "write a number above 0" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made_ends_with_code_1_and_no_traceback(tmp_path, capsys):

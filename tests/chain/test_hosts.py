@@ -16,9 +16,11 @@ from chain import hosts as cluster
 from chain import launch
 from chain.display import Display
 from chain.hosts import Cluster, HostLost, LeaderEnded, follow
+from chain.job import Task
 from chain.placement import Placement, placement
 from core.processes import launcher_variables
-from core.strict import ConfigError
+from core.strict import ConfigError, Strict
+from core.training.job import Job
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURMD_NODENAME": "gpu-b"}
 STEP = {**SLURM, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
@@ -144,7 +146,8 @@ def lead(run_dir, facts=FACTS, nodes=2):
 
 def run_job(folder, hosts, on_poll=lambda: None):
     folder.mkdir(exist_ok=True)
-    launch.run_job({"stage": "rlvr", "kind": "rl"}, folder, processes=2, cluster=hosts, on_poll=on_poll)
+    task = Task.of("no:where", Strict(), Job(stage="rlvr", out=folder))
+    launch.run_job(task, folder, processes=2, cluster=hosts, on_poll=on_poll)
 
 
 def test_leader_and_followers_run_a_stages_ranks_and_part_in_peace(tmp_path, quick, command):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from chain.checks import check
 from chain.plan.text import as_json, plan, text
 from chain.recipe import load_recipe
 from core.strict import ConfigError
@@ -81,7 +82,7 @@ def test_modules_that_do_not_exist_are_named_with_their_keys(toy):
         "rlvr.rewards.0.use=gone:Reward",
     ]
     with pytest.raises(ConfigError) as caught:
-        planned(toy, *overrides)
+        check(load_recipe(toy.recipe_dir, overrides))
     lines = str(caught.value).splitlines()
     assert [line.partition(" =")[0] for line in lines] == [
         "data.generate.by",
@@ -92,12 +93,14 @@ def test_modules_that_do_not_exist_are_named_with_their_keys(toy):
 
 def test_an_unknown_reward_names_the_nearest(toy):
     with pytest.raises(ConfigError, match=r"rlvr\.rewards\[0\]\.use = 'anser': .*answer"):
-        planned(toy, "rlvr.rewards.0.use=anser")
+        check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=anser"]))
 
 
 def test_a_reward_gets_only_parameters_it_has(toy):
     with pytest.raises(ConfigError, match=r"rlvr\.rewards\[0\]\.use = 'answer': .*colour"):
-        planned(toy, "rlvr.rewards.0.use=answer", "rlvr.rewards.0.params={colour: red}")
+        check(
+            load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=answer", "rlvr.rewards.0.params={colour: red}"])
+        )
 
 
 def test_the_plan_for_programs_holds_the_resolved_recipe(toy):
@@ -111,7 +114,52 @@ def test_a_reward_of_another_library_is_looked_for_behind_its_prefix(toy, tmp_pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs.py").write_text("def compute_score(solution_str):\n    return 1.0\n")
     for use in ("trl:trl.rewards:accuracy_reward", "verl:theirs.py:compute_score"):
-        recipe, _ = planned(toy, f"rlvr.rewards.0.use={use}")
+        recipe = load_recipe(toy.recipe_dir, [f"rlvr.rewards.0.use={use}"])
+        check(recipe)
         assert recipe.rlvr.rewards[0].use == use
     with pytest.raises(ConfigError, match=r"'verl:gone.py:compute_score': no such module or file"):
-        planned(toy, "rlvr.rewards.0.use=verl:gone.py:compute_score")
+        check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=verl:gone.py:compute_score"]))
+
+
+def test_a_reward_that_cannot_be_loaded_is_refused_before_anything_runs(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("import nowhere_at_all\n")
+    with pytest.raises(ConfigError, match=r"rlvr\.rewards\[0\]\.use = 'mine.py:Name': .*nowhere_at_all"):
+        check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=mine.py:Name"]))
+
+
+def test_missing_sets_are_an_error_unless_they_may_be_missing(toy):
+    recipe = load_recipe(toy.recipe_dir, ["data.sets.more=nowhere.parquet"])
+    with pytest.raises(ConfigError, match=r"data\.sets\.more = 'nowhere\.parquet': no such file"):
+        check(recipe)
+    assert check(recipe, allow_missing=True) == ["data.sets.more = 'nowhere.parquet': no such file or folder"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("rlvr.rollout.max_completion_tokens=128", "rlvr.rollout.max_completion_tokens=128"),
+        ("eval.max_completion_tokens=500", "eval.max_completion_tokens=500"),
+        ("rlvr.prepare.max_completion_tokens=128", "rlvr.prepare.max_completion_tokens=128"),
+    ],
+)
+def test_completions_that_leave_no_room_for_a_prompt_are_refused(toy, override, key):
+    with pytest.raises(
+        ConfigError, match=f"{key} leaves no room for a prompt in servers.max_model_tokens=128"
+    ):
+        load_recipe(toy.recipe_dir, [override])
+
+
+def test_every_set_that_servers_are_asked_is_named():
+    from pathlib import Path
+
+    from chain.checks import asked
+    from core.strict import key_path
+
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "smoke")
+    found = {key_path(path): length for path, _, length, _ in asked(recipe)}
+    assert {"eval.thinking", "eval.direct", "soup.validation", "rlvr.data[0]", "rlvr.watch.held_out"} <= set(
+        found
+    )
+    assert found["rlvr.prepare.pass_at_k.source"] == recipe.rlvr.prepare.max_completion_tokens
+    assert found["think_fusion.prepare.harvest.source"] == recipe.think_fusion.prepare.max_completion_tokens

@@ -1,6 +1,7 @@
 """plan holds a recipe against a machine: what each stage takes, and what it refuses, with the key to change."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -9,6 +10,7 @@ from chain.plan.resources import DoesNotFit, resources
 from chain.plan.text import as_json, plan, text
 from chain.recipe import load_recipe
 from core.training.memory import GIB
+from rl.config import RLLearner
 
 ROOT = Path(__file__).parents[2] / "recipes"
 REAL = ("sailvl2_2b", "sailvl2_8b", "sailvl2_a3b", "sailvl2_2b_lora", "sailvl2_8b_lora")
@@ -94,25 +96,25 @@ def test_a_core_of_unknown_shape_is_not_counted(toy):
             "sailvl2_8b",
             [
                 "sft.learner.processes=1",
-                "rollout.share_gpus=false",
-                "rollout.first_gpu=4",
-                "rollout.servers=4",
+                "servers.share_gpus=false",
+                "servers.first_gpu=4",
+                "servers.count=4",
             ],
             r"basic_sft: a rank needs .*set basic_sft.learner.deepspeed=\{zero_stage: 2, offload: cpu\}",
         ),
         ("sailvl2_2b", ["sft.learner.processes=12"], r"basic_sft.learner.processes=12, on 8 GPUs"),
-        ("sailvl2_2b", ["rollout.first_gpu=4"], r"servers begin at rollout.first_gpu=4: lower the one"),
+        ("sailvl2_2b", ["servers.first_gpu=4"], r"servers begin at servers.first_gpu=4: lower the one"),
         (
             "sailvl2_2b",
-            ["rollout.servers=3"],
+            ["servers.count=3"],
             r"3 servers x 1 GPUs from first_gpu=6 end at GPU 8, and a node has 8",
         ),
         (
             "sailvl2_8b",
-            ["rollout.gpu_memory_utilization=0.9"],
+            ["servers.gpu_memory_utilization=0.9"],
             r"rlvr: while the servers are awake the learner keeps .*gpu_memory_utilization=0.9 .*lower it to 0\.\d+",
         ),
-        ("sailvl2_8b", ["rollout.gpu_memory_utilization=0.2"], r"rollout: a server's cache holds 0 tokens"),
+        ("sailvl2_8b", ["servers.gpu_memory_utilization=0.2"], r"servers: a server's cache holds 0 tokens"),
         (
             "sailvl2_a3b",
             ["hardware.host_gib=512"],
@@ -134,7 +136,7 @@ def test_another_gpu_is_asked_about_on_the_command_line():
 
 def test_where_the_learner_alone_fills_the_gpu_no_share_of_it_is_advised():
     found = "\n".join(taken("sailvl2_8b", gpu_gib=24).problems)
-    assert "wants 12.0 GiB; set rollout.share_gpus=false, or take larger GPUs" in found
+    assert "wants 12.0 GiB; set servers.share_gpus=false, or take larger GPUs" in found
     assert "lower it to 0 " not in found
 
 
@@ -143,7 +145,7 @@ def test_a_remedy_below_a_rows_length_names_the_length_as_well():
     assert (
         "lower longcot_sft.packing.micro_batch_tokens and longcot_sft.max_tokens: 10240 tokens" in problems[1]
     )
-    assert "lower rlvr.learner.token_budget and rollout.max_model_tokens: 10240 tokens" in problems[2]
+    assert "lower rlvr.learner.token_budget and servers.max_model_tokens: 10240 tokens" in problems[2]
 
 
 def test_this_machines_gpus_come_before_the_recipes(monkeypatch):
@@ -167,3 +169,19 @@ def test_on_cpus_the_ranks_share_the_hosts_memory(toy, monkeypatch):
     assert fit.largest.memory.weights + fit.largest.memory.optimizer == (4 + 12 / 2) * 2_419_400_192
     with pytest.raises(DoesNotFit, match=r"basic_sft: host memory of a node .* GiB, of 20 GiB"):
         found.check()
+
+
+@pytest.mark.parametrize("prefix", get_args(RLLearner.model_fields["prefix"].annotation))
+def test_every_way_of_computing_a_prefix_is_planned_as_it_is_run(prefix):
+    from rl.train import trl_config
+
+    recipe = load_recipe(
+        ROOT / "sailvl2_8b",
+        [f"rlvr.learner.prefix={prefix}", "rlvr.learner.dtype=float32", "rlvr.learner.deepspeed=null"],
+    )
+    fit = resources(recipe, Path("nowhere")).fits["rlvr"]
+    config = recipe.rlvr
+    # TRL is handed a whole update's rows where the learner shares prefixes, else a micro-batch.
+    rows = trl_config(config, Path("out"), 0).per_device_train_batch_size * config.learner.processes
+    assert (rows == config.mini_batch) == config.learner.shares_prefix == (prefix != "stock")
+    assert ("token_budget" in fit.largest.knob) == config.learner.shares_prefix

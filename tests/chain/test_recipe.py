@@ -126,8 +126,8 @@ def test_a_core_is_built_or_found_but_not_both(toy):
 
 
 def test_a_recipe_that_samples_needs_rollout_workers(toy):
-    with pytest.raises(ConfigError, match=r"rollout is missing: eval, rlvr need rollout workers"):
-        load_recipe(toy.recipe_dir, ["rollout=null"])
+    with pytest.raises(ConfigError, match=r"servers is missing: eval, rlvr need rollout servers"):
+        load_recipe(toy.recipe_dir, ["servers=null"])
 
 
 def test_yaml_reads_numbers_and_words_as_they_look(tmp_path):
@@ -197,11 +197,30 @@ def test_reading_a_recipe_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.weights=nccl", "rollout.device=gpu"], "NCCL connects no two processes on one GPU"),
-        (["rollout.device=cpu"], "vLLM sleeps on GPUs only"),
-        (["rollout.device=gpu", "rlvr.rollout.overlap=true"], "the servers sleep while the learner trains"),
+        (["servers.weights=nccl", "servers.device=gpu"], "NCCL connects no two processes on one GPU"),
+        (["servers.device=cpu"], "vLLM sleeps on GPUs only"),
+        (["servers.device=gpu", "rlvr.rollout.overlap=true"], "the servers sleep while the learner trains"),
     ],
 )
 def test_shared_gpus_refuse_what_needs_both_sides_at_once(toy, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        load_recipe(toy.recipe_dir, ["rollout.share_gpus=true", *overrides])
+        load_recipe(toy.recipe_dir, ["servers.share_gpus=true", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.max_images=2", "rollout: unknown key; it is called servers now"),
+        ("servers.servers=2", "servers.servers: unknown key; it is called count now"),
+    ],
+)
+def test_a_key_that_was_renamed_is_refused_with_its_new_name(toy, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(toy.recipe_dir, [override])
+
+
+def test_hard_cases_come_from_an_earlier_rl_stage(toy):
+    with pytest.raises(
+        ConfigError, match=r"hard_cases\.stage='rlvr': no RL stage of this recipe before rlvr"
+    ):
+        load_recipe(toy.recipe_dir, ["rlvr.prepare.hard_cases={into: hard2, max_pass_rate: 0.5}"])

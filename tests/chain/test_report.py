@@ -14,8 +14,11 @@ from rich.console import Console
 from chain.fingerprints import identity
 from chain.report import charts
 from chain.report import data as report
+from chain.report.curves import curves
 from chain.report.page import page
-from core.files import Manifest, write_json
+from chain.report.write import write
+from core.files import write_json
+from core.manifest import Manifest
 from core.strict import ConfigError
 
 STAGES = ("core", "basic_sft", "soup", "longcot_sft", "rlvr", "think_fusion", "mixed_rl")
@@ -129,7 +132,7 @@ class Page(HTMLParser):
 
 
 def test_report_json_has_the_documented_keys(run_dir):
-    report.write(run_dir)
+    write(run_dir)
     found = json.loads((run_dir / "report.json").read_text())
     assert {"schema_version", "recipe", "seed", "chain", "commit", "versions", "stages", "soup"} <= set(found)
     assert [stage["name"] for stage in found["stages"]] == list(STAGES)
@@ -147,13 +150,13 @@ def test_report_json_has_the_documented_keys(run_dir):
 
 def test_a_stage_that_is_not_finished_is_not_reported(run_dir):
     (run_dir / "mixed_rl" / "manifest.json").unlink()
-    assert [stage.name for stage in report.write(run_dir).stages] == list(STAGES[:-1])
+    assert [stage.name for stage in write(run_dir).stages] == list(STAGES[:-1])
 
 
 def test_stages_made_from_an_earlier_run_of_a_stage_before_are_not_shown(run_dir):
     manifest = Manifest.read(run_dir / "rlvr")
     manifest.model_copy(update={"finished": "2026-01-02T10:00:00+00:00"}).write(run_dir / "rlvr")
-    found = report.write(run_dir)
+    found = write(run_dir)
     assert [stage.name for stage in found.stages] == list(
         STAGES[:5]
     )  # rlvr is new, what came of the old is not
@@ -162,13 +165,13 @@ def test_stages_made_from_an_earlier_run_of_a_stage_before_are_not_shown(run_dir
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no run folder"):
-        report.write(tmp_path)
+    with pytest.raises(ConfigError, match="no run's folder"):
+        write(tmp_path)
 
 
 def test_the_table_has_a_row_per_stage_with_intervals(run_dir):
     console = Console(width=80, file=StringIO())
-    console.print(report.table(report.write(run_dir)))
+    console.print(report.table(write(run_dir)))
     text = console.file.getvalue()
     assert all(name in text for name in STAGES)
     assert "0.571 [.531, .611]" in text  # rlvr: 4 / 7
@@ -230,7 +233,63 @@ def test_ticks_are_round_and_enclose_the_values(low, high, expected):
 
 
 def test_a_long_curve_is_averaged_to_few_points_and_keeps_its_end():
-    svg = charts.lines("x", {"y": [(step, 1.0) for step in range(10_000)]})
-    points = re.search(r'points="([^"]*)"', svg).group(1).split()
-    assert len(points) <= charts.MAX_POINTS
-    assert "at step 9,999" in svg
+    figure = charts.lines("x", {"y": [(step, 1.0) for step in range(10_000)]})
+    assert len(figure.series[0].line.split()) <= charts.MAX_POINTS
+    assert figure.series[0].marks[0].hint == "y: 1 at step 9,999"
+
+
+def test_every_reward_component_has_a_look_and_a_label_of_its_own():
+    names = [f"part_{number}" for number in range(14)]
+    record = {f"rewards/{name}/mean": 0.5 for name in names} | {"rewards/part_0/std": 0.1, "reward": 1.0}
+    figures = {figure.title: figure for figure in curves([{"step": 1, **record}, {"step": 2, **record}])}
+    series = figures["Reward components, trained on"].series
+    assert [one.label for one in series] == sorted(name.replace("_", " ") for name in names)
+    assert len({one.look for one in series}) == 14
+
+
+def test_metrics_with_the_same_last_word_keep_their_whole_names():
+    record = {"clip_ratio/low_mean": 0.1, "rewards/a/mean": 1.0}
+    found = [figure.series[0].label for figure in curves([{"step": 1, **record}, {"step": 2, **record}])]
+    assert found == ["a", "low"]
+    record = {"reward": 0.1, "rollout/correct": 0.2}
+    labels = [one.label for one in curves([{"step": 1, **record}, {"step": 2, **record}])[0].series]
+    assert labels == ["reward", "correct"]
+
+
+def test_the_stylesheet_has_a_distinct_colour_per_series_in_light_and_dark():
+    style = (Path(charts.__file__).with_name("report.css")).read_text()
+    found = re.findall(r"--c(\d): (#[0-9a-f]{6});", style)
+    assert len(found) == len({colour for _, colour in found}) == 2 * charts.COLOURS
+    assert all(f".s{number} {{" in style for number in range(charts.COLOURS))
+
+
+def test_the_template_escapes_everything():
+    template = Path(charts.__file__).with_name("page.html.jinja").read_text()
+    assert "|safe" not in template.replace(" ", "")
+    assert "autoescapefalse" not in template.replace(" ", "")
+    assert "Markup" not in template
+
+
+def test_a_failed_stage_is_shown_with_its_error_and_curves_until_it_finishes(run_dir):
+    (run_dir / "mixed_rl").rename(run_dir / "mixed_rl.partial")
+    (run_dir / "mixed_rl.partial" / "manifest.json").unlink()
+    report.note_failure(run_dir, "mixed_rl", RuntimeError(f"out of memory\n{ATTACK}"))
+    found = write(run_dir)
+    assert (found.failed.stage, found.failed.train["steps"]) == ("mixed_rl", 40)
+    html = (run_dir / "report.html").read_text()
+    shown = Page(html)
+    assert "mixed_rl failed: RuntimeError: out of memory" in shown.text
+    assert "<script>alert(1)</script>" in shown.text
+    assert "script" not in shown.tags
+    assert html.count("<strong>Reward</strong>") == 2  # rlvr's, and its own up to the failure
+    (run_dir / "mixed_rl.partial").rename(run_dir / "mixed_rl")
+    assert write(run_dir).failed is None
+
+
+def test_a_torn_line_of_metrics_does_not_stop_the_report(run_dir, caplog):
+    with (run_dir / "rlvr" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "rew')
+    with (run_dir / "basic_sft" / "metrics.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    assert write(run_dir).stages[4].train["steps"] == 40
+    assert "basic_sft/metrics.jsonl:20" in caplog.text

@@ -10,11 +10,17 @@ import time
 import psutil
 import pytest
 
+from chain import errors
 from chain import run as runner
+from chain.folder import RunFolder
+from chain.job import DONE, Task
 from chain.launch import Rendezvous, StageFailed, command, environment, last_lines, run_job
 from chain.pool import Pool
-from core.files import Manifest, read_json
-from core.strict import ConfigError
+from chain.recipe import load_recipe
+from core.files import read_json
+from core.manifest import Manifest
+from core.strict import ConfigError, Strict
+from core.training.job import Job
 from rl.rollout.client import RolloutError
 
 EVERYTHING = ["data", "core", "basic_sft", "rlvr"]
@@ -111,6 +117,18 @@ def test_a_failed_stage_shows_its_last_lines_and_the_next_run_continues_there(to
     assert toy.calls() == ["rlvr"]
 
 
+def test_a_failed_stage_is_in_the_report(toy, monkeypatch):
+    monkeypatch.setenv("TOY_FAIL", "rlvr")
+    with pytest.raises(StageFailed):
+        toy.run()
+    failed = json.loads((toy.run_dir / "report.json").read_text())["failed"]
+    assert failed["stage"] == "rlvr"
+    assert "the reason is here" in failed["error"]
+    monkeypatch.delenv("TOY_FAIL")
+    toy.run()
+    assert json.loads((toy.run_dir / "report.json").read_text())["failed"] is None
+
+
 def test_a_failed_stage_that_saves_goes_on_in_its_folder_unless_it_changed(toy, monkeypatch):
     saving = "basic_sft.save_every=1"
     left = toy.run_dir / "basic_sft.partial" / "left"
@@ -123,7 +141,7 @@ def test_a_failed_stage_that_saves_goes_on_in_its_folder_unless_it_changed(toy, 
         (left.parent / "checkpoint").rmdir()
         toy.run(*overrides, until="basic_sft")
         assert (toy.run_dir / "basic_sft" / "left").exists() == stays
-        assert ("basic_sft: goes on where an interrupted run left off" in toy.printed) == stays
+        assert ("basic_sft: continues where an interrupted run stopped" in toy.printed) == stays
         shutil.rmtree(toy.run_dir / "basic_sft")
 
 
@@ -175,11 +193,11 @@ def test_a_stage_is_evaluated_while_the_next_one_trains_unless_that_one_samples(
     begun = []
     real = runner.run_job
 
-    def run_job_of(job, *args, **options):
-        begun.append((job["stage"], list(toy.evaluated)))
-        if job["stage"] == "basic_sft":
+    def run_job_of(task, *args, **options):
+        begun.append((task.stage, list(toy.evaluated)))
+        if task.stage == "basic_sft":
             trained.set()
-        real(job, *args, **options)
+        real(task, *args, **options)
 
     trained = threading.Event()
     monkeypatch.setattr(runner, "run_job", run_job_of)
@@ -199,14 +217,14 @@ def test_servers_that_share_gpus_sleep_before_every_learner_and_nothing_is_evalu
 
     real = runner.run_job
 
-    def run_job_of(job, *args, **options):
-        happened.append(job["stage"])
-        real(job, *args, **options)
+    def run_job_of(task, *args, **options):
+        happened.append(task.stage)
+        real(task, *args, **options)
 
     monkeypatch.setattr(runner, "run_job", run_job_of)
     monkeypatch.setattr(Pool, "_connected", lambda pool, model: Client())
     toy.before_scores = lambda stage: happened.append(f"evaluate {stage}")
-    toy.run("rollout.share_gpus=true", "rollout.device=gpu")
+    toy.run("servers.share_gpus=true", "servers.device=gpu")
     assert happened == [
         *("data", "core", "evaluate core"),
         *("sleep", "basic_sft", "evaluate basic_sft"),
@@ -239,10 +257,9 @@ def test_another_evaluation_scores_again_without_training(toy):
 
 
 def test_two_chains_cannot_share_a_folder(toy):
-    from chain.run import _locked
-
-    toy.run_dir.mkdir(parents=True)
-    with _locked(toy.run_dir), pytest.raises(ConfigError, match="in use by another posttrain"):
+    recipe = load_recipe(toy.recipe_dir)
+    folder = RunFolder(recipe, toy.root / "runs", (), print)
+    with folder.locked(), pytest.raises(ConfigError, match="in use by another posttrain"):
         toy.run()
 
 
@@ -264,9 +281,9 @@ def test_folders_named_like_ours_where_the_user_stands_are_not_imported(toy, mon
 def test_an_interrupt_stops_the_child_and_what_it_started(tmp_path, monkeypatch):
     (tmp_path / "slow.py").write_text(
         "import os, pathlib, subprocess, time\n"
-        "def work(job):\n"
+        "def work(cfg, job):\n"
         "    grandchild = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
-        "    pathlib.Path(job['out'], 'pids').write_text(f'{os.getpid()} {grandchild.pid}')\n"
+        "    pathlib.Path(job.out, 'pids').write_text(f'{os.getpid()} {grandchild.pid}')\n"
         "    time.sleep(600)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -276,9 +293,9 @@ def test_an_interrupt_stops_the_child_and_what_it_started(tmp_path, monkeypatch)
         if pids.exists() and pids.read_text():
             raise KeyboardInterrupt
 
-    job = {"stage": "slow", "kind": "slow:work", "out": str(tmp_path)}
+    task = Task.of("slow:work", Strict(), Job(stage="slow", out=tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        run_job(job, tmp_path, on_poll=interrupt_when_running)
+        run_job(task, tmp_path, on_poll=interrupt_when_running)
     time.sleep(0.1)
     for pid in map(int, pids.read_text().split()):
         # A zombie has ended; whoever adopted it has not yet looked.
@@ -312,3 +329,65 @@ def test_a_failed_rank_is_heard_over_torchruns_own_traceback(tmp_path):
     shown = last_lines(tmp_path / "log.txt").splitlines()
     assert shown[-1] == "RuntimeError: rank one broke"
     assert len(shown) == 40
+
+
+def test_a_stage_that_was_done_but_for_its_final_name_is_not_trained_again(toy):
+    toy.run()
+    toy.calls()
+    fingerprint = Manifest.read(toy.run_dir / "rlvr").fingerprint
+    (toy.run_dir / "rlvr" / "manifest.json").unlink()
+    (toy.run_dir / "rlvr" / ".same").write_text(fingerprint)
+    (toy.run_dir / "rlvr" / DONE).touch()
+    (toy.run_dir / "rlvr").rename(toy.run_dir / "rlvr.partial")
+    toy.run()
+    assert toy.calls() == []
+    assert "rlvr: its work was done before the interruption" in toy.printed
+    assert Manifest.read(toy.run_dir / "rlvr").fingerprint == fingerprint
+    assert not [path for path in (toy.run_dir / "rlvr").iterdir() if path.name in (DONE, ".same")]
+
+
+def test_a_stage_that_was_done_with_another_config_is_trained_again(toy):
+    toy.run()
+    toy.calls()
+    (toy.run_dir / "rlvr" / ".same").write_text("another")
+    (toy.run_dir / "rlvr" / DONE).touch()
+    (toy.run_dir / "rlvr").rename(toy.run_dir / "rlvr.partial")
+    toy.run()
+    assert toy.calls() == ["rlvr"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"), [("ours", "rlvr: the judge refused"), ("bug", "rlvr: KeyError: 'colour'")]
+)
+def test_an_error_inside_a_child_is_told_by_its_one_line(toy, monkeypatch, kind, first):
+    monkeypatch.setenv("TOY_RAISE", "rlvr")
+    monkeypatch.setenv("TOY_AS", kind)
+    with pytest.raises(StageFailed) as caught:
+        toy.run()
+    lines = str(caught.value).splitlines()
+    assert lines[0] == first
+    assert ("Traceback" in str(caught.value)) == (kind == "bug")
+    assert "rlvr.partial/log.txt" in str(caught.value)
+    monkeypatch.delenv("TOY_RAISE")
+    toy.run()  # what the failure left does not stay
+    assert not (toy.run_dir / "rlvr" / "error.json").exists()
+
+
+def test_torn_lines_of_the_hashes_are_dropped_and_said(toy, caplog):
+    toy.run()
+    toy.calls()
+    with (toy.run_dir / ".hashes.jsonl").open("a") as file:
+        file.write('{"state": "[\\"half')
+    toy.run()
+    assert toy.calls() == []
+    assert "dropped 1 torn lines" in caplog.text
+    assert [json.loads(line) for line in (toy.run_dir / ".hashes.jsonl").read_text().splitlines()]
+
+
+def test_a_full_disk_is_named_before_what_its_victims_say(toy, monkeypatch):
+    monkeypatch.setenv("TOY_FAIL", "rlvr")
+    monkeypatch.setattr(errors, "FULL_BYTES", 2**60)
+    with pytest.raises(
+        StageFailed, match=r"^rlvr: .*rlvr\.partial: the disk is full \(\d+ MiB are free\); make room"
+    ):
+        toy.run()

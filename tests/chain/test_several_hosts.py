@@ -61,7 +61,7 @@ class Site:
         recipe = {
             "name": "chain",
             "data": {"sets": {"rl": str(root / "rl.parquet")}},
-            "rollout": {
+            "servers": {
                 **{"engine": engine, "max_model_tokens": 256, "max_sequences": 64},
                 "urls": [f"http://127.0.0.1:{port}" for port in self.ports],
                 "weights_dir": str(root / "weights"),

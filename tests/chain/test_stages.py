@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from chain.evaluate import spread, write_samples
 from chain.fingerprints import Hashes
 from chain.pool import Pool
 from chain.recipe import ALIASES, STAGE_NAMES
-from chain.stages import STAGES, spread, stage_named, write_samples
+from chain.stages import STAGES, stage_named
 from core.files import read_jsonl
 from core.strict import ConfigError
 from rl.config import PoolConfig
@@ -117,8 +118,8 @@ def test_a_failed_update_is_not_taken_for_a_done_one(tmp_path, checkpoints):
         assert client.loaded == ["one"]
 
 
-def test_a_step_that_samples_needs_rollout_in_the_recipe(tmp_path):
-    with Pool(None, tmp_path) as servers, pytest.raises(ConfigError, match="rollout is missing"):
+def test_a_step_that_samples_needs_servers_in_the_recipe(tmp_path):
+    with Pool(None, tmp_path) as servers, pytest.raises(ConfigError, match="servers is missing"):
         servers.urls(tmp_path)
 
 
@@ -136,3 +137,10 @@ def test_content_hashes_are_remembered_until_the_file_changes(tmp_path, monkeypa
     assert Hashes(tmp_path / "memory").of(str(data)) != first
     assert Hashes(tmp_path / "memory").of("owner/name") == "hub:owner/name"
     assert Hashes(tmp_path / "memory").of("./gone") == "missing"
+
+
+def test_make_has_a_target_for_every_stage_and_no_other():
+    """The Makefile lists the stages for people's fingers: in the chain's order, by names that the command knows."""
+    text = (Path(__file__).parents[2] / "Makefile").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("core sft"))
+    assert tuple(stage_named(word.rstrip(":")).name for word in line.split()) == STAGE_NAMES

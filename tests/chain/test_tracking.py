@@ -1,14 +1,19 @@
-"""W&B: never asks, follows the environment, and never stops a training."""
+"""Trackers: W&B never asks for a key, and no tracker ends or disturbs a training."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from chain.recipe import WandbConfig
-from chain.tracking import Tracker, resolve_mode
+from chain.tracking import Tracker
+from chain.tracking.content import PictureIndex, table_of
+from chain.tracking.wandb_run import resolve_mode
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +60,8 @@ def fake(monkeypatch):
 
 
 def tracker(tmp_path, said=None, **config) -> Tracker:
-    return Tracker(WandbConfig(**config), "toy-1234", tmp_path, {}, (said if said is not None else []).append)
+    say = (said if said is not None else []).append
+    return Tracker(["wandb"], WandbConfig(**config), "toy-1234", tmp_path, {}, say)
 
 
 def test_without_a_key_runs_are_offline(monkeypatch, tmp_path):
@@ -116,7 +122,8 @@ def test_a_failing_wandb_is_told_once_and_stops_nothing(tmp_path, fake):
         with track.stage(name, {}) as stage:
             stage.log({"step": 1})
             stage.log({"step": 2})
-    assert said == ["W&B: ConnectionError: no route; the chain goes on without it"]
+    assert said == ["wandb: ConnectionError: no route; the chain runs on without it"]
+    assert [run.exit_code for run in fake.runs] == [0, 0]  # their runs are ended all the same
 
 
 def test_a_wandb_that_does_not_start_is_told_and_stops_nothing(tmp_path, monkeypatch):
@@ -127,36 +134,216 @@ def test_a_wandb_that_does_not_start_is_told_and_stops_nothing(tmp_path, monkeyp
     assert len(said) == 1
 
 
+def test_a_netrc_that_cannot_be_read_means_offline(tmp_path):
+    (tmp_path / "netrc").write_bytes(b"machine \xff\xfe")
+    assert resolve_mode(WandbConfig()) == "offline"
+
+
+def test_a_step_that_a_resumed_stage_writes_again_is_logged_once(tmp_path, fake):
+    with tracker(tmp_path).stage("rlvr", {}) as stage:
+        for step in (1, 2, 3, 2, 3, 4):
+            stage.log({"step": step})
+    assert [record["step"] for record in fake.runs[0].logged] == [1, 2, 3, 4]
+
+
+def png(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def row(number: int, **changes) -> dict:
+    verdicts = {"answer": {"score": 1.0, "status": "correct", "answer": "4", "reason": "4 equals 4"}}
+    found = {"batch": 0, "id": f"r{number}", "mode": "think", "question": "2+2?", "answer": "4"}
+    found |= {"completion": "<think>2+2</think>\\boxed{4}", "reward": 1.0, "advantage": 0.7}
+    return {**found, "verdicts": verdicts, **changes}
+
+
+@pytest.mark.parametrize(
+    "stored", [png(), {"bytes": png(), "path": None}], ids=["list of binary", "list of struct"]
+)
+def test_both_kinds_of_images_column_are_read(tmp_path, stored):
+    table = pa.Table.from_pylist([{"id": "r0", "images": [stored]}, {"id": "r1", "images": []}])
+    pq.write_table(table, tmp_path / "rl.parquet")
+    for place in (tmp_path / "rl.parquet", tmp_path):
+        found = PictureIndex([str(place)]).of(["r0", "r1", "unknown"])
+        assert found["r0"][0].getpixel((0, 0)) == (255, 0, 0)
+        assert found["r1"] == []
+        assert set(found) == {"r0", "r1"}
+
+
+def test_a_broken_picture_is_left_out_with_a_warning(tmp_path, caplog):
+    pq.write_table(pa.Table.from_pylist([{"id": "r0", "images": [b"no picture"]}]), tmp_path / "rl.parquet")
+    assert PictureIndex([str(tmp_path / "rl.parquet"), "no/such.parquet"]).of(["r0"]) == {}
+    assert "row r0" in caplog.text
+
+
+def test_a_table_has_every_verdict_and_no_column_twice():
+    second = row(1, verdicts={"prompt": {"score": None, "status": "unscorable", "reason": "late"}})
+    table = table_of([row(0), second], {"r0": [Image.new("RGB", (4, 4))] * 2})
+    assert len(set(table.columns)) == len(table.columns)
+    first = dict(zip(table.columns, table.rows[0], strict=True))
+    assert first["gold"] == "4"
+    assert first["prompt"].startswith("2+2?\nYou FIRST think")
+    assert (first["score/answer"], first["why/answer"]) == (1.0, "correct: 4 equals 4")
+    assert (first["advantage"], first["score/prompt"]) == (0.7, None)
+    assert table.pictures == 2
+    assert table.rows[1][:2] == (None, None)
+
+
+class Recorder:
+    """A tracker's run that remembers its tables."""
+
+    def __init__(self):
+        self.tables, self.logged = [], []
+
+    def log(self, record, step):
+        self.logged.append(step)
+
+    def table(self, name, table, step):
+        self.tables.append((name, step, [found[table.columns.index("id")] for found in table.rows]))
+
+    def summary(self, values):
+        self.logged.append(values)
+
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+
+
+def test_each_batch_of_completions_is_one_table(tmp_path, monkeypatch):
+    run = Recorder()
+    monkeypatch.setattr("chain.tracking.open_wandb", lambda *_: run)
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row(9)) + "\n")
+    with tracker(tmp_path, table_rows=2).stage("rlvr", {}) as stage:
+        stage.log({"step": 1})
+        stage.completions([row(0), row(1)])
+        assert run.tables == []  # the batch may go on
+        stage.log({"step": 2})
+        stage.completions([row(2, batch=4), row(3, batch=4), row(4, batch=4)])
+        stage.results({"thinking": {"accuracy": 0.5, "ci95": [0.4, 0.6]}}, tmp_path)
+    rollouts = [("rollouts", 2, ["r0", "r1"]), ("rollouts", 2, ["r2", "r3"])]
+    assert run.tables == [*rollouts, ("held_out", 2, ["r9"])]
+    assert run.logged[-1]["eval/thinking/ci95_low"] == 0.4
+
+
+def test_a_malformed_sample_costs_its_table_alone(tmp_path, monkeypatch):
+    run, said = Recorder(), []
+    monkeypatch.setattr("chain.tracking.open_wandb", lambda *_: run)
+    with tracker(tmp_path, said).stage("rlvr", {}) as stage:
+        stage.completions([{"batch": 0, "nothing": 1}])
+        stage.results({}, tmp_path)
+        stage.log({"step": 7})
+    assert run.logged == [{}, 7]
+    assert run.exit_code == 0
+    assert said[0].startswith("table rollouts: KeyError")
+
+
+@pytest.fixture
+def rl_set(tmp_path) -> str:
+    pq.write_table(pa.Table.from_pylist([{"id": "r0", "images": [png()]}]), tmp_path / "rl.parquet")
+    return str(tmp_path / "rl.parquet")
+
+
+def follow_a_stage(tmp_path, names, rl_set) -> None:
+    """A stage with a curve, a table, an alert and scores; fails if a tracker complains."""
+    said: list[str] = []
+    chain = Tracker(names, WandbConfig(), "toy-1234", tmp_path, {"rl": rl_set}, said.append)
+    with chain.stage("rlvr", {"seed": 0, "data": [{"set": "rl"}]}) as run:
+        run.log({"step": 1, "reward": 0.5, "phase": "text", "loss": None})
+        run.completions([row(0)])
+        run.alert("repeats", "the same text")
+        run.results({"thinking": {"accuracy": 0.5}}, tmp_path)
+    assert said == []
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_the_real_library_writes_an_offline_run_with_a_table(tmp_path):
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    stage = tmp_path / "rlvr"
-    (stage / "images").mkdir(parents=True)
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(stage / "images" / "000.png")
-    verdict = {"score": 1.0, "status": "correct", "answer": "4", "reason": "4 equals 4"}
-    row = {"id": "a", "mode": "think", "question": "2+2?", "answer": "4", "completion": "4"}
-    row["verdicts"] = {"answer": verdict}
-    (stage / "samples.jsonl").write_text(json.dumps({**row, "image": "images/000.png"}) + "\n")
-    (stage / "completions.jsonl").write_text(json.dumps({**row, "id": "b", "reward": 1.0}) + "\n")
-    png = (stage / "images" / "000.png").read_bytes()
-    table = pa.table({"id": ["b"], "images": [[{"bytes": png, "path": None}]]})
-    pq.write_table(table, tmp_path / "rl.parquet")
-    said: list[str] = []
-    track = Tracker(WandbConfig(), "toy-1234", tmp_path, {"rl": str(tmp_path / "rl.parquet")}, said.append)
-    with track.stage("rlvr", {"seed": 0}) as run:
-        run.log({"step": 1, "reward": 0.5})
-        run.results({"thinking": {"accuracy": 0.5}}, stage)
-    assert said == []
+def test_wandb_itself_writes_an_offline_run_with_a_table(tmp_path, rl_set):
+    follow_a_stage(tmp_path, ["wandb"], rl_set)
     offline = next((tmp_path / "wandb").glob("offline-run-*"))
     assert list(offline.glob("*.wandb"))
-    tables = [json.loads(file.read_text()) for file in offline.rglob("*.table.json")]
-    assert len(tables) == 2
-    assert all(found["columns"][0] == "image" for found in tables)
-    assert all("1.0 correct: 4 equals 4" in found["data"][0] for found in tables)
-    # The tables travel as artifacts, with their pictures, which wait here for `wandb sync`.
+    (table,) = [json.loads(file.read_text()) for file in offline.rglob("*.table.json")]
+    assert table["columns"][:2] == ["picture 1", "prompt"]
+    assert "correct: 4 equals 4" in table["data"][0]
+    # The table travels as an artifact, with its pictures, which wait here for `wandb sync`.
     staged = (tmp_path / "data").rglob("artifacts/staging/*")
-    assert sum(file.read_bytes().startswith(b"\x89PNG") for file in staged) == 2
+    assert sum(file.read_bytes().startswith(b"\x89PNG") for file in staged) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_itself_gets_curves_pictures_and_text(tmp_path, rl_set):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):  # a second start takes the place of the first
+        follow_a_stage(tmp_path, ["tensorboard"], rl_set)
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "rlvr"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 0.5)]
+    assert events.Scalars("eval/thinking/accuracy")[0].value == 0.5
+    assert events.Tags()["images"] == ["rollouts/0 picture 1"]
+    text = events.Tensors("rollouts/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "correct: 4 equals 4" in text
+    assert "&lt;think>" in text
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(tmp_path, monkeypatch, rl_set):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    said: list[str] = []
+    with Tracker(["mlflow"], WandbConfig(), "toy", tmp_path, {}, said.append).stage("rlvr", {}) as stage:
+        stage.log({"step": 1})
+    assert len(said) == 1
+    assert "sailvl2-posttrain[mlflow]" in said[0]
+
+
+class FakeMlflow:
+    """The part of MlflowClient that we call, with what it was given."""
+
+    def __init__(self, tracking_uri):
+        self.uri, self.metrics, self.files, self.tags = tracking_uri, [], {}, {}
+
+    def get_experiment_by_name(self, name):
+        return None
+
+    def create_experiment(self, name, artifact_location):
+        return "1"
+
+    def create_run(self, experiment_id, run_name, tags):
+        self.tags |= tags
+        return SimpleNamespace(info=SimpleNamespace(run_id="run"))
+
+    def log_dict(self, run_id, value, file):
+        self.files[file] = value
+
+    def log_image(self, run_id, picture, file):
+        self.files[file] = picture.size
+
+    def log_batch(self, run_id, metrics):
+        self.metrics += metrics
+
+    def set_tag(self, run_id, name, value):
+        self.tags[name] = value
+
+    def set_terminated(self, run_id, status):
+        self.status = status
+
+
+def test_mlflow_gets_the_same(tmp_path, monkeypatch, rl_set):
+    clients: list[FakeMlflow] = []
+    module = SimpleNamespace(
+        MlflowClient=lambda tracking_uri: clients.append(FakeMlflow(tracking_uri)) or clients[-1]
+    )
+    entities = SimpleNamespace(Metric=lambda *values: values)
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    follow_a_stage(tmp_path, ["mlflow"], rl_set)
+    (client,) = clients
+    assert client.uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert [(name, value, step) for name, value, _, step in client.metrics] == [
+        ("reward", 0.5, 1),
+        ("eval/thinking/accuracy", 0.5, 1),
+    ]
+    assert client.files["rollouts/000001/0-1.png"] == (8, 8)
+    assert client.files["rollouts/000001.json"]["picture 1"] == ["rollouts/000001/0-1.png"]
+    assert client.tags["alert 1 repeats"] == "the same text"
+    assert client.status == "FINISHED"

@@ -5,6 +5,7 @@ The engine runs in a child process: vLLM patches transformers, so a process with
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def adapters(cores, tmp_path_factory):
     import torch
     from peft import get_peft_model
 
-    from core.training.learner import LearnerConfig, LoRAConfig, load_model, peft_config
+    from core.training.config import LearnerConfig, LoRAConfig
+    from core.training.model import load_model, peft_config
 
     def build(kind, targets, **options):
         config = peft_config(LearnerConfig(lora=LoRAConfig(r=3, alpha=6, targets=targets)))
@@ -140,8 +142,8 @@ def test_a_pickled_adapter_is_not_read(adapters, tmp_path):
 @pytest.mark.parametrize(
     ("pool", "reason"),
     [
-        ({"engine": "hf"}, r"rollout\.engine=hf"),
-        ({"urls": ["http://127.0.0.1:1"]}, r"rollout\.urls names servers that run already"),
+        ({"engine": "hf"}, r"servers\.engine=hf"),
+        ({"urls": ["http://127.0.0.1:1"]}, r"servers\.urls names servers that run already"),
     ],
 )
 def test_a_rollout_server_that_takes_no_adapter_says_so(adapters, cores, pool, reason):
@@ -233,3 +235,36 @@ def _serve(job):
 
 if __name__ == "__main__":
     _serve(json.loads(sys.argv[1]))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"target_modules": 5}, r"target_modules=5: a text or a list of texts is needed"),
+        ({"target_modules": ["q_proj", 5]}, r"target_modules=\['q_proj', 5\]"),
+        ({"modules_to_save": {"a": 1}}, r"modules_to_save="),
+        ({"lora_alpha": 10**400}, r"lora_alpha=1000.*: a number of at most 1,000,000 is needed"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha=nan"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, r"alpha_pattern.q_proj=inf"),
+        ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern=\['q_proj'\]: a mapping"),
+        ({"target_modules": "(a+)+("}, r"list the layers by name in adapter_config.json"),
+        (
+            {"target_modules": r"(.*)*(.*)*(.*)*x"},
+            r"not done after 0.3 s, so it was stopped; list the layers",
+        ),
+        ({"alpha_pattern": {r"(.*)*(.*)*(.*)*x": 3}}, r"not done after 0.3 s"),
+        ({"r": "many", "layers_to_transform": "x"}, r"layers_pattern|peft cannot read it"),
+    ],
+)
+def test_an_adapters_configuration_is_untrusted(adapters, cores, tmp_path, monkeypatch, values, words):
+    from core import deadline
+    from core.checkpoint.adapters import AdapterError
+    from core.checkpoint.merge import merge_adapter
+
+    monkeypatch.setattr(deadline, "LIMIT_S", 0.3)
+    adapter = shutil.copytree(adapters["language"], tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | values))
+    with pytest.raises(AdapterError, match=words):
+        merge_adapter(adapter, tmp_path / "merged", core=cores["dense"])
+    assert not (tmp_path / "merged").exists()

@@ -1,23 +1,25 @@
 """What is written is whole or not there, and says what made it."""
 
 import json
+import platform
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from core.files import (
-    Manifest,
+    NoRoom,
     append_jsonl,
     atomic_dir,
-    hash_config,
     hash_tree,
     read_json,
     read_jsonl,
+    require_room,
     sha256_file,
-    versions,
     write_json,
     write_text,
 )
+from core.manifest import Manifest, hash_config, versions
 from core.stats import wilson
 
 
@@ -121,6 +123,27 @@ def test_a_broken_jsonl_line_is_named(tmp_path):
     assert read_jsonl(tmp_path / "none.jsonl") == []
 
 
+def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path):
+    host = platform.node()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".report.html.{host}.{dead.pid}").write_text("half")
+    (tmp_path / f".report.html.{host}.1").write_text("a live process's")
+    (tmp_path / f".report.html.{host}-2.{dead.pid}").write_text("another host's")
+    write_text(tmp_path / "report.html", "whole")
+    left = sorted(file.name for file in tmp_path.iterdir())
+    assert left == [f".report.html.{host}-2.{dead.pid}", f".report.html.{host}.1", "report.html"]
+
+
+def test_a_torn_last_line_is_dropped_with_a_warning_and_never_continued(tmp_path, caplog):
+    file = tmp_path / "m.jsonl"
+    file.write_text('{"a": 1}\n{"a": ')
+    assert read_jsonl(file) == [{"a": 1}]
+    assert "m.jsonl:2" in caplog.text
+    append_jsonl(file, {"a": 3})
+    assert file.read_text() == '{"a": 1}\n{"a": 3}\n'
+
+
 def test_a_tree_hash_sees_names_and_contents_and_nothing_else(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder / "sub").mkdir(parents=True)
@@ -186,5 +209,13 @@ def test_wilson_intervals(successes, n, low, high):
 
 
 def test_wilson_refuses_impossible_counts():
-    with pytest.raises(ValueError, match="between 0 and n"):
+    with pytest.raises(ValueError, match="must not be greater than n"):
         wilson(3, 2)
+
+
+def test_a_full_disk_is_named_with_what_was_needed_and_what_was_there(tmp_path):
+    require_room(tmp_path, 1, "nothing much")
+    with pytest.raises(
+        NoRoom, match=r"the checkpoint takes 1048576\.0 GiB, and [\d.]+ GiB are free; make room"
+    ):
+        require_room(tmp_path, 2**50, "the checkpoint")

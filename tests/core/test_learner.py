@@ -3,21 +3,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from core.checkpoint.save import save_checkpoint
+from core.checkpoint.shards import weights_hash
+from core.model.names import MODULES, module_of
 from core.strict import ConfigError, parse
-from core.training.learner import (
-    MODULES,
-    DeepSpeedConfig,
-    LearnerConfig,
-    LoRAConfig,
-    Optim,
-    apply_freeze,
-    join_process_group,
-    load_model,
-    module_of,
-    peft_config,
-    save_checkpoint,
-    weights_hash,
-)
+from core.training.config import DeepSpeedConfig, LearnerConfig, LoRAConfig, Optim
+from core.training.model import apply_freeze, load_model, peft_config
+from core.training.ranks import join_process_group
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from core.training.learner import LearnerConfig
-from core.training.memory import SHAPES, CoreShape, Work, estimate
+from core.model.shape import SHAPES, CoreShape
+from core.training.config import LearnerConfig
+from core.training.memory import Work, estimate
 
 TOKENS, TILES = 192, 3
 SIZES = {
@@ -32,7 +33,7 @@ def model_of(size: str, device: str = "cpu", **changes):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_are_those_of_the_model(size):
-    from core.training.learner import module_of
+    from core.model.names import module_of
 
     model, shape = model_of(size, "meta")
     model.tie_weights()
@@ -55,7 +56,8 @@ def test_the_released_sizes_have_the_published_language_models(size, published):
 def test_adapters_have_the_parameters_that_peft_makes(targets):
     from peft import get_peft_model
 
-    from core.training.learner import LoRAConfig, peft_config
+    from core.training.config import LoRAConfig
+    from core.training.model import peft_config
 
     model, shape = model_of("dense")
     lora = LoRAConfig(r=3, targets=targets)
@@ -134,7 +136,7 @@ def test_activations_are_what_autograd_keeps(case):
     import torch
     from peft import get_peft_model
 
-    from core.training.learner import apply_freeze, peft_config
+    from core.training.model import apply_freeze, peft_config
 
     sizes = {"vision_layers": 4, "text_layers": 4, "text_hidden": 192, "text_mlp": 448, "image_px": 112}
     model, shape = model_of(case.size, **sizes)
@@ -142,7 +144,7 @@ def test_activations_are_what_autograd_keeps(case):
     autocast = learner.dtype == "bfloat16" and learner.deepspeed is None
     half = learner.dtype == "bfloat16" and (
         learner.lora or not autocast
-    )  # as core.training.learner.load_model has it
+    )  # as core.training.model.load_model has it
     dtype = torch.bfloat16 if half else torch.float32
     model = model.to(dtype)
     if learner.lora:

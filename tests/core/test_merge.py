@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.checkpoint.adapters import AdapterError, read_adapter, write_base
+from core.checkpoint.check import NonFinite
 from core.checkpoint.merge import merge_adapter
+from core.checkpoint.shards import weights_hash
 from core.model.tiny import TinySize, build_tiny
 from core.strict import ConfigError
-from core.training.learner import LearnerConfig, LoRAConfig, load_model, peft_config, weights_hash
+from core.training.config import LearnerConfig, LoRAConfig
+from core.training.model import load_model, peft_config
 
 SMALL = {
     "vision_hidden": 32,
@@ -93,7 +96,7 @@ def test_merging_gives_pefts_merge_bit_for_bit(cores, tmp_path, kind, dtype):
 
 
 def test_the_result_is_a_checkpoint_with_all_that_the_core_had(cores, tmp_path):
-    from core.training.learner import load_processor
+    from core.training.model import load_processor
 
     adapter = train_none(cores["dense"], tmp_path / "adapter")
     write_base(adapter, cores["dense"], weights_hash(cores["dense"]))
@@ -151,7 +154,11 @@ def test_a_sum_that_is_not_finite_is_refused_and_leaves_no_checkpoint(cores, tmp
     weights = load_file(adapter / "adapter_model.safetensors")
     next(iter(weights.values()))[0, 0] = float("nan")
     save_file(weights, adapter / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="is not finite once merged"):
+    with pytest.raises(NonFinite, match=r"lora_A.weight: NaN, in adapter_model.safetensors"):
+        merge_adapter(adapter, tmp_path / "merged", core=cores["dense"])
+    huge = {name: torch.full_like(tensor, 3e38) for name, tensor in weights.items()}
+    save_file(huge, adapter / "adapter_model.safetensors")
+    with pytest.raises(NonFinite, match=r"_proj.weight holds (infinity|NaN): such weights are not written"):
         merge_adapter(adapter, tmp_path / "merged", core=cores["dense"])
     assert not (tmp_path / "merged").exists()
 

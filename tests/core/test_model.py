@@ -255,7 +255,8 @@ def test_a_configuration_that_contradicts_itself_is_refused(wrong: dict, message
 def test_a_batch_without_any_tile_reads_as_text_and_reaches_the_towers_gradients(tmp_path):
     """A text-only micro-batch cut from a mixed batch has pixel_values of no tile."""
     from core.model.tiny import build_tiny
-    from core.training.learner import LearnerConfig, load_model
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model
 
     model = load_model(build_tiny(tmp_path / "tiny", words=["A"], seed=0), LearnerConfig())
     ids = torch.tensor([[20, 21, 22]])

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from core.checkpoint.new import DiskFull, fresh_tensors, new_core, plan_core
-from core.model.parameters import count
+from core.model.shape import count
 from core.model.sizes import blueprint, core_config
 from core.model.tokenizer import build_padded_tokenizer
 from core.strict import ConfigError
@@ -98,7 +98,8 @@ def native_names_and_shapes(core):
 
 def test_a_tiny_core_loads_runs_and_has_the_names_that_transformers_saves(tmp_path):
     import core
-    from core.training.learner import LearnerConfig, load_model, load_processor
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model, load_processor
 
     core.register()
     path = new_core(plan_core("tiny", tmp_path / "core"), tmp_path / "core")

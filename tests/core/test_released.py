@@ -16,7 +16,7 @@ from core.checkpoint import released, shards
 from core.checkpoint.released import export_released, import_released
 from core.checkpoint.released_files import hand_on
 from core.checkpoint.shards import LayoutError, Tensors
-from core.files import Manifest
+from core.manifest import Manifest
 
 from .released_reference import IDS, Sizes, compute, read_released, write_released
 

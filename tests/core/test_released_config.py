@@ -136,7 +136,7 @@ def test_the_shipped_template_is_found_where_releases_put_it(home: str, tmp_path
     notes: list[str] = []
     assert native_template(there, load_tokenizer(there), notes) == shipped
     assert notes == [
-        "chat template: a prompt is no prefix of the same chat with its answer, which SFT relies on; compare "
+        "chat template: a chat with its answer does not begin with its prompt, which SFT needs; compare "
         "chat_template.jinja with ours in core/"
     ]  # this one has no add_generation_prompt
 

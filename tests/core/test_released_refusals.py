@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core import TinySize, build_tiny
+from core.checkpoint.check import NonFinite, check_checkpoint
 from core.checkpoint.released import export_released, import_released
+from core.checkpoint.released_files import hand_on
 from core.checkpoint.shards import INDEX, LayoutError, Tensors
 
 from .released_reference import write_released
@@ -130,7 +133,7 @@ def test_an_index_cannot_name_files_outside_the_folder(name: str, tmp_path: Path
     there = write_released(tmp_path / "released", shards=2)
     save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
     edit(there / INDEX, lambda index: index["weight_map"].update({"mlp1.0.bias": name}))
-    refused(there, f"{INDEX} names {name!r}, which is no safetensors file of this folder")
+    refused(there, f"{INDEX} names {name!r}, which is not a safetensors file of this folder")
 
 
 def test_index_and_files_must_agree(tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_index_and_files_must_agree(tmp_path: Path) -> None:
         f"{twice}: in {FIRST} and in {SECOND}",
     )
     (there / SECOND).unlink()
-    refused(there, f"{SECOND}: there is no such file; download the checkpoint again")
+    refused(there, f"{SECOND}: the file is missing; download the checkpoint again")
     (there / INDEX).unlink()
     refused(there, "config.json and weights disagree", "missing")
     (there / INDEX).write_text('{"weight_map": [1]}')
@@ -351,3 +354,70 @@ def test_a_release_is_not_exported_and_a_core_not_imported(tmp_path: Path) -> No
         export_released(there, tmp_path / "back")
     with pytest.raises(LayoutError, match="no such folder"):
         import_released(tmp_path / "nowhere", tmp_path / "native")
+
+
+def test_an_import_lists_every_tensor_that_is_not_finite(tmp_path: Path) -> None:
+    there = write_released(tmp_path / "released")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["mlp1.3.bias"][0] = float("nan")
+        tensors["language_model.model.norm.weight"][1] = float("-inf")
+
+    rewrite(there / "model.safetensors", change)
+    refused(
+        there,
+        "2 problems",
+        "mlp1.3.bias: NaN, in model.safetensors",
+        "language_model.model.norm.weight: infinity, in model.safetensors",
+        "--allow-nonfinite",
+    )
+    taken = import_released(there, tmp_path / "native", allow_nonfinite=True)
+    assert "not finite: mlp1.3.bias: NaN" in taken.text()
+    with pytest.raises(NonFinite):
+        check_checkpoint(tmp_path / "native")
+
+
+def test_names_from_files_reach_the_terminal_escaped(tmp_path: Path) -> None:
+    there = write_released(tmp_path / "released")
+    red = "\x1b]0;owned\x07\u202e"
+    edit(there / "config.json", lambda config: config["llm_config"].update({red: 1}))
+    (there / f"notes{red}.bin").write_bytes(b"")
+    text = import_released(there, tmp_path / "native").text()
+    assert "llm_config keys without a meaning" in text
+    assert "not carried along: notes\\x1b]0;owned\\x07\\u202e.bin" in text
+    rewrite(there / "model.safetensors", lambda tensors: tensors.update({f"bad\n{red}": torch.zeros(1)}))
+    shutil.rmtree(tmp_path / "native")
+    refusal = refused(there, "bad\\n\\x1b]0;owned\\x07\\u202e: unknown")
+    assert all(mark.isprintable() or mark == "\n" for mark in text + refusal)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "released/notes.txt", "chat_template.jinja"])
+def test_a_link_out_of_a_native_core_is_copied_by_no_export_and_handed_on_by_no_stage(
+    tmp_path: Path, name: str
+) -> None:
+    native = build_tiny(tmp_path / "native", words=["A"], seed=0, size=TinySize())
+    if name.startswith("released"):
+        shutil.rmtree(native)
+        import_released(write_released(tmp_path / "release"), native)
+    (tmp_path / "secret").write_text("a private key")
+    (native / name).unlink(missing_ok=True)
+    (native / name).symlink_to(tmp_path / "secret")
+    copies = [lambda: export_released(native, tmp_path / "out")]
+    copies += [lambda: hand_on(native, tmp_path / "out")] if name != "chat_template.jinja" else []
+    for copy in copies:
+        with pytest.raises(LayoutError, match=r"a link to .*secret, outside the checkpoint"):
+            copy()
+    assert not [path for path in tmp_path.glob("out/**/*") if path.name == Path(name).name]
+
+
+def test_a_linked_folder_of_release_files_is_not_handed_on(tmp_path: Path) -> None:
+    native = build_tiny(tmp_path / "native", words=["A"], seed=0, size=TinySize())
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "import.json").write_text("{}")
+    (native / "released").symlink_to(tmp_path / "private")
+    for copy in (
+        lambda: hand_on(native, tmp_path / "out"),
+        lambda: export_released(native, tmp_path / "out"),
+    ):
+        with pytest.raises(LayoutError, match=r"a link to .*private"):
+            copy()

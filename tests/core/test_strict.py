@@ -49,7 +49,7 @@ def test_every_problem_gets_a_line():
 
 def test_a_rule_of_our_own_speaks_in_its_own_words():
     assert problems_of({"batches": 101}) == [
-        "r/3_rlvr.yaml: the whole of it: batches=101: at most 100; use fewer"
+        "r/3_rlvr.yaml: the whole configuration: batches=101: at most 100; use fewer"
     ]
 
 

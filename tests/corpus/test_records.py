@@ -1,13 +1,16 @@
 import io
 import json
+import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from core.model.pictures import as_rgb
 from core.model.prompts import THINK_CONTRACT
 from core.strict import ConfigError, parse
-from corpus.records import FIELDS, RecordError, load_records, problem_of, write_records
+from corpus.records import FIELDS, DataSource, RecordError, load_records, problem_of, write_records
 
 PIXELS = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
 
@@ -51,7 +54,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     assert write_records(path, [record()]) == 1
     (row,) = load_records(path)
     assert tuple(row) == FIELDS
-    assert np.array_equal(np.asarray(row["images"][0]), PIXELS)
+    assert np.array_equal(np.asarray(row["images"][0].rgb()), PIXELS)
     expected = {**record(), "response": None}
     assert {name: row[name] for name in FIELDS if name != "images"} == {
         name: expected[name] for name in FIELDS if name != "images"
@@ -103,6 +106,17 @@ def test_more_rows_than_there_are_is_an_error_not_a_smaller_mixture(tmp_path):
         ({"images": [{"bytes": None, "path": "/etc/hostname"}]}, "images: must decode.*only a path"),
         ({"answer": ""}, "answer: gold answer is missing.*response"),
         ({"answer": None}, "answer: must be a string"),
+        (
+            {"question": "<image> What?", "images": []},
+            "question: placeholders.*1 <image> for 0 pictures.*pictures",
+        ),
+        (
+            {"question": "What is in <video>?"},
+            "question: holds the placeholder of another.*'<video>'.*data import",
+        ),
+        ({"question": "Is <Image-1> red?"}, "question: holds the placeholder of another data set.*<Image-1>"),
+        ({"meta": '{"x": NaN}'}, "meta: must be a JSON object.*JSON has no NaN"),
+        ({"meta": "[" * 100_000}, "meta: must be a JSON object"),
         ({"question": "  "}, "question: must not be empty"),
         ({"id": ""}, "id: must not be empty"),
         ({"mode": "thinking"}, "mode: must be one of think, direct.*'thinking'.*did you mean think"),
@@ -204,7 +218,7 @@ def test_a_hub_dataset_is_checked_like_a_file(monkeypatch, tmp_path):
 def test_writing_refuses_what_loading_would_and_leaves_no_file(tmp_path):
     with pytest.raises(RecordError, match="row 1: mode"):
         write_records(tmp_path / "set.parquet", [record(0), record(1, mode="x")])
-    with pytest.raises(RecordError, match="unknown field 'chian'; did you mean chain"):
+    with pytest.raises(RecordError, match=r"row 0: chian: unknown field.*did you mean chain"):
         write_records(tmp_path / "set.parquet", [record(chian="A = 4")])
     assert list(tmp_path.iterdir()) == []
 
@@ -227,7 +241,180 @@ def test_meta_may_be_a_mapping_or_its_json():
 
 
 def test_a_data_source_refuses_an_unknown_key():
-    from corpus.records import DataSource
-
     with pytest.raises(ConfigError, match="unknown key; did you mean rows"):
         parse(DataSource, {"set": "longcot", "row": 640})
+
+
+def text_only(number, **changes):
+    return {
+        "id": f"text-{number}",
+        "question": "2+2?",
+        "answer": "4",
+        "mode": "direct",
+        "verifier": "number",
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("nulls", [{}, {"images": None, "chain": None}, {"images": []}])
+def test_a_folder_of_text_and_pictures_loads_in_any_order_of_its_files(tmp_path, nulls, text_first):
+    raw(tmp_path / f"train-{0 if text_first else 2}.parquet", [text_only(0, **nulls)])
+    write_records(tmp_path / "train-1.parquet", [record(1)])
+    rows = sorted(load_records(tmp_path), key=lambda row: row["id"])
+    assert [len(row["images"]) for row in rows] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": 4}, "column 'answer' holds int64: it must be a string"),
+        ({"images": "a.png"}, "column 'images' holds"),
+    ],
+)
+def test_a_column_of_another_type_is_refused_with_its_file(tmp_path, changes, message):
+    raw(tmp_path / "train-0.parquet", [stored(0)])
+    raw(tmp_path / "train-1.parquet", [text_only(1, **changes)])
+    with pytest.raises(RecordError, match=f"train-1.parquet: {message}"):
+        load_records(tmp_path)
+
+
+def test_pictures_may_be_a_list_of_binary(tmp_path):
+    path = raw(tmp_path / "set.parquet", [stored(0, images=[stored(0)["images"][0]["bytes"]])])
+    assert np.array_equal(np.asarray(load_records(path)[0]["images"][0].rgb()), PIXELS)
+
+
+@pytest.mark.parametrize("as_dictionary", [True, False])
+def test_a_file_that_repeats_one_value_out_of_all_measure_is_refused(tmp_path, as_dictionary):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    value = pa.DictionaryArray.from_arrays(pa.array([0] * 2_000, pa.int32()), pa.array(["x" * 1_000_000]))
+    columns = {name: [f"{name} {n}" for n in range(2_000)] for name in ("id", "answer", "mode", "verifier")}
+    table = pa.table({**columns, "question": value})
+    if not as_dictionary:  # Parquet's own encoding, which a reader does not see
+        table = table.replace_schema_metadata({})
+        pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", store_schema=False)
+    else:
+        pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    with pytest.raises(
+        RecordError, match=r"bomb.parquet: \d+ bytes that would take more than 256 MiB in memory"
+    ):
+        load_records(tmp_path / "bomb.parquet")
+
+
+def test_a_prompt_that_all_rows_share_is_no_bomb(tmp_path):
+    rows = [text_only(number, meta=json.dumps({"system": "x" * 2_000})) for number in range(1_000)]
+    assert len(load_records(raw(tmp_path / "set.parquet", rows))) == 1_000
+
+
+def jpeg(mode="RGB", **options):
+    buffer = io.BytesIO()
+    Image.new(mode, (16, 8), 0 if mode == "L" else (90,) * len(mode)).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
+def test_a_stored_file_passes_through_unchanged(tmp_path, mode):
+    write_records(tmp_path / "one.parquet", [record(images=[jpeg(mode)])])
+    write_records(tmp_path / "two.parquet", load_records(tmp_path / "one.parquet"))
+    assert load_records(tmp_path / "two.parquet")[0]["images"][0].data == jpeg(mode)
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_pictures_and_the_file_may_be_given_as_paths(tmp_path, kind):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    write_records(kind(tmp_path / "set.parquet"), [record(images=[kind(tmp_path / "a.jpg")])])
+    assert load_records(tmp_path / "set.parquet")[0]["images"][0].data == jpeg()
+
+
+@pytest.mark.parametrize(
+    "mode", ["CMYK", "YCbCr", "LAB", "HSV", "PA", "La", "RGBa", "RGBX", "I", "F", "I;16", "1"]
+)
+def test_an_image_of_any_mode_is_written_as_the_model_sees_it(tmp_path, mode):
+    image = Image.new(mode, (4, 4), 1)
+    write_records(tmp_path / "set.parquet", [record(images=[image])])
+    stored = load_records(tmp_path / "set.parquet")[0]["images"][0]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored.data))), np.asarray(as_rgb(image)))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": ["gone.jpg"]}, r"images: must decode.*images\[0\]: str: .*No such file.*give a path"),
+        ({"images": [None]}, r"images: must decode.*NoneType.*give a path"),
+        ({"images": Image.new("RGB", (4, 4))}, "images: must be a list.*write a list"),
+        ({"images": [np.zeros((4, 4, 3), np.uint8)]}, r"images: must decode.*ndarray.*Image.fromarray"),
+        ({"images": [b""]}, "images: must decode.*the file is empty"),
+        ({"images": [b"GIF"]}, "images: must decode.*the file is broken or in no format"),
+        ({"images": [EPS]}, "images: must decode.*in no format that is read: PNG, JPEG"),
+        ({"images": [{"bytes": None, "path": "/etc/hostname"}]}, "images: must decode.*only a path"),
+        ({"question": "a\ud800"}, "question: must be valid Unicode.*remove"),
+        ({"meta": {"x": float("nan")}}, "meta: must be a JSON object.*Out of range.*write"),
+        ({"meta": {"x": np.float32(1)}}, "meta: must be a JSON object.*float32.*write"),
+        ({"meta": {"x": "\ud800"}}, "meta: must be a JSON object"),
+        ({"chian": "A"}, "chian: unknown field.*did you mean chain"),
+    ],
+)
+def test_a_bad_value_is_refused_with_row_field_rule_and_remedy(tmp_path, changes, message):
+    with pytest.raises(RecordError, match=f"(?s)set.parquet: row 1: {message}"):
+        write_records(tmp_path / "set.parquet", [record(0), record(1, **changes)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_that_is_no_mapping_is_refused(tmp_path):
+    with pytest.raises(RecordError, match="row 0: row: must be a mapping"):
+        write_records(tmp_path / "set.parquet", ["id"])
+
+
+def test_rows_with_an_animation_are_counted(tmp_path, caplog):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    write_records(tmp_path / "set.parquet", [record(0, images=[buffer.getvalue()]), record(1)])
+    records = load_records(tmp_path / "set.parquet")
+    assert records.animated == 1
+    assert "1 rows have an animation; the model sees its first frame" in caplog.text
+    assert records[0]["images"][0].rgb().getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_rows_are_written_as_they_come(tmp_path):
+    """Of 2,000 rows no more than a few hundred are alive at once."""
+    alive, most = weakref.WeakSet(), 0
+
+    class Row(dict):
+        """A row that can be counted."""
+
+        __hash__ = object.__hash__
+
+    def rows():
+        nonlocal most
+        for number in range(2_000):
+            row = Row(text_only(number))
+            alive.add(row)
+            most = max(most, len(alive))
+            yield row
+
+    assert write_records(tmp_path / "set.parquet", rows()) == 2_000
+    assert most < 600
+
+
+def test_loaded_pictures_are_read_when_they_are_used(tmp_path):
+    """Neither rows nor the examples and prompts made of them hold a file's bytes or pixels."""
+    from rl.data import example_of, load_rows, prompt_messages
+
+    noise = np.random.default_rng(0)
+    pictures = [Image.fromarray(noise.integers(0, 256, (300, 300, 3), dtype=np.uint8)) for _ in range(20)]
+    write_records(tmp_path / "set.parquet", [record(n, images=[image]) for n, image in enumerate(pictures)])
+    tracemalloc.start()
+    rows = load_rows([DataSource(set="s")], {"s": tmp_path / "set.parquet"}, seed=0)
+    for row in rows:
+        example_of(row).images[0].load()
+        prompt_messages(row)[0]["content"][0]["image"].rgb()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 20 * 300 * 300  # the files alone are 20 x 270 kB

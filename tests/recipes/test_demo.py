@@ -111,7 +111,7 @@ def test_the_same_seed_gives_the_same_rows_and_pixels(sets, tmp_path):
     for name in ("rl", "longcot"):
         again = list(load_records(tmp_path / f"{name}.parquet"))
         assert [row["question"] for row in again] == [row["question"] for row in sets[name]]
-        assert again[7]["images"][0].tobytes() == sets[name][7]["images"][0].tobytes()
+        assert again[7]["images"][0].data == sets[name][7]["images"][0].data
     generate(tmp_path / "other", seed=1, **SIZES)
     other = list(load_records(tmp_path / "other" / "rl.parquet"))
     assert [digits_of(row) for row in other] != [digits_of(row) for row in sets["rl"]]
@@ -124,7 +124,7 @@ def test_pre_training_reads_what_the_processor_gives(tmp_path):
 
     from core.model.prompts import messages
     from core.model.tiny import build_tiny
-    from core.training.learner import load_processor
+    from core.training.model import load_processor
     from recipes.demo.drawing import render
     from recipes.demo.lessons import frame_of
     from recipes.demo.pretrain import normalized, tokens

@@ -49,7 +49,7 @@ OPTIM = {"learning_rate": 1e-4, "schedule": "constant", "micro_batch_size": 1}
 RECIPE = {
     "name": "real",
     "wandb": {"mode": "disabled"},
-    "rollout": {
+    "servers": {
         "dtype": "bfloat16",
         "max_model_tokens": MAX_TOKENS,
         "max_sequences": 2,

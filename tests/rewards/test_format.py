@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.example import Example
-from rewards.style.format import DirectFormat, Format, ThinkFormat
+from rewards.style.format import DirectFormat, Format, ThinkFormat, ThinkTags
 
 THINK, DIRECT = Example("t", "q", "4", "think"), Example("d", "q", "4", "direct")
 PIECES = st.lists(
@@ -39,6 +39,29 @@ def test_a_think_completion_with_the_thought_closed_or_already_opened(completion
 
 
 @pytest.mark.parametrize(
+    ("completion", "closed", "opened"),
+    [
+        (r"<think>2 + 2</think> \boxed{4}", 1, 0),
+        (r"<think>2 + 2</think> 4", 1, 0),
+        (r"<think>2 + 2 is \boxed{4}</think> \boxed{4} or \boxed{5}", 1, 0),
+        ("<think>2 + 2</think>{\\", 1, 0),
+        ("2 + 2</think> 4", 0, 1),
+        ("2 + 2 = 4", 0, 0),
+        ("<think>2 + 2 = 4", 0, 0),
+        ("<think></think> 4", 0, 0),
+        ("<think>...</think> 4", 0, 0),
+        ("So: <think>2 + 2</think> 4", 0, 0),
+        ("<think>2</think> 4 <think>2</think>", 0, 0),
+        ("<think>2 + 2</think> 4</think>", 0, 0),
+        ("<think>2 + 2</think> 4<|im_end|>", 0, 0),
+    ],
+)
+def test_think_tags_ask_for_the_tags_alone(completion, closed, opened):
+    assert ThinkTags()(completion, THINK).score == closed
+    assert ThinkTags(thought_open=True)(completion, THINK).score == opened
+
+
+@pytest.mark.parametrize(
     ("completion", "score"),
     [
         ("4", 1),
@@ -61,4 +84,5 @@ def test_format_never_raises_and_follows_the_rows_mode(pieces, thought_open):
     assert think.score in (0, 1)
     assert bool(think.reason) == (think.score == 0)
     assert Format(thought_open)(completion, THINK) == think
+    assert ThinkTags(thought_open)(completion, THINK).score >= think.score
     assert Format(thought_open)(completion, DIRECT) == direct

@@ -14,7 +14,7 @@ from PIL import Image
 from rewards.example import Example
 from rewards.judge import client as judge_client
 from rewards.judge.canaries import INJECTIONS, JudgeRefused
-from rewards.judge.judges import AnswerJudge, JudgingReward, VisionJudge, statistics
+from rewards.judge.judges import CRITERIA, AnswerJudge, JudgingReward, VisionJudge, statistics
 from rewards.verdict import Status
 
 from .judge_server import asked, chat, criterion, material, serving
@@ -37,7 +37,10 @@ def row(mode="think", images=True, **fields):
 
 
 def judge(server, kind=VisionJudge, **fields):
-    return kind(server.url, "m", **{"max_retries": 0, "timeout_s": 20, "canaries": False, **fields})
+    verdict = {"verdict": "mean"} if kind is VisionJudge else {}
+    return kind(
+        server.url, "m", **{"max_retries": 0, "timeout_s": 20, "canaries": False, **verdict, **fields}
+    )
 
 
 def examiner(request):
@@ -57,6 +60,18 @@ def test_the_score_is_the_share_of_yes(server):
     assert verdict.reason == "logical_soundness yes, factual_grounding no, answer_consistency yes"
     server.reply = lambda request: "yes"
     assert judge(server)(COMPLETION, row()).status == Status.CORRECT
+
+
+def test_one_holistic_verdict_takes_one_request_that_asks_for_all_criteria(server):
+    server.reply = lambda request: "no" if "is 3" in material(request) else "yes"
+    verdicts = judge(server, verdict="holistic").batch(
+        [COMPLETION, COMPLETION.replace("is 2", "is 3")], [row()] * 2
+    )
+    assert [(one.score, one.reason) for one in verdicts] == [(1, "holistic yes"), (0, "holistic no")]
+    assert len(server.requests) == 2
+    assert all(text in asked(server.requests[0]) for text in CRITERIA.values())
+    assert VisionJudge("http://127.0.0.1:1/v1", "m").verdict == "holistic"  # the report's
+    assert judge(server).prompt_version != judge(server, verdict="holistic").prompt_version
 
 
 def test_one_constrained_request_per_criterion_with_the_image(server):
@@ -178,6 +193,7 @@ def test_a_completion_beyond_the_limit_is_wrong_and_asks_nobody(server):
     [
         ({"criteria": ["soundness"]}, "some of logical_soundness"),
         ({"criteria": []}, "at least one"),
+        ({"verdict": "all"}, 'either "holistic" or "mean"'),
         ({"max_concurrency": 0}, "max_concurrency=0"),
         ({"budget_s": float("inf")}, "budget_s=inf"),
         ({"choices": ("yes", "perhaps")}, "yes and no, in either order"),

@@ -12,8 +12,9 @@ import time
 import pytest
 
 from rewards.judge import client as judge_client
+from rewards.judge.breaker import Breaker
 from rewards.judge.cache import ReplyCache
-from rewards.judge.client import Breaker, Endpoint, Failure, Limits, Meter, Question, Reply, ask
+from rewards.judge.client import Endpoint, Failure, Limits, Meter, Question, Reply, ask
 
 from .judge_server import chat, material, serving
 
@@ -216,7 +217,8 @@ def test_a_resumed_run_pays_nothing_twice_and_failures_are_not_kept(server, tmp_
 def test_another_model_wording_picture_or_material_is_another_key():
     from PIL import Image
 
-    from rewards.judge.client import Picture, _key
+    from rewards.judge.questions import Picture
+    from rewards.judge.questions import key_of as _key
 
     red, same, blue = (Picture.of(Image.new("RGB", (4, 4), c)) for c in ("red", "red", "blue"))
     keys = [
@@ -301,7 +303,7 @@ def put(material):
                    Limits(max_retries=0), Meter(), cache_at(sys.argv[2]))
     assert isinstance(reply, Reply), reply
 put("before")
-session = weakref.ref(next(iter(judge_client._engines.values())).session)
+session = weakref.ref(next(iter(judge_client._engines().values())).session)
 pid = os.fork()
 if not pid:
     put("child")

@@ -83,7 +83,8 @@ def learner(
     from datasets import Dataset
     from trl import GRPOConfig
 
-    from core.training.learner import LearnerConfig, load_model, load_processor
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model, load_processor
     from rl.trainer import ban_tokens
 
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -15,15 +15,10 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from core.checkpoint.save import save_checkpoint
 from core.strict import parse
-from core.training.learner import (
-    apply_freeze,
-    join_process_group,
-    load_model,
-    load_processor,
-    peft_config,
-    save_checkpoint,
-)
+from core.training.model import apply_freeze, load_model, load_processor, peft_config
+from core.training.ranks import join_process_group
 from rewards.mix import Graded
 from rewards.verdict import Verdict
 from rl.collect import Group, Pipeline, Sample

@@ -88,6 +88,7 @@ def test_an_rl_stage_that_shares_gpus_lets_the_servers_sleep_through_every_updat
     from core.strict import parse
     from corpus.records import write_records
     from rl.config import RLConfig
+    from rl.job import ServedJob
     from rl.train import train
 
     stage = {
@@ -118,13 +119,15 @@ def test_an_rl_stage_that_shares_gpus_lets_the_servers_sleep_through_every_updat
     with rollout_pool(pool, tiny_core, tmp_path) as urls:
         train(
             parse(RLConfig, stage, "test"),
-            model=tiny_core,
-            out=tmp_path / "out",
-            seed=0,
-            sets={"rl": tmp_path / "rl.parquet"},
-            pool=pool,
-            urls=urls,
-            weights=tmp_path,
+            ServedJob(
+                stage="rlvr",
+                model=tiny_core,
+                out=tmp_path / "out",
+                sets={"rl": tmp_path / "rl.parquet"},
+                pool=pool,
+                urls=urls,
+                weights=tmp_path,
+            ),
         )
     calls = [call for call in calls if "reset" not in call and "_weight" not in call.replace("update_w", "")]
     # Per batch: new weights, the parity probe, the rollouts, and sleep before the update; the last one stays asleep.

@@ -84,7 +84,7 @@ def test_a_server_that_shares_gpus_is_not_started_again_nor_waited_for(started, 
         with pytest.raises(ServerFailed, match="ended with code -9"):
             until(lambda: wait() and False)
     assert len(started) == 1
-    assert "restarted 0 times and stays down (rollout.share_gpus)" in caplog.text
+    assert "restarted 0 times and stays down (servers.share_gpus)" in caplog.text
     own = PoolConfig(max_model_tokens=64)
     waits = [shared, own, own.model_copy(update={"max_restarts": 0})]
     assert [cfg.patience_s for cfg in waits] == [0, own.startup_timeout_s, 0]
@@ -92,7 +92,7 @@ def test_a_server_that_shares_gpus_is_not_started_again_nor_waited_for(started, 
 
 
 def test_at_the_end_nothing_is_started_again(started, tmp_path):
-    with starting_pool(PoolConfig(max_model_tokens=64, servers=2), tmp_path, tmp_path) as wait:
+    with starting_pool(PoolConfig(max_model_tokens=64, count=2), tmp_path, tmp_path) as wait:
         assert len(wait()) == 2
     assert [process.poll() is not None for process in started] == [True, True]
 

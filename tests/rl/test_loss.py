@@ -47,7 +47,8 @@ def setup(tiny_core, tmp_path):
     """`setup(cfg, sampler_shift)` gives a trainer at its first batch, its inputs, and the batch's groups."""
     from datasets import Dataset
 
-    from core.training.learner import LearnerConfig, load_model, load_processor
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model, load_processor
     from rl.rollout.client import CoreFacts
     from rl.train import trl_config
     from rl.trainer import RolloutTrainer, ban_tokens, reward_function

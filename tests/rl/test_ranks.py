@@ -1,14 +1,16 @@
 """Two gloo ranks on one vLLM server train the same policy as one rank on the same global batch."""
 
-import json
 import subprocess
 import sys
 import tempfile
 
 import pytest
 
-from core.files import read_jsonl
+from chain.job import Task
+from core.files import read_jsonl, write_json
 from corpus.records import write_records
+from rl.config import PoolConfig, RLConfig
+from rl.job import ServedJob
 
 STAGE = {
     "data": [{"set": "rl"}],
@@ -42,20 +44,18 @@ def train(ranks, tmp_path, model, url, records, *, name="", fails=False, save_ev
         (out / "fails").touch()
     write_records(out / "rl.parquet", records)
     (out / "tests_digits.py").write_text(REWARD)
-    job = {
-        "stage": "rlvr",
-        "kind": "rl",
-        "config": {**STAGE, "save_every": save_every, "learner": {"processes": ranks, **learner}},
-        "model": str(model),
-        "out": str(out),
-        "seed": 0,
-        "sets": {"rl": str(out / "rl.parquet")},
-        "urls": [url],
-        "pool": {"max_model_tokens": 256},
-        "weights": tempfile.mkdtemp(dir=out),
-        "folders": [str(out)],
-    }
-    (out / "job.json").write_text(json.dumps(job))
+    stage = {**STAGE, "save_every": save_every, "learner": {"processes": ranks, **learner}}
+    job = ServedJob(
+        stage="rlvr",
+        model=model,
+        out=out,
+        sets={"rl": out / "rl.parquet"},
+        urls=[url],
+        pool=PoolConfig(max_model_tokens=256),
+        weights=tempfile.mkdtemp(dir=out),
+        folders=[out],
+    )
+    write_json(out / "job.json", Task.of("rl.train:train", RLConfig(**stage), job))
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     )
@@ -72,7 +72,7 @@ def train(ranks, tmp_path, model, url, records, *, name="", fails=False, save_ev
 @pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", [None, {"zero_stage": 2}, {"zero_stage": 3}])
 def test_two_ranks_go_on_after_an_interruption(server_url, client, tiny_core, records, tmp_path, deepspeed):
-    from core.training.learner import weights_hash
+    from core.checkpoint.shards import weights_hash
     from core.training.resume import FOLDER, Unfinished
 
     def run(name, **how):

@@ -2,9 +2,9 @@
 
 import pytest
 
+from core.checkpoint.shards import weights_hash
 from core.files import read_jsonl
 from core.strict import parse
-from core.training.learner import weights_hash
 from core.training.resume import FOLDER, Unfinished
 from rl.config import PoolConfig, RLConfig
 from rl.rollout.server import rollout_pool
@@ -52,6 +52,7 @@ def run(tiny_core, records, urls, tmp_path, tmp_path_factory, monkeypatch):
     """`run(cfg, name, stop=n)` trains in the folder `name`, and breaks off after update n if told so."""
     from corpus.records import write_records
     from rl import trainer as module
+    from rl.job import ServedJob
     from rl.train import train
 
     write_records(tmp_path / "rl.parquet", records)
@@ -73,14 +74,17 @@ def run(tiny_core, records, urls, tmp_path, tmp_path_factory, monkeypatch):
             patch.setattr(module, "RolloutTrainer", Stopping)
             checkpoint = train(
                 cfg,
-                model=tiny_core,
-                out=tmp_path / name,
-                seed=seed,
-                sets={"rl": tmp_path / "rl.parquet"},
-                pool=POOL,
-                urls=urls,
-                weights=tmp_path_factory.mktemp("weights"),
-                folders=[tmp_path],
+                ServedJob(
+                    stage="rlvr",
+                    model=tiny_core,
+                    out=tmp_path / name,
+                    seed=seed,
+                    sets={"rl": tmp_path / "rl.parquet"},
+                    pool=POOL,
+                    urls=urls,
+                    weights=tmp_path_factory.mktemp("weights"),
+                    folders=[tmp_path],
+                ),
             )
         return checkpoint, done
 

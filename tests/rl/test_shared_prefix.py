@@ -176,7 +176,8 @@ def test_gradient_checkpointing(tiny_core, tmp_path, reentrant):
 
 
 def test_lora(tiny_core, tmp_path):
-    from core.training.learner import LearnerConfig, LoRAConfig, peft_config
+    from core.training.config import LearnerConfig, LoRAConfig
+    from core.training.model import peft_config
 
     ours, _ = compare(
         tiny_core, GROUPS, tmp_path, lora=peft_config(LearnerConfig(lora=LoRAConfig(r=4))), beta=0.1

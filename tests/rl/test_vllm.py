@@ -20,7 +20,8 @@ from .conftest import POOL, TEMPERATURE, WORDS, plain_logprobs
 @pytest.fixture(scope="module")
 def learner(tiny_core):
     """The core in transformers, the banned token without probability."""
-    from core.training.learner import LearnerConfig, load_model, load_processor
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model, load_processor
     from rl.trainer import ban_tokens
 
     model = load_model(tiny_core, LearnerConfig()).eval()
@@ -101,7 +102,8 @@ def test_an_update_of_every_weight_reaches_the_server(client, fresh_learner, rec
 def test_updates_reach_a_server_of_an_any_resolution_core(tmp_path, records):
     """Through the server of a run, images of several sizes, before and after the tower has moved."""
     from core.model.tiny import TinySize, build_tiny
-    from core.training.learner import LearnerConfig, load_model, load_processor
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model, load_processor
     from rl.rollout.server import rollout_pool
     from rl.trainer import ban_tokens
 
@@ -227,7 +229,8 @@ def test_lora_weights_reach_the_server_merged_and_stay_apart_here(client, fresh_
     import torch
     from peft import get_peft_model
 
-    from core.training.learner import LearnerConfig, LoRAConfig, load_model, peft_config
+    from core.training.config import LearnerConfig, LoRAConfig
+    from core.training.model import load_model, peft_config
     from rl.trainer import ban_tokens
 
     _, processor = fresh_learner

@@ -30,7 +30,8 @@ def in_shards(model, processor, folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shards_load_at_the_start_and_later_and_weights_arrive_from_memory(layout, tmp_path, records):
-    from core.training.learner import LearnerConfig, load_model, load_processor
+    from core.training.config import LearnerConfig
+    from core.training.model import load_model, load_processor
     from rl.trainer import ban_tokens
 
     whole = core.build_tiny(tmp_path / "whole", words=WORDS, seed=0, size=LAYOUTS[layout])

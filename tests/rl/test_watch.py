@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from core.files import read_jsonl
+from core.model.pictures import as_rgb
 from rewards.example import Example
 from rewards.mix import Graded
 from rewards.verdict import Status, Verdict
@@ -50,7 +51,7 @@ class Policy:
         self.looks, self.now = list(looks), (0.0, 0.0)
 
     def __call__(self, rows):
-        seen = rows[0]["images"][0].getpixel((0, 0)) != (128, 128, 128)
+        seen = as_rgb(rows[0]["images"][0]).getpixel((0, 0)) != (128, 128, 128)
         if seen:
             self.now = self.looks.pop(0)
         return self.now[0] if seen else self.now[1]
@@ -186,6 +187,6 @@ def test_held_out_rows_are_looked_at_every_so_many_batches(watch):
 def test_a_blanked_row_keeps_its_images_sizes_and_everything_else():
     row = blanked(ROWS[3])
     assert row["images"][0].size == (8, 8)
-    assert row["images"][0].getpixel((3, 3)) == (128, 128, 128)
+    assert row["images"][0].rgb().getpixel((3, 3)) == (128, 128, 128)
     assert ROWS[3]["images"][0].getpixel((3, 3)) == (3, 0, 0)
     assert row["id"] == "held-3"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from core.training.learner import LearnerConfig, LoRAConfig, load_model, peft_config
+from core.training.config import LearnerConfig, LoRAConfig
+from core.training.model import load_model, peft_config
 from rl.rollout.weights import FileSync, NoRoomForWeights, policy_tensors
 
 LEARNER = LearnerConfig(dtype="bfloat16", deepspeed=None, lora=LoRAConfig(r=4))

@@ -25,7 +25,7 @@ def core_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def processor(core_path):
-    from core.training.learner import load_processor
+    from core.training.model import load_processor
 
     return load_processor(core_path)
 

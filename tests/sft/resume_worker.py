@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from core.files import read_json, write_json
+from core.training.job import Job
 from sft import train as module
 from sft.config import SFTConfig
 
@@ -37,8 +38,5 @@ def watched(*args, **kwargs):
 module.phase_trainer = watched
 module.train(
     SFTConfig.model_validate(job["config"]),
-    model=Path(job["model"]),
-    out=out,
-    seed=0,
-    sets={"mixed": Path(job["set"])},
+    Job(stage="sft", model=Path(job["model"]), out=out, sets={"mixed": Path(job["set"])}),
 )

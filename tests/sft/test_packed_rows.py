@@ -7,7 +7,8 @@ from PIL import Image
 
 from core.model.modeling import no_images
 from core.model.tiny import TinySize, build_tiny
-from core.training.learner import LearnerConfig, load_model, load_processor
+from core.training.config import LearnerConfig
+from core.training.model import load_model, load_processor
 from sft.data import IGNORED, Collator, Lessons, blank_lesson, count_tokens
 from sft.packed_rows import PackedCollator, attend_within_samples, pack_rows
 from sft.packing import ByRows, Plan

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.packing import dealt_imbalance, full_scale_sizes
-from sft.packing import ByRows, ByTokens, PackingError, Plan, balance, imbalance, stream
+from sft.balance import PackingError, balance, imbalance
+from sft.packing import ByRows, ByTokens, Plan, stream
 
 SIZES = full_scale_sizes(512, seed=3)
 

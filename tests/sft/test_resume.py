@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from core.checkpoint.shards import weights_hash
 from core.files import read_json, read_jsonl, write_json
-from core.training.learner import weights_hash
+from core.training.job import Job
 from core.training.resume import FOLDER, MARK, Unfinished, drop_lines_after
 from sft import train as module
 from sft.config import SFTConfig
@@ -72,7 +73,7 @@ def run(core_path, mixed_set, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(module, "phase_trainer", watched)
             values = {"model": core_path, "seed": 0, "sets": {"mixed": mixed_set}, **changes}
-            return train(cfg, out=tmp_path / name, **values)
+            return train(cfg, Job(stage="sft", out=tmp_path / name, **values))
 
     run.trainers = made
     return run
@@ -99,6 +100,34 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights_and_curve(run, tmp_pat
     assert weights_hash(checkpoint) == weights_hash(unbroken)
     assert read_jsonl(tmp_path / "out/metrics.jsonl") == read_jsonl(tmp_path / "unbroken/metrics.jsonl")
     assert not (tmp_path / "out" / FOLDER).exists()
+
+
+def test_after_a_resume_the_logged_averages_are_those_of_an_unbroken_run(run, tmp_path):
+    cfg = stage(log_every=3)  # the window of updates 1 to 3 would begin at the checkpoint of update 2
+    run(cfg, "unbroken")
+    with pytest.raises(Interrupted):
+        run(cfg, stop=3)
+    run(cfg)
+    one, other = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("unbroken", "out"))
+    assert one == other
+    assert [line["step"] for line in one] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_a_checkpoint_with_a_weight_that_is_no_number_is_not_kept(run, tmp_path, monkeypatch):
+    from core.checkpoint.check import NonFinite
+    from core.training import resume
+
+    check = resume._refuse_nonfinite
+
+    def broken(model, step):
+        next(model.parameters()).data.view(-1)[0] = float("inf")
+        check(model, step)
+
+    monkeypatch.setattr(resume, "_refuse_nonfinite", broken)
+    with pytest.raises(NonFinite, match=r"is not finite after update 2: no checkpoint is kept"):
+        run(stage())
+    (folder,) = (tmp_path / "out" / FOLDER).iterdir()
+    assert Unfinished(folder, "tokens").checkpoint is None
 
 
 def test_only_what_was_not_saved_is_trained_again(run, tmp_path):

@@ -6,7 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sft.soup
-from core.training.learner import LearnerConfig, load_model, weights_hash
+from core.checkpoint.check import NonFinite
+from core.checkpoint.shards import LayoutError, weights_hash
+from core.training.config import LearnerConfig
+from core.training.model import load_model
 from corpus.records import DataSource
 from sft.config import SoupConfig, Variant
 from sft.soup import SoupError, check_ingredients, distances, greedy, merge, soup
@@ -88,14 +91,11 @@ def test_slicing_changes_nothing(ingredients, tmp_path, monkeypatch):
     assert distances(ingredients).pairwise == pytest.approx(apart.pairwise)
 
 
-def test_a_soup_keeps_the_shards_of_its_first_ingredient(ingredients, tmp_path):
-    merge(ingredients, tmp_path / "soup")
-    names = [
-        sorted(file.name for file in path.glob("*.safetensors"))
-        for path in (ingredients[0], tmp_path / "soup")
-    ]
-    assert names[0] == names[1]
-    assert len(names[0]) > 1
+def test_a_soup_of_sharded_ingredients_loads_whatever_its_own_files(ingredients, tmp_path):
+    assert len(list(ingredients[0].glob("*.safetensors"))) > 1
+    soup = merge(ingredients, tmp_path / "soup")
+    assert [file.name for file in soup.glob("*.safetensors*")] == ["model.safetensors"]  # no index of others
+    load_model(soup, LearnerConfig(deepspeed=None))
 
 
 def test_distances_are_the_plain_ones(ingredients, core_path):
@@ -175,7 +175,7 @@ def test_an_ingredient_of_unknown_start_is_refused(ingredients):
 def test_mismatched_tensors_are_refused(ingredients, tmp_path, change, message):
     weights = weights_of(ingredients[1])
     change(weights)
-    for file in ingredients[1].glob("*.safetensors"):
+    for file in ingredients[1].glob("*.safetensors*"):
         file.unlink()
     save_file(weights, ingredients[1] / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SoupError, match=message):
@@ -242,13 +242,50 @@ def test_ingredients_too_far_apart_are_refused_before_scoring(core_path, ingredi
         soup(CONFIG, [*ingredients, far], tmp_path / "soup", score=never, start=core_path)
 
 
-def test_integers_that_differ_have_no_mean(tmp_path):
-    for number in range(2):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        save_file({"steps": torch.tensor([number])}, folder / "model.safetensors")
-    with pytest.raises(SoupError, match="steps holds integers that differ"):
-        merge([tmp_path / "0", tmp_path / "1"], tmp_path / "soup")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_ingredient_that_is_not_finite_is_refused_with_its_tensors(
+    ingredients, core_path, tmp_path, value
+):
+    set_first_norm(ingredients[1:2], [value])
+    never = lambda path: pytest.fail("scored")  # noqa: E731
+    what = "NaN" if value != value else "infinity"
+    with pytest.raises(
+        NonFinite, match=rf"ingredient-1(?s:.*)language_model.norm.weight: {what}, in model.safe"
+    ):
+        soup(CONFIG, ingredients, tmp_path / "soup", score=never, start=core_path)
+    with pytest.raises(NonFinite, match=rf"language_model.norm.weight holds {what}"):
+        merge(ingredients, tmp_path / "soup")
+    assert not (tmp_path / "soup").exists()
+
+
+def test_a_distance_that_is_no_number_is_too_far(ingredients, core_path, tmp_path):
+    # Finite weights whose squares are not: infinity less infinity is NaN, which no limit is below.
+    set_first_norm(ingredients[:2], [3e38, 3e38])
+    assert distances(ingredients, core_path).pairwise["0-1"] != 0.0
+    with pytest.raises(SoupError, match=r"lie (nan|inf) of the start's norm apart"):
+        soup(CONFIG, ingredients, tmp_path / "soup", score=lambda path: 1.0, start=core_path)
+
+
+def test_a_score_that_is_no_number_is_refused(ingredients, core_path, tmp_path):
+    for on_worse in ("warn", "refuse"):
+        cfg = CONFIG.model_copy(update={"on_worse": on_worse})
+        with pytest.raises(SoupError, match="its validation score is nan"):
+            soup(cfg, ingredients, tmp_path / "soup", score=lambda path: float("nan"), start=core_path)
+
+
+def test_shares_that_are_no_numbers_are_refused(ingredients, tmp_path):
+    with pytest.raises(SoupError, match="summing to 1"):
+        merge(ingredients[:2], tmp_path / "soup", weights=[float("nan"), 1.0])
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "vocab.json", "released/config.json"])
+def test_a_link_out_of_an_ingredient_is_not_copied_into_the_soup(ingredients, tmp_path, name):
+    (tmp_path / "secret").write_text("of this user")
+    (ingredients[0] / name).parent.mkdir(exist_ok=True)
+    (ingredients[0] / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(LayoutError, match=r"a link to .*secret, outside the checkpoint"):
+        merge(ingredients, tmp_path / "soup")
+    assert not (tmp_path / "soup").exists()
 
 
 def test_a_soup_keeps_the_release_its_ingredients_were_imported_from(ingredients, tmp_path):

@@ -8,8 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from core.checkpoint.shards import weights_hash
 from core.files import read_json, read_jsonl
-from core.training.learner import MODULES, LearnerConfig, load_model, module_of, weights_hash
+from core.model.names import MODULES, module_of
+from core.training.config import LearnerConfig
+from core.training.job import Job
+from core.training.model import load_model
 from sft.config import SFTConfig, Variant
 from sft.train import train, variant_of, variant_start
 
@@ -37,7 +41,8 @@ def stage(*phases, learner=None, **fields):
 @pytest.fixture
 def run(core_path, mixed_set, tmp_path):
     def run(cfg, name="out", model=core_path, seed=0):
-        return train(cfg, model=model, out=tmp_path / name, seed=seed, sets={"mixed": mixed_set})
+        out = tmp_path / name
+        return train(cfg, Job(stage="sft", model=model, out=out, seed=seed, sets={"mixed": mixed_set}))
 
     return run
 
@@ -169,6 +174,28 @@ def test_a_schedule_warms_up_and_falls(run):
     assert rates == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])  # two steps up, two down; logged before the update
 
 
+@pytest.mark.parametrize("deepspeed", [None, {"zero_stage": 2}])
+def test_a_diverged_stage_ends_with_step_rate_and_last_finite_loss_and_leaves_no_checkpoint(
+    run, tmp_path, deepspeed
+):
+    from core.training.finite import Diverged
+
+    optim = {"learning_rate": 1e30, "max_steps": 6, "schedule": "constant"}
+    with pytest.raises(
+        Diverged, match=r"step 4: loss nan.*rate 1e\+30\).*last finite loss was \d.* at step 1"
+    ):
+        run(stage({"optim": optim}, learner={"deepspeed": deepspeed}, log_every=100))
+    lines = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert [(line["step"], line.get("nonfinite_updates")) for line in lines] == [
+        (1, None),
+        (2, 1),
+        (3, 2),
+        (4, 3),
+    ]
+    assert [line["loss"] is None for line in lines] == [False, True, True, True]  # never 0.0
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
 def test_epochs_pass_over_every_row(run):
     cfg = stage({"optim": {"max_steps": None, "epochs": 2, "global_batch_size": 10, "micro_batch_size": 5}})
     lines = read_jsonl(run(cfg).parent / "metrics.jsonl")
@@ -260,11 +287,13 @@ PROGRAM = """
 import sys
 from pathlib import Path
 
+from core.training.job import Job
 from sft.config import SFTConfig
 from sft.train import train
 
 model, data, out = map(Path, sys.argv[2:])
-train(SFTConfig.model_validate_json(sys.argv[1]), model=model, out=out, seed=0, sets={"mixed": data})
+job = Job(stage="sft", model=model, out=out, sets={"mixed": data})
+train(SFTConfig.model_validate_json(sys.argv[1]), job)
 """
 
 

@@ -1,0 +1,223 @@
+"""What `run` and `plan` refuse, by the same code: what is missing, rewards that fail, rows that cannot be asked."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from chain.inputs import code_file, is_hub_id
+from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
+from core.checkpoint.check import ForeignCode, check_code
+from core.files import append_jsonl, read_json, require_room
+from core.manifest import hash_config
+from core.strict import ConfigError, KeyPath, key_path
+from core.training.job import Job
+from corpus.records import DataSource
+from rl.config import RLConfig
+from rl.limits import FOUND, Asked, Limits
+from rl.limits import check as hold_against_limits
+
+CHECKED = ".checked.jsonl"
+"""In the run's folder: what was found in rows that have been checked, by a hash of all that was read."""
+
+
+def check(recipe: Recipe, *, online: bool = False, allow_missing: bool = False) -> list[str]:
+    """Raise one ConfigError for everything that the recipe names and does not exist; return what may be missing.
+
+    Rewards are loaded with their parameters. Hub ids are not looked up. `online`: judges are asked whether they
+    answer, and their canaries tried.
+    """
+    missing = [*_missing_data(recipe)]
+    problems = [*_missing_code(recipe), *_reward_problems(recipe, online)]
+    if not allow_missing:
+        problems += missing
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return missing
+
+
+def check_shares(ranks: Mapping[str, int], nodes: int) -> None:
+    """Refuse hosts among which a stage's ranks cannot be shared out, or for which no stage has any."""
+    problems = [
+        f"{name}: learner.processes={count} is not a multiple of the {nodes} hosts; it counts the ranks of all of them"
+        for name, count in ranks.items()
+        if count > 1 and count % nodes
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if all(count == 1 for count in ranks.values()):
+        raise ConfigError(
+            f"{nodes} hosts, but every stage has one rank: set learner.processes, the ranks of all hosts together, to "
+            f"a multiple of {nodes}, or start on one host (--nnodes 1)"
+        )
+
+
+def check_rows(
+    recipe: Recipe,
+    sets: Mapping[str, str],
+    model: Path | None,
+    run_dir: Path,
+    say: Callable[[str], None],
+    only: str = "",
+) -> None:
+    """Hold every row that servers will be asked against their limits, as far as it is there already.
+
+    Without `model`, a checkpoint folder with the tokenizer, pictures alone are counted. What was found is remembered
+    in an existing `run_dir`. `only` is the first key of the sets to check, such as `eval`. Raises ConfigError with a
+    line per set: file, row and key.
+    """
+    limits = _limits(recipe, sets, only)
+    if limits is None or not limits.asked:
+        return
+    found = _remembered(limits, sets, model, run_dir)
+    for key, counts in found["dropped"].items():
+        reasons = ", ".join(f"{kind} {count}" for kind, count in counts.items())
+        say(f"{key}: rows beyond the servers' limits are dropped: {reasons}")
+    if found["problems"]:
+        raise ConfigError("\n".join(found["problems"]))
+
+
+def asked(recipe: Recipe) -> Iterator[tuple[KeyPath, DataSource, int, int | None]]:
+    """Every source whose rows the servers are asked: its key path, longest completion, and seed of its draw."""
+    for name in STAGE_NAMES:
+        config = recipe.stage(name)
+        if isinstance(config, SFTStage | RLConfig):
+            for path, source in sources(config.prepare, (name, "prepare")):
+                yield path, source, config.prepare.max_completion_tokens, recipe.seed
+        if isinstance(config, RLConfig):
+            length = config.rollout.max_completion_tokens
+            for index, source in enumerate(config.data):
+                yield (name, "data", index), source, length, recipe.seed
+            if config.watch.held_out:
+                yield (name, "watch", "held_out"), config.watch.held_out, length, recipe.seed
+    if recipe.eval:
+        length = recipe.eval.max_completion_tokens
+        yield ("eval", "thinking"), recipe.eval.thinking, length, None
+        yield ("eval", "direct"), recipe.eval.direct, length, None
+        if recipe.soup:
+            yield ("soup", "validation"), recipe.soup.validation, length, recipe.seed
+
+
+def room_for(recipe: Recipe, stage: str, run_dir: Path) -> None:
+    """Raise NoRoom unless the disk has room for what the plan says that the stage will save."""
+    from chain.plan.resources import resources
+
+    require_room(run_dir, resources(recipe, run_dir.parent).saved_by(stage), f"what {stage} saves")
+
+
+def _limits(recipe: Recipe, sets: Mapping[str, str], only: str) -> Limits | None:
+    """The servers' limits and the sets on this machine that are held against them."""
+    if recipe.servers is None:
+        return None
+    made = {name for stage in STAGE_NAMES for name in made_between(recipe.stage(stage))}
+    here = tuple(
+        Asked(key=key_path(path), source=source, max_completion_tokens=length, seed=seed)
+        for path, source, length, seed in asked(recipe)
+        if path[0] == (only or path[0])
+        and source.set not in made
+        and (is_hub_id(sets[source.set]) or Path(sets[source.set]).exists())
+    )
+    return Limits(
+        max_images=recipe.servers.max_images,
+        max_model_tokens=recipe.servers.max_model_tokens,
+        asked=here,
+    )
+
+
+def _remembered(limits: Limits, sets: Mapping[str, str], model: Path | None, run_dir: Path) -> dict[str, Any]:
+    from chain.fingerprints import Hashes, read_cache
+
+    hashes = Hashes(run_dir / ".hashes.jsonl") if run_dir.is_dir() else None
+    key = ""
+    if hashes:
+        names = sorted({one.source.set for one in limits.asked})
+        facts = {name: hashes.of(sets[name]) for name in names}
+        files = sorted(model.glob("*token*")) + sorted(model.glob("*processor*")) if model else []
+        facts |= {file.name: hashes.of(str(file)) for file in files}
+        key = hash_config({"limits": limits, "facts": facts})
+        for line in read_cache(run_dir / CHECKED):
+            if line["key"] == key:
+                return line["found"]
+    found = _look(limits, sets, model)
+    if hashes:
+        append_jsonl(run_dir / CHECKED, {"key": key, "found": found})
+    return found
+
+
+def _look(limits: Limits, sets: Mapping[str, str], model: Path | None) -> dict[str, Any]:
+    """Check the rows: in a child where a tokenizer is needed, as transformers brings torch with it."""
+    from chain.job import Task
+    from chain.launch import run_job
+
+    with tempfile.TemporaryDirectory(prefix="posttrain-check-") as folder:
+        out = Path(folder)
+        job = Job(
+            stage="rows", model=model, out=out, sets={name: Path(place) for name, place in sets.items()}
+        )
+        if model is None:
+            hold_against_limits(limits, job)
+        else:
+            run_job(Task.of("rl.limits:check", limits, job), out)
+        return read_json(out / FOUND)
+
+
+def _missing_code(recipe: Recipe) -> Iterator[str]:
+    generate = recipe.data.generate
+    for key, name in (("data.generate.by", generate and generate.by), ("core.build", recipe.core.build)):
+        if name and code_file(name) is None:
+            yield f"{key} = {name!r}: no such module; is its package installed, or on PYTHONPATH?"
+
+
+def _missing_data(recipe: Recipe) -> Iterator[str]:
+    for name, place in recipe.data.sets.items():
+        if not is_hub_id(place) and not Path(place).expanduser().exists():
+            yield f"data.sets.{name} = {place!r}: no such file or folder"
+    path = recipe.core.path
+    if path is not None and not (Path(path).expanduser() / "config.json").is_file():
+        yield f"core.path = {path!r}: no checkpoint folder: config.json is missing"
+    elif path is not None:
+        try:
+            check_code(Path(path).expanduser())
+        except ForeignCode as error:
+            yield f"core.path: {error}"
+
+
+def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
+    for stage in STAGE_NAMES:
+        config = recipe.stage(stage)
+        if not isinstance(config, RLConfig):
+            continue
+        for index, term in enumerate(config.rewards):
+            if problem := _reward_problem(term.use, term.params, online):
+                yield f"{stage}.rewards[{index}].use = {term.use!r}: {problem}"
+        watch = config.watch
+        if watch.second_verifier and (
+            problem := _reward_problem(watch.second_verifier, watch.second_params, online)
+        ):
+            yield f"{stage}.watch.second_verifier = {watch.second_verifier!r}: {problem}"
+
+
+def _reward_problem(use: str, params: Mapping[str, Any], online: bool) -> str | None:
+    """What is wrong with a reward, in one line. A user's own reward is loaded in a process of its own."""
+    from rewards.isolation import Isolated, load_limited
+    from rewards.judge.canaries import JudgeRefused
+    from rewards.judge.judges import Judge
+
+    if ":" in use and code_file(use) is None:
+        return "no such module or file; is its package installed, or on PYTHONPATH?"
+    try:
+        reward = load_limited(use, params, [Path.cwd()])
+    except Exception as error:  # a user's module may raise anything while it is imported
+        return " ".join(str(error).split())
+    if isinstance(reward, Isolated):
+        reward.close()
+    if online and isinstance(reward, Judge):
+        try:
+            report = reward.check_canaries()
+        except JudgeRefused as error:
+            return " ".join(str(error).split())
+        if not report.complete:
+            return f"the judge does not answer: {report.unanswered}"
+    return None

@@ -1,0 +1,72 @@
+"""Scoring a checkpoint on the held-out sets, inside a run and outside."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chain.context import Context, Scores
+from core.files import append_jsonl
+from core.model.pictures import as_rgb
+from core.strict import ConfigError
+
+
+def evaluate(context: Context, model: Path | None = None, keep_samples: bool = True) -> Scores:
+    """Score a checkpoint, the context's unless given, on the held-out sets.
+
+    Leaves held_out.jsonl and samples.jsonl in `context.out` if asked to keep samples.
+    """
+    from rl.evaluate import evaluate as score
+
+    cfg = context.recipe.eval
+    if cfg is None:
+        raise ConfigError("eval is missing from the recipe: it names the held-out sets")
+    context.progress("rollout servers")
+    client = context.pool.serve(model or context.policy)
+    sets = {name: Path(place) for name, place in context.sets.items()}
+    scores, judged = score(
+        cfg,
+        client,
+        sets,
+        lambda done, of: context.progress(f"evaluation {done}/{of}"),
+        context.askable(cfg.max_completion_tokens),
+    )
+    if keep_samples:
+        write_samples(context.out, [(row.to_dict(), row.record["images"]) for row in judged], cfg.samples)
+    return scores
+
+
+def write_samples(folder: Path, rows: Sequence[tuple[dict[str, Any], Sequence[Any]]], count: int) -> None:
+    """Write judged rows (each with its images) to held_out.jsonl, and `count` of them to samples.jsonl.
+
+    A sample's first image is saved beside it, and named by its key `image`.
+    """
+    images = folder / "images"
+    shutil.rmtree(images, ignore_errors=True)
+    images.mkdir()
+    for name in ("held_out.jsonl", "samples.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for row, _ in rows:
+        append_jsonl(folder / "held_out.jsonl", row)
+    for number, index in enumerate(spread([row["mode"] for row, _ in rows], count)):
+        row, pictures = rows[index]
+        file = f"images/{number:03d}.png" if pictures else None
+        if file:
+            as_rgb(pictures[0]).save(folder / file)
+        append_jsonl(folder / "samples.jsonl", {**row, "image": file})
+
+
+def spread(modes: Sequence[str], count: int) -> list[int]:
+    """`count` indices, shared out over the modes and evenly spaced within each.
+
+    They depend on the modes alone, so that every stage's samples are of the same rows and can be compared.
+    """
+    kinds = list(dict.fromkeys(modes))
+    chosen: list[int] = []
+    for place, kind in enumerate(kinds):
+        rows = [index for index, mode in enumerate(modes) if mode == kind]
+        share = min(len(rows), count // len(kinds) + (place < count % len(kinds)))
+        chosen += [rows[number * len(rows) // share] for number in range(share)]
+    return chosen

@@ -1,0 +1,15 @@
+"""Writes a run's report: report.json and the page made of it."""
+
+from pathlib import Path
+
+from chain.report.data import HTML, JSON, Report, build
+from chain.report.page import page
+from core.files import write_json, write_text
+
+
+def write(run_dir: Path) -> Report:
+    """Write report.json and report.html of a run; return the report."""
+    report = build(run_dir)
+    write_json(run_dir / JSON, report)
+    write_text(run_dir / HTML, page(report, run_dir))
+    return report

@@ -1,0 +1,128 @@
+"""What trackers are given: the numbers of a metrics line, and completions with their pictures as a table."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.model.pictures import Picture
+from core.model.prompts import user_text
+
+log = logging.getLogger(__name__)
+
+PICTURES_AT_MOST = 4
+"""Pictures shown of one row."""
+_PLAIN = ("id", "mode", "gold", "completion", "reward", "advantage")
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a metrics line, `step` left out."""
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+@dataclass(frozen=True)
+class Table:
+    """Completions, one a row. No two columns share a name."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    pictures: int
+    """The first columns: PIL images in mode RGB, or None."""
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, Sequence[Any]]) -> Table:
+    """The table of lines from completions.jsonl or samples.jsonl.
+
+    Args:
+        rows: the lines.
+        pictures: row id -> its pictures.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row.get("verdicts") or {}))
+    count = min(PICTURES_AT_MOST, max((len(pictures.get(row["id"], ())) for row in rows), default=0))
+    columns = (
+        *(f"picture {number + 1}" for number in range(count)),
+        "prompt",
+        *_PLAIN,
+        *(f"{kind}/{name}" for name in names for kind in ("score", "why")),
+    )
+    return Table(columns, tuple(_row(row, pictures.get(row["id"], ()), count, names) for row in rows), count)
+
+
+def _row(
+    row: Mapping[str, Any], pictures: Sequence[Any], count: int, names: Sequence[str]
+) -> tuple[Any, ...]:
+    shown = [*pictures, *[None] * count][:count]
+    values = {**row, "gold": row.get("answer")}
+    verdicts = row.get("verdicts") or {}
+    graded = [part for name in names for part in _verdict(verdicts.get(name))]
+    return (*shown, user_text(row["question"], row["mode"]), *(values.get(key) for key in _PLAIN), *graded)
+
+
+def _verdict(verdict: Mapping[str, Any] | None) -> tuple[float | None, str | None]:
+    if verdict is None:
+        return None, None
+    return verdict.get("score"), f"{verdict.get('status')}: {verdict.get('reason')}"
+
+
+def held_out_pictures(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[Any]]:
+    """Row id -> the picture that the evaluation saved beside samples.jsonl."""
+    return {
+        row["id"]: [Picture((folder / row["image"]).read_bytes()).rgb()] for row in rows if row.get("image")
+    }
+
+
+class PictureIndex:
+    """Pictures of rows by id, read when they are asked for.
+
+    A file's ids are read once; after that only the row groups with the rows asked for.
+
+    Args:
+        places: Parquet files, or folders of them; others are passed over.
+    """
+
+    def __init__(self, places: Sequence[str]) -> None:
+        self.places = places
+        self._where: dict[str, tuple[Path, int]] | None = None
+
+    def of(self, ids: Sequence[str]) -> dict[str, list[Any]]:
+        """Row id -> its pictures as PIL images in mode RGB. A row that is unknown or unreadable is left out."""
+        import pyarrow.parquet as pq
+
+        from corpus.records import picture_of
+
+        if self._where is None:
+            self._where = self._indexed()
+        found: dict[str, list[Any]] = {}
+        groups = {self._where[row_id] for row_id in ids if row_id in self._where}
+        for file, group in sorted(groups):
+            rows = pq.ParquetFile(file).read_row_group(group, columns=["id", "images"]).to_pylist()
+            for row in rows:
+                if row["id"] not in ids or row["id"] in found:
+                    continue
+                try:
+                    found[row["id"]] = [picture_of(one).rgb() for one in row["images"] or ()]
+                except Exception as error:  # Pillow raises whatever a broken decoder raised
+                    log.warning("%s: row %s: no picture for the trackers: %s", file, row["id"], error)
+        return found
+
+    def _indexed(self) -> dict[str, tuple[Path, int]]:
+        import pyarrow.parquet as pq
+
+        where: dict[str, tuple[Path, int]] = {}
+        for place in map(Path, self.places):
+            for file in sorted(place.rglob("*.parquet")) if place.is_dir() else [place]:
+                if not file.is_file():
+                    continue
+                parquet = pq.ParquetFile(file)
+                for group in range(parquet.num_row_groups):
+                    for row_id in parquet.read_row_group(group, columns=["id"])["id"].to_pylist():
+                        where.setdefault(row_id, (file, group))
+        return where

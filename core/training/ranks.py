@@ -1,0 +1,76 @@
+"""Process groups, and the training arguments that SFT and RL share."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+from core.training.config import LearnerConfig, Optim
+
+
+def training_arguments(optim: Optim, learner: LearnerConfig, *, seed: int) -> dict[str, Any]:
+    """Arguments for transformers' TrainingArguments that SFT and RL share; each stage adds batch size and length.
+
+    Call `join_process_group` first: DeepSpeed looks for its peers while the arguments are built.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return {
+        "learning_rate": optim.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if optim.schedule == "constant" else optim.schedule,
+        "warmup_steps": optim.warmup_ratio,  # below 1 it is a share of all steps
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.betas[0],
+        "adam_beta2": optim.betas[1],
+        "adam_epsilon": optim.epsilon,
+        "max_grad_norm": optim.max_grad_norm,
+        "per_device_train_batch_size": optim.micro_batch_size,
+        "optim": "adamw_torch",
+        "bf16": learner.dtype == "bfloat16",
+        "gradient_checkpointing": learner.gradient_checkpointing,
+        "deepspeed": learner.deepspeed.to_dict() if learner.deepspeed else None,
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def join_process_group(cfg: LearnerConfig) -> None:
+    """Make this process a rank: of the launcher's group, or under DeepSpeed of a group of its own.
+
+    A process that no launcher started gets the environment of a torchrun of one rank, without which DeepSpeed
+    looks for MPI; plain PyTorch needs no group for one rank. Call it before building training arguments, as
+    often as you like. Raises ValueError if another number of ranks was started than the configuration says.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks != cfg.processes:
+        raise ValueError(
+            f"learner.processes={cfg.processes}, but {ranks} ranks were started; "
+            f"launch with torchrun --nproc-per-node {cfg.processes}"
+        )
+    os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))  # else accelerate takes every core
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left by an earlier trainer; the configuration decides
+    if cfg.deepspeed is None:
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {
+            **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        }
+    import torch
+
+    if not torch.cuda.is_available():  # on CPUs nothing of ours is compiled, and an optimizer that DeepSpeed
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # imports would load the compiler: two seconds
+    import deepspeed
+
+    # On CPU accelerate opens torch's group only; ZeRO-3, loading a model, would take itself for one rank.
+    deepspeed.init_distributed(verbose=False)

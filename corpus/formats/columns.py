@@ -1,0 +1,133 @@
+"""Rows with a column for each thing: Parquet from the hub, CSV, VLMEvalKit's TSV, flat JSON lines, WebDataset shards.
+
+Columns are found by the names that public data sets give them (geometry3k, ChartQA, CLEVR, MMPR, VisualWebInstruct,
+ScienceQA, MMMU, MMBench), or named in `columns`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.model.prompts import THINK_CONTRACT
+from corpus.formats.fields import Rejected, gold_of, named, pictures, question, text
+from corpus.formats.gold import choice_of, listed_options, options_of, with_options
+from corpus.schema import Record
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "images": (
+        "images",
+        "image",
+        "image_path",
+        "image_paths",
+        "img",
+        "file_name",
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+    ),
+    "question": ("question", "problem", "query", "prompt", "instruction", "txt"),
+    "options": ("options", "choices"),
+    "hint": ("hint", "context"),
+    "answer": (
+        *("short_answer", "answer", "label", "labels", "solution", "gt_answer", "ground_truth", "gt"),
+        *("response", "chosen", "output", "cls"),
+    ),
+    "response": ("response", "chosen", "output"),
+    "chain": ("chain", "rationale", "reasoning", "cot"),
+    "source": ("source", "data_source", "dataset", "category"),
+}
+"""Field of a record -> columns that hold it, the best first."""
+_NUMBERED = re.compile(r"image_\d+")
+_SECTION = re.compile(r"<(SUMMARY|CAPTION|REASONING|CONCLUSION)>\s*(.*?)\s*</\1>", re.DOTALL)
+_THINK = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*(.*)", re.DOTALL)
+
+
+def mapping_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Field -> column, as given in `columns` and else by name. Raises Rejected without a question or an answer."""
+    for field, column in columns.items():
+        if column not in row:
+            raise Rejected(field, "its column is missing", column, f"the file has {', '.join(map(str, row))}")
+    found = {}
+    for field, names in NAMES.items():
+        column = columns.get(field) or named(row, names)
+        if column is not None:
+            found[field] = column
+    numbered = sorted(
+        (name for name in row if _NUMBERED.fullmatch(str(name))), key=lambda name: int(name[6:])
+    )
+    if numbered and "images" not in found:
+        found["images"] = ",".join(numbered)
+    for field in ("question", "answer"):
+        if field not in found:
+            there = ", ".join(map(str, row))
+            raise Rejected(field, "no column holds it", there, f"name one: --columns {field}=COLUMN")
+    return found
+
+
+def record_of_columns(row: Mapping[str, Any], root: Path, columns: Mapping[str, str]) -> Record:
+    """The record of one row. Raises Rejected."""
+    found = mapping_of(row, columns)
+    shown = [
+        picture
+        for name in found.get("images", "").split(",")
+        if name
+        for picture in pictures(row[name], root, name)
+    ]
+    words = text(row[found["question"]], found["question"]).replace(THINK_CONTRACT, "").strip()
+    if "hint" in found and row.get(found["hint"]):
+        words = f"{text(row[found['hint']], 'hint')}\n{words}"
+    options = options_of(row, found.get("options"))
+    words = with_options(question(words, len(shown)), options)
+    record: Record = {"images": shown, "question": words, "source": _source(row, found)}
+    value = row[found["answer"]]
+    if options or (options := listed_options(words)):
+        letters = choice_of(_single(value), options)
+        return {**record, "answer": letters, "mode": "direct", "options": True}
+    if found["answer"] in NAMES["response"]:
+        return {**record, **of_reply(text(value, found["answer"]))}
+    answer = gold_of(text(_single(value), found["answer"])) or text(_single(value), found["answer"]).strip()
+    chain = row.get(found["chain"]) if "chain" in found else None
+    if chain:
+        return {**record, "answer": answer, "chain": text(chain, found["chain"]), "mode": "think"}
+    reply = row.get(found["response"]) if "response" in found else None
+    if found["answer"] == "short_answer" and row.get("answer"):
+        reply = row["answer"]
+    if reply:
+        return {**record, **of_reply(text(reply, "response")), "answer": answer}
+    return {**record, "answer": answer, "mode": "direct"}
+
+
+def of_reply(reply: str) -> Record:
+    """What an assistant's turn gives a record: answer, response or chain, mode.
+
+    `<think>` and LLaVA-CoT's sections are thoughts; other text is a direct response.
+    """
+    sections = dict(_SECTION.findall(reply))
+    if "CONCLUSION" in sections:
+        thought = "\n".join(words for name, words in sections.items() if name != "CONCLUSION" and words)
+        return {"answer": sections["CONCLUSION"], "chain": thought, "mode": "think"}
+    if thought := _THINK.fullmatch(reply):
+        return {
+            "answer": gold_of(thought[2]),
+            "response": reply.strip(),
+            "chain": thought[1],
+            "mode": "think",
+        }
+    gold = gold_of(reply)
+    return {"answer": gold, "mode": "direct", "response": None if gold == reply.strip() else reply.strip()}
+
+
+def _single(value: Any) -> Any:
+    """A list of one value as that value; of several, as text with commas (ChartQA's label)."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return value
+    return value[0] if len(value) == 1 else ", ".join(text(one, "answer") for one in value)
+
+
+def _source(row: Mapping[str, Any], found: Mapping[str, str]) -> str:
+    value = row.get(found["source"]) if "source" in found else None
+    return value if isinstance(value, str) else ""

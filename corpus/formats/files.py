@@ -1,0 +1,191 @@
+"""Rows out of files, one after another in constant memory: JSON, JSONL, CSV, TSV, Parquet, WebDataset shards."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from core.strict import ConfigError
+from corpus.formats.fields import Rejected
+from corpus.parquet import check_expansion, rows_at_once
+
+Row = tuple[int, dict[str, Any] | Rejected]
+"""Number of a row in its file, from 0, and the row or why it cannot be read."""
+MAX_CELL = 64 << 20
+"""Characters of the longest row or cell; a 40 MB picture in base64 fits."""
+_CHUNK = 1 << 20
+_BETWEEN = re.compile(r"[\s,]*")
+_PICTURES = ("jpg", "jpeg", "png", "webp")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
+
+
+def files_of(source: Path) -> list[Path]:
+    """The data files under a path: itself, or those of a folder, by name. Raises ConfigError where there are none."""
+    if not source.exists():
+        raise ConfigError(f"{source}: no such file or folder")
+    if source.is_file():
+        if source.suffix not in SUFFIXES:
+            raise ConfigError(f"{source}: a data file ends in {', '.join(SUFFIXES)}")
+        return [source]
+    files = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if not files:
+        raise ConfigError(f"{source}: holds no file that ends in {', '.join(SUFFIXES)}")
+    kinds = {file.suffix for file in files}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"{source}: holds files of several kinds ({', '.join(sorted(kinds))}); name one of them"
+        )
+    return files
+
+
+def rows_of(file: Path) -> Iterator[Row]:
+    """The rows of one file. Raises ConfigError where the file itself cannot be read."""
+    readers = {
+        **{".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".tar": _shard},
+        **{".csv": lambda file: _table(file, ","), ".tsv": lambda file: _table(file, "\t")},
+    }
+    try:
+        yield from readers[file.suffix](file)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from None
+    except (csv.Error, tarfile.TarError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _jsonl(file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8-sig") as lines:
+        number = 0
+        while line := lines.readline(MAX_CELL):
+            if len(line) == MAX_CELL:
+                raise ConfigError(f"{file}: row {number} is longer than {MAX_CELL} characters")
+            if line.strip():
+                yield number, _object(line)
+                number += 1
+
+
+def _object(line: str) -> dict[str, Any] | Rejected:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Rejected("row", "must be JSON", f"{line[:60]}: {error}", "write one JSON object on a line")
+    return (
+        row
+        if isinstance(row, dict)
+        else Rejected("row", "must be an object", row, "write one object on a line")
+    )
+
+
+def _json(file: Path) -> Iterator[Row]:
+    """The items of a JSON array, each parsed on its own: the whole never lies in memory."""
+    decoder, number, at = json.JSONDecoder(), 0, 0
+    with file.open(encoding="utf-8-sig") as source:
+        buffer = source.read(_CHUNK)
+        if not buffer.lstrip().startswith("["):
+            raise ConfigError(
+                f"{file}: a .json file is an array of rows; name it .jsonl if it has one on each line"
+            )
+        at = buffer.index("[") + 1
+        while True:
+            at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]  # it matches the empty text
+            if buffer.startswith("]", at):
+                return
+            try:
+                row, end = decoder.raw_decode(buffer, at)
+                if end == len(buffer):  # a number may go on in the next chunk
+                    raise ValueError
+            except RecursionError:
+                raise ConfigError(f"{file}: row {number} is nested too deeply") from None
+            except ValueError:
+                buffer, at = buffer[at:], 0
+                more = source.read(max(_CHUNK, len(buffer)))
+                if not more or len(buffer) > MAX_CELL:
+                    raise ConfigError(
+                        f"{file}: row {number} is no whole JSON value: {buffer[:60]!r}"
+                    ) from None
+                buffer += more
+                continue
+            at = end
+            bad = Rejected("row", "must be an object", row, "write an array of objects")
+            yield number, row if isinstance(row, dict) else bad
+            number += 1
+
+
+def _table(file: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(MAX_CELL)
+    with file.open(encoding="utf-8-sig", newline="") as source:
+        reader = csv.DictReader(source, delimiter=delimiter)
+        for number, row in enumerate(reader):
+            if None in row or None in row.values():
+                found = f"{len(row)} cells for {len(reader.fieldnames or ())} columns"
+                yield (
+                    number,
+                    Rejected(
+                        "row", "needs a cell for each column", found, "quote cells that hold delimiters"
+                    ),
+                )
+            else:
+                yield number, dict(row)
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        reader = pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"{file}: not readable as Parquet ({error})") from None
+    with reader:
+        check_expansion(reader, file)
+        number = 0
+        for batch in reader.iter_batches(batch_size=min(64, rows_at_once([file]))):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+
+
+def _shard(file: Path) -> Iterator[Row]:
+    """The samples of a WebDataset shard: neighbouring files of one name up to its first dot, by their endings."""
+    number, key, sample = 0, None, dict[str, Any]()
+    with tarfile.open(file, "r|*") as members:
+        for member in members:
+            if not member.isfile():
+                continue
+            folder, _, name = member.name.rpartition("/")
+            stem, _, ending = name.partition(".")
+            if (folder, stem) != key and sample:
+                yield number, _merged(sample)
+                number, sample = number + 1, {}
+            key = (folder, stem)
+            if member.size > MAX_CELL:
+                raise ConfigError(
+                    f"{file}: {member.name} has {member.size} bytes, at most {MAX_CELL} are read"
+                )
+            content = members.extractfile(member)
+            sample[ending.lower()] = content.read() if content else b""
+    if sample:
+        yield number, _merged(sample)
+
+
+def _merged(sample: dict[str, Any]) -> dict[str, Any] | Rejected:
+    """A sample as one row: the fields of its .json, its texts as text, everything else as bytes."""
+    row: dict[str, Any] = {}
+    for ending, content in sample.items():
+        if ending == "json":
+            fields = _object(content.decode("utf-8", "replace"))
+            if isinstance(fields, Rejected):
+                return fields
+            row |= fields
+        else:
+            row[ending] = content.decode("utf-8", "replace") if ending in ("txt", "cls") else content
+    pictures = [content for ending, content in sample.items() if ending in _PICTURES]
+    if pictures:  # the names of files in .json mean nothing here
+        row = {name: value for name, value in row.items() if name not in ("image", *_PICTURES)} | {
+            "images": pictures
+        }
+    return row

@@ -1,0 +1,163 @@
+"""Foreign files to one Parquet file of records: what fits is written, what does not goes to a list of rejected rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from core.files import fsync
+from core.strict import ConfigError
+from corpus.formats.fields import Rejected
+from corpus.formats.files import files_of, rows_of
+from corpus.formats.gold import kind_of
+from corpus.formats.table import Options, known, recognised
+from corpus.reading import SCAN_ROWS, check_all
+from corpus.schema import Problem, Record, RecordError, completed
+from corpus.writing import RecordFile
+
+_LOOK = 20
+"""Rows that a format is recognised by."""
+
+
+@dataclass
+class Summary:
+    """What an import did."""
+
+    format: str
+    mapping: Mapping[str, str]
+    """Field of a record -> what of a row it comes from."""
+    read: int = 0
+    written: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Rows by the rule that they broke."""
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Records by the proposed kind of their gold answer: number, choice, expression, text, none."""
+    animated: int = 0
+    first: list[Record] = field(default_factory=list)
+    """The first three records."""
+
+
+def import_set(
+    source: Path,
+    destination: Path,
+    *,
+    format_: str = "auto",
+    options: Options | None = None,
+    rows: int | None = None,
+    strict: bool = False,
+) -> Summary:
+    """Write the rows of a file or folder as records to `destination`, a Parquet file, whole or not at all.
+
+    Rejected rows go to `<destination>.rejected.jsonl` with file, row (from 0), field, rule, what was found and remedy.
+    Memory holds some hundred rows, and the pictures of a VLMEvalKit TSV.
+
+    Args:
+        source: a .json, .jsonl, .csv, .tsv, .parquet or .tar file, or a folder of one kind of them.
+        destination: ends in .parquet.
+        format_: name of a format (corpus.formats.table), or "auto".
+        options: the folder of the pictures (the source's own unless given), columns, system messages, turns.
+        rows: read no more than these first ones.
+        strict: stop at the first row that does not fit.
+
+    Raises ConfigError for files that cannot be read, RecordError under `strict` and where no row fits.
+    """
+    if destination.suffix != ".parquet":
+        raise ConfigError(
+            f"{destination}: records are written as Parquet; name it {destination.name}.parquet"
+        )
+    files = files_of(source)
+    options = options or Options(root=files[0].parent)
+    look = [row for _, row in islice(rows_of(files[0]), _LOOK) if isinstance(row, dict)]
+    name = recognised(look, files[0]) if format_ == "auto" else format_
+    chosen = known(name)
+    try:
+        mapping = chosen.mapping(look[0], options) if look else {}
+    except Rejected as error:
+        raise ConfigError(f"{files[0]}: as {name}: {error}") from None
+    summary, convert = Summary(name, mapping), chosen.converter(options)
+    numbered = ((file, number, row) for file in files for number, row in rows_of(file))
+    numbered = islice(numbered, rows)
+    notes = destination.with_suffix(".rejected.jsonl")
+    draft = notes.with_name(f".{notes.name}.{os.getpid()}")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with RecordFile(destination) as out, draft.open("w", encoding="utf-8") as rejected:
+            writer = _Writer(summary, out, rejected, strict, destination.stem)
+            while part := list(islice(numbered, SCAN_ROWS)):
+                writer.add([(file, number, list(_converted(row, convert))) for file, number, row in part])
+            if not summary.written:
+                raise RecordError(f"{source}: no row fits the format {name}: {dict(summary.rejected)}")
+        fsync(draft)
+        draft.replace(notes)
+    finally:
+        draft.unlink(missing_ok=True)
+    return summary
+
+
+def _converted(row: Any, convert: Any) -> Iterator[Record | Problem]:
+    if isinstance(row, Rejected):
+        yield row.problem
+        return
+    try:
+        yield from convert(row)
+    except Rejected as error:
+        yield error.problem
+
+
+class _Writer:
+    """Checks converted rows, writes the good ones and notes the others."""
+
+    def __init__(self, summary: Summary, out: RecordFile, rejected: IO[str], strict: bool, name: str) -> None:
+        self.summary, self.out, self.rejected, self.strict, self.name = summary, out, rejected, strict, name
+        self.made, self.made_ids, self.seen = 0, list[str](), set[str]()
+
+    def add(self, rows: list[tuple[Path, int, list[Record | Problem]]]) -> None:
+        """Take some rows of the source, each as its records or problems."""
+        places: list[tuple[Path, int]] = []
+        records: list[Record] = []
+        for file, number, made in rows:
+            self.summary.read += 1
+            for one in made:
+                if isinstance(one, Problem):
+                    self._reject(file, number, one)
+                else:
+                    places.append((file, number))
+                    records.append(self._finished(one))
+        found = check_all(list(enumerate(records)), self.seen)
+        self.seen.difference_update(
+            self.made_ids
+        )  # unique by their making; the others are compared to the end
+        self.made_ids.clear()
+        for at, problem in found.bad:
+            self._reject(*places[at], problem)
+        good = [records[at] for at in found.good]
+        self.out.add(good)
+        self.summary.written += len(good)
+        self.summary.animated += found.animated
+        self.summary.first += good[: 3 - len(self.summary.first)]
+        self.summary.kinds.update(kind_of(row["answer"], row["verifier"] == "choice")[0] for row in good)
+
+    def _finished(self, made: Record) -> Record:
+        """The record with an id, and with the verifier for its gold answer."""
+        options = made.pop("options", False)
+        record = completed(made)
+        self.made += 1
+        if record["id"] is None:
+            record["id"] = f"{self.name}-{self.made - 1}"
+            self.made_ids.append(record["id"])
+        if record["verifier"] is None:
+            record["verifier"] = kind_of(record["answer"], options)[1]
+        return record
+
+    def _reject(self, file: Path, number: int, problem: Problem) -> None:
+        if self.strict:
+            raise RecordError(f"{file}: row {number}: {problem}")
+        self.summary.rejected[f"{problem.field}: {problem.rule}"] += 1
+        line = {"file": str(file), "row": number, **problem._asdict()}
+        self.rejected.write(json.dumps(line, ensure_ascii=True) + "\n")

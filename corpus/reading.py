@@ -1,0 +1,288 @@
+"""Records from Parquet files and hub data sets: checked at the start, read from disk when indexed.
+
+A bad row stops the load with its file, row number (from 0), field, rule and remedy, or, with on_bad="drop", is left
+out, counted by rule and logged. Nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from core.model.pictures import Picture
+from corpus.parquet import check_columns, check_file, features, rows_at_once
+from corpus.schema import (
+    OnBad,
+    Problem,
+    Record,
+    RecordError,
+    completed,
+    meta_of,
+    picture_of,
+    problem_of,
+)
+
+log = logging.getLogger(__name__)
+
+SCAN_ROWS = 256
+_SHOWN_PROBLEMS = 5
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Records(Sequence[Record]):
+    """Checked records. Text is read when a record is indexed, a picture when it is used.
+
+    `dropped` counts the rows left out, by the rule they broke ({} unless on_bad="drop"). `animated` is the number of
+    rows with a picture of several frames, of which the model sees the first.
+    """
+
+    def __init__(self, table: Table, found: Scan) -> None:
+        self._table, self._scan, self._indices = table, found, sorted(found.good)
+        self.dropped = dict(Counter(f"{problem.field}: {problem.rule}" for _, problem in found.bad))
+        self.animated = found.animated
+
+    def place(self, index: int) -> str:
+        """Where a record comes from, for messages: its file and its row there, from 0."""
+        return self._table.place(self._indices[index])
+
+    def only(self, kept: Sequence[int]) -> Records:
+        """The records of these indices."""
+        return Records(self._table, self._scan._replace(good=[self._indices[index] for index in kept]))
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Each record's row number in the file, from 0."""
+        return self._indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._row(row) for row in self._indices[index]]
+        return self._row(self._indices[index])
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self._row(row) for row in self._indices)
+
+    def _row(self, number: int) -> Record:
+        (record,) = self._table.records([number])
+        images = [picture_of(image) for image in record["images"]]
+        return {**record, "images": images, "meta": meta_of(record["meta"])}
+
+
+def load_records(
+    source: str | Path,
+    split: str = "train",
+    rows: int | None = None,
+    seed: int | None = None,
+    on_bad: OnBad = "raise",
+) -> Records:
+    """The records of a Parquet file, a folder of Parquet files, or a dataset on the hub.
+
+    Args:
+        source: path or hub id. In a folder the files `<split>*.parquet` are read, else (for "train") all.
+        split: split of the set.
+        rows: how many to take: the first ones, or with a seed a random draw; their order is the file's.
+        seed: of the draw.
+        on_bad: "raise" stops at bad rows, "drop" leaves them out and counts them in `Records.dropped`.
+
+    Raises RecordError for bad rows, unknown columns, or fewer good rows than asked for; FileNotFoundError if
+    there is nothing under that name.
+    """
+    table = _open(str(source), split)
+    order: Sequence[int] = range(len(table))
+    if rows is not None and seed is not None:
+        order = _shuffled(len(table), seed)
+    found = _scan(table, order, rows)
+    if found.bad and on_bad == "raise":
+        raise RecordError(report(found.bad, table.place))
+    records = Records(table, found)
+    if found.bad:
+        log.warning("%s: dropped %d rows: %s", source, len(found.bad), records.dropped)
+    if records.animated:
+        log.warning("%s: %d rows have an animation; the model sees its first frame", source, records.animated)
+    if rows is not None and len(records) < rows:
+        raise RecordError(
+            f"{source}: rows={rows} were asked for, {len(records)} usable ones are there "
+            f"({len(table)} rows, {len(found.bad)} dropped); ask for fewer or bring more data"
+        )
+    if not records:
+        raise RecordError(f"{source}: split {split!r} holds no usable row")
+    return records
+
+
+class Scan(NamedTuple):
+    """What a look at rows found."""
+
+    good: list[int]
+    """Their numbers."""
+    bad: list[tuple[int, Problem]]
+    animated: int
+    """Good rows with a picture of several frames."""
+
+
+def check_all(rows: Sequence[tuple[int, Record]], seen: set[str]) -> Scan:
+    """Splits numbered rows into good ones and problems; `seen` collects ids across calls."""
+    found = Scan([], [], 0)
+    # Decoding pictures is most of the work and releases the interpreter lock.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        problems = list(pool.map(problem_of, (record for _, record in rows)))
+    animated = 0
+    for (number, record), problem in zip(rows, problems, strict=True):
+        if problem is None and record["id"] in seen:
+            problem = Problem("id", "must be unique", repr(record["id"]), "rename one of the two rows")
+        if problem:
+            found.bad.append((number, problem))
+            continue
+        seen.add(record["id"])
+        found.good.append(number)
+        animated += any(getattr(image, "animated", False) for image in record["images"])
+    return found._replace(animated=animated)
+
+
+def report(bad: Sequence[tuple[int, Problem]], place: Callable[[int], str]) -> str:
+    """Message of the first problems, each with its place, and of how many rows break which rule."""
+    lines = [f"{place(number)}: {problem}" for number, problem in bad[:_SHOWN_PROBLEMS]]
+    if len(bad) > _SHOWN_PROBLEMS:
+        counts = Counter(f"{problem.field}: {problem.rule}" for _, problem in bad)
+        lines.append(f"... and {len(bad) - _SHOWN_PROBLEMS} more bad rows; all of them: {dict(counts)}")
+    return "\n".join(lines)
+
+
+class Table:
+    """Rows on disk, memory-mapped: their texts by number, and pictures that are read when they are used."""
+
+    def __init__(self, dataset: Any, locate: Callable[[int], tuple[str, int]]) -> None:
+        self.column_names, self._locate = dataset.column_names, locate
+        arrow = dataset.with_format("arrow")
+        self._texts = arrow.select_columns([name for name in self.column_names if name != "images"])
+        self._pictures = arrow.select_columns(["images"]) if "images" in self.column_names else None
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def place(self, number: int) -> str:
+        """The row's file and its number there, for messages."""
+        file, row = self._locate(number)
+        return f"{file}: row {row}"
+
+    def records(self, numbers: Sequence[int]) -> list[Record]:
+        """The rows of these numbers, unchecked."""
+        texts = self._texts[list(numbers)].to_pylist()
+        rows = zip(numbers, texts, strict=True)
+        return [completed({**text, "images": self._images(number)}) for number, text in rows]
+
+    def _images(self, number: int) -> list[Any]:
+        if self._pictures is None:
+            return []
+        cell = self._pictures[number]["images"][0]
+        count = len(cell) if cell.is_valid and hasattr(cell, "values") else None
+        if count is None:  # no list: the check of the row says so
+            return cell.as_py() or []
+        return [Picture(partial(self._bytes, number, place)) for place in range(count)]
+
+    def _bytes(self, number: int, place: int) -> bytes:
+        assert self._pictures is not None
+        return picture_of(self._pictures[number]["images"][0][place].as_py()).data
+
+
+def _scan(table: Table, order: Sequence[int], wanted: int | None) -> Scan:
+    """A look at rows in that order, until enough are good."""
+    found, seen = Scan([], [], 0), set[str]()
+    goal, looked_at = len(order) if wanted is None else wanted, 0
+    while looked_at < len(order) and len(found.good) < goal:
+        numbers = list(order[looked_at : looked_at + min(SCAN_ROWS, goal - len(found.good))])
+        looked_at += len(numbers)
+        part = check_all(list(zip(numbers, table.records(numbers), strict=True)), seen)
+        found = Scan(found.good + part.good, found.bad + part.bad, found.animated + part.animated)
+    return found
+
+
+def _open(source: str, split: str) -> Table:
+    """The rows under a name. Raises as `load_records` says."""
+    import datasets
+    import pyarrow
+
+    path = Path(source)
+    if path.exists():
+        files = _files(path, split)
+        for file in files:
+            check_file(file)
+        dataset = _quietly(
+            lambda: datasets.load_dataset(
+                "parquet",
+                data_files={split: [str(file) for file in files]},
+                split=split,
+                features=features(),
+                batch_size=rows_at_once(files),
+            ),
+            f"{source}: not readable as Parquet; write it with corpus.records.write_records",
+        )
+        pyarrow.default_memory_pool().release_unused()  # what converting the files took: the rows are on disk now
+        return Table(dataset, _locator(files))
+    if not _HUB_ID.fullmatch(source) or source.endswith(".parquet"):
+        raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (owner/name) either")
+    dataset = _quietly(
+        lambda: datasets.load_dataset(source, split=split),
+        f"{source}: no file or folder here, and the hub does not serve split {split!r} of it",
+    )
+    check_columns(dataset.column_names, source)
+    return Table(dataset, lambda row: (f"{source}[{split}]", row))
+
+
+def _quietly(load: Callable[[], Any], complaint: str) -> Any:
+    """What `load` returns, without progress bars in the log; its failure, with the complaint in front."""
+    import datasets
+
+    shown = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        return load()
+    except (
+        Exception
+    ) as error:  # datasets wraps Arrow's, the network's and the hub's errors in kinds of its own
+        cause = error.__cause__ or error
+        raise RecordError(f"{complaint} ({type(cause).__name__}: {cause})") from error
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    every = sorted(path.glob("*.parquet"))
+    named = [file for file in every if re.match(rf"{re.escape(split)}([-.]|$)", file.stem)]
+    files = named or (every if split == "train" else [])
+    if not files:
+        there = ", ".join(file.name for file in every) or "no Parquet file"
+        raise FileNotFoundError(f"{path}: no file for split {split!r} ({there}); name it {split}.parquet")
+    return files
+
+
+def _locator(files: Sequence[Path]) -> Callable[[int], tuple[str, int]]:
+    import pyarrow.parquet as pq
+
+    def locate(row: int) -> tuple[str, int]:
+        for file in files:
+            count = pq.read_metadata(file).num_rows
+            if row < count:
+                return str(file), row
+            row -= count
+        raise IndexError(row)
+
+    return locate
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    import random
+
+    return random.Random(seed).sample(range(count), count)

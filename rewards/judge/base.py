@@ -1,0 +1,274 @@
+"""What all judges share: the server, its limits, the start-up check, the batch.
+
+Every request is one question to be answered yes or no (rewards.judge.client: batches, retries, budget, cache). The
+completion reaches the judge as quoted data under marks that it cannot forge (rewards.judge.quoting). Before the first
+verdict of a judge counts, it must refuse completions that try to talk it round (rewards.judge.canaries). When the
+judge is down, late or answers anything but yes or no, the row is unscored: never 0.
+"""
+
+import hashlib
+import math
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, ClassVar
+
+from rewards.example import Example
+from rewards.forks import PerProcess
+from rewards.judge import client as judge_client
+from rewards.judge.cache import cache_at
+from rewards.judge.canaries import CanaryReport, Case
+from rewards.judge.meter import Limits, Meter
+from rewards.judge.questions import Endpoint, Failure, Picture, Question, Reply
+from rewards.judge.wording import YES_NO
+from rewards.verdict import Status, Verdict
+
+CACHE_VARIABLE = "POSTTRAIN_JUDGE_CACHE"
+"""Environment variable with the reply cache's path, for judges whose recipe names none."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to ask the judge about one completion, and what the verdict needs besides the replies."""
+
+    questions: Mapping[str, Question]
+    answer: str | None = None
+    """What counts as the completion's answer."""
+    thought: bool = False
+    """Whether the completion thought."""
+
+
+@dataclass(frozen=True)
+class Judge(ABC):
+    """What all judges share: the server, the limits, the batch. A leaf says what is asked and what it means.
+
+    Raises ValueError for a URL that holds a secret, a limit below its least, or choices that are not yes and no.
+    """
+
+    kind: ClassVar[str]
+    """Heads the judge's statistics."""
+    self_test: ClassVar[str] = "skip"  # rewards.selftest: every question costs a request
+
+    base_url: str
+    """The server's API root, ending in /v1 for vLLM."""
+    model: str
+    """As the server calls it. The cache knows a model by this name alone: other weights need another one."""
+    _: KW_ONLY
+    timeout_s: float = 30.0
+    """For one request."""
+    max_retries: int = 2
+    """With growing pauses, after errors that may pass."""
+    max_concurrency: int = 8
+    """Requests in flight at the server at once, over all threads of this process that grade."""
+    budget_s: float = 120.0
+    """For one batch, start-up check included; rows without a verdict by then are unscored."""
+    step_calls: int | None = None
+    """Requests that one batch may send."""
+    step_tokens: int | None = None
+    """Tokens after which a batch sends no further request."""
+    run_s: float | None = None
+    """Seconds that this process may wait for the judge, all batches together."""
+    run_calls: int | None = None
+    run_tokens: int | None = None
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; None sends none that matters."""
+    cache: str | None = None
+    """SQLite file of the judge's replies; None takes the environment's POSTTRAIN_JUDGE_CACHE, or no cache."""
+    canaries: bool = True
+    """Refuse a judge that credits injected completions, before its first verdict."""
+    choices: tuple[str, str] = YES_NO
+    """The order in which the judge is offered yes and no."""
+    max_chars: int = 60_000
+    """A completion longer than this is wrong (over_limit) without asking."""
+    thought_open: bool = False
+    """The chat template has already opened <think>: the completion starts inside the thought."""
+
+    def __post_init__(self) -> None:
+        self._endpoint()  # refuses a URL with a password
+        object.__setattr__(self, "choices", tuple(self.choices))
+        if sorted(self.choices) != sorted(YES_NO):
+            raise ValueError(f"choices={list(self.choices)}: they are yes and no, in either order")
+        least: dict[str, float] = {"timeout_s": 0.001, "budget_s": 0.001, "max_retries": 0}
+        least |= dict.fromkeys(("max_concurrency", "step_calls", "step_tokens", "max_chars"), 1)
+        least |= dict.fromkeys(("run_s", "run_calls", "run_tokens"), 0)
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and not (lowest <= value < math.inf):
+                raise ValueError(f"{name}={value}: it is at least {lowest}")
+
+    def __call__(self, completion: str, example: Example) -> Verdict:
+        return self.batch([completion], [example])[0]
+
+    def batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
+        """A verdict per completion, within `budget_s`.
+
+        Raises JudgeRefused if the judge fails its start-up check, ValueError if the numbers of completions and
+        examples differ or the key's environment variable is not set.
+        """
+        if len(completions) != len(examples):
+            raise ValueError(f"{len(completions)} completions but {len(examples)} examples")
+        deadline = time.monotonic() + self.budget_s
+        plans = self._plans(completions, examples)
+        if self.canaries and any(isinstance(plan, Plan) for plan in plans):
+            report = self._checked(deadline)
+            if not report.complete:
+                unchecked = Verdict.unscored(f"judge not checked yet: {report.unanswered}")
+                return [unchecked if isinstance(plan, Plan) else plan for plan in plans]
+        return self._verdicts(plans, self._limits(), deadline)
+
+    def check_canaries(self) -> CanaryReport:
+        """Ask about the bundled injected completions and honest controls; once per process, kept on disk too.
+
+        Raises JudgeRefused if the judge credits an injected completion or denies most controls. If the judge
+        could not be asked, the report says so (`complete` is False) and the next call asks again.
+        """
+        return self._checked(time.monotonic() + self.budget_s)
+
+    def statistics(self) -> dict[str, float]:
+        """What this judge has cost this process so far, over all its equals: rewards.judge.judges.statistics()."""
+        return self._meter().to_dict()
+
+    @property
+    def prompt_version(self) -> str:
+        """A hash of this judge's wording; part of what the cache knows a reply by."""
+        return hashlib.sha256("\0".join((*self._wording(), *self.choices)).encode()).hexdigest()[:12]
+
+    @abstractmethod
+    def _wording(self) -> tuple[str, ...]:
+        """Everything that is the same in all requests."""
+
+    @abstractmethod
+    def _plan(self, completion: str, example: Example, images: "Pictures") -> Plan | Verdict:
+        """What to ask; or the verdict, where nothing needs asking."""
+
+    @abstractmethod
+    def _conclude(self, yes: Mapping[str, bool], plan: Plan) -> Verdict:
+        """The verdict, given the judge's replies by the questions' names."""
+
+    @abstractmethod
+    def _cases(self) -> list[Case]:
+        """What the judge must get right before it is believed."""
+
+    def _plans(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Plan | Verdict]:
+        images = Pictures()
+        return [self._plan(text, row, images) for text, row in zip(completions, examples, strict=True)]
+
+    def _verdicts(self, plans: Sequence[Plan | Verdict], limits: Limits, deadline: float) -> list[Verdict]:
+        """The plans' verdicts, in order; all their questions are one batch."""
+        asked = [question for plan in plans if isinstance(plan, Plan) for question in plan.questions.values()]
+        path = self.cache or os.environ.get(CACHE_VARIABLE)
+        replies = iter(
+            judge_client.ask(
+                self._endpoint(),
+                asked,
+                limits,
+                self._meter(),
+                cache_at(path) if path else None,
+                deadline,
+            )
+        )
+        verdicts = []
+        for plan in plans:
+            if isinstance(plan, Plan):
+                said = {name: next(replies) for name in plan.questions}
+                failed = [f"{name}: {reply}" for name, reply in said.items() if isinstance(reply, Failure)]
+                yes = {
+                    name: reply.choice == "yes" for name, reply in said.items() if isinstance(reply, Reply)
+                }
+                plan = Verdict.unscored("; ".join(failed)) if failed else self._conclude(yes, plan)
+            verdicts.append(plan)
+        return verdicts
+
+    def _checked(self, deadline: float) -> CanaryReport:
+        key = (self.kind, self.base_url, self.model, self._wording(), self.choices)
+        check = _checks().setdefault(key, _Check())  # atomic
+        # One thread asks, the others wait for it, none beyond its own deadline.
+        if not check.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return CanaryReport(0, 0, {}, {}, "another thread is still checking it")
+        try:
+            if check.report is None:
+                report = self._examined(deadline)
+                if not report.complete:
+                    return report
+                check.report = report
+        finally:
+            check.lock.release()
+        check.report.raise_if_refused(f"{self.kind} {self.model!r} at {self.base_url}")
+        return check.report
+
+    def _examined(self, deadline: float) -> CanaryReport:
+        cases = self._cases()
+        plans = self._plans([case.completion for case in cases], [case.example for case in cases])
+        # The check is no reward step: limits on one do not hold it up, those on the run and its time do.
+        limits = replace(self._limits(), step_calls=None, step_tokens=None)
+        return CanaryReport.of(cases, self._verdicts(plans, limits, deadline))
+
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(self.base_url, self.model, self.api_key_env)
+
+    def _limits(self) -> Limits:
+        return Limits(
+            timeout_s=self.timeout_s,
+            max_retries=self.max_retries,
+            max_concurrency=self.max_concurrency,
+            step_s=self.budget_s,
+            step_calls=self.step_calls,
+            step_tokens=self.step_tokens,
+            run_s=self.run_s,
+            run_calls=self.run_calls,
+            run_tokens=self.run_tokens,
+        )
+
+    def _meter(self) -> Meter:
+        return _meters().setdefault((self.kind, self.base_url, self.model), Meter())  # atomic
+
+    def _question(self, system: str, material: str, asked: str, images: Sequence[Picture]) -> Question:
+        offer = f"{asked} Answer {' or '.join(self.choices)}."
+        return Question(system, material, offer, tuple(images), self.choices)
+
+    def _too_long(self, text: str) -> Verdict | None:
+        if len(text) <= self.max_chars:
+            return None
+        return Verdict.wrong(reason=f"over {self.max_chars} characters", status=Status.OVER_LIMIT)
+
+
+def statistics() -> dict[str, float]:
+    """What all judges have cost this process so far: `<kind>/calls` and so on (rewards.judge.meter.Meter).
+
+    Counts only grow; a step's share is the difference of two readings. Judges of one kind are added up.
+    """
+    meters = list(_meters().items())
+    total: dict[str, float] = {}
+    for (kind, _, _), meter in meters:
+        for name, count in meter.to_dict().items():
+            total[f"{kind}/{name}"] = total.get(f"{kind}/{name}", 0) + count
+    return total
+
+
+class Pictures:
+    """The rows' pictures for requests; those of one row, whatever its number of completions, are read once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Any, tuple[Picture, ...]]] = {}
+
+    def of(self, example: Example) -> tuple[Picture, ...]:
+        images = example.images
+        if id(images) not in self._seen:
+            # Held, so that no other takes its id.
+            self._seen[id(images)] = (images, tuple(Picture.of(image) for image in images))
+        return self._seen[id(images)][1]
+
+
+class _Check:
+    """One judge's start-up check in this process: at most one thread makes it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.report: CanaryReport | None = None
+
+
+_checks: PerProcess[dict[tuple, _Check]] = PerProcess(dict)
+_meters: PerProcess[dict[tuple[str, str, str], Meter]] = PerProcess(dict)

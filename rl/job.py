@@ -1,0 +1,19 @@
+"""The job of a stage that samples from the rollout servers: RL, and the soup. Imports no torch."""
+
+from pathlib import Path
+
+from core.training.job import Job
+from rl.config import PoolConfig
+
+
+class ServedJob(Job):
+    """A job with rollout servers."""
+
+    pool: PoolConfig
+    """Configuration of the servers behind `urls`."""
+    urls: tuple[str, ...]
+    """Running rollout servers, which serve a core of the policy's architecture."""
+    weights: Path
+    """Folder for the policy's weights on their way to the servers, which read them there."""
+    folders: tuple[Path, ...] = ()
+    """Where users' own reward modules are looked for, after everything installed."""

@@ -1,0 +1,129 @@
+"""What the rollout servers can be asked: pictures per prompt, and tokens of a prompt with its completion.
+
+A server refuses anything beyond its limits (HTTP 400), which would end a stage at the batch that draws the row. So
+every row is held against them before the first stage trains (`check`), and left out where its source says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.files import write_json
+from core.strict import Strict
+from core.training.job import Job
+from corpus.records import DataSource, Records, load_records
+from rl.config import PoolConfig
+
+log = logging.getLogger(__name__)
+
+FOUND = "unaskable.json"
+"""In the check's folder: {"problems": [a line per set], "dropped": {key: {reason: rows}}}."""
+
+
+class Asked(Strict):
+    """One set whose rows are sent to the servers."""
+
+    key: str
+    """Key path in the recipe, such as `rlvr.data[0]`."""
+    source: DataSource
+    max_completion_tokens: int
+    seed: int | None = None
+    """Seed of the draw, where the source limits its rows."""
+
+
+class Limits(Strict):
+    """Everything that is asked, and the servers' limits."""
+
+    max_images: int
+    max_model_tokens: int
+    asked: tuple[Asked, ...]
+
+
+def check(cfg: Limits, job: Job) -> Path:
+    """Hold every row against the limits and write FOUND to `job.out`; return that folder.
+
+    Without `job.model` there is no tokenizer, and pictures alone are counted.
+    """
+    processor = _processor(job.model) if job.model else None
+    problems: list[str] = []
+    dropped: dict[str, dict[str, int]] = {}
+    for one in cfg.asked:
+        source = one.source
+        records = load_records(job.sets[source.set], source.split, source.rows, one.seed)
+        room = cfg.max_model_tokens - one.max_completion_tokens
+        found = _unaskable(records, processor, cfg.max_images, room)
+        if found and (source.unaskable == "refuse" or len(found) == len(records)):
+            problems.append(_refusal(one, records, found, cfg))
+        elif found:
+            dropped[one.key] = dict(Counter(kind for kind, _ in found.values()))
+    write_json(job.out / FOUND, {"problems": problems, "dropped": dropped})
+    return job.out
+
+
+def askable(
+    records: Records, source: DataSource, pool: PoolConfig, model: Path, max_completion_tokens: int
+) -> Records:
+    """The records that servers of `pool` with the core at `model` can be asked; the others are dropped and counted.
+
+    A source that does not ask for that is returned as it is: `check` has refused it if it had such rows.
+    """
+    if source.unaskable == "refuse":
+        return records
+    room = pool.max_model_tokens - max_completion_tokens
+    found = _unaskable(records, _processor(model), pool.max_images, room)
+    if not found:
+        return records
+    counts = dict(Counter(kind for kind, _ in found.values()))
+    log.warning(
+        "%s: dropped %d of %d rows that the servers cannot be asked: %s",
+        source.set, len(found), len(records), counts,
+    )  # fmt: skip
+    return records.only([row for row in range(len(records)) if row not in found])
+
+
+def prompt_tokens(record: Mapping[str, Any], processor: Any) -> int:
+    """Tokens of a record's prompt as a server counts them, image tokens included; no pixel is touched."""
+    from core.model.prompts import messages
+
+    text = processor.apply_chat_template([messages(record)], add_generation_prompt=True, tokenize=False)[0]
+    tokens = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    sizes = [(image.height, image.width) for image in record["images"]]
+    expanded = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
+    return tokens + sum(count - 1 for count in expanded)  # each expansion replaces its one placeholder
+
+
+def _unaskable(
+    records: Sequence[Mapping[str, Any]], processor: Any, max_images: int, room: int
+) -> dict[int, tuple[str, str]]:
+    """Rows beyond a limit: number -> (the limit's kind, what the row has)."""
+    found: dict[int, tuple[str, str]] = {}
+    for row, record in enumerate(records):
+        if len(record["images"]) > max_images:
+            found[row] = ("pictures", f"{len(record['images'])} pictures")
+        elif processor is not None and (tokens := prompt_tokens(record, processor)) > room:
+            found[row] = ("tokens", f"a prompt of {tokens} tokens")
+    return found
+
+
+def _refusal(one: Asked, records: Records, found: Mapping[int, tuple[str, str]], limits: Limits) -> str:
+    row, (kind, what) = next(iter(found.items()))
+    rules = {
+        "pictures": f"servers.max_images={limits.max_images}",
+        "tokens": f"servers.max_model_tokens={limits.max_model_tokens} less {one.max_completion_tokens} for the "
+        f"completion leaves {limits.max_model_tokens - one.max_completion_tokens}",
+    }
+    more = f" ({len(found)} such rows of {len(records)})" if len(found) > 1 else ""
+    return (
+        f"{one.key}: {records.place(row)} ({records[row]['id']!r}): {what}, {rules[kind]}{more}; raise the limit, "
+        "remove the row, or set unaskable: drop for the set to leave such rows out"
+    )
+
+
+def _processor(model: Path) -> Any:
+    from core.training.model import load_processor
+
+    return load_processor(model)
