@@ -18,12 +18,13 @@ from rewards import extract
 from rewards.answer import KINDS, AnswerReward, gold_problem, kind_of
 from rewards.answers import algebra
 from rewards.answers.boxes import Box, iou, overlap
-from rewards.answers.math import compare_parts, decide, parse
+from rewards.answers.compare import compare_parts, decide
 from rewards.answers.notation import joined
 from rewards.answers.number import exact_number
 from rewards.answers.outcome import Outcome
 from rewards.answers.plain import cleaned, plain_latex, plain_text
 from rewards.answers.quantity import read, unit_of
+from rewards.answers.values import parse
 from rewards.example import Example
 from rewards.extract import parse_direct, parse_thinking
 from rewards.style.format import DirectFormat, ThinkFormat
