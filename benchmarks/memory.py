@@ -225,7 +225,7 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
     from rl.collect import Group, Sample
     from rl.config import RLConfig
     from rl.feed import trl_rows
-    from rl.rollout.client import Completion, CoreFacts
+    from rl.rollout.messages import Completion, CoreFacts
     from rl.shared_prefix.passes import SharedPasses
     from rl.trainer import RolloutTrainer, reward_function
 

@@ -19,7 +19,8 @@ from rl.collect import Batch, Group, Pipeline
 from rl.data import Record, prompt_messages
 from rl.record import RunLog
 from rl.resume import StageState
-from rl.rollout.client import Answer, RolloutClient
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import Answer
 from rl.rollout.parity import ParityGuard
 from rl.rollout.weights import WeightSync
 from rl.watch import Watcher
@@ -77,7 +78,7 @@ class Lead:
 
     def checked(self, guard: ParityGuard, answers: Sequence[Answer], servers: int) -> None:
         if answers:
-            self.client.gate = guard.gate(self.client, answers, servers)
+            self.client.served.gate = guard.gate(self.client, answers, servers)
 
     def batch(self, figures: Mapping[str, float]) -> list[dict[str, Any]]:
         batch = self.rollouts.take()
@@ -158,15 +159,12 @@ class RolloutFeed:
         self.rank, self.sync, self.guard, self.probes = rank, sync, guard, probes
         self.records = {record["id"]: record for record in records}
         self.share_gpus = share_gpus
-        self._served_step = -1
-        """Optimizer step of the weights that the servers have."""
-        self._asleep = False
         self._probe_inputs: dict[int, Any] = {}
 
     def rows(self, trainer: Any, count: int) -> list[dict[str, Any]]:
         """This rank's `count` rows of the next batch, with prompts and images."""
         rows = self.rank.batch(self._update_servers(trainer))
-        self._asleep = self.share_gpus
+        self.sync.served.asleep = self.share_gpus
         ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         if len(rows) != count * ranks:
             raise RuntimeError(
@@ -183,15 +181,14 @@ class RolloutFeed:
     def _update_servers(self, trainer: Any) -> dict[str, float]:
         """Push the weights if the servers lack them, then compare both sides."""
         step = trainer.state.global_step
-        if step == self._served_step and not self._asleep:
+        if self.sync.served.holds(step):
             return {}
         self.rank.settle()
         if self.share_gpus:
             _make_room(trainer)
         started = time.monotonic()
-        self.sync.push(trainer.accelerator.unwrap_model(trainer.model))
+        self.sync.push(trainer.accelerator.unwrap_model(trainer.model), step)
         pushed_s = time.monotonic() - started
-        self._served_step = step
         answers = self.rank.probe(self.guard)
         servers = len(answers) // max(1, len(self.probes))  # those that serve at the moment
         difference = self.guard.check(answers, lambda at, one: self._score_probe(trainer, at, one), servers)

@@ -28,7 +28,7 @@ from core.checkpoint.shards import weights_hash
 from core.training.finite import watch_finite
 from core.training.model import apply_freeze, load_model, load_processor, peft_config
 from core.training.ranks import join_process_group
-from core.training.resume import FOLDER, Unfinished, identity, marker
+from core.training.resume import FOLDER, Unfinished, forget, identity, marker
 from corpus.records import DataSource, Records
 from rewards.answer import AnswerReward
 from rewards.isolation import load_limited
@@ -44,7 +44,8 @@ from rl.feed import Follower, Lead, RolloutFeed
 from rl.job import ServedJob
 from rl.record import RunLog
 from rl.reward import mixture_of
-from rl.rollout.client import CoreFacts, Prompt, RolloutClient
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import CoreFacts, Prompt
 from rl.rollout.parity import ParityGuard
 from rl.rollout.weights import FileSync, NcclSync, WeightSync
 from rl.watch import Watcher
@@ -75,7 +76,10 @@ def train(cfg: RLConfig, job: ServedJob) -> Path:
     try:
         trainer = _trainer(cfg, job, rank, record, records, arguments, policy, processor)
         unfinished.train(trainer)
-        return save_checkpoint(trainer, processor, job.out / "checkpoint")
+        path = save_checkpoint(trainer, processor, job.out / "checkpoint")
+        if leads:
+            forget(job.out)
+        return path
     finally:
         rank.close()
 

@@ -27,7 +27,7 @@ from rl.collect import Group, Sample
 from rl.config import RLConfig
 from rl.data import prompt_messages
 from rl.feed import RolloutFeed
-from rl.rollout.client import Completion, CoreFacts
+from rl.rollout.messages import Completion, CoreFacts
 from rl.shared_prefix.passes import SharedPasses
 from rl.trainer import RolloutTrainer, reward_function
 

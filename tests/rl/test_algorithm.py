@@ -3,7 +3,7 @@
 import pytest
 
 from core.strict import ConfigError
-from rl.config import PoolConfig
+from rl.rollout.config import PoolConfig
 
 from .test_loss import config
 

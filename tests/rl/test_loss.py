@@ -10,7 +10,7 @@ from rewards.mix import Graded
 from rewards.verdict import Verdict
 from rl.collect import Group, Sample
 from rl.config import RLConfig
-from rl.rollout.client import Completion
+from rl.rollout.messages import Completion
 
 from .conftest import TEMPERATURE, plain_logprobs, record
 from .learners import Given, NoServers
@@ -52,7 +52,7 @@ def setup(tiny_core, tmp_path):
     from core.training.model import load_model, load_processor
     from rl.algorithm import trl_config
     from rl.feed import RolloutFeed
-    from rl.rollout.client import CoreFacts
+    from rl.rollout.messages import CoreFacts
     from rl.shared_prefix.passes import SharedPasses
     from rl.trainer import RolloutTrainer, ban_tokens, reward_function
 
