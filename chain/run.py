@@ -20,6 +20,7 @@ from chain.display import Display, duration
 from chain.errors import ERROR, disk_is_full, left
 from chain.folder import DATA, RunFolder, facts
 from chain.hosts import Cluster, follow
+from chain.imports import imported
 from chain.job import DONE, Task
 from chain.launch import POLL_S, StageFailed, run_job
 from chain.placement import Placement
@@ -180,7 +181,14 @@ class Loop:
         self.tracker = Tracker(recipe.tracking, recipe.wandb, folder.id, folder.path, folder.sets, say)
 
     def data(self, force: bool = False) -> None:
-        """Generate the recipe's own sets, unless they are there and unchanged."""
+        """Import and generate the recipe's own sets, unless they are there and unchanged."""
+        for step in self.folder.imports():
+            if step.current and not force:
+                self.display.line(f"import {step.name}: there already, unchanged — skipped")
+                continue
+            with self.folder.making(step) as partial, self.display.step(f"import {step.name}"):
+                for line in imported(step.config, partial / f"{step.name}.parquet"):
+                    self.display.line(line)
         step, config = self.folder.data(), self.recipe.data.generate
         if step is None or config is None:
             return

@@ -257,7 +257,7 @@ class Collector:
             "rollout/unscorable": sum(sample.reward is None for sample in samples),
             "rollout/prompt_epoch": self.stream.epoch,
             **component_metrics([[sample.graded for sample in group.samples] for group in sampled]),
-            **{f"reward/{name}/errors": count for name, count in self.mixture.errors.items()},
+            **{f"sampled/{name}/errors": count for name, count in self.mixture.errors.items()},
         }
         if samples:  # all of a batch may have been carried over
             figures |= {
