@@ -146,7 +146,7 @@ def child(module: str, option: str, job: Mapping[str, Any]) -> list[str]:
 
 def environment(threads: int = 1) -> dict[str, str]:
     """Environment of rollout servers and learners, so that two sides differ in nothing else."""
-    from chain.launch import environment as learner_environment
+    from chain.ranks import environment as learner_environment
     from rl.rollout.command import environment as server_environment
 
     return learner_environment(threads) | server_environment(pool_of(max_model_tokens=256, threads=threads))

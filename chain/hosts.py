@@ -24,9 +24,9 @@ from multiprocessing.connection import Client, Connection, Listener, answer_chal
 from pathlib import Path
 from typing import Any
 
-from chain import launch
 from chain.display import Display
 from chain.placement import Placement
+from chain.ranks import Meeting, Ranks
 from core.files import read_json
 from core.processes import GRACE_S, free_port
 from core.strict import ConfigError
@@ -153,14 +153,14 @@ class Cluster:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._end(error)
 
-    def start(self, job_file: Path, ranks: int, threads: int) -> launch.Meeting:
+    def start(self, job_file: Path, ranks: int, threads: int) -> Meeting:
         """Have every other host start `ranks` ranks on the job; return where they and the leader's meet.
 
         Raises HostLost if a host is gone.
         """
         self.check()
         port = free_port(self._address)
-        meeting = launch.Meeting(f"tcp://{self._address}:{port}", self.nodes)
+        meeting = Meeting(f"tcp://{self._address}:{port}", self.nodes)
         for follower in self.followers.values():
             follower.running, follower.failure = True, None
             self._tell(
@@ -329,7 +329,7 @@ def follow(place: Placement, run_dir: Path, facts: Mapping[str, Any], display: D
     """
     display.line(f"node {place.node} of {place.nodes}: waiting for the leader, in {run_dir}")
     link = Link(_join(place, run_dir))
-    ranks: launch.Ranks | None = None
+    ranks: Ranks | None = None
     try:
         link.send({"do": "join", "node": place.node, "host": socket.gethostname(), "facts": facts})
         while True:
@@ -397,7 +397,7 @@ def own_address(name: str) -> str:
     )
 
 
-def _start(message: Mapping[str, Any], place: Placement) -> launch.Ranks:
+def _start(message: Mapping[str, Any], place: Placement) -> Ranks:
     """This host's ranks. Raises ConfigError if the leader's job does not appear here, or they cannot be started."""
     job_file, deadline = Path(message["job"]), time.monotonic() + SHOWS_S
     while not job_file.exists():
@@ -406,9 +406,9 @@ def _start(message: Mapping[str, Any], place: Placement) -> launch.Ranks:
                 f"{job_file}, which the leader has written, has not appeared here within {SHOWS_S:g} s"
             )
         time.sleep(WAKE_S)
-    meeting = launch.Meeting(message["place"], place.nodes, place.node)
+    meeting = Meeting(message["place"], place.nodes, place.node)
     try:
-        return launch.Ranks(job_file, message["ranks"], message["threads"], meeting)
+        return Ranks(job_file, message["ranks"], message["threads"], meeting)
     except OSError as error:
         raise ConfigError(f"cannot start ranks: {error}") from None
 

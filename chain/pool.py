@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
+from core.checkpoint.check import check_checkpoint
 from core.strict import ConfigError
 from rl.rollout.config import PoolConfig
 
@@ -71,9 +72,13 @@ class Pool:
         return self._wait()
 
     def serve(self, model: Path) -> Any:
-        """A RolloutClient of the pool, which now serves the weights of the checkpoint folder `model`."""
+        """A RolloutClient of the pool, which now serves the weights of the checkpoint folder `model`.
+
+        Raises ForeignCode or NonFinite for a checkpoint that must not be served.
+        """
         client = self._connected(model)
         if not client.served.holds(model.resolve()):
+            check_checkpoint(model)
             client.load_checkpoint(model)
         return client
 

@@ -20,7 +20,7 @@ THREADS_END_S = 30.0
 
 def main(arguments: list[str]) -> int:
     """Do the task in the file that the only argument names; returns 0."""
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # chain.launch asks a hung rank where it is
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # chain.ranks asks a hung rank where it is
     task = parse(Task, read_json(Path(arguments[0])), arguments[0])
     if not task.vllm:
         keep_engine_out()

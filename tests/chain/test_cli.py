@@ -20,7 +20,7 @@ def posttrain(*arguments: str, cwd) -> subprocess.CompletedProcess:
 @pytest.fixture
 def importable(monkeypatch):
     """Makes our packages importable in a child that stands elsewhere, installed or not."""
-    from chain.launch import environment
+    from chain.ranks import environment
 
     monkeypatch.setenv("PYTHONPATH", environment(1)["PYTHONPATH"])
 

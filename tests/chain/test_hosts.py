@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from chain import hosts as cluster
-from chain import launch
+from chain import launch, ranks
 from chain.display import Display
 from chain.hosts import Cluster, HostLost, LeaderEnded, follow
 from chain.job import Task
@@ -97,7 +97,7 @@ def test_a_launchers_variable_that_is_no_number_is_named():
 def test_children_do_not_take_themselves_for_ranks_of_the_launcher(monkeypatch):
     for name, value in {**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "bf16", "KEPT": "1"}.items():
         monkeypatch.setenv(name, value)
-    env = launch.environment(1)
+    env = ranks.environment(1)
     assert env["KEPT"] == "1"
     assert not [name for name in env if name in TORCHRUN or name.startswith("ACCELERATE_")]
 
@@ -134,7 +134,7 @@ class Host:
 def command(monkeypatch):
     """Replaces the ranks' command: `command.append("exit 3")` for the next hosts."""
     words = ["true"]
-    monkeypatch.setattr(launch, "command", lambda *_: ["sh", "-c", words[-1]])
+    monkeypatch.setattr(ranks, "command", lambda *_: ["sh", "-c", words[-1]])
     return words
 
 
@@ -164,7 +164,7 @@ def test_leader_and_followers_run_a_stages_ranks_and_part_in_peace(tmp_path, qui
 
 def test_ranks_that_fail_on_another_host_fail_the_stage_with_its_name_and_log(tmp_path, quick, monkeypatch):
     words = 'if [ "$RANK" = 0 ]; then sleep 600; fi; echo the reason; exit 3'
-    monkeypatch.setattr(launch, "command", lambda _: ["sh", "-c", words])
+    monkeypatch.setattr(ranks, "command", lambda _: ["sh", "-c", words])
     host = Host(tmp_path)
     with (
         pytest.raises(
@@ -196,12 +196,12 @@ def test_an_interrupted_leader_ends_the_ranks_everywhere(tmp_path, quick, comman
 FOLLOWER = """
 import sys
 from pathlib import Path
-from chain import launch
+from chain import ranks
 from chain.hosts import follow
 from chain.placement import Placement
 from chain.display import Display
 
-launch.command = lambda *_: ["sleep", "600"]
+ranks.command = lambda *_: ["sleep", "600"]
 follow(Placement(2, 1, "127.0.0.1"), Path(sys.argv[1]), {"the recipe": "a"}, Display())
 """
 

@@ -9,12 +9,13 @@ import time
 import psutil
 import pytest
 
-from chain import errors, launch
+from chain import errors, ranks
 from chain import run as runner
 from chain.folder import RunFolder
 from chain.job import DONE, Task
-from chain.launch import StageFailed, command, environment, run_job
+from chain.launch import StageFailed, run_job
 from chain.pool import Pool
+from chain.ranks import command, environment
 from chain.recipe import load_recipe
 from core.files import read_json
 from core.manifest import Manifest
@@ -326,7 +327,7 @@ def meet(cfg, job):
 def run_ranks(tmp_path, monkeypatch, does="pass"):
     (tmp_path / "meeting.py").write_text(RANK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(launch, "GRACE_S", 1.0)
+    monkeypatch.setattr(ranks, "GRACE_S", 1.0)
     monkeypatch.setenv("DOES", does)
     run_job(Task.of("meeting:meet", Strict(), Job(stage="rlvr", out=tmp_path)), tmp_path, processes=2)
 
