@@ -30,7 +30,7 @@ class ThinkFormat:
     def __call__(self, completion: str, example: Example) -> Verdict:
         parsed = parse_thinking(completion, self.thought_open)
         # Invisible characters or a lone dot must not count as a thought.
-        if parsed.well_formed and not any(letter.isalnum() for letter in parsed.thought or ""):
+        if parsed.well_formed and parsed.thought and not any(letter.isalnum() for letter in parsed.thought):
             return Verdict.wrong(reason="the thought has no letter or digit")
         return _judge(parsed)
 
