@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from chain.inputs import code_file, is_hub_id
-from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
+from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
 from core.checkpoint.check import ForeignCode, check_code
 from core.files import append_jsonl, read_json, require_room
 from core.manifest import hash_config
 from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
+from corpus.formats.files import files_of
+from corpus.formats.table import known
 from corpus.records import DataSource, load_records
 from rewards.example import Example
 from rl.config import RLConfig
@@ -64,7 +66,7 @@ def check_rows(
     say: Callable[[str], None],
     only: str = "",
 ) -> None:
-    """Hold every row that servers will be asked against their limits, as far as it is there already.
+    """Hold every row that servers will be asked against their limits, as far as it exists already.
 
     Without `model`, a checkpoint folder with the tokenizer, pictures alone are counted. What was found is remembered
     in an existing `run_dir`. `only` is the first key of the sets to check, such as `eval`. Raises ConfigError with a
@@ -174,7 +176,14 @@ def _missing_code(recipe: Recipe) -> Iterator[str]:
 
 def _missing_data(recipe: Recipe) -> Iterator[str]:
     for name, place in recipe.data.sets.items():
-        if not is_hub_id(place) and not Path(place).expanduser().exists():
+        if isinstance(place, ForeignSet):
+            try:
+                files_of(Path(place.path).expanduser())
+                if place.format != "auto":
+                    known(place.format)
+            except ConfigError as error:
+                yield f"data.sets.{name}: {error}"
+        elif not is_hub_id(place) and not Path(place).expanduser().exists():
             yield f"data.sets.{name} = {place!r}: no such file or folder"
     path = recipe.core.path
     if path is not None and not (Path(path).expanduser() / "config.json").is_file():
