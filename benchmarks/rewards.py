@@ -18,9 +18,10 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from typing import Any
 
-from benchmarks.math_pairs import HOSTILE, Pair, distinct, groups
 from rewards.equality import Outcome
 from rewards.mathcheck import MathChecker
+
+from benchmarks.math_pairs import HOSTILE, Pair, distinct, groups
 
 WORKERS = 2
 CHUNK = 16

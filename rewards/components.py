@@ -1,4 +1,4 @@
-"""How each component of a mixed reward does over a batch: what a curve per term is drawn from."""
+"""Metrics of each component of a mixed reward over a batch; each term's curve shows them."""
 
 import math
 from collections import Counter
@@ -21,7 +21,7 @@ def component_metrics(groups: Sequence[Sequence[Graded]]) -> dict[str, float]:
     | reward/<name>/correlation/<other> | Pearson, where both are scored; each pair once, in the terms' order |
     | reward/<name>/status/<status> | completions with that status, every status listed |
 
-    What is not defined (no score, no variance) is left out: no value is NaN.
+    Undefined values (no score, no variance) are left out: no value is NaN.
 
     >>> from rewards.verdict import Verdict
     >>> right, wrong = Verdict.correct(), Verdict.wrong()

@@ -17,7 +17,8 @@ from rewards.verdict import Verdict
 from rl.config import RLConfig
 from rl.data import PromptStream, Record, example_of, prompt_messages
 from rl.ledger import Ledger
-from rl.rollout.client import Answer, Completion, Prompt, RolloutClient, Sampling
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import Answer, Completion, Prompt, Sampling
 
 SPREAD = 1e-6
 """Rewards of a group that differ by less carry no advantage."""

@@ -25,13 +25,15 @@ from rewards.selftest import self_test
 from rewards.style.length import SoftOverlong
 from rl import limits
 from rl.collect import Collector, Group, Pipeline, Sample
-from rl.config import PoolConfig, RLConfig
+from rl.config import RLConfig
 from rl.data import Record, example_of, load_rows, prompt_messages
 from rl.evaluate import accuracy
 from rl.job import ServedJob
 from rl.resume import StageState
 from rl.reward import mixture_of
-from rl.rollout.client import CoreFacts, Prompt, RolloutClient
+from rl.rollout.client import RolloutClient
+from rl.rollout.config import PoolConfig
+from rl.rollout.messages import CoreFacts, Prompt
 from rl.rollout.parity import ParityGuard
 from rl.rollout.weights import FileSync, NcclSync, WeightSync
 from rl.watch import ALARMS, Watcher

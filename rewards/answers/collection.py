@@ -1,8 +1,9 @@
 """The kinds `set` and `list`: elements in any order or in theirs, each compared as mathematics."""
 
 from rewards.answers import json
+from rewards.answers.graded_math import gold_problem
 from rewards.answers.kind import Kind, Limits, verdict_of
-from rewards.answers.math import Answer, Collection, compare_parts, gold_problem, parse
+from rewards.answers.math import Answer, Collection, compare_parts, parse
 from rewards.answers.notation import elements, joined, named
 from rewards.example import Example
 from rewards.verdict import Verdict

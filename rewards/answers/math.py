@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 from rewards.answers import notation
 from rewards.answers.algebra import FUNCTIONS, GREEK, Value, difference, same, same_equation, value
-from rewards.answers.kind import Kind, Limits, verdict_of
 from rewards.answers.notation import (
     elements,
     has_relation,
@@ -40,8 +39,6 @@ from rewards.answers.outcome import Outcome, Pair, Result, all_of, one_to_one
 from rewards.answers.plain import plain_latex, plain_text, strange, unwrapped
 from rewards.answers.quantity import exact_value, same_unit_value, split
 from rewards.answers.region import Interval, Region, as_region, region
-from rewards.example import Example
-from rewards.verdict import Verdict
 
 MAX_CHARS = 4000
 """A longer text is compared as it stands."""
@@ -647,28 +644,3 @@ def restates(question: str, gold: str, answer: str) -> bool:
 @lru_cache(maxsize=1024)
 def _dense(text: str) -> str:
     return plain_latex(text).replace(" ", "")
-
-
-def _problem(example: Example) -> str:
-    return gold_problem(example.answer)
-
-
-def gold_problem(gold: str) -> str:
-    """What is wrong with a gold answer as mathematics; "" if nothing is."""
-    from rewards.answers.checker import SHARED
-
-    found = SHARED.settle(readable(gold))
-    if found == Outcome.EQUAL:
-        return ""
-    return f'gold answer {gold!r} is not readable as mathematics ({found.value}); correct it, or use verifier "exact"'
-
-
-def _judge(answer: str, example: Example, limits: Limits) -> Verdict:
-    from rewards.answers.checker import SHARED
-
-    if restates(example.question, example.answer, answer):
-        return Verdict.wrong(answer, "the question's own expression")
-    return verdict_of(SHARED.settle(decide(example.answer, answer, example.question)), answer)
-
-
-MATH = Kind(_problem, _judge)
