@@ -34,9 +34,9 @@ from typing import Any, ClassVar
 from rewards.answers.boxes import BOX, POINT, gold_boxes, gold_targets
 from rewards.answers.choice import CHOICE, option_letter, options_of
 from rewards.answers.collection import LIST, SET
-from rewards.answers.graded_math import MATH
 from rewards.answers.json import JSON, JsonError, read_json
 from rewards.answers.kind import Kind
+from rewards.answers.math import MATH
 from rewards.answers.notation import elements, has_relation, is_words, joined
 from rewards.answers.number import INTEGER, NUMBER, exact_number
 from rewards.answers.quantity import QUANTITY
