@@ -14,7 +14,7 @@ from core.checkpoint.check import check_checkpoint, check_finite
 from core.checkpoint.shards import LayoutError, Tensors, listed, own_file, read_object, weights_hash
 from core.deadline import TooSlow, deadline
 from core.files import write_json
-from core.model.names import EXPERTS, MODULES
+from core.model.names import EXPERTS, MODULES, Module
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -239,10 +239,11 @@ def check_servable(folder: Path, core: Path, device: Literal["cpu", "gpu"] = "cp
     if adapter.base:
         check_base(adapter, core, weights_hash(core))
     problems = []
-    for part, words in {
+    sides: dict[Module, str] = {
         "tower": "vision tower",
         "adapter": "adapter between tower and language model",
-    }.items():
+    }
+    for part, words in sides.items():
         count = sum(module.startswith(MODULES[part]) for module in adapter.pairs)
         if count:
             problems.append(

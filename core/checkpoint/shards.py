@@ -237,7 +237,7 @@ def _read_into(file: Any, piece: np.ndarray) -> int:
     """Fill `piece` from an unbuffered file; returns its bytes. Raises LayoutError if the file is shorter."""
     done = 0
     while done < len(piece):
-        count = file.readinto(memoryview(piece)[done:])
+        count = file.readinto(piece[done:])
         if not count:
             raise LayoutError(f"{file.name}: became shorter while it was read")
         done += count

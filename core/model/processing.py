@@ -1,6 +1,7 @@
 """From chats and images to what the model reads: tiles of pixels, and one placeholder per image token."""
 
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
@@ -82,10 +83,11 @@ class SailVL2Processor(ProcessorMixin):
         processed = self.image_processor(images, **kwargs)
         return processed, [self.replace_image_token(processed, place) for place in range(len(images))]
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+    @wraps(ProcessorMixin.apply_chat_template)
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
         """As transformers'. Raises TooSlow for a template that does not end: it came with the checkpoint."""
         with deadline("chat_template.jinja of the core: use another template"):
-            return super().apply_chat_template(conversation, chat_template, **kwargs)
+            return super().apply_chat_template(*arguments, **options)
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **_: Any) -> str:
         """What one placeholder becomes, for the image at `image_idx` of the call."""
