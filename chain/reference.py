@@ -44,6 +44,8 @@ class Key:
     """The docstring under the field, on one line."""
     models: tuple[type[BaseModel], ...]
     """Models of the mapping, or of the mappings in the list, under this key."""
+    named: bool = False
+    """Whether the mapping under this key gives names to such mappings."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Section:
 
     model: type[BaseModel]
     places: tuple[str, ...]
-    """Key paths at which a recipe holds this mapping; `[]` is any item of a list, `` the recipe itself."""
+    """Key paths at which a recipe holds this mapping; `[]` is any item of a list or mapping, `` the recipe itself."""
     keys: tuple[Key, ...]
 
     @property
@@ -160,18 +162,19 @@ def _walk(model: type[BaseModel], place: str) -> Iterator[tuple[str, type[BaseMo
 
 
 def _models(annotation: Any, is_item: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
-    """Models that a type holds, and whether they are items of a list."""
+    """Models that a type holds, and whether they are items of a list or mapping."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, is_item
     for inner in get_args(annotation):
-        yield from _models(inner, is_item or get_origin(annotation) in (tuple, list))
+        yield from _models(inner, is_item or get_origin(annotation) in (tuple, list, dict))
 
 
 def _key(name: str, field: FieldInfo) -> Key:
     unit = next((unit for end, unit in UNITS.items() if name.endswith(end)), "")
     models = tuple(model for model, _ in _models(field.annotation))
     text = " ".join((field.description or "").split())
-    return Key(name, _type_text(field), _default_text(field), unit, text, models)
+    named = get_origin(field.annotation) is dict
+    return Key(name, _type_text(field), _default_text(field), unit, text, models, named)
 
 
 def _type_text(field: FieldInfo) -> str:

@@ -145,7 +145,10 @@ def fits(value, models) -> bool:
     if not isinstance(value, dict) or not models:
         return True
     return any(
-        all(key in keys and fits(inner, keys[key].models) for key, inner in value.items())
+        all(
+            key in keys and fits([*inner.values()] if keys[key].named else inner, keys[key].models)
+            for key, inner in value.items()
+        )
         for keys in ({key.name: key for key in reference.keys_of(model)} for model in models)
     )
 
