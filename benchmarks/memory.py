@@ -222,7 +222,8 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
     from rewards.verdict import Status, Verdict
     from rl.collect import Batch, Group, Pipeline, Sample
     from rl.config import RLConfig
-    from rl.rollout.client import Completion, CoreFacts
+    from rl.rollout.messages import Completion, CoreFacts
+    from rl.rollout.served import Served
     from rl.train import trl_config
     from rl.trainer import RolloutTrainer, reward_function
 
@@ -267,7 +268,9 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
             return Batch(groups, groups, {})
 
     class Quiet:
-        def push(self, model: Any) -> None:
+        served = Served()
+
+        def push(self, model: Any, what: Any) -> None:
             pass
 
         def sample(self, client: Any) -> list:

@@ -19,8 +19,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from typing import Any
 
 from benchmarks.math_pairs import HOSTILE, Pair, distinct, groups
-from rewards.equality import Outcome
-from rewards.mathcheck import MathChecker
+from rewards.answers.checker import MathChecker
+from rewards.answers.outcome import Outcome
 
 WORKERS = 2
 CHUNK = 16

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
 from corpus.formats.files import files_of
 from corpus.formats.table import known
-from corpus.records import DataSource
+from corpus.records import DataSource, load_records
+from rewards.example import Example
 from rl.config import RLConfig
 from rl.limits import FOUND, Asked, Limits
 from rl.limits import check as hold_against_limits
@@ -64,7 +66,7 @@ def check_rows(
     say: Callable[[str], None],
     only: str = "",
 ) -> None:
-    """Hold every row that servers will be asked against their limits, as far as it is there already.
+    """Hold every row that servers will be asked against their limits, as far as it exists already.
 
     Without `model`, a checkpoint folder with the tokenizer, pictures alone are counted. What was found is remembered
     in an existing `run_dir`. `only` is the first key of the sets to check, such as `eval`. Raises ConfigError with a
@@ -199,7 +201,8 @@ def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
         if not isinstance(config, RLConfig):
             continue
         for index, term in enumerate(config.rewards):
-            if problem := _reward_problem(term.use, term.params, online):
+            problem = _reward_problem(term.use, term.params, online, partial(_examples, recipe, config.data))
+            if problem:
                 yield f"{stage}.rewards[{index}].use = {term.use!r}: {problem}"
         watch = config.watch
         if watch.second_verifier and (
@@ -208,8 +211,29 @@ def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
             yield f"{stage}.watch.second_verifier = {watch.second_verifier!r}: {problem}"
 
 
-def _reward_problem(use: str, params: Mapping[str, Any], online: bool) -> str | None:
-    """What is wrong with a reward, in one line. A user's own reward is loaded in a process of its own."""
+def _examples(recipe: Recipe, data: Sequence[DataSource]) -> list[Example] | None:
+    """The rows of these sources without their pictures; None if some of them are not there yet."""
+    places = [recipe.data.sets.get(source.set, "") for source in data]
+    if not all(place and Path(place).expanduser().exists() for place in places):
+        return None
+    return [
+        Example.of(record, ())
+        for source, place in zip(data, places, strict=True)
+        for record in load_records(place, source.split, source.rows, recipe.seed)
+    ]
+
+
+def _reward_problem(
+    use: str,
+    params: Mapping[str, Any],
+    online: bool,
+    examples: Callable[[], Sequence[Example] | None] = lambda: None,
+) -> str | None:
+    """What is wrong with a reward, in one line. A user's own reward is loaded in a process of its own.
+
+    `examples`: the rows that it will grade, for a reward that needs columns of their meta.
+    """
+    from rewards.adapters import check_columns
     from rewards.isolation import Isolated, load_limited
     from rewards.judge.canaries import JudgeRefused
     from rewards.judge.judges import Judge
@@ -218,6 +242,9 @@ def _reward_problem(use: str, params: Mapping[str, Any], online: bool) -> str | 
         return "no such module or file; is its package installed, or on PYTHONPATH?"
     try:
         reward = load_limited(use, params, [Path.cwd()])
+        rows = examples() if getattr(reward, "needs", ()) else None
+        if rows is not None:
+            check_columns(reward, use, rows)
     except Exception as error:  # a user's module may raise anything while it is imported
         return " ".join(str(error).split())
     if isinstance(reward, Isolated):

@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field, model_validator
 from chain.yaml_files import read_folder
 from core.strict import ConfigError, KeyPath, Name, Strict, key_path, nearest, parse
 from corpus.records import DataSource
-from rl.config import EvalConfig, PoolConfig, Prepare, RLConfig
+from rl.config import EvalConfig, Prepare, RLConfig
+from rl.rollout.config import PoolConfig
 from sft.config import SFTConfig, SoupConfig
 
 IMPORT_STRING = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"

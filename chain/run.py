@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from chain.checks import check, check_rows, check_shares, room_for
-from chain.clean import clean
 from chain.context import Context, Progress
 from chain.display import Display, duration
 from chain.errors import ERROR, disk_is_full, left
@@ -34,6 +33,7 @@ from chain.stages import STAGES, Stage, stage_named
 from chain.tracking import StageTrack, Tracker
 from core.files import read_json, write_json
 from core.manifest import git_commit
+from core.processes import remove_leftovers
 from core.strict import ConfigError, Strict
 from core.training.job import Job
 from rl.job import ServedJob
@@ -84,8 +84,8 @@ def run(
         Background(display) as background,
         Pool(recipe.servers, folder.path / "logs", open_pool) as pool,
     ):
-        for line in clean():
-            display.line(line)
+        for path in remove_leftovers():
+            display.line(f"removed {path}")
         folder.require_finished(names[:first], names[first])
         write_json(folder.path / "recipe.json", recipe)
         loop = Loop(recipe, folder, pool, display, background, cluster)

@@ -1,19 +1,19 @@
 """Reward functions of other libraries as rewards of ours, unchanged, and ours as theirs.
 
-In a recipe: `use: "trl:package.module:fn"` or `use: "verl:file.py:compute_score"`. They see a row as their
-own trainer would show it:
+In a recipe: `use: "trl:package.module:fn"` or `use: "verl:file.py:compute_score"`. They see a row as their own
+trainer would show it:
 
 | row | TRL, keyword arguments | verl |
 |---|---|---|
 | completion | completions: `[{"role": "assistant", "content": ...}]` each | solution_str |
 | question | prompts: `[{"role": "user", "content": ...}]` each, question | extra_info["question"] |
-| gold answer | answer, solution | ground_truth |
+| gold answer | answer, solution, ground_truth | ground_truth |
 | source | source | data_source |
 | id, mode, verifier, images, chain | columns of these names | extra_info |
-| meta | a column per key | extra_info |
+| meta | a column per key, None where a row lacks it | extra_info |
 
-A score outside [0, 1] is an error unless the parameter `scale: [low, high]` says from where to where it goes.
-What they compute runs here as it is: no deadline and no memory limit stands between it and the completion.
+A column of meta takes precedence over `solution` and `ground_truth`. A score outside [0, 1] is an error unless the
+parameter `scale: [low, high]` gives its range.
 """
 
 import functools
@@ -32,6 +32,9 @@ from rewards.verdict import Status, Verdict
 ROUNDING = 1e-6
 """A score may miss its range by so much of the range's width."""
 _ROW_FIELDS = ("id", "question", "answer", "mode", "verifier", "images", "chain", "source")
+_GOLD_FIELDS = ("answer", "solution", "ground_truth")
+TRL_COLUMNS = frozenset(("prompts", "completions", "log_extra", "log_metric", *_ROW_FIELDS, *_GOLD_FIELDS))
+"""Arguments that every TRL reward function can have here; keys of meta come to them."""
 _SHOWN_CHARS = 200
 
 
@@ -44,11 +47,14 @@ def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str)
             plain text, not as messages; every other one goes to the function.
         name: for messages.
 
-    TRL's `log_extra` and `log_metric` are there and do nothing. Token ids and the trainer's state are not to
-    be had here. Raises ValueError for unknown parameters, TypeError if the function needs what is not there.
+    TRL's `log_extra` and `log_metric` are accepted and do nothing. Token ids and the trainer's state are not
+    available. An argument without a default that is none of TRL_COLUMNS is a key of the rows' meta: `check_columns`
+    says whether the rows have it.
+
+    Raises ValueError for unknown parameters, TypeError if the function needs what is not available.
     """
     own, rest = _own_params(params, name, ("scale", "conversational"))
-    read, chat = _Scale.of(own.get("scale"), name), own.get("conversational", True)
+    read, chat = _Scale.of(own.get("scale"), name, nan_is_none=True), own.get("conversational", True)
     bound = _bound(function, rest, name, "completions")
     named, wants_all = _arguments(bound)
     for argument in ("completion_ids", "trainer_state"):
@@ -58,12 +64,15 @@ def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str)
                 "a penalty for length is the stage's `overlong`"
             )
 
+    needs = sorted(key for key, required in named.items() if required and key not in TRL_COLUMNS | set(rest))
+
     def arguments(completions: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
-        columns: dict[str, Any] = {}
+        columns: dict[str, Any] = {key: [None] * len(examples) for key in needs}
         for key in dict.fromkeys(key for example in examples for key in example.meta):
             columns[key] = [example.meta.get(key) for example in examples]
         columns |= {key: [getattr(example, key) for example in examples] for key in _ROW_FIELDS}
-        columns.setdefault("solution", columns["answer"])
+        for key in _GOLD_FIELDS:
+            columns.setdefault(key, columns["answer"])
         columns |= {
             "prompts": [_said("user", example.question, chat) for example in examples],
             "completions": [_said("assistant", completion, chat) for completion in completions],
@@ -80,12 +89,31 @@ def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str)
         async def later(completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
             return read.all(await bound(**arguments(completions, examples)))
 
+        later.needs = needs  # type: ignore[attr-defined]
         return later
 
     def now(completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
         return read.all(bound(**arguments(completions, examples)))
 
+    now.needs = needs  # type: ignore[attr-defined]
     return now
+
+
+def check_columns(reward: Reward, name: str, examples: Sequence[Example]) -> None:
+    """Raise ValueError if a reward needs a column of meta that none of the rows has; it names the columns there are.
+
+    >>> def graded(completions, difficulty): return [1.0] * len(completions)
+    >>> row = Example("a", "q", "4", "think", meta={"level": 3})
+    >>> check_columns(from_trl(graded, {}, "mine"), "mine", [row])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: reward 'mine' needs the column 'difficulty', which no row has. Known: answer, ... level, ...
+    """
+    needs = getattr(reward, "needs", ())
+    keys = {key for example in examples for key in example.meta} if needs else set()
+    for column in needs:
+        if column not in keys:
+            known = nearest(column, keys | TRL_COLUMNS)
+            raise ValueError(f"reward {name!r} needs the column {column!r}, which no row has. {known}")
 
 
 def from_verl(function: Callable[..., Any], params: Mapping[str, Any], name: str) -> Reward:
@@ -101,7 +129,7 @@ def from_verl(function: Callable[..., Any], params: Mapping[str, Any], name: str
     Raises ValueError for unknown parameters, TypeError if the function takes no solution_str.
     """
     own, rest = _own_params(params, name, ("scale",))
-    read = _Scale.of(own.get("scale"), name)
+    read = _Scale.of(own.get("scale"), name, nan_is_none=False)
     bound = _bound(function, rest, name, "solution_str")
     named, wants_all = _arguments(bound)
 
@@ -178,21 +206,21 @@ def as_trl(reward: Reward, name: str = "", mode: str = "think", verifier: str = 
 
 
 class _Scale:
-    """Reads what a foreign function returned, its scores brought to [0, 1]."""
+    """Reads the result of a foreign function and maps its scores to [0, 1]."""
 
-    def __init__(self, low: float, high: float, given: bool, name: str) -> None:
-        self.low, self.high, self.given, self.name = low, high, given, name
+    def __init__(self, low: float, high: float, given: bool, name: str, nan_is_none: bool) -> None:
+        self.low, self.high, self.given, self.name, self.nan_is_none = low, high, given, name, nan_is_none
 
     @classmethod
-    def of(cls, scale: Any, name: str) -> "_Scale":
+    def of(cls, scale: Any, name: str, nan_is_none: bool) -> "_Scale":
         if scale is None:
-            return cls(0.0, 1.0, False, name)
+            return cls(0.0, 1.0, False, name, nan_is_none)
         numbers = isinstance(scale, list | tuple) and len(scale) == 2 and all(map(_is_number, scale))
         if not numbers or not scale[0] < scale[1]:
             raise ValueError(
                 f"reward {name!r}: scale={scale!r}: write [low, high], two finite numbers, low < high"
             )
-        return cls(float(scale[0]), float(scale[1]), True, name)
+        return cls(float(scale[0]), float(scale[1]), True, name, nan_is_none)
 
     def all(self, values: Any) -> list[Verdict]:
         if hasattr(values, "tolist"):
@@ -202,7 +230,7 @@ class _Scale:
         return [self.one(value) for value in values]
 
     def one(self, value: Any) -> Verdict:
-        """A number, a mapping with "score", or a sequence that begins with the score; None and NaN are unscored."""
+        """A number, a mapping with "score", or a sequence that begins with the score. None, and TRL's NaN: unscored."""
         answer, reason = None, ""
         if isinstance(value, Mapping):
             if "score" not in value:
@@ -214,7 +242,7 @@ class _Scale:
             value = value[0]
         if hasattr(value, "item"):  # a number of numpy's or torch's
             value = value.item()
-        if value is None or (isinstance(value, Real) and math.isnan(value)):
+        if value is None or (self.nan_is_none and isinstance(value, Real) and math.isnan(value)):
             return Verdict.unscored(reason or f"{self.name} gave no score", answer=answer)
         if not isinstance(value, Real):
             raise TypeError(f"it returned {value!r:.80} as a score, not a number")
@@ -254,7 +282,7 @@ def _bound(function: Any, params: dict[str, Any], name: str, needed: str) -> Any
     named, wants_all = _arguments(bound)
     if needed not in named and not wants_all:
         raise TypeError(
-            f"reward {name!r} takes no {needed!r}; see rewards.adapters for what it is called with, by name"
+            f"reward {name!r} takes no {needed!r}; rewards.adapters lists the arguments, which are passed by name"
         )
     return bound
 
@@ -295,7 +323,7 @@ def _text(said: Any, role: str = "") -> str:
 
 
 def _example(prompt: Any, row: Mapping[str, Any], number: int, mode: str, verifier: str) -> Example:
-    golds = [row[key] for key in ("answer", "solution", "ground_truth") if row.get(key) is not None]
+    golds = [row[key] for key in _GOLD_FIELDS if row.get(key) is not None]
     if not golds:
         raise ValueError(f"row {number}: no column answer, solution or ground_truth holds a gold answer")
     meta = row.get("meta") or {}

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from rewards import normal
+from rewards.answers.choice import option_letter, options_of
+from rewards.answers.number import exact_number
 from rewards.calls import Caller, Reward, RewardError
 from rewards.example import Example
 from rewards.extract import CHAT_TOKEN, CLOSE, OPEN
@@ -258,11 +259,11 @@ def _thought(example: Example) -> str:
 
 def _another(example: Example) -> str:
     """An answer that is not the gold under any tolerance: another letter, a number far away, or nonsense."""
-    options = normal.options_of(example.meta.get("choices") or ()) if _choices_are_listed(example) else {}
-    letter = normal.option_letter(example.answer, options)
+    options = options_of(example.meta.get("choices") or ()) if _choices_are_listed(example) else {}
+    letter = option_letter(example.answer, options)
     if example.verifier in ("choice", "auto") and letter:
         return next(other for other in (*options, "A", "B") if other != letter)
-    number = normal.exact_number(example.answer)
+    number = exact_number(example.answer)
     if number:
         return _plain(3 * number.value + (1000 if number.value >= 0 else -1000))
     return f"{NONSENSE} {NONSENSE}"

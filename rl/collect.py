@@ -17,7 +17,8 @@ from rewards.verdict import Verdict
 from rl.config import RLConfig
 from rl.data import PromptStream, Record, example_of, prompt_messages
 from rl.ledger import Ledger
-from rl.rollout.client import Answer, Completion, Prompt, RolloutClient, Sampling
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import Answer, Completion, Prompt, Sampling
 
 SPREAD = 1e-6
 """Rewards of a group that differ by less carry no advantage."""
@@ -256,7 +257,7 @@ class Collector:
             "rollout/unscorable": sum(sample.reward is None for sample in samples),
             "rollout/prompt_epoch": self.stream.epoch,
             **component_metrics([[sample.graded for sample in group.samples] for group in sampled]),
-            **{f"reward/{name}/errors": count for name, count in self.mixture.errors.items()},
+            **{f"sampled/{name}/errors": count for name, count in self.mixture.errors.items()},
         }
         if samples:  # all of a batch may have been carried over
             figures |= {

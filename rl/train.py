@@ -16,6 +16,7 @@ from core.training.model import apply_freeze, load_model, load_processor, peft_c
 from core.training.ranks import join_process_group, training_arguments
 from core.training.resume import FOLDER, Unfinished, drop_lines_after, identity, marker
 from corpus.records import DataSource, Records
+from rewards.adapters import check_columns
 from rewards.answer import AnswerReward
 from rewards.isolation import load_limited
 from rewards.judge.judges import Judge, statistics
@@ -24,13 +25,15 @@ from rewards.selftest import self_test
 from rewards.style.length import SoftOverlong
 from rl import limits
 from rl.collect import Collector, Group, Pipeline, Sample
-from rl.config import PoolConfig, RLConfig
+from rl.config import RLConfig
 from rl.data import Record, example_of, load_rows, prompt_messages
 from rl.evaluate import accuracy
 from rl.job import ServedJob
 from rl.resume import StageState
 from rl.reward import mixture_of
-from rl.rollout.client import CoreFacts, Prompt, RolloutClient
+from rl.rollout.client import RolloutClient
+from rl.rollout.config import PoolConfig
+from rl.rollout.messages import CoreFacts, Prompt
 from rl.rollout.parity import ParityGuard
 from rl.rollout.weights import FileSync, NcclSync, WeightSync
 from rl.watch import ALARMS, Watcher
@@ -332,6 +335,7 @@ def check_rewards(mixture: Mixture, records: Sequence[Record], rows: int, seed: 
     for example in examples:
         mixture.terms_of(example)
     for term in mixture.terms:
+        check_columns(term.reward, term.name, examples)
         if isinstance(term.reward, Judge) and term.reward.canaries:
             report = term.reward.check_canaries()
             if not report.complete:

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 
 from rl.collect import Group, Pipeline
 from rl.data import Record, prompt_messages
-from rl.rollout.client import Answer
+from rl.rollout.messages import Answer
 from rl.rollout.parity import ParityGuard
 from rl.rollout.weights import WeightSync
 from rl.shared_prefix import SharedPrefixTrainer
@@ -66,8 +66,6 @@ class RolloutTrainer(SharedPrefixTrainer):
         self.use_vllm = True
         # It gathers pictures from ranks that have some only: with a text-only rank the others would wait for it.
         self.log_multimodal = False
-        self._last_loaded_step = -1
-        self._asleep = False
         self._batch: list[dict[str, Any]] = []
         self._probe_inputs: dict[int, Any] = {}
 
@@ -101,16 +99,16 @@ class RolloutTrainer(SharedPrefixTrainer):
 
     def _update_workers(self) -> dict[str, float]:
         """Push the weights when they changed or were given up, then compare both sides. Every rank takes part."""
-        if self.state.global_step == self._last_loaded_step and not self._asleep:
+        if self.sync.served.holds(self.state.global_step):
             return {}
         if self.rollouts:
             self.rollouts.settle()
         if self.share_gpus:
             self._make_room()
         started = time.monotonic()
-        self.sync.push(self.accelerator.unwrap_model(self.model))
+        self.sync.push(self.accelerator.unwrap_model(self.model), self.state.global_step)
         pushed_s = time.monotonic() - started
-        self._last_loaded_step = self.state.global_step
+        self._last_loaded_step = self.state.global_step  # else TRL would sync through its own client
         answers = None
         if self.rollouts:
             self.rollouts.collector.version += 1
@@ -120,7 +118,7 @@ class RolloutTrainer(SharedPrefixTrainer):
         difference = self.guard.check(answers, self._score_probe, servers)
         if self.rollouts and answers:
             client = self.rollouts.collector.client
-            client.gate = self.guard.gate(client, answers, servers)
+            client.served.gate = self.guard.gate(client, answers, servers)
         return {"parity/max_logprob_difference": difference, "sync/seconds": pushed_s}
 
     def _make_room(self) -> None:
@@ -173,7 +171,7 @@ class RolloutTrainer(SharedPrefixTrainer):
             if self.share_gpus:
                 self.rollouts.collector.client.sleep()
             self.rollouts.sample_ahead()
-        self._asleep = self.share_gpus
+        self.sync.served.asleep = self.share_gpus
         return _from_rank_0(flat)
 
 

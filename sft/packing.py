@@ -174,7 +174,7 @@ class Plan(Sequence[Pack]):
         return lengths[epoch]
 
     def _rows_of(self, update: int) -> np.ndarray:
-        """The rows of an update, by rows."""
+        """The rows of an update when updates go by rows."""
         assert isinstance(self.updates_by, ByRows)
         epoch, place = divmod(update, self._updates_in(0))
         return self.order(epoch)[place * self.updates_by.rows : (place + 1) * self.updates_by.rows]

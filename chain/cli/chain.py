@@ -122,7 +122,7 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
-    from chain.clean import clean
+    from core.processes import remove_leftovers
 
-    for line in clean():
-        print(line)
+    for path in remove_leftovers():
+        print(f"removed {path}")

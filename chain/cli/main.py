@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path += [str(Path(__file__).resolve().parents[2]), str(Path.cwd())]
     # Ended from outside (CI's time limit, `kill`), the children and servers must be stopped as on Ctrl-C.
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGHUP, _terminated)  # the terminal is gone
     try:
         options.do(options)
     except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
@@ -54,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = _words(error)
         if words is None or options.debug:
             raise
-        print(f"posttrain: {words}", file=sys.stderr)
+        # Words of files and checkpoints must not drive a terminal.
+        from core.checkpoint.shards import printable
+
+        print(f"posttrain: {printable(words)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 

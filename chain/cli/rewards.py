@@ -51,7 +51,10 @@ def _add_score(commands: Any) -> None:
         help="a reward's parameter, e.g. answer.tolerance=0.1",
     )
     score.add_argument("--workers", type=count, default=8, help="graded at once; default: %(default)s")
-    score.add_argument("--mode", choices=("think", "direct"), help="of rows that do not name theirs")
+    score.add_argument("--mode", choices=("think", "direct"), help="contract of rows that do not name theirs")
+    score.add_argument(
+        "--allow-unscorable", action="store_true", help="succeed even if no row could be scored"
+    )
 
 
 def _add_diff(commands: Any) -> None:
@@ -103,7 +106,15 @@ def _score(options: argparse.Namespace) -> None:
         if not dot:
             raise ConfigError(f"--param {text}: say whose it is, as in answer.{key}=...")
         params.setdefault(reward, {})[name] = value
-    score.run(options.input, options.output, options.rewards, params, options.workers, options.mode)
+    score.run(
+        options.input,
+        options.output,
+        options.rewards,
+        params,
+        options.workers,
+        options.mode,
+        options.allow_unscorable,
+    )
 
 
 def _diff(options: argparse.Namespace) -> None:

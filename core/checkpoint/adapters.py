@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: what one holds, which core it belongs to, and whether vLLM can serve it."""
+"""LoRA adapters in PEFT's format: reading one, matching it to its core, and checking that vLLM can serve it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Adapter:
         return max((self.tensors.entries[a].shape[0] for a, _ in self.pairs.values()), default=0)
 
     def scaling(self, module: str) -> float:
-        """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) where the configuration says rslora."""
+        """The factor of B A: alpha / rank, or alpha / sqrt(rank) where the configuration says rslora."""
         from peft.utils.other import get_pattern_key
 
         # As peft finds a module's own alpha: the first pattern that matches, else the adapter's.
@@ -157,7 +157,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def _patterns(folder: Path) -> Iterator[None]:
-    """Around the regular expressions of an adapter's configuration, which are untrusted."""
+    """Bounds the untrusted regular expressions of an adapter's configuration; raises AdapterError."""
     try:
         with deadline(f"{folder / CONFIG}: matching its patterns to the core's layers"):
             yield
@@ -166,8 +166,8 @@ def _patterns(folder: Path) -> Iterator[None]:
 
 
 def check_fits(adapter: Adapter, base: Tensors, core: Path) -> None:
-    """Raise AdapterError, with a line per problem, unless every tensor of the adapter has its place in the core
-    and every layer that the adapter's configuration means has one in the adapter.
+    """Raise AdapterError, with a line per problem, unless the adapter's tensors fit the core's and cover every layer
+    that its configuration targets.
     """
     problems = []
     for module, (a, b) in adapter.pairs.items():
@@ -192,7 +192,7 @@ def check_fits(adapter: Adapter, base: Tensors, core: Path) -> None:
     with _patterns(adapter.folder):
         targets = list(_targets(adapter, base))
     problems += [
-        f"{module}: the adapter's target_modules mean it, the adapter has nothing for it"
+        f"{module}: target_modules of the adapter match it, but the adapter has no tensors for it"
         for module in targets
         if module not in adapter.pairs
     ]

@@ -1,4 +1,4 @@
-"""What every checkpoint must satisfy before anything loads it: no code of its own, and only finite weights.
+"""Checks a checkpoint before anything loads it: it brings no code, and its weights are finite.
 
 Stages, the soup, rollout servers, export and merge all ask `check_checkpoint`. A folder is untrusted: transformers
 stops and asks whether to run the code that a configuration names, and a `y` on standard input runs it.
@@ -11,11 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from core.checkpoint.shards import LayoutError, Tensors, listed, read_object
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines", "kernel_config", "transformers_weights")

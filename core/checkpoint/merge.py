@@ -1,5 +1,4 @@
-"""A LoRA adapter added to the weights of its core, tensor by tensor: memory for one weight file, and what is mapped
-of another, which the system can drop."""
+"""A LoRA adapter added to the weights of its core, tensor by tensor: memory for one weight file."""
 
 from __future__ import annotations
 
@@ -79,7 +78,7 @@ def merge_adapter(
     if the adapter belongs to another core or is of a kind that cannot be merged; NonFinite for NaN or infinity.
     """
     if dst.exists():
-        raise ConfigError(f"{dst}: is there already; name another folder, or remove it")
+        raise ConfigError(f"{dst}: exists already; name another folder, or remove it")
     began = Began()
     opened = read_adapter(adapter)
     check_finite(adapter)
@@ -139,20 +138,17 @@ def _merged_tensors(
 
     (file,) = adapter.tensors.files
     with safe_open(adapter.folder / file, "pt") as lora:
-        for shard in base.files:
-            with safe_open(base.folder / shard, "pt") as weights:
-                for name in weights.keys():  # noqa: SIM118  # no mapping
-                    tensor = weights.get_tensor(name)
-                    tensor = tensor if dtype is None else tensor.to(dtype)
-                    module = name.removesuffix(".weight")
-                    if name in adapter.whole:
-                        tensor = lora.get_tensor(adapter.whole[name]).to(tensor.dtype)
-                    elif module in adapter.pairs:
-                        a, b = (lora.get_tensor(half).float() for half in adapter.pairs[module])
-                        # The product and the sum in float32, rounded once: peft's order, and so its bits.
-                        wide = torch.promote_types(tensor.dtype, torch.float32)
-                        tensor = tensor.to(wide).add(b @ a * adapter.scaling(module)).to(tensor.dtype)
-                    yield name, tensor
+        for name, weight in base:
+            tensor = weight if dtype is None else weight.to(dtype)
+            module = name.removesuffix(".weight")
+            if name in adapter.whole:
+                tensor = lora.get_tensor(adapter.whole[name]).to(tensor.dtype)
+            elif module in adapter.pairs:
+                a, b = (lora.get_tensor(half).float() for half in adapter.pairs[module])
+                # The product and the sum in float32, rounded once: peft's order, and so its bits.
+                wide = torch.promote_types(tensor.dtype, torch.float32)
+                tensor = tensor.to(wide).add(b @ a * adapter.scaling(module)).to(tensor.dtype)
+            yield name, tensor
 
 
 def _nbytes(entry: Entry, itemsize: int | None) -> int:
@@ -178,7 +174,7 @@ def _open(core: Path) -> Tensors:
 
 
 def _copy_files(core: Path, out: Path) -> None:
-    """Every file of a checkpoint folder but its weights and what it says about its own making."""
+    """Copy every file of a checkpoint folder except its weights and the records of how it was made."""
     for path in sorted(core.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_COPIED:
             copy_own(path, out / path.name)

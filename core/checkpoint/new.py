@@ -31,7 +31,7 @@ _FILES_BYTES = 8 << 20
 
 
 class DiskFull(RuntimeError):
-    """There is less room on the disk than a core needs."""
+    """The disk has less room than a core needs."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,12 @@ class Plan:
 def plan_core(
     size: str, dst: Path, *, words: Sequence[str] = WORDS, dtype: str | None = None, layout: Layout = "native"
 ) -> Plan:
-    """The core that `new_core` would make, from shapes alone. Raises ConfigError for an unknown size or a taken `dst`."""
+    """The core that `new_core` would make, from shapes alone.
+
+    Raises ConfigError for an unknown size, and for a `dst` that exists.
+    """
     if dst.exists():
-        raise ConfigError(f"{dst}: is there already; name another folder, or remove it")
+        raise ConfigError(f"{dst}: exists already; name another folder, or remove it")
     drawn = blueprint(size, words=words, dtype=dtype)
     parameters = count(drawn.config)
     weights = parameters.total * _BYTES[str(drawn.config.dtype).removeprefix("torch.")]

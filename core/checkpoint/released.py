@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from core.model.configuration import SailVL2Config
 
 _LAYOUT = 1
-"""Raised when the same source gives another result than before."""
+"""Increase this number when the same source gives another result."""
 _VOLATILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
@@ -311,7 +311,7 @@ def _changed(
     entries: Mapping[str, Entry],
     notes: list[str],
 ) -> dict[str, dict[str, Any]]:
-    """The release's configuration files in which post-training or its user changed something, as they are now.
+    """The release's configuration files that post-training or its user changed, with their present values.
 
     Raises LayoutError if the release is another model.
     """
@@ -427,7 +427,7 @@ def _check_disk(dst: Path, needed: int) -> None:
 
 
 def _check_written(folder: Path, expected: Mapping[str, Shape]) -> None:
-    """Open what was written as its readers will; a difference is a bug of ours."""
+    """Open the written files as readers will; a difference is a bug of ours."""
     found = {name: entry.shape for name, entry in Tensors(folder).entries.items()}
     if found != expected:
         wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
@@ -435,7 +435,7 @@ def _check_written(folder: Path, expected: Mapping[str, Shape]) -> None:
 
 
 def _check_loads(folder: Path) -> None:
-    """The native folder's own configuration asks for the tensors that are in it, and its processor loads."""
+    """Check that the native folder's configuration matches its tensors, and that its processor loads."""
     import core
     from core.model.configuration import SailVL2Config
     from core.model.processing import SailVL2Processor

@@ -139,7 +139,7 @@ def native_config(
     image_token_id: int,
     notes: list[str],
 ) -> SailVL2Config:
-    """The native configuration of a released checkpoint; what was assumed goes to `notes`.
+    """The native configuration of a released checkpoint; assumptions go to `notes`.
 
     `entries` are its tensors by their released names, `head_is_embedding` says that an output layer is
     stored and equals the embedding. Raises LayoutError for values that contradict the weights or have no
@@ -240,7 +240,7 @@ def released_config(
 ) -> dict[str, Any]:
     """The released config.json of a native core, of which `images` is the image processor.
 
-    Raises LayoutError for what the released layout cannot say.
+    Raises LayoutError for values that the released layout cannot express.
     """
     vision, text = config.vision_config, config.text_config
     mixture = text.model_type == "qwen3_moe"

@@ -16,7 +16,7 @@ from core.manifest import MANIFEST
 
 FOLDER = "released"
 RECORD = "import.json"
-"""In that folder: what an export has to know and the files do not say."""
+"""In that folder: facts that an export needs and the files do not contain."""
 _SUFFIXES = {".py", ".json", ".jinja", ".txt", ".md", ".model", ".tiktoken"}
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _MAX_BYTES = 256 << 20
@@ -46,7 +46,7 @@ class Release:
         return None
 
     def config(self) -> dict[str, Any]:
-        """Its config.json."""
+        """The release's config.json."""
         return read_object(self.folder / "config.json")
 
 
@@ -64,7 +64,7 @@ def carried(folder: Path) -> list[str]:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Names of what lies in a release and is neither weights nor carried, sorted; hidden files do not count."""
+    """Names in a release that are neither weights nor carried, sorted; hidden files do not count."""
     known = {*carried(folder), INDEX, MANIFEST, RECORD}
     return sorted(
         path.name + ("/" if path.is_dir() else "")

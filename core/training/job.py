@@ -1,4 +1,4 @@
-"""What a stage's process is told beside its configuration. Imports no torch."""
+"""The job of a stage's process, beside its configuration. Imports no torch."""
 
 from pathlib import Path
 

@@ -221,7 +221,7 @@ def _largest(shape: CoreShape) -> int:
 def _activations(
     shape: CoreShape, learner: LearnerConfig, work: Work, moving: set[Module], widths: _Widths
 ) -> tuple[int, int]:
-    """Bytes that the forward pass keeps, and those of a layer that is computed again."""
+    """Bytes that the forward pass keeps, and those of one recomputed layer."""
     text_layer = _text_layer(
         shape, learner, work, widths, full="language_model" in moving and not learner.lora
     )
@@ -248,7 +248,7 @@ def _activations(
 
 
 def _in_flight(positions: int, wide: int, hidden: int, widths: _Widths) -> int:
-    """Gradients of a layer's activations that exist together while it is walked back."""
+    """Gradients of a layer's activations that exist together during its backward pass."""
     return positions * 2 * (widths.compute * wide + widths.stream * hidden)
 
 

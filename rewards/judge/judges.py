@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rewards.answers.plain import plain_text
 from rewards.example import Example
 from rewards.extract import MAX_BOX_CHARS, parse, parse_thinking
 from rewards.judge.base import Judge, Pictures, Plan, statistics
@@ -18,7 +19,6 @@ from rewards.judge.wording import (
     NEED_SYSTEM,
     SYSTEM,
 )
-from rewards.normal import plain_text
 from rewards.verdict import Status, Verdict
 
 __all__ = ["CRITERIA", "AnswerJudge", "Judge", "JudgingReward", "VisionJudge", "statistics"]
@@ -55,7 +55,7 @@ class VisionJudge(Judge):
             raise ValueError(f'verdict={self.verdict!r}: either "holistic" or "mean"')
 
     def _asked(self) -> dict[str, str]:
-        """What the judge is asked, by the questions' names."""
+        """The questions' texts, by their names."""
         if self.verdict == "mean":
             return {name: CRITERIA[name] for name in self.criteria}
         return {"holistic": " ".join((HOLISTIC, *(CRITERIA[name] for name in self.criteria)))}

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from core.strict import ConfigError
+from rewards.adapters import check_columns
 from rewards.example import Example
+from rewards.mix import cell_of
 from rewards.offline.rows import RowError, example_of_row, printable, read_lines
 from rewards.offline.score import load
 from rewards.selftest import Failure, self_test
 
-SHOWN = 50
-"""Failures that are printed."""
+SHOWN = 10
+"""Lines about failures, one per kind of completion."""
+CLAIMS = {
+    "answer": "gold answers, empty and corrupted ones earn what they should",
+    "form": "gold answers earn 1 and empty ones 0",
+    "runs": "every completion gets a verdict",
+    "skip": "gold answers earn 1 and empty ones 0",
+}
+"""The result of a test without failures, by the reward's level (rewards.selftest)."""
 
 
 class SelfTestFailed(RuntimeError):
@@ -22,7 +32,7 @@ class SelfTestFailed(RuntimeError):
 
 
 class Examples(Sequence[Example]):
-    """Rows of a data set as a reward sees them, made when they are asked for; `numbers` is where they stand."""
+    """Rows of a data set as a reward sees them, made at each access. `numbers` are their places in the file."""
 
     def __init__(
         self, rows: Sequence[Any], numbers: Sequence[int], example_of: Any, mode: str | None
@@ -42,11 +52,20 @@ class Examples(Sequence[Example]):
         example = self._example_of(self.rows[index])
         return dataclasses.replace(example, mode=self._mode) if self._mode else example
 
+    def take(self, places: Sequence[int]) -> Examples:
+        """The rows at these places."""
+        return Examples(
+            [self.rows[place] for place in places],
+            [self.numbers[place] for place in places],
+            self._example_of,
+            self._mode,
+        )
+
 
 def load_examples(data: str, split: str, rows: int | None, seed: int, mode: str | None) -> Examples:
     """A data set: JSONL with the fields of rewards.offline.rows, or records (Parquet file, folder or hub id).
 
-    Raises ConfigError for a line that is no row or a missing file, RecordError for bad records.
+    Raises ConfigError for a bad line or a missing file, RecordError for bad records.
     """
     if not data.endswith((".jsonl", ".json")):
         from core.model.pictures import Decoded
@@ -78,7 +97,7 @@ def _records(data: str, split: str, rows: int | None, seed: int) -> Any:
             raise
         return load_records(
             data, split
-        )  # it may have fewer rows than asked for; if not that, this raises too
+        )  # it may have fewer rows than asked for; for any other cause this raises too
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
 
@@ -95,21 +114,49 @@ def run(
 ) -> None:
     """The command. Raises SelfTestFailed if anything did not earn what it should, ConfigError if nothing was tested."""
     reward = load(name, params, [Path.cwd()])
-    examples = load_examples(data, split, rows, seed, mode)
+    examples = _chosen(
+        load_examples(data, split, rows, seed, mode), getattr(reward, "contract_of", None), rows, seed
+    )
     try:
-        failures = self_test(reward, examples, rows, seed, name)
+        check_columns(reward, name, examples)
+        failures = self_test(reward, examples, None, seed, name)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    for failure in failures[:SHOWN]:
-        print(f"{data}: {_line(failure, examples.numbers)}")
-    if len(failures) > SHOWN:
-        print(f"... and {len(failures) - SHOWN} more")
-    tested = len(examples) if rows is None else min(rows, len(examples))
-    failed = len({failure.row for failure in failures})
+    for line in _by_case(failures, examples.numbers):
+        print(f"{data}: {line}")
     if failures:
-        raise SelfTestFailed(f"{name}: {len(failures)} failures on {failed} of {tested} rows")
-    print(f"{name}: {tested} rows; gold answers, empty and corrupted ones earn what they should")
+        failed = len({failure.row for failure in failures})
+        raise SelfTestFailed(f"{name}: {len(failures)} failures on {failed} of {len(examples)} rows")
+    for line in _claims(getattr(reward, "self_test", "answer"), examples):
+        print(f"{name}: {line}")
 
 
-def _line(failure: Failure, numbers: Sequence[int]) -> str:
-    return printable(str(dataclasses.replace(failure, row=numbers[failure.row])), 2000)
+def _chosen(examples: Examples, contract: str | None, rows: int | None, seed: int) -> Examples:
+    """The rows under the reward's contract, and of them a random sample."""
+    places = [place for place in range(len(examples)) if contract in (None, examples[place].mode)]
+    if rows is not None and rows < len(places):
+        places = sorted(random.Random(seed).sample(places, rows))
+    return examples.take(places)
+
+
+def _by_case(failures: Sequence[Failure], numbers: Sequence[int]) -> Iterator[str]:
+    """A line per kind of completion that did not earn what it should: how often, and the first one."""
+    cases: dict[str, list[Failure]] = {}
+    for failure in failures:
+        cases.setdefault(failure.case, []).append(failure)
+    for case, same in list(cases.items())[:SHOWN]:
+        first = dataclasses.replace(same[0], row=numbers[same[0].row])
+        yield printable(f"{case}: {_rows(len(same))}; the first: {first}", 2000)
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
+
+
+def _claims(level: str, examples: Sequence[Example]) -> Iterator[str]:
+    """The result of a test without failures, and the rows that it is about."""
+    unruled = sum(cell_of(example)[1] == "judged" for example in examples) if level == "answer" else 0
+    if unruled < len(examples):
+        yield f"{_rows(len(examples) - unruled)}; {CLAIMS[level]}"
+    if unruled:
+        yield f"{_rows(unruled)} of verifier judge or none got a verdict; no rule says whether it is right"

@@ -1,4 +1,4 @@
-"""Rows of JSONL files that nobody vouches for: every line is an object or a reason why not, and none stops the rest.
+"""Rows of untrusted JSONL files: every line is an object, or a reason why it is not. No line stops the others.
 
 A row of stored completions, as `posttrain score` reads it:
 
@@ -8,7 +8,7 @@ A row of stored completions, as `posttrain score` reads it:
 | gold (or answer) | str, the gold answer |
 | prompt (or question) | str, optional; without images |
 | kind (or verifier) | one of rewards.answer.KINDS, optional: how the answer is compared |
-| mode | think or direct, optional; else think where the prompt or the completion holds a think tag |
+| mode | think or direct, optional; else `--mode`; else think if the prompt or the completion holds a think tag |
 | id | optional; else line-<number> |
 | meta | object, optional: answers, choices |
 | images | paths, optional, from the file's folder; opened when a reward looks at them |
@@ -33,12 +33,12 @@ from rewards.example import MODES, Example
 from rewards.extract import CLOSE, OPEN
 
 MAX_LINE_BYTES = 64 << 20
-"""A longer line is no row."""
+"""Longer lines are refused."""
 DEFAULT_KIND = "auto" if "auto" in KINDS else "math"
 
 
 class RowError(ValueError):
-    """A line is no row; the message says why."""
+    """A line is not a row; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Line:
     size: int
     """Bytes."""
     row: dict[str, Any] | None
-    """None if it holds no JSON object."""
+    """None if the line is not a JSON object."""
     problem: str = ""
     """Why not."""
 
@@ -77,7 +77,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object that a line is, strictly: NaN, and numbers that Python cannot hold, are no JSON.
+    """The JSON object that a line is, strictly: NaN, and numbers that Python cannot hold, are refused.
 
     Raises RowError.
     """
@@ -97,13 +97,12 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def example_of_row(row: Mapping[str, Any], number: int, folder: Path, mode: str | None = None) -> Example:
-    """What a reward sees of a row; `mode` is for rows that do not name theirs. Raises RowError."""
+    """The row as a reward sees it; `mode` is for rows that do not name theirs. Raises RowError."""
     gold = _text(row, "gold", "answer")
     if gold is None:
         raise RowError('no "gold": the gold answer is missing')
     prompt = _text(row, "prompt", "question") or ""
     kind = _known(row, ("kind", "verifier"), KINDS) or DEFAULT_KIND
-    tagged = OPEN in prompt or any(tag in str(row.get("completion")) for tag in (OPEN, CLOSE))
     identity = row.get("id")
     if not isinstance(identity, str | int | None):
         raise RowError(f'"id" is a JSON {_json_type(identity)}: write text')
@@ -111,13 +110,29 @@ def example_of_row(row: Mapping[str, Any], number: int, folder: Path, mode: str 
         id=f"line-{number}" if identity is None else str(identity),
         question=prompt,
         answer=gold,
-        mode=_known(row, ("mode",), MODES) or mode or ("think" if tagged else "direct"),
+        mode=mode_of_row(row, mode)[0],
         verifier=kind,
         images=cast(Any, Pictures(_paths(row), folder)),
         chain=_text(row, "chain"),
         source=_text(row, "source") or "",
         meta=_meta(row),
     )
+
+
+def mode_of_row(row: Mapping[str, Any], mode: str | None = None) -> tuple[str, str]:
+    """The mode of a row, and whose word that is: "its own", "--mode", or "its tags". Raises RowError.
+
+    >>> mode_of_row({"completion": "4"}), mode_of_row({"mode": "think", "completion": "4"}, "direct")
+    (('direct', 'its tags'), ('think', 'its own'))
+    """
+    named = _known(row, ("mode",), MODES)
+    if named:
+        return named, "its own"
+    if mode:
+        return mode, "--mode"
+    prompt = _text(row, "prompt", "question") or ""
+    tagged = OPEN in prompt or any(tag in str(row.get("completion")) for tag in (OPEN, CLOSE))
+    return "think" if tagged else "direct", "its tags"
 
 
 def completion_of_row(row: Mapping[str, Any], example: Example) -> str:
@@ -176,7 +191,7 @@ def _known(row: Mapping[str, Any], names: Sequence[str], known: Sequence[str]) -
 def _paths(row: Mapping[str, Any]) -> list[str]:
     paths = row.get("images") or []
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise RowError('"images" is no list of paths')
+        raise RowError('"images" is not a list of paths')
     return paths
 
 
@@ -190,7 +205,7 @@ def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _no_constant(word: str) -> float:
-    raise ValueError(f"{word} is no JSON number")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _finite(digits: str) -> float:

@@ -1,4 +1,4 @@
-"""`posttrain score`: stored completions through any rewards, without a model; a line in, a line out."""
+"""`posttrain score`: grades stored completions with any rewards, without a model. Each line in gives a line out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +16,15 @@ from core.strict import ConfigError
 from rewards.calls import Caller, Pending, Reward, RewardError
 from rewards.example import Example
 from rewards.isolation import load_limited
-from rewards.offline.rows import Line, RowError, completion_of_row, example_of_row, read_lines
+from rewards.offline.rows import (
+    Line,
+    RowError,
+    completion_of_row,
+    example_of_row,
+    mode_of_row,
+    read_lines,
+)
+from rewards.offline.summary import Summary, table, words
 from rewards.verdict import Verdict
 
 CHUNK_ROWS = 512
@@ -24,23 +32,8 @@ CHUNK_BYTES = 8 << 20
 """Rows and bytes that are graded together, and held in memory twice."""
 
 
-@dataclass
-class Summary:
-    """What was scored."""
-
-    rows: int = 0
-    """Lines of the input."""
-    errors: int = 0
-    """Of them the ones that are no rows."""
-    seconds: float = 0.0
-    statuses: dict[str, Counter[str]] = field(default_factory=dict)
-    """By reward."""
-    sums: Counter[str] = field(default_factory=Counter)
-    """Of scores, by reward."""
-    scored: Counter[str] = field(default_factory=Counter)
-    """Completions with a score, by reward."""
-    raised: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """By reward that raised: how often, and the first error."""
+class NothingScored(RuntimeError):
+    """No reward could score any row; the causes were printed."""
 
 
 def rewards_of(
@@ -89,7 +82,7 @@ def score(
 ) -> Summary:
     """Write every row of a JSONL file with its verdicts under "rewards" to another, in order.
 
-    A line that is no row becomes {"line": number, "error": why}; a reward that raises leaves that one verdict
+    A line that is not a row becomes {"line": number, "error": why}; a reward that raises leaves that one verdict
     unscorable with the error as its reason. Memory does not grow with the file. The target appears when it is
     whole; it may be the source.
 
@@ -126,8 +119,10 @@ class _Chunk:
 
     lines: list[Line]
     problems: dict[int, str]
-    """By place in the chunk, what is wrong with a line."""
+    """The problem of a bad line, by its place in the chunk."""
     pending: dict[str, Pending]
+    modes: dict[int, tuple[str, str]]
+    """By place in the chunk, the contract of the row and whose word that is."""
 
     @classmethod
     def begin(
@@ -136,6 +131,7 @@ class _Chunk:
         problems: dict[int, str] = {}
         completions: list[str] = []
         examples: list[Example] = []
+        modes: dict[int, tuple[str, str]] = {}
         for place, line in enumerate(lines):
             try:
                 if line.row is None:
@@ -143,6 +139,7 @@ class _Chunk:
                 example = example_of_row(line.row, line.number, folder, mode)
                 completions.append(completion_of_row(line.row, example))
                 examples.append(example)
+                modes[place] = mode_of_row(line.row, mode)
             except RowError as error:
                 problems[place] = str(error)
         pending = {}
@@ -150,10 +147,10 @@ class _Chunk:
             pending = {
                 name: caller.start(reward, name, completions, examples) for name, reward in rewards.items()
             }
-        return cls(lines, problems, pending)
+        return cls(lines, problems, pending, modes)
 
     def cancel(self) -> None:
-        """Drop what has not begun."""
+        """Cancel the calls that have not begun."""
         for pending in self.pending.values():
             pending.cancel()
 
@@ -164,10 +161,13 @@ class _Chunk:
             problem = self.problems.get(place)
             if problem is None:
                 verdicts = {name: _counted(name, next(results), summary) for name, results in graded.items()}
-                text = _json(line.row or {}, verdicts)
+                contract = self.modes[place]
+                summary.modes[contract] += 1
+                text = _json(line.row or {}, verdicts, contract[0])
                 problem = "" if text else "nested too deeply to be written"
             if problem:
                 summary.errors += 1
+                summary.count_cause("", problem)
                 text = json.dumps(_error_line(line, problem))
             file.write(text + "\n")
         if on_bytes:
@@ -180,14 +180,16 @@ def _counted(name: str, result: Verdict | RewardError, summary: Summary) -> Verd
         summary.raised[name] = count + 1, first
         result = Verdict.unscored(result.problem)
     summary.statuses[name][result.status.value] += 1
-    if result.score is not None:
+    if result.score is None:
+        summary.count_cause(name, f"{result.status.value}: {result.reason}")
+    else:
         summary.scored[name] += 1
         summary.sums[name] += result.score  # type: ignore[assignment]  # a Counter adds floats as well
     return result
 
 
-def _json(row: Mapping[str, Any], verdicts: Mapping[str, Verdict]) -> str:
-    """The row with its verdicts; "" if it is nested too deeply to be written."""
+def _json(row: Mapping[str, Any], verdicts: Mapping[str, Verdict], contract: str) -> str:
+    """The row with its verdicts and the contract that they applied; "" if it is nested too deeply to be written."""
     scored = {
         name: {
             "score": verdict.score,
@@ -197,12 +199,13 @@ def _json(row: Mapping[str, Any], verdicts: Mapping[str, Verdict]) -> str:
         }
         for name, verdict in verdicts.items()
     }
+    whole = {**row, "contract": contract, "rewards": scored}
     try:
-        text = json.dumps({**row, "rewards": scored}, ensure_ascii=False)
+        text = json.dumps(whole, ensure_ascii=False)
         text.encode("utf-8")
         return text
     except UnicodeEncodeError:  # half a surrogate pair has no UTF-8; escaped it can be written
-        return json.dumps({**row, "rewards": scored})
+        return json.dumps(whole)
     except RecursionError:
         return ""
 
@@ -248,8 +251,12 @@ def run(
     params: Mapping[str, Mapping[str, Any]],
     workers: int,
     mode: str | None,
+    allow_unscorable: bool = False,
 ) -> Summary:
-    """The command: score with a progress bar, and print the summary. Raises ConfigError for what is not there."""
+    """The command: score with a progress bar, and print the summary.
+
+    Raises ConfigError for a missing file or reward, NothingScored unless allowed.
+    """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from core.console import new_console
@@ -262,27 +269,11 @@ def run(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=source.stat().st_size)
         summary = score(source, target, rewards, workers, mode, lambda size: progress.advance(task, size))
-    console.print(_table(summary))
-    rate = summary.rows / summary.seconds if summary.seconds else 0.0
-    console.print(
-        f"{summary.rows} rows, {summary.errors} of them no rows, in {summary.seconds:.1f}s: "
-        f"{rate:,.0f} pairs/s; written to {target}",
-        markup=False,
-        soft_wrap=True,
-    )
-    for name, (count, first) in summary.raised.items():
-        console.print(f"{name} raised {count} times; the first: {first}", markup=False, soft_wrap=True)
+    console.print(table(summary))
+    for line in words(summary, target):
+        console.print(line, markup=False, soft_wrap=True)
+    if summary.rows and not summary.scored and not allow_unscorable:
+        raise NothingScored(
+            f"nothing of {summary.rows} rows could be scored, for the causes above; --allow-unscorable accepts that"
+        )
     return summary
-
-
-def _table(summary: Summary) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("reward", "mean score", "scored", "statuses")
-    for name, statuses in summary.statuses.items():
-        scored = summary.scored[name]
-        mean = f"{summary.sums[name] / scored:.4f}" if scored else "-"
-        counts = ", ".join(f"{status} {count}" for status, count in statuses.most_common())
-        table.add_row(escape(name), mean, str(scored), counts)
-    return table

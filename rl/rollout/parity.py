@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from rl.config import Parity
-from rl.rollout.client import Answer, Prompt, RolloutClient, Sampling
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import Answer, Prompt, Sampling
 
 CAUSES = """likely causes:
   - a weight that the servers kept (tied lm_head not sent; a tensor name that the server maps elsewhere)
@@ -78,7 +79,7 @@ class ParityGuard:
         return worst
 
     def gate(self, client: RolloutClient, checked: Sequence[Answer], servers: int) -> Callable[[str], None]:
-        """What a server that comes back between two updates must pass: `RolloutClient.gate`.
+        """The check of a server that comes back between two updates: `Served.gate`.
 
         The learner cannot score then, as all its ranks would have to take part. The server is compared with answers
         that the learner has checked after the last update: asked the same with the same seeds, it must give the same

@@ -102,7 +102,11 @@ def test_a_core_of_unknown_shape_is_not_counted(toy):
             ],
             r"basic_sft: a rank needs .*set basic_sft.learner.deepspeed=\{zero_stage: 2, offload: cpu\}",
         ),
-        ("sailvl2_2b", ["sft.learner.processes=12"], r"basic_sft.learner.processes=12, on 8 GPUs"),
+        (
+            "sailvl2_2b",
+            ["sft.learner.processes=12", "sft.packing.update_tokens=1179648"],
+            r"basic_sft.learner.processes=12, on 8 GPUs",
+        ),
         ("sailvl2_2b", ["servers.first_gpu=4"], r"servers begin at servers.first_gpu=4: lower the one"),
         (
             "sailvl2_2b",

@@ -14,8 +14,9 @@ from chain.recipe import ALIASES, STAGE_NAMES
 from chain.stages import STAGES, stage_named
 from core.files import read_jsonl
 from core.strict import ConfigError
-from rl.config import PoolConfig
 from rl.rollout import client as rollout_client
+from rl.rollout.config import PoolConfig
+from rl.rollout.served import Served
 
 
 def test_the_table_of_stages_is_the_chain_in_order():
@@ -50,15 +51,17 @@ class FakeClient:
 
     def __init__(self, urls):
         self.urls, self.loaded, self.fails, self.closed = urls, [], False, False
+        self.served = Served()
 
     @classmethod
     def of_pool(cls, pool, urls, model):
         return cls(urls)
 
     def load_checkpoint(self, folder: Path) -> None:
-        if self.fails:
-            raise rollout_client.RolloutError("half-way")
-        self.loaded.append(folder.name)
+        with self.served.update(folder.resolve()):
+            if self.fails:
+                raise rollout_client.RolloutError("half-way")
+            self.loaded.append(folder.name)
 
     def close(self) -> None:
         self.closed = True

@@ -204,7 +204,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch
 
 
 def test_a_folder_that_is_there_and_a_size_and_a_word_that_are_none_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         plan_core("tiny", tmp_path)
     with pytest.raises(ConfigError, match="a3b, mid, tiny"):
         plan_core("30b", tmp_path / "core")

@@ -1,4 +1,4 @@
-"""A batched async reward: it needs the whole batch, and might ask a server about it."""
+"""A batched async reward: it needs the whole batch, and could ask a server about it."""
 
 import asyncio
 from collections import Counter
@@ -11,7 +11,7 @@ class Novelty:
     """1 for an answer that no other completion of the same row gives, 1/n for one that n of them give."""
 
     async def batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        await asyncio.sleep(0)  # here an embedding server would be asked
+        await asyncio.sleep(0)  # an embedding server could be asked here
         keys = [
             (example.id, completion.rpartition("</think>")[2].strip())
             for completion, example in zip(completions, examples, strict=True)

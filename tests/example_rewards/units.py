@@ -1,10 +1,10 @@
-"""A function: the whole row is there, here its meta."""
+"""A function: it sees the whole row, and reads its meta."""
 
 from rewards import Example, Verdict
 
 
 def names_the_unit(completion: str, example: Example, *, default: str = "") -> Verdict:
-    """1 if the row's unit stands in the completion; unscored if the row has none, as 0 would be unfair."""
+    """1 if the completion has the row's unit; unscored if the row has none, as 0 would be unfair."""
     unit = example.meta.get("unit", default)
     if not unit:
         return Verdict.unscored("meta has no unit")

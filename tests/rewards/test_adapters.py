@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 
-from rewards.adapters import as_trl
+from rewards.adapters import as_trl, check_columns
 from rewards.answer import AnswerReward
 from rewards.example import Example
 from rewards.mix import Mixture, RewardError, Term
@@ -94,6 +94,30 @@ def test_a_trl_function_sees_the_row_as_columns(load):
     assert (seen["level"], seen["hint"]) == ([3, None], [None, "five"])
 
 
+@pytest.mark.parametrize("gold", ["answer", "solution", "ground_truth"])
+def test_a_trl_function_gets_the_gold_answer_by_any_of_its_names(load, tmp_path, gold):
+    (tmp_path / "golds.py").write_text(
+        f"def right(completions, {gold}):\n"
+        f"    return [float(c[0]['content'] == g) for c, g in zip(completions, {gold})]\n"
+    )
+    assert scores(load("trl:golds.py:right"), ("4", "4")) == [1, 0]
+
+
+def test_a_column_of_meta_is_handed_on_or_refused_with_the_names_there_are(load, tmp_path):
+    (tmp_path / "levels.py").write_text(
+        "def level(completions, level):\n    return [None if n is None else n / 10 for n in level]\n"
+    )
+    reward = load("trl:levels.py:level")
+    check_columns(reward, "mine", [ROW, OTHER])
+    assert scores(reward) == [0.3, None]
+    assert scores(reward, ["it is 6"], [OTHER]) == [None]  # a batch in which no row has it
+    with pytest.raises(ValueError, match=r"reward 'mine' needs the column 'level', which no row has.*hint"):
+        check_columns(reward, "mine", [OTHER])
+    (tmp_path / "typo.py").write_text("def levels(completions, levels):\n    return [1.0]\n")
+    with pytest.raises(ValueError, match=r"needs the column 'levels', which no row has. did you mean level"):
+        check_columns(load("trl:typo.py:levels"), "mine", [ROW])
+
+
 def test_an_async_trl_function_with_a_parameter(load):
     assert scores(load("trl:foreign_rewards.py:later")) == [1, 0]
     assert scores(load("trl:foreign_rewards:later", worth=0.5)) == [0.5, 0]
@@ -167,6 +191,16 @@ def test_verl_functions_of_fewer_arguments_sequences_and_scales(load):
 def test_a_mapping_without_a_score_names_the_reward(load):
     with pytest.raises(RewardError, match=r"reward 'mine' failed on row 'r'.*without .score.: acc"):
         grade(load("verl:foreign_rewards:no_score"))
+
+
+def test_nan_is_trls_none_and_an_error_of_verls(load, tmp_path):
+    (tmp_path / "nans.py").write_text(
+        "def trl(completions): return [float('nan')] * len(completions)\n"
+        "def verl(solution_str): return float('nan')\n"
+    )
+    assert scores(load("trl:nans.py:trl")) == [None, None]
+    with pytest.raises(RewardError, match="its score nan is outside"):
+        grade(load("verl:nans.py:verl"))
 
 
 def called_as_trl_does(function, completions, **columns):

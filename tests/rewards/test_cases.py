@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from rewards import answer
 from rewards.answer import KINDS, UNGRADED, AnswerReward, gold_problem
+from rewards.answers import checker as checker_module
+from rewards.answers.checker import MathChecker
 from rewards.example import Example
-from rewards.mathcheck import MathChecker
 from rewards.style.format import DirectFormat, ThinkFormat
 
-CASES = json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8"))["cases"]
+CASES = [
+    case
+    for name in ("cases.json", "cases_kinds.json")
+    for case in json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))["cases"]
+]
 FAST = [case for case in CASES if not case.get("slow")]
 FORMATS = {"think": ThinkFormat(), "direct": DirectFormat()}
 SCORES = {"correct": 1.0, "unscorable": None}
@@ -21,10 +25,10 @@ SCORES = {"correct": 1.0, "unscorable": None}
 @pytest.fixture(autouse=True, scope="module")
 def patient_checker():
     """A shared machine may make an honest comparison wait."""
-    checker, shared = MathChecker(deadline_s=30), answer.SHARED
-    answer.SHARED = checker
+    checker, shared = MathChecker(deadline_s=30), checker_module.SHARED
+    checker_module.SHARED = checker
     yield
-    answer.SHARED = shared
+    checker_module.SHARED = shared
     checker.close()
 
 
@@ -83,7 +87,7 @@ def test_every_gold_answer_earns_full_marks_for_itself(case):
 @pytest.mark.parametrize("case", [case for case in CASES if case.get("slow")], ids=name_of)
 def test_what_burns_the_deadline_is_never_credited(case, monkeypatch):
     checker = MathChecker()
-    monkeypatch.setattr(answer, "SHARED", checker)
+    monkeypatch.setattr(checker_module, "SHARED", checker)
     reward, completion, row = taken(case)
     assert reward(completion, row).score != 1
     checker.close()
@@ -96,3 +100,15 @@ def test_the_table_covers_every_kind_from_both_sides():
     assert graded <= {kind for kind, count in credited.items() if count >= 10}
     assert graded <= {kind for kind, count in refused.items() if count >= 10}
     assert len(CASES) >= 500
+
+
+def test_each_kind_of_the_new_cases_has_ten_and_both_directions():
+    kinds = json.loads(Path(__file__).with_name("cases_kinds.json").read_text(encoding="utf-8"))["cases"]
+    counted = Counter(case["family"].partition(": ")[2] for case in kinds)
+    assert len(counted) == 10
+    assert min(counted.values()) >= 10
+    for kind in counted:
+        assert {case["expect"] == "correct" for case in kinds if case["family"].endswith(kind)} == {
+            True,
+            False,
+        }

@@ -1,4 +1,4 @@
-"""What the README and the example package show works as it is shown."""
+"""The rewards that the docs and the example package show work as they are shown."""
 
 import re
 import subprocess
@@ -70,14 +70,14 @@ def test_the_example_packages_parameters_are_checked_when_the_recipe_is_read():
         mixture([{**term, "params": {"words": 0}}], TESTS)
 
 
-def test_the_readmes_reward_is_ten_lines_and_grades(tmp_path):
-    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n# (my_rewards\.py)\n(.*?)```", readme, re.DOTALL)
+def test_the_reward_in_the_docs_is_ten_lines_and_grades(tmp_path):
+    page = (TESTS.parent / "docs" / "rewards.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n# (my_rewards\.py)\n(.*?)```", page, re.DOTALL)
     (tmp_path / code[1]).write_text(code[2], encoding="utf-8")
     assert len([line for line in code[2].splitlines() if line.strip()]) <= 10
     import yaml
 
-    recipe = re.search(r"```yaml\n(rewards:.*?my_rewards:Short.*?)```", readme, re.DOTALL)
+    recipe = re.search(r"```yaml\n(rewards:.*?my_rewards:Short.*?)```", page, re.DOTALL)
     terms = yaml.safe_load(recipe[1])["rewards"]
     terms[1]["params"] = {"words": 2}
     graded = mixture(terms, tmp_path).grade_batch([*COMPLETIONS, r"<think>one</think> \boxed{4}"], [ROW] * 3)
@@ -121,7 +121,7 @@ def test_a_recipe_says_what_happens_when_a_reward_raises(tmp_path):
 @pytest.mark.parametrize(
     ("terms", "says"),
     [
-        ([{"name": "a", "use": "answer", "weight": 1.0, "gate": "b"}], "rewards: .*gate='b' is no term"),
+        ([{"name": "a", "use": "answer", "weight": 1.0, "gate": "b"}], "rewards: .*gate='b' is not a term"),
         (
             [
                 {"name": "a", "use": "answer", "weight": 0.9, "graded": ["verifiable"]},

@@ -36,18 +36,23 @@ def work(tmp_path, monkeypatch):
 )
 def test_our_rewards_pass_on_records(work, reward, capsys):
     assert main(["rewards", "test", reward, "rows.parquet"]) == 0
-    assert f"{reward}: 3 rows" in capsys.readouterr().out
+    tested = {"answer": "2 rows", "think_format": "1 row", "direct_format": "2 rows"}.get(reward, "3 rows")
+    shown = capsys.readouterr().out
+    assert f"{reward}: {tested}; " in shown
+    # the third row's verifier is none: nothing is claimed of its verdict
+    assert ("answer: 1 row of verifier judge or none got a verdict" in shown) == (reward == "answer")
 
 
 def test_a_reward_that_always_pays_ends_with_code_1_and_shows_file_and_row(work, capsys):
     assert main(["rewards", "test", "mine.py:Kind", "rows.parquet"]) == 1
     shown = capsys.readouterr()
     assert (
-        "rows.parquet: row 1 ('b'): mine.py:Kind: empty: expected 0, got 1 (correct); the completion: ''"
+        "rows.parquet: empty: 2 rows; the first: row 0 ('a'): mine.py:Kind: empty: expected 0, got 1 (correct)"
         in shown.out
     )
     assert "('c')" not in shown.out  # nothing there that a rule could check
     assert "failures on 2 of 3 rows" in shown.err
+    assert len(shown.out.splitlines()) <= 10
 
 
 def test_parameters_and_a_sample(work, capsys):
@@ -56,7 +61,7 @@ def test_parameters_and_a_sample(work, capsys):
     )
     assert "got 0.5 (wrong)" in capsys.readouterr().out
     assert main(["rewards", "test", "answer", "rows.parquet", "--rows", "2", "--seed", "1"]) == 0
-    assert "answer: 2 rows" in capsys.readouterr().out
+    assert "answer: 1 row; gold answers" in capsys.readouterr().out
     assert main(["rewards", "test", "answer", "rows.parquet", "--rows", "99"]) == 0
 
 
@@ -68,10 +73,10 @@ def test_a_row_of_a_sample_keeps_its_number_in_the_file(work, capsys):
     write_records(work / "many.parquet", rows)
     assert main(["rewards", "test", "mine.py:Kind", "many.parquet", "--rows", "3"]) == 1
     shown = [line for line in capsys.readouterr().out.splitlines() if "empty" in line]
-    assert len(shown) == 3
-    for line in shown:
-        number = line.split("row ")[1].split()[0]
-        assert f"row {number} ('r{number}')" in line
+    (line,) = shown
+    number = line.split(" row ")[1].split()[0]
+    assert f"empty: 3 rows; the first: row {number} ('r{number}')" in line
+    assert number != "0"
 
 
 def test_every_row_under_another_contract(work, capsys):
@@ -89,7 +94,10 @@ def test_jsonl_rows_are_tested_and_a_bad_gold_is_found(work, capsys):
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["rewards", "test", "answer", "rows.jsonl"]) == 1
     shown = capsys.readouterr().out
-    assert "rows.jsonl: row 2 ('line-2'): answer: gold: expected 1, got no score" in shown
+    assert (
+        "rows.jsonl: gold: 1 row; the first: row 2 ('line-2'): answer: gold: expected 1, got no score"
+        in shown
+    )
     assert "row 1 " not in shown
 
 

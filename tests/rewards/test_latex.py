@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards.latex import to_sympy
+from rewards.answers.latex import to_sympy
 
 CASES = json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8"))["cases"]
 MATHS = [case for case in CASES if case.get("kind") == "math" and not case.get("slow")]

@@ -9,18 +9,24 @@ import string
 import sys
 from fractions import Fraction
 
+import math_verify
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from rewards import algebra, extract, normal
+from rewards import extract
 from rewards.answer import KINDS, AnswerReward, gold_problem, kind_of
-from rewards.equality import Outcome, quick, quick_list
+from rewards.answers import algebra
+from rewards.answers.boxes import Box, iou, overlap
+from rewards.answers.compare import compare_parts, decide
+from rewards.answers.notation import joined
+from rewards.answers.number import exact_number
+from rewards.answers.outcome import Outcome
+from rewards.answers.plain import cleaned, plain_latex, plain_text
+from rewards.answers.quantity import read, unit_of
+from rewards.answers.values import parse
 from rewards.example import Example
 from rewards.extract import parse_direct, parse_thinking
-from rewards.grounding import Box, iou, overlap
-from rewards.normal import exact_number, plain_latex, plain_text
-from rewards.quantity import read
 from rewards.style.format import DirectFormat, ThinkFormat
 from rewards.verdict import Status
 
@@ -79,6 +85,18 @@ MARKUP = (
         "°C",
     ),
 )
+
+
+def quick(gold, answer):
+    """The outcome where no worker is needed; None where one is."""
+    result = decide(gold, answer)
+    return result if isinstance(result, Outcome) else None
+
+
+def quick_list(gold, given, ordered):
+    return compare_parts(*(tuple(parse(joined(one)) for one in side) for side in (gold, given)), ordered)
+
+
 texts = st.lists(st.sampled_from(MARKUP) | st.text(max_size=5), max_size=40).map("".join)
 numbers = st.fractions(min_value=-(10**6), max_value=10**6, max_denominator=1000)
 
@@ -220,7 +238,7 @@ def test_a_decimal_reads_as_itself_in_every_spelling(decimal):
 @given(st.text())
 def test_what_is_normal_stays_so(text):
     assert plain_text(plain_text(text)) == plain_text(text)
-    assert normal.cleaned(normal.cleaned(text)) == normal.cleaned(text)
+    assert cleaned(cleaned(text)) == cleaned(text)
 
 
 # ---- expressions, against plain evaluation at a rational point
@@ -408,3 +426,73 @@ def test_json_lists_are_their_own_gold(kind, values):
     row = Example("row", "?", json.dumps(values), "direct", kind)
     assert AnswerReward()(json.dumps(values), row).score == 1
     assert AnswerReward()(json.dumps([*values, 1]), row).score == 0
+
+
+# ---- what follows a gold, what is no mathematics, and notations of one value
+
+WORDS = st.text(string.ascii_lowercase, min_size=3, max_size=9) | st.sampled_from(
+    "incorrect eighths quadrillion chain exact fifths points left wrong divided less thirds squared apples".split()
+)
+SIGNS_OF_PERCENT = {"percent", "percentage", "pct"}
+
+
+@given(
+    st.sampled_from(("5", "42", "1/3", "-2.5", "x^2", "\\sqrt{2}", "(1,2)", "5 cm")),
+    st.lists(WORDS, min_size=1, max_size=3).map(" ".join),
+    st.sampled_from(("{} {}", "{}\\text{{ {}}}", "{}\\ {}")),
+    st.sampled_from(("math", "number", "integer", "quantity", "auto")),
+)
+def test_a_gold_followed_by_words_that_are_no_unit_never_earns(gold, words, form, kind):
+    assume(unit_of(words) is None and not SIGNS_OF_PERCENT & {*words.split()})
+    row = Example("row", "?", gold, "direct", kind)
+    assert not AnswerReward()(form.format(gold, words), row).score
+
+
+@given(
+    st.lists(WORDS | st.sampled_from((".", ",", "!", "(", "the", "is", "no", "?")), max_size=5).map(" ".join)
+)
+def test_text_that_math_verify_parses_to_nothing_never_earns(text):
+    assume(math_verify.parse(text) == [])
+    for gold in ("5", "x^2", "\\frac{1}{2}", "(1,2)", "5 cm", "1<x<2"):
+        assert not AnswerReward()(text, Example("row", "?", gold, "direct", "math")).score
+
+
+def notations(value):
+    """Ways to write a rational number."""
+    sign, top, bottom = "-" if value < 0 else "", abs(value.numerator), value.denominator
+    written = [
+        f"{sign}{top}/{bottom}",
+        f"{sign}\\frac{{{top}}}{{{bottom}}}",
+        f"\\dfrac{{{sign}{top}}}{{{bottom}}}",
+    ]
+    if top > bottom > 1:
+        written.append(f"{sign}{top // bottom}\\frac{{{top % bottom}}}{{{bottom}}}")
+    if 10**6 % bottom == 0:
+        decimal = f"{float(value):.6f}"
+        written += [
+            decimal,
+            decimal.rstrip("0").rstrip("."),
+            f"{float(value):,.6f}",
+            f"{float(value * 100):.4f}\\%",
+        ]
+        written.append(f"{float(value):.6f} \\times 10^{{0}}")
+    if bottom == 1:
+        written += [f"{value.numerator}", f"{value.numerator:,}", f"{value.numerator}.0"]
+    return written
+
+
+@given(
+    st.integers(-(10**6), 10**6),
+    st.sampled_from((1, 2, 4, 5, 8, 3, 7, 12, 1000)),
+    st.sampled_from(
+        ("{}", "${}$", "x={}", "\\text{{Answer}} = {}", " {}.", "\\left({}\\right)", "{}\\text{{ cm}}")
+    ),
+)
+def test_a_value_earns_in_each_of_its_notations(top, bottom, form):
+    value = Fraction(top, bottom)
+    for gold in notations(value)[:2]:
+        row = Example("row", "?", gold, "direct", "math")
+        for written in notations(value):
+            if (form.endswith(" cm}}") and "%" in written) or ("left(" in form and "," in written):
+                continue  # (1,000.0) is a point
+            assert AnswerReward()(form.format(written), row).score == 1, (gold, form.format(written))

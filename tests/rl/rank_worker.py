@@ -24,7 +24,7 @@ from rewards.verdict import Verdict
 from rl.collect import Group, Pipeline, Sample
 from rl.config import RLConfig
 from rl.data import prompt_messages
-from rl.rollout.client import Completion, CoreFacts
+from rl.rollout.messages import Completion, CoreFacts
 from rl.train import trl_config
 from rl.trainer import RolloutTrainer, reward_function
 

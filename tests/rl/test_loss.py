@@ -10,7 +10,7 @@ from rewards.mix import Graded
 from rewards.verdict import Verdict
 from rl.collect import Group, Pipeline, Sample
 from rl.config import RLConfig
-from rl.rollout.client import Completion
+from rl.rollout.messages import Completion
 
 from .conftest import TEMPERATURE, plain_logprobs, record
 from .learners import Given, NoServers
@@ -49,7 +49,7 @@ def setup(tiny_core, tmp_path):
 
     from core.training.config import LearnerConfig
     from core.training.model import load_model, load_processor
-    from rl.rollout.client import CoreFacts
+    from rl.rollout.messages import CoreFacts
     from rl.train import trl_config
     from rl.trainer import RolloutTrainer, ban_tokens, reward_function
 

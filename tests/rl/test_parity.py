@@ -3,7 +3,7 @@
 import pytest
 
 from rl.config import Parity
-from rl.rollout.client import Answer, Completion, Prompt
+from rl.rollout.messages import Answer, Completion, Prompt
 from rl.rollout.parity import ParityError, ParityGuard
 
 GUARD = ParityGuard(Parity(sequences=2, tokens=3, bound=1e-3), [Prompt([]), Prompt([])], temperature=0.7)

@@ -10,7 +10,7 @@ from rewards.mix import Graded
 from rewards.verdict import Status, Verdict
 from rl.collect import Group, Sample
 from rl.config import Watch
-from rl.rollout.client import Completion
+from rl.rollout.messages import Completion
 from rl.watch import RewardAlarm, Watcher, blanked
 
 RIGHT, WRONG = Verdict.correct("7"), Verdict.wrong("8")

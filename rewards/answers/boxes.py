@@ -1,4 +1,4 @@
-r"""Boxes and points in a picture, in the spellings that models use.
+r"""The kinds `box` and `point`: boxes and points in a picture, in the spellings that models use.
 
 A box is x1, y1, x2, y2 with x1 < x2 and y1 < y2, in the coordinates of the gold: `[10, 20, 30, 40]`,
 `(10, 20), (30, 40)`, `\left[10, 20, 30, 40\right]`, `{"bbox_2d": [10, 20, 30, 40], "label": "cat"}`, a list of such.
@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from rewards.matching import matches_all
-from rewards.normal import plain_latex, plain_text
-from rewards.structured import JsonError, JsonLimitError, read_json
+from rewards.answers.json import JsonError, JsonLimitError, read_json
+from rewards.answers.kind import Kind, Limits, decided, unparseable
+from rewards.answers.outcome import matches_all
+from rewards.answers.plain import plain_latex, plain_text
+from rewards.example import Example
+from rewards.verdict import Status, Verdict
 
 MAX_SHAPES = 100
 MAX_COORDINATE = 10**6
@@ -197,3 +200,61 @@ def _numbers(value: Any, count: int) -> list[Fraction]:
 def _label(value: Mapping[str, Any]) -> str:
     label = value.get("label", "")
     return plain_text(label) if isinstance(label, str) else ""
+
+
+def gold_boxes(text: str) -> list[Box]:
+    """The boxes of a gold answer; [] if it is anything else."""
+    try:
+        return read_boxes(text)
+    except JsonLimitError:
+        return []
+
+
+def gold_targets(text: str) -> list[Point] | list[Box]:
+    """The points, or else the boxes, of a gold answer; [] if it is anything else."""
+    try:
+        return read_points(text) or read_boxes(text)
+    except JsonLimitError:
+        return []
+
+
+def _box_problem(example: Example) -> str:
+    if gold_boxes(example.answer):
+        return ""
+    return f"gold answer {example.answer[:80]!r} is no box; write [x1, y1, x2, y2] with x1 < x2 and y1 < y2"
+
+
+def _point_problem(example: Example) -> str:
+    if gold_targets(example.answer):
+        return ""
+    return (
+        f"gold answer {example.answer[:80]!r} is neither a point nor a box; write [x, y] or [x1, y1, x2, y2]"
+    )
+
+
+def _judge_box(answer: str, example: Example, limits: Limits) -> Verdict:
+    try:
+        gold, given = read_boxes(example.answer), read_boxes(answer)
+    except JsonLimitError as error:
+        return Verdict.wrong(answer, str(error), Status.OVER_LIMIT)
+    if not given:
+        return unparseable(answer, "box with x1 < x2 and y1 < y2")
+    if limits.graded:
+        score = float(overlap(gold, given))
+        status = Status.CORRECT if score == 1 else Status.WRONG
+        return Verdict(score, status, answer, f"mean IoU {score:.3f}")
+    return decided(boxes_match(gold, given, limits.limit("iou_threshold", example)), answer)
+
+
+def _judge_point(answer: str, example: Example, limits: Limits) -> Verdict:
+    try:
+        gold, given = gold_targets(example.answer), read_points(answer)
+    except JsonLimitError as error:
+        return Verdict.wrong(answer, str(error), Status.OVER_LIMIT)
+    if not given:
+        return unparseable(answer, "point")
+    return decided(points_match(gold, given, limits.limit("max_distance", example)), answer)
+
+
+BOX = Kind(_box_problem, _judge_box)
+POINT = Kind(_point_problem, _judge_point)

@@ -1,4 +1,4 @@
-r"""Answers with parts: JSON values, and lists written in LaTeX, in JSON or plainly.
+r"""The kind `json`: the same JSON value, with keys in any order, text as `exact` and numbers as `number`.
 
 JSON is read strictly: no duplicate keys, no NaN or Infinity, no number of hundreds of digits, no deep nesting.
 Numbers are exact fractions.
@@ -10,14 +10,15 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from rewards.equality import elements_of
-from rewards.normal import MAX_DIGITS, plain_text
+from rewards.answers.kind import Kind, Limits, decided
+from rewards.answers.plain import MAX_DIGITS, plain_text
+from rewards.example import Example
+from rewards.verdict import Status, Verdict
 
 MAX_DEPTH = 20
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
 _ESCAPED = re.compile(r"\\([{}\[\]_%&#$])")
 _EXPONENT = re.compile(r"[eE][-+]?0*([0-9]+)")
-_ORDERED, _UNORDERED = ("()", "[]"), ("{}",)
 
 
 class JsonError(ValueError):
@@ -35,7 +36,7 @@ def read_json(text: str) -> Any:
     {'a': [Fraction(1, 1), Fraction(5, 2)]}
     >>> read_json('{"a": 1, "a": 2}')
     Traceback (most recent call last):
-    rewards.structured.JsonError: the key 'a' is there twice
+    rewards.answers.json.JsonError: the key 'a' is there twice
 
     Raises JsonError, for what breaks a cap JsonLimitError.
     """
@@ -78,25 +79,8 @@ def json_equal(gold: Any, other: Any, close: Callable[[Fraction, Fraction], bool
     return plain_text(gold) == plain_text(other) if isinstance(gold, str) else bool(gold == other)
 
 
-def elements(text: str, ordered: bool) -> list[str] | None:
-    r"""The elements of a list; None if its brackets say that their order is of the other kind.
-
-    >>> elements(r"\{1, \frac{1}{2}\}", ordered=False), elements('["a, b", 2]', ordered=True)
-    (['1', '\\frac{1}{2}'], ['a, b', '2'])
-    >>> elements("(1, 2)", ordered=False), elements(r"\{1, 2\}", ordered=True)
-    (None, None)
-    """
-    listed = _json_elements(text)
-    if listed is not None:
-        return listed
-    brackets, parts = elements_of(text)
-    if brackets and brackets not in (_ORDERED if ordered else (*_UNORDERED, "[]")):
-        return None
-    return parts
-
-
-def _json_elements(text: str) -> list[str] | None:
-    """Elements of a JSON list with a string in it: commas within strings separate nothing."""
+def texts(text: str) -> list[str] | None:
+    """Elements of a JSON list with a string in it, whose commas separate nothing; None for anything else."""
     if '"' not in text:
         return None
     try:
@@ -147,3 +131,30 @@ def _depth(text: str) -> int:
         elif letter in "]}":
             depth -= 1
     return deepest
+
+
+def _problem(example: Example) -> str:
+    try:
+        read_json(example.answer)
+    except JsonError as error:
+        return f'gold answer {example.answer[:80]!r}: {error}; correct it, or use verifier "exact"'
+    return ""
+
+
+def _judge(answer: str, example: Example, limits: Limits) -> Verdict:
+    tolerance = limits.limit("tolerance", example)
+    share = limits.limit("relative_tolerance", example)
+    try:
+        given = read_json(answer)
+    except JsonLimitError as error:
+        return Verdict.wrong(answer, str(error), Status.OVER_LIMIT)
+    except JsonError as error:
+        return Verdict.wrong(answer, str(error), Status.UNPARSEABLE)
+
+    def close(one: Fraction, other: Fraction) -> bool:
+        return abs(one - other) <= max(tolerance, share * abs(one))
+
+    return decided(json_equal(read_json(example.answer), given, close), answer)
+
+
+JSON = Kind(_problem, _judge)

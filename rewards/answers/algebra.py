@@ -5,10 +5,11 @@ parentheses. Its members are quotients of polynomials over the rationals whose u
 square roots of primes (of -1 for i). Square roots of different primes are independent over the rationals and π and
 e are taken for variables, so two members are equal exactly if their canonical forms are: both answers of `same`
 are proofs. A function or another power of members, as \sin(2x) or e^{x}, is taken whole, for a variable; of values
-that hold such only the equality is proved. Whatever is not surely in the fragment has no value here; rewards.equality
-then asks sympy.
+that hold such only the equality is proved. Whatever is not surely in the fragment has no value here;
+rewards.answers.compare then asks sympy.
 """
 
+import decimal
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -32,6 +33,14 @@ _WHOLE = "ƒ"
 """Begins the name of a function taken whole."""
 _I = "√-1"
 _CONSTANTS = frozenset(("pi", "e"))
+_DIGITS_OF = {
+    "pi": decimal.Decimal(
+        "3.14159265358979323846264338327950288419716939937510582097494459230781640628620899"
+    ),
+    "e": decimal.Decimal(
+        "2.71828182845904523536028747135266249775724709369995957496696762772407663035354759"
+    ),
+}
 GREEK = frozenset(
     (
         "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi "
@@ -87,7 +96,7 @@ class _Token(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def value(text: str) -> Value | None:
-    r"""The value of an expression in plain LaTeX (normal.plain_latex); None if it is not in the fragment.
+    r"""The value of an expression in plain LaTeX (plain.plain_latex); None if it is not in the fragment.
 
     >>> value(r"\frac{3}{6}").rational
     Fraction(1, 2)
@@ -116,6 +125,45 @@ def same(one: Value, other: Value) -> bool | None:
     except _OutsideError:
         return None
     return equal or (None if one.has_functions or other.has_functions else False)
+
+
+def approximate(one: Value) -> Fraction | None:
+    r"""A real constant to 50 digits; None if it is no real constant, or holds a function.
+
+    >>> float(approximate(value(r"\sqrt{2}")))
+    1.4142135623730951
+    """
+    with decimal.localcontext(prec=70):
+        sides = []
+        for side in one:
+            total = decimal.Decimal(0)
+            for term, factor in side.items():
+                number = decimal.Decimal(factor.numerator) / factor.denominator
+                for name, exponent in term:
+                    known = _DIGITS_OF.get(name)
+                    if name.startswith(_ROOT) and name != _I:
+                        known = decimal.Decimal(name[len(_ROOT) :]).sqrt()
+                    if known is None:
+                        return None
+                    number *= known**exponent
+                total += number
+            sides.append(total)
+        return Fraction(sides[0]) / Fraction(sides[1]) if sides[1] else None
+
+
+def power_of_pi(one: Value, exponent: int, factor: Fraction) -> Value:
+    """A value times a rational factor and a whole power of π."""
+    pi: Polynomial = {(("pi", abs(exponent)),) if exponent else (): Fraction(1)}
+    top = {term: amount * factor for term, amount in one.top.items()}
+    work = _Work()
+    if exponent < 0:
+        return Value(top, work.times(one.bottom, pi))
+    return Value(work.times(top, pi), one.bottom)
+
+
+def constant(number: Fraction) -> Value:
+    """A rational number as a value."""
+    return _number(number)
 
 
 def same_equation(one: Value, other: Value) -> bool:

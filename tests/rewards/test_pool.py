@@ -16,12 +16,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rewards import equality, mathcheck, mathpool, mathworker
-from rewards.equality import Outcome
-from rewards.mathcheck import MathChecker
+from rewards import pool
+from rewards.answers import checker as checker_module
+from rewards.answers import expression
+from rewards.answers.checker import MathChecker
+from rewards.answers.outcome import Outcome, Pair
+from rewards.pool import Ending, Pool, PoolError
 
 EASY = (r"\sin^2 x", r"1-\cos^2 x")
-"""Needs sympy: rewards.equality.quick does not decide it."""
+"""Needs sympy: the types do not decide it."""
 NUMBERS = itertools.count(2)
 NOT_IN_TIME = (Outcome.OVER_TIME, Outcome.TIMEOUT)
 """Whose fault it is depends on how busy the machine is."""
@@ -87,9 +90,7 @@ def one_worker():
 def single(one_worker):
     """One checker with one worker for the tests that let it live; a keeper takes a second to start."""
     one_worker.deadline_s, one_worker.queue_s = 30, 60
-    yield one_worker
-    for worker in one_worker.worker_pids:
-        os.kill(worker, signal.SIGCONT)
+    return one_worker
 
 
 @pytest.fixture
@@ -135,47 +136,38 @@ def hanging() -> tuple[str, str]:
 
 
 def started(checker: MathChecker) -> int:
-    """The one worker of a checker that has answered."""
+    """A worker of a checker that has answered."""
     checker.compare(*new())
-    (worker,) = checker.worker_pids
-    return worker
+    until(lambda: checker.worker_pids)
+    return checker.worker_pids[0]
 
 
 def begun(checker: MathChecker) -> bool:
     """Whether a worker has a question."""
-    return any(question.future.running() for question in list(checker._open.values()))
+    return any(question.job.begun() for question in list(checker._state.open.values()))
 
 
 def test_a_hung_job_is_the_predictions_fault_and_its_worker_is_replaced(single, monkeypatch):
-    monkeypatch.setattr(mathpool, "CPU_SHARE", 0.01)  # however busy the machine is
-    worker, keeper = started(single), single.pid
-    single.deadline_s = 0.5
+    monkeypatch.setattr(pool, "CPU_SHARE", 0.01)  # however busy the machine is
+    worker = started(single)
     assert single.compare(*hanging()) == Outcome.OVER_TIME
-    single.deadline_s = 30
+    monkeypatch.undo()
     assert single.compare(*new()) == Outcome.EQUAL
     until(lambda: gone(worker))
-    assert single.pid == keeper
     assert single.worker_pids != [worker]
 
 
-def test_a_stopped_worker_is_nobodys_fault(single):
+def test_a_worker_stopped_at_its_job_is_nobodys_fault(single, threads, monkeypatch):
+    monkeypatch.setattr(pool, "CPU_SHARE", 1000)
     worker = started(single)
+    single.deadline_s = 1
+    answer = threads.submit(single.compare, *hanging())
+    until(lambda: begun(single))
     os.kill(worker, signal.SIGSTOP)
-    pair = new()
-    single.deadline_s = 0.2
-    assert single.compare(*pair) == Outcome.TIMEOUT
+    assert answer.result() == Outcome.TIMEOUT
     single.deadline_s = 30
     until(lambda: gone(worker))
-    assert single.compare(*pair) == Outcome.EQUAL  # not remembered
-
-
-def test_the_job_of_a_killed_worker_is_done_by_another(single, threads):
-    worker = started(single)
-    os.kill(worker, signal.SIGSTOP)
-    answer = threads.submit(single.compare, *new())
-    until(lambda: begun(single))
-    os.kill(worker, signal.SIGKILL)
-    assert answer.result() == Outcome.EQUAL
+    assert single.compare(*new()) == Outcome.EQUAL
 
 
 def test_a_job_that_loses_two_workers_is_crashed_and_not_remembered(single, threads):
@@ -217,29 +209,14 @@ def test_workers_killed_in_mid_batch_cost_their_own_jobs_at_most(make):
     assert len(lost) <= killed / 2
 
 
-def test_a_killed_keeper_leaves_no_worker_and_is_replaced(single, threads):
-    worker = started(single)
-    keeper = single.pid
-    os.kill(worker, signal.SIGSTOP)
-    answer = threads.submit(single.compare, *new())
-    until(lambda: begun(single))
-    os.kill(keeper, signal.SIGKILL)
-    assert answer.result() == Outcome.EQUAL
-    assert gone(keeper)
-    assert gone(worker)
-    assert single.pid != keeper
-
-
-def test_a_stopped_keeper_holds_up_no_deadline_and_is_replaced(single, monkeypatch):
-    monkeypatch.setattr(mathpool, "FORK_S", 1)
-    started(single)
-    keeper = single.pid
-    os.kill(keeper, signal.SIGSTOP)
-    single.deadline_s = 0.2
-    assert single.compare(*hanging()) in NOT_IN_TIME
-    single.deadline_s = 30
-    assert single.compare(*new()) == Outcome.EQUAL
-    assert gone(keeper)
+def test_when_all_workers_die_idle_the_next_question_starts_others(make):
+    checker = make(workers=2)
+    started_pids = (checker.compare(*new()), checker.worker_pids)[1]
+    for worker in started_pids:
+        os.kill(worker, signal.SIGKILL)
+    until(lambda: all(map(gone, started_pids)))
+    assert checker.compare_many([new() for _ in range(20)]) == [Outcome.EQUAL] * 20
+    assert not {*started_pids} & {*checker.worker_pids}
 
 
 def test_memory_is_limited(single):
@@ -248,20 +225,24 @@ def test_memory_is_limited(single):
     assert line.split()[3] == str(2 << 30)
 
 
-@pytest.mark.parametrize(
-    ("error", "outcome"),
-    [
-        (MemoryError, Outcome.OVER_MEMORY),
-        (RecursionError, Outcome.UNPARSEABLE),
-        (OverflowError, Outcome.UNPARSEABLE),
-    ],
-)
-def test_what_the_algebra_stumbles_over_is_the_predictions_fault(error, outcome, monkeypatch):
+@pytest.mark.parametrize("error", [RecursionError, OverflowError])
+def test_what_the_algebra_stumbles_over_is_the_answers_fault(error, monkeypatch):
     def stumble(*texts):
         raise error
 
-    monkeypatch.setattr(equality, "compare", stumble)
-    assert mathworker._answer("x", "y") == outcome
+    monkeypatch.setattr(expression, "compare", stumble)
+    assert expression.settled(Pair("x", "y")) == Outcome.UNPARSEABLE
+
+
+def test_endings_and_errors_of_jobs():
+    hungry = Pool(bytearray, "rewards.pool", size=1, deadline_s=30)
+    assert hungry.submit(10).future.result() == bytes(10)
+    assert hungry.submit(3 << 30).future.result() == Ending.OVER_MEMORY
+    hungry.close()
+    failing = Pool(int, "rewards.pool", size=1, deadline_s=30)
+    with pytest.raises(ValueError, match="seven"):
+        failing.submit("seven").future.result()
+    failing.close()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -283,16 +264,16 @@ def test_answers_are_remembered_without_the_processes(make):
     checker = make()
     assert checker.compare(*EASY) == Outcome.EQUAL
     checker.close()
-    assert (checker.pid, checker.worker_pids) == (None, [])
+    assert checker.worker_pids == []
     assert checker.compare(*EASY) == Outcome.EQUAL
-    assert checker.pid is None
+    assert checker.worker_pids == []
 
 
 def test_memory_of_answers_is_bounded(make, monkeypatch):
-    monkeypatch.setattr(mathcheck, "CACHE_PAIRS", 3)
+    monkeypatch.setattr(checker_module, "CACHE_SIZE", 3)
     checker = make()
     checker.compare_many([("3x", rf"{n}\sin x") for n in range(4, 12)])
-    assert len(checker._cache) == 3
+    assert len(checker._state.known) == 3
 
 
 def test_golds_are_readable_or_not(shared):
@@ -313,23 +294,21 @@ def test_32_threads_ask_at_once(shared, threads):
 
 
 def test_equal_questions_at_the_same_time_are_one(single, threads, monkeypatch):
-    worker = started(single)
+    started(single)
     jobs = []
     submit = single._pool.submit
-    monkeypatch.setattr(single._pool, "submit", lambda job: (jobs.append(job), submit(job)))
-    os.kill(worker, signal.SIGSTOP)
-    pair = new()
+    monkeypatch.setattr(single._pool, "submit", lambda result: (jobs.append(result), submit(result))[1])
+    pair = hanging()
     answers = [threads.submit(single.compare, *pair) for _ in range(16)]
-    until(lambda: [question.askers for question in single._open.values()] == [16])
-    os.kill(worker, signal.SIGCONT)
-    assert {answer.result() for answer in answers} == {Outcome.EQUAL}
+    until(lambda: [question.askers for question in list(single._state.open.values())] == [16])
+    single.close()
+    assert {answer.result() for answer in answers} == {Outcome.CRASHED}
     assert len(jobs) == 1
 
 
 def test_who_waits_too_long_for_a_worker_is_told_so(single, threads):
-    worker = started(single)
-    os.kill(worker, signal.SIGSTOP)
-    first = threads.submit(single.compare, *new())
+    started(single)
+    first = threads.submit(single.compare, *hanging())
     until(lambda: begun(single))
     single.queue_s = 0.1
     assert single.compare("2^{y+1}+1", "1+2*2^y") == Outcome.TIMEOUT
@@ -338,9 +317,9 @@ def test_who_waits_too_long_for_a_worker_is_told_so(single, threads):
         Outcome.TIMEOUT,
         Outcome.DIFFERENT,
     ]
-    assert len(single._open) == 1  # what nobody waits for is not begun
-    os.kill(worker, signal.SIGCONT)
-    assert first.result() == Outcome.EQUAL
+    assert len(single._state.open) == 1  # what nobody waits for is not begun
+    single.close()
+    assert first.result() == Outcome.CRASHED
 
 
 def test_an_event_loop_waits_for_many(shared):
@@ -358,21 +337,21 @@ def test_an_event_loop_waits_for_many(shared):
 
 FORKED = """
 import os, threading
-from rewards.mathcheck import SHARED
+from rewards.answers.checker import SHARED
 SHARED.compare("x", "2^x")
-keeper, workers = SHARED.pid, SHARED.worker_pids
+workers = SHARED.worker_pids
 SHARED.deadline_s = 30
 waiting = threading.Thread(target=SHARED.compare, args=("3x", "9^{9^{9^{9}}}"), daemon=True)
 waiting.start()  # a question is open at the fork
 child = os.fork()
 if child == 0:
-    assert (SHARED.pid, SHARED.worker_pids) == (None, [])
+    assert SHARED.worker_pids == []
     assert SHARED.compare("2^{x+1}+1", "1+2*2^x") == "equal"
-    assert SHARED.pid != keeper
+    assert not {*SHARED.worker_pids} & {*workers}
     raise SystemExit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert SHARED.compare("2^{x+1}+2", "2+2*2^x") == "equal"
-assert SHARED.pid == keeper
+assert {*SHARED.worker_pids} & {*workers}
 """
 
 
@@ -384,16 +363,16 @@ SPAWNED = """
 import multiprocessing, os
 
 def ask(n):
-    from rewards.mathcheck import SHARED
-    return SHARED.compare(f"2^{{x+1}}+{n}", f"{n}+2*2^x"), SHARED.pid
+    from rewards.answers.checker import SHARED
+    return SHARED.compare(f"2^{{x+1}}+{n}", f"{n}+2*2^x"), SHARED.worker_pids
 
 if __name__ == "__main__":
-    from rewards.mathcheck import SHARED
+    from rewards.answers.checker import SHARED
     SHARED.compare("x", "2^x")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        outcomes, keepers = zip(*pool.map(ask, range(1, 9), chunksize=1))
-        assert set(outcomes) == {"equal"} and SHARED.pid not in keepers
-        print(SHARED.pid, *set(keepers))
+        outcomes, pids = zip(*pool.map(ask, range(1, 9), chunksize=1))
+        assert set(outcomes) == {"equal"}
+        print(*SHARED.worker_pids, *{pid for some in pids for pid in some})
 """
 
 
@@ -407,21 +386,20 @@ def test_spawned_processes_start_their_own_and_leave_none(tmp_path):
 
 ORPHAN = """
 import os, signal, sys, threading, time
-from rewards.mathcheck import SHARED
+from rewards.answers.checker import SHARED
 SHARED.compare("x", "2^x")
 hangs = threading.Thread(target=SHARED.compare, args=("3x", "9^{9^{9^{9}}}"), daemon=True)
 hangs.start()
-while not any(question.future.running() for question in SHARED._open.values()):
+while not any(question.job.begun() for question in list(SHARED._state.open.values())):
     time.sleep(0.01)
-print(SHARED.pid, *SHARED.worker_pids, flush=True)
-if "stopped" in sys.argv[1]:
-    os.kill(SHARED.pid, signal.SIGSTOP)
+import psutil
+print(*(one.pid for one in psutil.Process().children(recursive=True)), flush=True)
 if "killed" in sys.argv[1]:
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("way", ["killed", "killed, keeper stopped", "finished"])
+@pytest.mark.parametrize("way", ["killed", "finished"])
 def test_no_process_outlives_its_caller(way):
     said = run(ORPHAN, way, returncode=-signal.SIGKILL if "killed" in way else 0)
     pids = [int(pid) for pid in said.split()]
@@ -439,23 +417,23 @@ def test_no_orphan_and_no_zombie_is_left_behind(make):
     checker.deadline_s = 30
     assert checker.compare(*EASY) == Outcome.EQUAL
     mine = set(me.children(recursive=True)) - before
-    assert {process.pid for process in mine} >= {checker.pid, *checker.worker_pids}
-    assert len(mine) <= 1 + 2
+    assert {process.pid for process in mine} >= {*checker.worker_pids}
     assert not [process for process in mine if process.status() == psutil.STATUS_ZOMBIE]
+    workers = checker.worker_pids
     checker.close()
-    until(lambda: not set(me.children(recursive=True)) - before)
+    until(lambda: all(map(gone, workers)))
 
 
 def test_closing_ends_what_is_waited_for(single, threads):
     started(single)
     answers = [threads.submit(single.compare, *hanging()) for _ in range(2)]
-    until(lambda: len(single._open) == 2 and begun(single))
+    until(lambda: len(single._state.open) == 2 and begun(single))
     single.close()
     assert {answer.result() for answer in answers} == {Outcome.CRASHED}
 
 
 SHADOWED = """
-from rewards.mathcheck import SHARED
+from rewards.answers.checker import SHARED
 assert SHARED.compare("2^{x+1}+1", "1+2*2^x") == "equal"
 """
 
@@ -467,25 +445,11 @@ def test_a_folder_named_rewards_where_one_works_is_not_ours(tmp_path):
     run(SHADOWED, cwd=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("code", "says"),
-    [
-        ("import socket; socket.socket(fileno=0).send(b'error ImportError: no algebra')", "no algebra"),
-        ("raise SystemExit(3)", "exit status 3"),
-        ("import os; os.kill(os.getpid(), 9)", "exit status -9"),
-    ],
-)
-def test_a_process_that_cannot_start_says_why(make, tmp_path, monkeypatch, code, says):
-    checker = make()
-    broken = tmp_path / "broken.py"
-    broken.write_text(code)
-    with monkeypatch.context() as patch:
-        patch.setattr(mathpool, "_WORKER", broken)
-        with pytest.raises(mathcheck.MathCheckError, match=says):
-            checker.compare(*EASY)
-        with pytest.raises(mathcheck.MathCheckError, match=says):
-            asyncio.run(checker.acompare(*EASY))
-    assert checker.compare(*EASY) == Outcome.EQUAL
+def test_workers_that_cannot_start_say_how_to_find_out_why(tmp_path, monkeypatch):
+    (tmp_path / "broken_preload.py").write_text("raise SystemExit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(PoolError, match="python -m broken_preload` says why"):
+        Pool(int, "broken_preload", size=1, deadline_s=30).submit(1)
 
 
 def test_text_that_is_no_text_is_answered(shared):
@@ -500,7 +464,7 @@ def test_text_beyond_all_measure_goes_to_no_worker(make):
     pages = "x+" * 100_000
     assert checker.compare("x", pages) == Outcome.UNPARSEABLE
     assert checker.readable(pages) == Outcome.BAD_GOLD
-    assert checker.pid is None
+    assert checker.worker_pids == []
 
 
 def test_the_environment_says_how_many_workers(monkeypatch):

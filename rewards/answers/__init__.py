@@ -1,0 +1,18 @@
+"""How an answer is compared with its gold: one module for each kind of answer.
+
+An answer goes one way: text -> parsed value -> comparison by the type of the value -> Outcome. What the types cannot
+decide is left open as a formula of expression pairs (rewards.answers.outcome), which a worker process settles with
+sympy (rewards.pool, rewards.answers.checker).
+
+| module | idea |
+|---|---|
+| outcome | the outcomes, and comparisons that are still open |
+| kind | what a kind of answer is: a check of the gold and a comparison |
+| text, number, choice, collection, json, boxes, quantity, math | the kinds |
+| plain, notation | texts without their looks; the structure of an answer in LaTeX |
+| values, region | the values of mathematical answers, and how texts are read into them |
+| compare | two values compared by their types |
+| algebra | exact values of everyday expressions |
+| expression, latex, warmed | sympy and math-verify, inside the worker only |
+| checker | settles open comparisons in worker processes, and remembers the outcomes |
+"""

@@ -1,0 +1,211 @@
+"""Settles open comparisons in worker processes, so that no answer can hang, bloat or crash this process.
+
+math-verify's own timeouts are SIGALRM: useless off the main thread, deaf inside long C calls. Here a job that outlives
+its deadline costs its worker's life and nothing else (rewards.pool). Whatever is known is not computed again: outcomes
+are remembered, and equal questions asked at the same time are one.
+"""
+
+import asyncio
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
+
+from rewards.answers.compare import decide, readable
+from rewards.answers.expression import settled
+from rewards.answers.outcome import Outcome, Result
+from rewards.pool import Ending, Job, Pool
+
+DEADLINE_S = 2.0
+"""The slowest honest comparison measured took 0.93 s."""
+QUEUE_S = 60.0
+"""The longest wait for a worker."""
+CACHE_SIZE = 1 << 16
+WORKERS_VARIABLE = "POSTTRAIN_MATH_WORKERS"
+_NOT_SETTLED = (Outcome.TIMEOUT, Outcome.CRASHED)
+
+
+class _State:
+    """What one process has asked; a forked child begins with a fresh one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.known: OrderedDict[Result, Outcome] = OrderedDict()
+        self.open: dict[Result, _Question] = {}
+
+
+class _Question:
+    """What has been asked and not answered, by one caller or by many at once."""
+
+    def __init__(self, result: Result, job: Job) -> None:
+        self.result, self.job, self.askers = result, job, 1
+
+
+class MathChecker:
+    """Up to `workers` processes that settle comparisons; they start at the first open one.
+
+    Args:
+        deadline_s: seconds that one comparison may take, from its start in a worker; a call ends at most 0.1 s later.
+        queue_s: seconds that a comparison may wait for a worker, before it ends as TIMEOUT.
+        workers: processes; by default POSTTRAIN_MATH_WORKERS, else as many as cores, at most 4.
+
+    >>> checker = MathChecker()
+    >>> checker.compare("x^2 - 1", "(x - 1)(x + 1)")
+    <Outcome.EQUAL: 'equal'>
+    >>> [outcome.value for outcome in checker.compare_many([("x+1", "1+x"), ("x+1", "x+2")])]
+    ['equal', 'different']
+    >>> checker.close()
+    """
+
+    def __init__(
+        self, deadline_s: float = DEADLINE_S, queue_s: float = QUEUE_S, workers: int | None = None
+    ) -> None:
+        self.queue_s = queue_s
+        self._pool = Pool(settled, "rewards.answers.warmed", workers or _workers(), deadline_s)
+        self._states: dict[int, _State] = {}
+        weakref.finalize(self, self._pool.close)  # at the latest at the end of the program
+
+    def settle(self, result: Result) -> Outcome:
+        """The outcome of a comparison. TIMEOUT and CRASHED say that it was not found out.
+
+        Raises rewards.pool.PoolError if the processes do not start.
+        """
+        return self._settle([self._ask(result)], self.queue_s)[0]
+
+    def compare(self, gold: str, answer: str) -> Outcome:
+        """How two texts compare. Raises as `settle`."""
+        return self.settle(decide(gold, answer))
+
+    def compare_many(self, pairs: Iterable[tuple[str, str]], timeout_s: float | None = None) -> list[Outcome]:
+        """How the (gold, answer) pairs compare, in order, with all workers busy. Raises as `settle`.
+
+        Pairs that no worker has begun within `timeout_s` are TIMEOUT. By default that is `queue_s` and the time in
+        which all of them could be hostile.
+        """
+        asked = [self._ask(decide(*pair)) for pair in pairs]
+        if timeout_s is None:
+            timeout_s = self.queue_s + len(asked) * self.deadline_s / self.workers
+        return self._settle(asked, timeout_s)
+
+    async def acompare(self, gold: str, answer: str) -> Outcome:
+        """As `compare`, without holding up the event loop."""
+        asked = self._ask(decide(gold, answer))
+        if isinstance(asked, Outcome):
+            return asked
+        future = asyncio.wrap_future(asked.job.future)
+        try:
+            await asyncio.wait([future], timeout=self.queue_s)
+            begun = asked.job.begun()
+        finally:
+            self._leave(asked)
+        return _outcome(await asyncio.shield(future)) if begun else Outcome.TIMEOUT
+
+    def readable(self, gold: str) -> Outcome:
+        """EQUAL if the gold answer parses, else BAD_GOLD or what became of parsing it. Raises as `settle`."""
+        return self.settle(readable(gold))
+
+    def close(self) -> None:
+        """End the processes; the next question starts others."""
+        self._pool.close()
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds that one comparison may take."""
+        return self._pool.deadline_s
+
+    @deadline_s.setter
+    def deadline_s(self, deadline_s: float) -> None:
+        self._pool.deadline_s = deadline_s
+
+    @property
+    def workers(self) -> int:
+        """Processes that compare at the same time."""
+        return self._pool.size
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers there are."""
+        return self._pool.pids
+
+    @property
+    def _state(self) -> _State:
+        return self._states.setdefault(os.getpid(), _State())
+
+    def _ask(self, result: Result) -> Outcome | _Question:
+        """The outcome if it is known, else the question, in a worker or on its way to one."""
+        if isinstance(result, Outcome):
+            return result
+        state = self._state
+        with state.lock:
+            known = state.known.get(result)
+            if known:
+                state.known.move_to_end(result)
+                return known
+            question = state.open.get(result)
+            if question:
+                question.askers += 1
+                return question
+        job = self._pool.submit(result)
+        with state.lock:
+            question = state.open[result] = _Question(result, job)
+        job.future.add_done_callback(partial(self._answered, state, result))
+        return question
+
+    def _settle(self, asked: Sequence[Outcome | _Question], timeout_s: float) -> list[Outcome]:
+        """The outcomes; TIMEOUT for questions that are not begun in time."""
+        questions = [one for one in asked if isinstance(one, _Question)]
+        try:
+            wait([question.job.future for question in questions], timeout_s)
+            begun = {question for question in questions if question.job.begun()}
+        finally:
+            for question in questions:
+                self._leave(question)
+        return [
+            one
+            if isinstance(one, Outcome)
+            else _outcome(one.job.future.result())
+            if one in begun
+            else Outcome.TIMEOUT
+            for one in asked
+        ]
+
+    def _leave(self, question: _Question) -> None:
+        """Stop asking; what nobody asks any more is not begun."""
+        state = self._state
+        with state.lock:
+            question.askers -= 1
+            drop = not question.askers and not question.job.future.done()
+            if drop and question.job.cancel():
+                state.open.pop(question.result, None)
+
+    def _answered(self, state: _State, result: Result, future: Future) -> None:
+        if future.cancelled():
+            return
+        with state.lock:
+            state.open.pop(result, None)
+            if future.exception() or _outcome(future.result()) in _NOT_SETTLED:
+                return  # another time it may be
+            state.known[result] = _outcome(future.result())
+            if len(state.known) > CACHE_SIZE:
+                state.known.popitem(last=False)
+
+
+def _outcome(result: Outcome | Ending) -> Outcome:
+    return Outcome[result.name] if isinstance(result, Ending) else result
+
+
+def _workers() -> int:
+    """How many workers the environment asks for, else one for each core that this process may use, at most 4."""
+    asked = os.environ.get(WORKERS_VARIABLE)
+    if not asked:
+        return min(4, len(os.sched_getaffinity(0)))
+    if not asked.isdecimal() or not int(asked):
+        raise ValueError(f"{WORKERS_VARIABLE}={asked!r}: how many processes compare answers, 1 or more")
+    return int(asked)
+
+
+SHARED = MathChecker()
+"""The checker behind every AnswerReward of this process."""

@@ -1,0 +1,71 @@
+"""The kind `choice`: an option by its letter, or by its text if meta["choices"] lists the options."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from rewards.answers.kind import Kind, Limits, decided, unparseable
+from rewards.answers.plain import plain_latex, plain_text
+from rewards.example import Example
+from rewards.verdict import Verdict
+
+_LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
+_SAID = re.compile(r"^(?:option|choice|answer) ?:? ?(?=\(?[a-z]\)?(?:[).:]|$))")
+_LETTER_AND_TEXT = re.compile(r"\(?([A-Za-z])[).:]\s*(\S.*)", re.DOTALL)
+
+
+def options_of(choices: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    """Options by capital letter: a list's first option is A.
+
+    >>> options_of(["red", "blue"])
+    {'A': 'red', 'B': 'blue'}
+    """
+    if isinstance(choices, Mapping):
+        return {str(letter).strip().upper(): str(text) for letter, text in choices.items()}
+    return {chr(ord("A") + place): str(text) for place, text in enumerate(choices)}
+
+
+def option_letter(text: str, options: Mapping[str, str]) -> str | None:
+    r"""The one option that the text names, by letter, by the option's text or by both; else None.
+
+    >>> options = {"A": "red", "B": "blue"}
+    >>> [option_letter(t, options) for t in ("b", "(B)", "Blue", "B. blue", "B. red", "A, B")]
+    ['B', 'B', 'B', 'B', None, None]
+
+    Without options any single letter will do.
+    """
+    words = _SAID.sub("", plain_text(text))
+    letter = _LETTER.fullmatch(words)
+    if letter and (not options or letter[1].upper() in options):
+        return letter[1].upper()
+    named = [letter for letter, option in options.items() if plain_text(option) == words]
+    if not named:
+        named = [letter for letter, option in options.items() if plain_latex(option) == plain_latex(text)]
+    if len(named) == 1:
+        return named[0]
+    both = _LETTER_AND_TEXT.fullmatch(words)
+    if both and plain_text(options.get(both[1].upper(), "")) == both[2]:
+        return both[1].upper()
+    return None
+
+
+def _options(example: Example) -> dict[str, str]:
+    return options_of(example.meta.get("choices") or ())
+
+
+def _problem(example: Example) -> str:
+    options = _options(example)
+    if option_letter(example.answer, options):
+        return ""
+    known = ", ".join(f"{letter}: {text}" for letter, text in options.items()) or "any single letter"
+    return f"gold answer {example.answer!r} names no option ({known}); correct it or meta's choices"
+
+
+def _judge(answer: str, example: Example, limits: Limits) -> Verdict:
+    options = _options(example)
+    given = option_letter(answer, options)
+    if given is None:
+        return unparseable(answer, "single option")
+    return decided(given == option_letter(example.answer, options), answer)
+
+
+CHOICE = Kind(_problem, _judge, capped=False)

@@ -1,0 +1,79 @@
+"""The kinds `set` and `list`: elements in any order or in theirs, each compared as mathematics."""
+
+from rewards.answers import checker, json
+from rewards.answers.compare import compare_parts
+from rewards.answers.kind import Kind, Limits, verdict_of
+from rewards.answers.math import gold_problem
+from rewards.answers.notation import elements, joined, named
+from rewards.answers.values import Answer, Collection, parse
+from rewards.example import Example
+from rewards.verdict import Verdict
+
+_ORDERED, _UNORDERED = ("()", "[]"), ("{}", "[]")
+
+
+def read(text: str, ordered: bool) -> list[str] | None:
+    r"""The elements of a list; None if its brackets say that their order is of the other kind.
+
+    >>> read(r"\{1, \frac{1}{2}\}", ordered=False), read('["a, b", 2]', ordered=True)
+    (['1', '\\frac{1}{2}'], ['a, b', '2'])
+    >>> read("(1, 2)", ordered=False), read(r"\{1, 2\}", ordered=True)
+    (None, None)
+    """
+    listed = json.texts(text)
+    if listed is not None:
+        return listed
+    brackets, parts = _parts(joined(text))
+    if brackets and brackets not in (_ORDERED if ordered else _UNORDERED):
+        return None
+    return parts
+
+
+def _parts(text: str) -> tuple[str, list[str]]:
+    r"""Brackets and elements, without one name in front and with both signs of a \pm."""
+    name, values = named(text)
+    if name and len(values) == 1:
+        text = values[0]
+    value = parse(text)
+    value = getattr(value, "value", value)
+    if isinstance(value, Collection):
+        return value.brackets, [part.text for part in value.parts]
+    listed = elements(text)
+    return listed.brackets, listed.parts if listed.brackets != "()" or len(listed.parts) > 1 else [text]
+
+
+def _answers(parts: list[str]) -> tuple[Answer, ...]:
+    return tuple(parse(joined(part)) for part in parts)
+
+
+def _problem(example: Example, ordered: bool) -> str:
+    parts = read(example.answer, ordered)
+    what = "list" if ordered else "set"
+    if not parts:
+        wanted = "(1, 2)" if ordered else r"\{1, 2\}"
+        return f"gold answer {example.answer!r} is no {what}; write its elements as in {wanted}"
+    for part in parts:
+        problem = gold_problem(part) if part else "an element is empty; correct it"
+        if problem:
+            return f"{what}: {problem}"
+    return ""
+
+
+def _judge(answer: str, example: Example, ordered: bool) -> Verdict:
+    gold, given = read(example.answer, ordered), read(answer, ordered)
+    if gold is None or given is None:
+        return Verdict.wrong(answer, f"brackets that no {'list' if ordered else 'set'} has")
+    result = compare_parts(_answers(gold), _answers(given), ordered, example.question)
+    return verdict_of(checker.SHARED.settle(result), answer)
+
+
+def _set(answer: str, example: Example, limits: Limits) -> Verdict:
+    return _judge(answer, example, ordered=False)
+
+
+def _list(answer: str, example: Example, limits: Limits) -> Verdict:
+    return _judge(answer, example, ordered=True)
+
+
+SET = Kind(lambda example: _problem(example, ordered=False), _set)
+LIST = Kind(lambda example: _problem(example, ordered=True), _list)

@@ -1,0 +1,54 @@
+"""The kind `math`: is an answer mathematically equal to its gold?"""
+
+import re
+from functools import lru_cache
+
+from rewards.answers import checker
+from rewards.answers.compare import decide, readable
+from rewards.answers.kind import Kind, Limits, verdict_of
+from rewards.answers.number import plain_number
+from rewards.answers.outcome import Outcome
+from rewards.answers.plain import plain_latex
+from rewards.example import Example
+from rewards.verdict import Verdict
+
+
+def restates(question: str, gold: str, answer: str) -> bool:
+    r"""Whether an answer is an expression of the question's that is left to be worked out.
+
+    >>> restates(r"Expand $(x-1)(x+1)$.", "x^2-1", "(x-1)(x+1)"), restates("Factor x^2-1.", "x^2-1", "x^2-1")
+    (True, False)
+
+    What the question offers, as in "which of x+1 and x-1 ...", its gold is part of as well.
+    """
+    asked, given = _dense(question), _dense(answer)
+    if len(given) < 2 or given not in asked or _dense(gold) in asked:
+        return False
+    worked_out = plain_number(plain_latex(answer)) or re.fullmatch(r"[-+]?\\?[A-Za-z]+", given)
+    return not worked_out and re.search(r"[-+*/^(!]|\\[A-Za-z]", given.lstrip("+-")) is not None
+
+
+@lru_cache(maxsize=1024)
+def _dense(text: str) -> str:
+    return plain_latex(text).replace(" ", "")
+
+
+def _problem(example: Example) -> str:
+    return gold_problem(example.answer)
+
+
+def gold_problem(gold: str) -> str:
+    """What is wrong with a gold answer as mathematics; "" if nothing is."""
+    found = checker.SHARED.settle(readable(gold))
+    if found == Outcome.EQUAL:
+        return ""
+    return f'gold answer {gold!r} is not readable as mathematics ({found.value}); correct it, or use verifier "exact"'
+
+
+def _judge(answer: str, example: Example, limits: Limits) -> Verdict:
+    if restates(example.question, example.answer, answer):
+        return Verdict.wrong(answer, "the question's own expression")
+    return verdict_of(checker.SHARED.settle(decide(example.answer, answer, example.question)), answer)
+
+
+MATH = Kind(_problem, _judge)

@@ -1,0 +1,82 @@
+"""Counts of a `posttrain score`, and their text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rewards.offline.rows import printable
+
+MOST_CAUSES = 1000
+"""Different causes that are counted; the others are counted together."""
+SHOWN_CAUSES = 5
+_VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
+"""What differs between rows of one cause."""
+
+
+@dataclass
+class Summary:
+    """What was scored."""
+
+    rows: int = 0
+    """Lines of the input."""
+    errors: int = 0
+    """Of them those that are not rows."""
+    seconds: float = 0.0
+    statuses: dict[str, Counter[str]] = field(default_factory=dict)
+    """By reward."""
+    sums: Counter[str] = field(default_factory=Counter)
+    """Of scores, by reward."""
+    scored: Counter[str] = field(default_factory=Counter)
+    """Completions with a score, by reward."""
+    raised: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """By reward that raised: how often, and the first error."""
+    modes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Rows by mode and whose word that was (rewards.offline.rows.mode_of_row)."""
+    causes: dict[str, Counter[str]] = field(default_factory=dict)
+    """Why rows have no score, by reward; "" for lines that are not rows. Numbers and quoted words are left out."""
+
+    def count_cause(self, name: str, text: str) -> None:
+        """Count why a row has no score."""
+        cause = _VARIABLE.sub("…", text)[:200]
+        causes = self.causes.setdefault(name, Counter())
+        causes[cause if cause in causes or len(causes) < MOST_CAUSES else "other causes"] += 1
+
+
+def words(summary: Summary, target: Path) -> Iterator[str]:
+    """The lines below the table: speed, contracts, causes."""
+    rate = summary.rows / summary.seconds if summary.seconds else 0.0
+    yield (
+        f"{summary.rows} rows, {summary.errors} of them not rows, in {summary.seconds:.1f}s: "
+        f"{rate:,.0f} pairs/s; written to {target}"
+    )
+    if summary.modes:
+        counts = (f"{count} {mode} ({whose})" for (mode, whose), count in sorted(summary.modes.items()))
+        yield f"contract, and its source: {', '.join(counts)}; --mode sets it for rows without one"
+    for name, (count, first) in summary.raised.items():
+        yield f"{name} raised {count} times; the first: {first}"
+    for name, causes in summary.causes.items():
+        shown = causes.most_common(SHOWN_CAUSES)
+        rest = causes.total() - sum(count for _, count in shown)
+        texts = [f"{count} x {cause}" for cause, count in shown] + (
+            [f"{rest} for other causes"] if rest else []
+        )
+        yield f"{name or 'lines that are not rows'}, without a score: {printable('; '.join(texts), 2000)}"
+
+
+def table(summary: Summary) -> Any:
+    """Mean score and statuses of each reward, for the terminal."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("reward", "mean score", "scored", "statuses")
+    for name, statuses in summary.statuses.items():
+        scored = summary.scored[name]
+        mean = f"{summary.sums[name] / scored:.4f}" if scored else "-"
+        counts = ", ".join(f"{status} {count}" for status, count in statuses.most_common())
+        table.add_row(escape(name), mean, str(scored), counts)
+    return table

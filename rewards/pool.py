@@ -1,0 +1,308 @@
+"""Worker processes for work that may hang, exhaust the memory or crash: each job ends in a result or in one Ending.
+
+pebble runs the processes, kills a job's worker at the deadline and tells a dead worker from a failed job. What is ours:
+
+- Workers are forked from a server that has imported one module, and nothing of the program's: not its main module, not
+  a folder of the user's that is named like ours. A new worker is there within 20 ms.
+- A worker has a limited address space. A job has CPU_SHARE of the deadline as computing time: a job that uses it up is
+  to blame itself (OVER_TIME), one that meets the deadline without that is not (TIMEOUT).
+- A job that loses its worker to something else, as an out-of-memory killer, is tried once more.
+- A forked child starts processes of its own. No hook runs at forks: what a process has started is kept under its
+  process id, and a child finds nothing under its own.
+"""
+
+import contextlib
+import io
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, TimeoutError
+from enum import Enum
+from multiprocessing import context, forkserver, popen_forkserver, process, reduction, util
+from pathlib import Path
+from typing import Any
+
+MEMORY_BYTES = 2 << 30
+"""A worker's address space; honest comparisons need a tenth of it."""
+WORN_OUT_KB = 512 << 10
+"""A worker that has once held so much makes room for a fresh one: caches must not eat a later job's share."""
+CPU_SHARE = 0.7
+"""Of the deadline; of 2 s it is 1.4 s, and the slowest honest comparison measured takes 0.93 s."""
+POLL_S = 0.01
+"""How often pebble looks at deadlines and dead workers."""
+SERVER_VARIABLE = "POSTTRAIN_POOL_SERVER"
+"""Set where a module is preloaded by the server of a pool's workers."""
+_OUT_OF_MEMORY, _WORN_OUT = 70, 71
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class PoolError(RuntimeError):
+    """The worker processes do not start: an installation is broken, no job is to blame."""
+
+
+class Ending(Enum):
+    """Why a job has no result."""
+
+    OVER_TIME = "it used up its computing time"
+    OVER_MEMORY = "it used up its memory"
+    TIMEOUT = "it met its deadline without having had its computing time"
+    CRASHED = "it lost two workers"
+
+
+class Job:
+    """A job on its way."""
+
+    def __init__(self, argument: Any, deadline_s: float) -> None:
+        self.argument, self.deadline_s = argument, deadline_s
+        self.future: Future = Future()
+        """Ends in the result, an Ending or an exception."""
+        self.task: Future | None = None
+        self.tried = False
+
+    def begun(self) -> bool:
+        """Whether a worker has it, or has had it."""
+        return self.future.done() or self.tried or bool(self.task and self.task.running())
+
+    def cancel(self) -> bool:
+        """Drop it if no worker has it; returns whether it is dropped."""
+        return not self.begun() and bool(self.task and self.task.cancel())
+
+    def end(self, result: Any) -> None:
+        """Settle its future."""
+        if not self.future.done():
+            self.future.set_exception(result) if isinstance(
+                result, BaseException
+            ) else self.future.set_result(result)
+
+
+class Pool:
+    """`size` worker processes for one function of one argument. They start at the first job, and again after a death.
+
+    Args:
+        function: called in a worker; importable by name, its argument and result by pickle.
+        preload: the module that the server of the workers imports before it forks.
+        size: worker processes.
+        deadline_s: seconds from the start of a job to its worker's death.
+
+    Usable from any thread, and in a forked child.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], preload: str, size: int, deadline_s: float) -> None:
+        self.function, self.preload, self.size, self.deadline_s = function, preload, size, deadline_s
+        self._by_process: dict[int, _Processes] = {}
+
+    def submit(self, argument: Any) -> Job:
+        """Start a job. Raises PoolError if the workers do not start."""
+        job = Job(argument, self.deadline_s)
+        self._start(job)
+        return job
+
+    def close(self) -> None:
+        """End this process's workers; the next job starts others."""
+        processes = self._by_process.pop(os.getpid(), None)
+        if processes:
+            processes.stop()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers there are."""
+        processes = self._by_process.get(os.getpid())
+        return processes.pids if processes else []
+
+    def _start(self, job: Job) -> None:
+        for _ in range(3):  # a pool that breaks, or is closed meanwhile, is replaced
+            processes = self._by_process.get(os.getpid())
+            if processes is None:
+                processes = self._by_process.setdefault(os.getpid(), _Processes(self.preload, self.size))
+            try:
+                arguments = (self.function, job.argument, CPU_SHARE * job.deadline_s)
+                job.task = processes.schedule(_run, arguments, job.deadline_s)
+            except RuntimeError:  # concurrent.futures' BrokenProcessPool is one
+                self._replace(processes)
+                continue
+            processes.watch(job)
+            job.task.add_done_callback(lambda task: self._done(job, task))
+            return
+        raise PoolError(
+            f"the worker processes do not start: `{SERVER_VARIABLE}=1 python -m {self.preload}` says why"
+        )
+
+    def _replace(self, broken: "_Processes") -> None:
+        if self._by_process.get(os.getpid()) is broken:
+            self._by_process.pop(os.getpid(), None)
+        waiting = [job for job in list(broken.jobs) if job.task and not job.task.done()]
+        broken.jobs.clear()
+        threading.Thread(
+            target=broken.stop, daemon=True
+        ).start()  # this may be one of the threads that it joins
+        for job in waiting:
+            self._again(job, lost=False)
+
+    def _done(self, job: Job, task: Future) -> None:
+        """A worker has ended with a job, one way or another."""
+        if task.cancelled():
+            job.future.cancel()
+            return
+        error = task.exception()
+        if error is None:
+            job.end(task.result())
+        elif isinstance(error, TimeoutError):
+            job.end(Ending.TIMEOUT)
+        elif not isinstance(error, OSError | RuntimeError):
+            job.end(error)  # the function raised
+        else:  # the worker is dead, or all of them
+            code = getattr(error, "exitcode", None)
+            if code == -signal.SIGPROF:
+                job.end(Ending.OVER_TIME)
+            elif code == _OUT_OF_MEMORY:
+                job.end(Ending.OVER_MEMORY)
+            elif job.tried and code != _WORN_OUT:
+                job.end(Ending.CRASHED)
+            else:
+                self._again(job, code != _WORN_OUT)
+
+    def _again(self, job: Job, lost: bool) -> None:
+        job.tried = job.tried or lost
+        try:
+            self._start(job)
+        except BaseException as error:
+            job.end(error)
+
+
+class _Processes:
+    """A pebble pool and the server of its workers, of one process."""
+
+    def __init__(self, preload: str, size: int) -> None:
+        self._preload, self._size, self._pool = preload, size, None
+        self._lock = threading.Lock()
+        self.jobs: set[Job] = set()
+
+    def schedule(self, function: Callable, arguments: tuple, deadline_s: float) -> Future:
+        """Start a task. Raises RuntimeError if the pool is broken or stopped, or does not start."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = self._started()
+        return self._pool.schedule(function, args=arguments, timeout=deadline_s)
+
+    def watch(self, job: Job) -> None:
+        """Keep a job until it has ended."""
+        self.jobs.add(job)
+        job.future.add_done_callback(lambda _: self.jobs.discard(job))
+
+    def _started(self) -> Any:
+        from pebble import CONSTS, ProcessPool
+
+        CONSTS.sleep_unit, CONSTS.term_timeout = POLL_S, POLL_S
+        return ProcessPool(self._size, initializer=_prepare, context=_Context(self._preload))
+
+    @property
+    def pids(self) -> list[int]:
+        return list(self._pool._pool_manager.worker_manager.workers) if self._pool else []
+
+    def stop(self) -> None:
+        """End the workers, and the jobs that they have as CRASHED."""
+        with self._lock:
+            if self._pool is not None:
+                self._pool.stop()
+                self._pool.join()
+        for job in list(self.jobs):
+            job.end(Ending.CRASHED)
+
+
+class _Context(context.ForkServerContext):
+    """Starts processes from a server of its own, which knows nothing of the program's main module."""
+
+    def __init__(self, preload: str) -> None:
+        super().__init__()
+        self._server = _Server()
+        self._server.set_forkserver_preload([preload])
+
+    def Process(self, *arguments: Any, **named: Any) -> process.BaseProcess:  # type: ignore[override]
+        """A process that this context's server forks."""
+        made = _Process(*arguments, **named)
+        made.server = self._server
+        return made
+
+
+class _Server(forkserver.ForkServer):
+    def ensure_running(self) -> None:
+        if self._forkserver_pid is not None:
+            return super().ensure_running()
+        # As `python -P`, with this package first on the path: a user's folder must not stand in for it.
+        ours = {
+            SERVER_VARIABLE: "1",
+            "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
+        }
+        before = {name: os.environ.get(name) for name in ours}
+        os.environ.update(ours)
+        try:
+            return super().ensure_running()
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+class _Process(process.BaseProcess):
+    _start_method = "forkserver"
+    server: _Server
+
+    @staticmethod
+    def _Popen(made: "_Process") -> "_Popen":  # type: ignore[override]
+        return _Popen(made)
+
+    def start(self) -> None:
+        """As the base class's, but the worker does not count among this process's children.
+
+        So a daemonic process may start it, and a forked child does not end at its exit what its parent has started.
+        """
+        self._popen = self._Popen(self)
+        self._sentinel = self._popen.sentinel
+        del self._target, self._args, self._kwargs
+
+
+class _Popen(popen_forkserver.Popen):
+    def _launch(self, made: _Process) -> None:
+        """As the base class's, with our server and without the program's main module."""
+        buffer = io.BytesIO()
+        server = made.__dict__.pop("server")
+        context.set_spawning_popen(self)  # type: ignore[attr-defined]
+        try:
+            reduction.dump({"name": made.name, "authkey": bytes(process.current_process().authkey)}, buffer)
+            reduction.dump(made, buffer)
+        finally:
+            context.set_spawning_popen(None)  # type: ignore[attr-defined]
+        self.sentinel, writer = server.connect_to_new_process(self._fds)
+        self.finalizer = util.Finalize(self, util.close_fds, (os.dup(writer), self.sentinel))
+        with open(writer, "wb", closefd=True) as pipe:
+            pipe.write(buffer.getbuffer())
+        self.pid = forkserver.read_signed(self.sentinel)
+
+
+_done = 0
+
+
+def _prepare() -> None:
+    """Limit the worker that calls it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for the end of a long C call
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):  # if the machine runs out of memory, a worker goes before a trainer
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _run(function: Callable[[Any], Any], argument: Any, cpu_s: float) -> Any:
+    """Do a job in a worker; the kernel ends the worker once the job has used its computing time."""
+    global _done
+    if _done and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > WORN_OUT_KB:
+        os._exit(_WORN_OUT)
+    _done += 1
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    try:
+        return function(argument)
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
