@@ -11,8 +11,9 @@ from chain.cli.options import command, count, load, recipe_argument
 
 def add(commands: Any) -> None:
     """Add the family to the command line."""
-    family = commands.add_parser("data", help="make, import and look at data sets")
-    data = family.add_subparsers(metavar="COMMAND", required=True)
+    summary = "generate a recipe's data, or import foreign files"
+    family = commands.add_parser("data", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    data = family.add_subparsers(metavar="COMMAND", required=True, help="what to do")
     generate = command(data, "generate", _generate, "generate a recipe's data")
     recipe_argument(generate)
     generate.add_argument("--force", action="store_true", help="even if it is there and unchanged")
