@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -97,7 +98,11 @@ def start(root, core, name, engine):
                 str(root / "runs"),
             ],
             cwd=root,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(ROOT)])},
+            env={
+                **os.environ,
+                "WANDB_MODE": "disabled",
+                "PYTHONPATH": os.pathsep.join([str(root), str(ROOT)]),
+            },
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -105,7 +110,9 @@ def start(root, core, name, engine):
         )
 
 
+@cache
 def role(process):
+    """Who a process is; asked while it runs, as one that ends has no command line any more."""
     words = " ".join(process.cmdline()) + process.name()
     if "processes.py" in words:
         return "guard"
