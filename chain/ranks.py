@@ -52,6 +52,8 @@ class Ranks:
         self._hung: list[int] = []
         self._failed_at = 0.0
         first = count * meeting.node if meeting else 0
+        # Nothing listens there: DeepSpeed names its ranks' buffers in shared memory by it, so each job has its own.
+        names_of_buffers = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port())}
         try:
             for local in range(count):
                 rank, names = first + local, {}
@@ -63,6 +65,7 @@ class Ranks:
                             MEETING: meeting.place,
                         },
                         **{"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(count)},
+                        **names_of_buffers,
                     }
                 self._logs[rank] = job_file.parent / (f"log-rank{rank}.txt" if rank else "log.txt")
                 self._processes[rank] = processes.start(

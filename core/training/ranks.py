@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from core.processes import free_port
 from core.training.config import LearnerConfig, Optim
 from core.training.group import form_group
 
@@ -59,6 +60,8 @@ def join_process_group(cfg: LearnerConfig) -> None:
         return
     # Accelerate takes a process for a rank by these.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    # Nothing listens there: DeepSpeed names its buffers in shared memory by it, so each job has its own.
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     form_group()

@@ -40,7 +40,13 @@ def count(completion, example):
         time.sleep(0.05)
     return min(1.0, sum(letter.isdigit() for letter in completion) / 6)
 """
-ROLES = {"chain.worker": "rank", "rl.rollout.hf": "server", "api_server": "server", "EngineCore": "server"}
+ROLES = {
+    "core/processes.py": "guard",
+    "chain.worker": "rank",
+    "rl.rollout.hf": "server",
+    "api_server": "server",
+    "EngineCore": "server",
+}
 ATTEMPTS = [
     ("GET", "/health", None),
     ("GET", "/weight_info", None),
@@ -97,7 +103,11 @@ def start(root, core, name, engine):
                 str(root / "runs"),
             ],
             cwd=root,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(ROOT)])},
+            env={
+                **os.environ,
+                "WANDB_MODE": "disabled",
+                "PYTHONPATH": os.pathsep.join([str(root), str(ROOT)]),
+            },
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -105,11 +115,12 @@ def start(root, core, name, engine):
         )
 
 
-def role(process):
-    words = " ".join(process.cmdline()) + process.name()
-    if "processes.py" in words:
-        return "guard"
-    return next((role for word, role in ROLES.items() if word in words), words[:100])
+def role(process, known={}):  # noqa: B006 - what each process was
+    """Who a process is, or was before it began to end and lost its command line."""
+    words = " ".join(process.cmdline())
+    if words:
+        known[process] = next((role for word, role in ROLES.items() if word in words), words[:100])
+    return known.get(process, process.name())
 
 
 def listeners(process):
