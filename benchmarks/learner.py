@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.common import alternate, bars, emit, show
@@ -223,7 +224,8 @@ def trainer_of(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from rl.shared_prefix import SharedPrefixTrainer
+    from rl.shared_prefix.passes import SharedPasses
+    from rl.trainer import RolloutTrainer
 
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     gpu = torch.cuda.is_available()
@@ -231,15 +233,24 @@ def trainer_of(
     def hand_over(prompts, trainer):
         return {name: [row[name] for row in rows] for name in ("prompt_ids", "completion_ids", "logprobs")}
 
+    class Given:
+        """A feed of these rows."""
+
+        def rows(self, trainer: Any, count: int) -> list[dict[str, Any]]:
+            return list(rows)
+
     def score(score, **_):
         return score
 
-    trainer: Any = (GRPOTrainer if side == "stock" else SharedPrefixTrainer)(
+    trainer: Any = (
+        partial(GRPOTrainer, rollout_func=hand_over)
+        if side == "stock"
+        else partial(RolloutTrainer, feed=Given(), passes=SharedPasses)
+    )(
         model=model,
         processing_class=processor,
         train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * len(rows)}),
         reward_funcs=[score],
-        rollout_func=hand_over,
         args=GRPOConfig(
             output_dir=folder,
             per_device_train_batch_size=len(rows),

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +221,12 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
     from core.training.model import load_model, load_processor, peft_config
     from rewards.mix import Graded
     from rewards.verdict import Status, Verdict
-    from rl.collect import Batch, Group, Pipeline, Sample
+    from rl.algorithm import trl_config
+    from rl.collect import Group, Sample
     from rl.config import RLConfig
-    from rl.rollout.client import Completion, CoreFacts
-    from rl.train import trl_config
+    from rl.feed import trl_rows
+    from rl.rollout.messages import Completion, CoreFacts
+    from rl.shared_prefix.passes import SharedPasses
     from rl.trainer import RolloutTrainer, reward_function
 
     count = case.groups * case.rows
@@ -247,7 +250,7 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
     processor = load_processor(core)
     shape = Shape("", case.rows, case.images, case.text, case.completion, case.groups)
     rows = rows_of(shape, case.size, processor)
-    records, groups = [], []
+    groups = []
     for number in range(case.groups):
         own = rows[number * case.rows : (number + 1) * case.rows]
         record: Any = {"id": str(number), "images": own[0]["images"], "question": "A", "mode": "direct"}
@@ -257,44 +260,31 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
             graded = Graded(total=verdict.score, verdicts={"answer": verdict})
             completion = Completion(row["completion_ids"], row["logprobs"], "", True)
             samples.append(Sample(completion, graded, 0.0, verdict))
-        records.append(record)
         groups.append(Group(record, own[0]["prompt_ids"], samples))
 
-    class Collected:
-        client, version = None, 0
+    class Given:
+        """A feed of these groups."""
 
-        def collect(self) -> Batch:
-            return Batch(groups, groups, {})
-
-    class Quiet:
-        def push(self, model: Any) -> None:
-            pass
-
-        def sample(self, client: Any) -> list:
-            return []
-
-        def check(self, *_: Any) -> float:
-            return 0.0
+        def rows(self, trainer: Any, count: int) -> list[dict[str, Any]]:
+            prompt = [{"role": "user", "content": "A"}]
+            return [
+                {**row, "prompt": prompt, "images": group.row["images"]}
+                for group in groups
+                for row in trl_rows(group)
+            ]
 
     arguments, policy = trl_config(cfg, folder, seed=0), load_model(core, cfg.learner)
-    quiet: Any = Quiet()
-    collected: Any = Collected()
     torch.manual_seed(0)
     return RolloutTrainer(
-        rollouts=Pipeline(collected, UPDATES, overlap=False),
-        sync=quiet,
-        guard=quiet,
-        records=records,
-        probes=[],
+        feed=Given(),
+        passes=partial(SharedPasses, budget_rows=count),
         banned_ids=CoreFacts.of(core).banned_ids,
-        on_batch=lambda *_: None,
         model=policy,
         processing_class=processor,
         train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * count}),
         reward_funcs=[reward_function("answer")],
         args=arguments,
         peft_config=peft_config(cfg.learner),
-        budget_rows=count,
     )
 
 

@@ -1,6 +1,6 @@
 r"""How fast, and how safe, answers are verified: our service, math-verify in a process pool, TRL's reward.
 
-    python -P -m benchmarks.rewards [--quick]
+    python -P -m benchmarks.rewards [--quick] [--step-seconds S]
 
 All three get the same pairs, in turn and in alternating order. Each repetition brings new pairs, and the median
 counts. Before the clock starts, our outcomes must be the expected ones, and one round warms all three up. math-verify
@@ -18,10 +18,9 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from typing import Any
 
-from rewards.equality import Outcome
-from rewards.mathcheck import MathChecker
-
 from benchmarks.math_pairs import HOSTILE, Pair, distinct, groups
+from rewards.answers.checker import MathChecker
+from rewards.answers.outcome import Outcome
 
 WORKERS = 2
 CHUNK = 16
@@ -121,12 +120,26 @@ def latencies(checker: MathChecker, pairs: list[Pair]) -> list[float]:
         return list(threads.map(call, pairs))
 
 
+STEP_COMPLETIONS = 2048
+"""Rollouts of a step (report: RLVR, 2,048 rollouts per episode)."""
+
+
+def step_share(step_seconds: float) -> dict[str, float]:
+    """Seconds that grading the completions of one real step takes, and their share of a step of `step_seconds`."""
+    service = Service()
+    pairs = groups(7, 2)
+    service.grade(pairs[: len(pairs) // 2])  # starts the workers
+    seconds = STEP_COMPLETIONS / timed(service.grade, pairs[len(pairs) // 2 :])
+    service.close()
+    return {"step_s": step_seconds, "grading_s": round(seconds, 2), "share": round(seconds / step_seconds, 4)}
+
+
 def disagreements(grade: Callable[[list[Pair]], list[bool]], pairs: list[Pair]) -> list[Pair]:
     """Pairs whose verdict is not the expected one."""
     return [pair for pair, equal in zip(pairs, grade(pairs), strict=True) if equal != pair.equal]
 
 
-def measure(quick: bool) -> dict[str, Any]:
+def measure(quick: bool, step_seconds: float) -> dict[str, Any]:
     """Measure everything; returns what is printed."""
     each, repetitions = (2, 3) if quick else (8, 5)
     service = Service()
@@ -161,6 +174,7 @@ def measure(quick: bool) -> dict[str, Any]:
     calls = sorted(latencies(checker, mix))
     honest = sorted(latencies(checker, distinct(3, each)))
     checker.close()
+    result["step"] = step_share(step_seconds)
     result["hostile_mix"] = {
         "pairs": len(mix),
         "hostile": len(HOSTILE),
@@ -201,6 +215,9 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(label, *(f"{result[key][name]:,.0f}" for name in names))
     done = f"hostile mix, done in {mix['limit_s']:g} s"
     table.add_row(done, *(f"{mix['done'][name]} of {mix['pairs']}" for name in names))
+    step = result["step"]
+    row = f"grading {STEP_COMPLETIONS:,} completions, {step['grading_s']:g} s, of a step of {step['step_s']:g} s"
+    table.add_row(row, f"{step['share']:.1%}", "", "")
     table.add_row("unexpected verdicts", *(str(result["unexpected"][name]) for name in names))
     Console().print(table)
     print(json.dumps(result), flush=True)
@@ -210,7 +227,14 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a minute instead of several")
-    show(measure(parser.parse_args().quick))
+    parser.add_argument(
+        "--step-seconds",
+        type=float,
+        default=60.0,
+        help="a whole RL step of 2,048 completions, as metrics.jsonl has it; the default is ours, a fast one",
+    )
+    arguments = parser.parse_args()
+    show(measure(arguments.quick, arguments.step_seconds))
 
 
 if __name__ == "__main__":

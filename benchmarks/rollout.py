@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare(quick: bool) -> None:
     """Run all parts and print their figures."""
-    from rl.rollout.client import CoreFacts
+    from rl.rollout.messages import CoreFacts
     from rl.rollout.server import starting_pool
 
     repetitions = 3 if quick else 7
@@ -162,7 +162,7 @@ class _SimulatedPolicy:
         self.rates = {prompt: rate + 0.01 * (1 - rate) for prompt, rate in self.rates.items()}
 
     def generate(self, prompts: Sequence[Any], sampling: Any) -> list[Any]:
-        from rl.rollout.client import Answer, Completion
+        from rl.rollout.messages import Answer, Completion
 
         answers = []
         for prompt in prompts:
@@ -177,7 +177,8 @@ class _SimulatedPolicy:
 def compare_client(core: Path, urls: Sequence[str], raw: _RawEngine, repetitions: int) -> dict[str, float]:
     """Median seconds for the same prompts through our client and in one process. Both must give the same tokens."""
     from rl.data import prompt_messages
-    from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
+    from rl.rollout.client import RolloutClient
+    from rl.rollout.messages import CoreFacts, Prompt, Sampling
 
     client = RolloutClient(urls, CoreFacts.of(core))
     sampling = Sampling(max_tokens=TOKENS, n=GROUP, temperature=TEMPERATURE)
@@ -209,7 +210,8 @@ def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float
     """Median seconds until the servers serve the learner's new weights, with all caches reset."""
     from core.training.config import LearnerConfig
     from core.training.model import load_model
-    from rl.rollout.client import CoreFacts, RolloutClient
+    from rl.rollout.client import RolloutClient
+    from rl.rollout.messages import CoreFacts
     from rl.rollout.weights import FileSync, weights_folder
 
     learner = LearnerConfig.model_validate(learner_settings())
@@ -292,7 +294,7 @@ class _RawEngine:
 
 def _raw_engine(job: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever vLLM prints must not end up between the answers
+    os.dup2(2, 1)  # vLLM prints between the answers
     from vllm import LLM, SamplingParams
 
     from core.training.model import load_processor

@@ -14,7 +14,8 @@ from typing import Any
 from core.checkpoint.new import new_core, plan_core
 from core.model.sizes import SMALL
 from core.model.tiny import TinySize, build_tiny
-from rl.config import PoolConfig
+from core.processes import how_it_ended, last_lines
+from rl.rollout.config import PoolConfig
 
 WORDS = (
     *("compute", "A", "B", "plus", "minus", "digit", "cell", "question"),
@@ -145,8 +146,8 @@ def child(module: str, option: str, job: Mapping[str, Any]) -> list[str]:
 
 def environment(threads: int = 1) -> dict[str, str]:
     """Environment of rollout servers and learners, so that two sides differ in nothing else."""
-    from chain.launch import environment as learner_environment
-    from rl.rollout.server import environment as server_environment
+    from chain.ranks import environment as learner_environment
+    from rl.rollout.command import environment as server_environment
 
     return learner_environment(threads) | server_environment(pool_of(max_model_tokens=256, threads=threads))
 
@@ -195,8 +196,7 @@ class Child:
     def _fail(self) -> None:
         self._process.kill()
         code = self._process.wait()
-        end = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
-        raise RuntimeError(f"{' '.join(self.command[:5])} ended with code {code}:\n{end}")
+        raise RuntimeError(f"{' '.join(self.command[:5])} {how_it_ended(code)}:\n{last_lines(self.log)}")
 
 
 def wait_for_the_word() -> Any:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from chain.inputs import code_file, is_hub_id
-from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
+from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
 from core.checkpoint.check import ForeignCode, check_code
 from core.files import append_jsonl, read_json, require_room
 from core.manifest import hash_config
 from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
-from corpus.records import DataSource
+from corpus.formats.files import files_of
+from corpus.formats.table import known
+from corpus.records import DataSource, load_records
+from rewards.example import Example
 from rl.config import RLConfig
 from rl.limits import FOUND, Asked, Limits
 from rl.limits import check as hold_against_limits
@@ -172,7 +176,14 @@ def _missing_code(recipe: Recipe) -> Iterator[str]:
 
 def _missing_data(recipe: Recipe) -> Iterator[str]:
     for name, place in recipe.data.sets.items():
-        if not is_hub_id(place) and not Path(place).expanduser().exists():
+        if isinstance(place, ForeignSet):
+            try:
+                files_of(Path(place.path).expanduser())
+                if place.format != "auto":
+                    known(place.format)
+            except ConfigError as error:
+                yield f"data.sets.{name}: {error}"
+        elif not is_hub_id(place) and not Path(place).expanduser().exists():
             yield f"data.sets.{name} = {place!r}: no such file or folder"
     path = recipe.core.path
     if path is not None and not (Path(path).expanduser() / "config.json").is_file():
@@ -190,7 +201,8 @@ def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
         if not isinstance(config, RLConfig):
             continue
         for index, term in enumerate(config.rewards):
-            if problem := _reward_problem(term.use, term.params, online):
+            problem = _reward_problem(term.use, term.params, online, partial(_examples, recipe, config.data))
+            if problem:
                 yield f"{stage}.rewards[{index}].use = {term.use!r}: {problem}"
         watch = config.watch
         if watch.second_verifier and (
@@ -199,8 +211,29 @@ def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
             yield f"{stage}.watch.second_verifier = {watch.second_verifier!r}: {problem}"
 
 
-def _reward_problem(use: str, params: Mapping[str, Any], online: bool) -> str | None:
-    """What is wrong with a reward, in one line. A user's own reward is loaded in a process of its own."""
+def _examples(recipe: Recipe, data: Sequence[DataSource]) -> list[Example] | None:
+    """The rows of these sources without their pictures; None if some of them are not there yet."""
+    places = [recipe.data.sets.get(source.set, "") for source in data]
+    if not all(place and Path(place).expanduser().exists() for place in places):
+        return None
+    return [
+        Example.of(record, ())
+        for source, place in zip(data, places, strict=True)
+        for record in load_records(place, source.split, source.rows, recipe.seed)
+    ]
+
+
+def _reward_problem(
+    use: str,
+    params: Mapping[str, Any],
+    online: bool,
+    examples: Callable[[], Sequence[Example] | None] = lambda: None,
+) -> str | None:
+    """What is wrong with a reward, in one line. A user's own reward is loaded in a process of its own.
+
+    `examples`: the rows that it will grade, for a reward that needs columns of their meta.
+    """
+    from rewards.adapters import check_columns
     from rewards.isolation import Isolated, load_limited
     from rewards.judge.canaries import JudgeRefused
     from rewards.judge.judges import Judge
@@ -209,6 +242,9 @@ def _reward_problem(use: str, params: Mapping[str, Any], online: bool) -> str | 
         return "no such module or file; is its package installed, or on PYTHONPATH?"
     try:
         reward = load_limited(use, params, [Path.cwd()])
+        rows = examples() if getattr(reward, "needs", ()) else None
+        if rows is not None:
+            check_columns(reward, use, rows)
     except Exception as error:  # a user's module may raise anything while it is imported
         return " ".join(str(error).split())
     if isinstance(reward, Isolated):

@@ -20,9 +20,9 @@ from pydantic import BaseModel
 from chain.display import duration
 from chain.errors import ERROR
 from chain.fingerprints import Fingerprints, identity
-from chain.inputs import data_folder, locate_sets, prepared_folder
+from chain.inputs import data_folder, imported_folder, locate_sets, prepared_folder
 from chain.job import DONE
-from chain.recipe import Recipe, made_between
+from chain.recipe import ForeignSet, Recipe, made_between
 from core.files import PARTIAL, atomic_dir, read_json, write_json
 from core.manifest import Began, Manifest, git_commit, hash_config, now, versions
 from core.strict import ConfigError, Strict
@@ -160,6 +160,16 @@ class RunFolder:
         return Step(
             DATA, data_folder(self.path), config, inputs, self.prints.fingerprint(DATA, config, inputs)
         )
+
+    def imports(self) -> list[Step]:
+        """The sets that the recipe imports from other formats."""
+        steps = []
+        for name, given in self.recipe.data.sets.items():
+            if isinstance(given, ForeignSet):
+                inputs = {"path": self.prints.hashes.of(str(Path(given.path).expanduser().resolve()))}
+                fingerprint = self.prints.fingerprint(f"import {name}", given, inputs)
+                steps.append(Step(name, imported_folder(self.path, name), given, inputs, fingerprint))
+        return steps
 
     def preparation(self, name: str) -> Step | None:
         """The sets that a stage makes with the policy it starts from; None if it makes none."""

@@ -2,8 +2,8 @@
 
 Every host runs `posttrain run`. The leader writes a secret, its address and its port into the run's folder, which all
 hosts share; the others find them there, connect, and prove that they know the secret, as the leader does. Then they
-wait: "start" has them start ranks with torchrun, "stop" end these, "end" go home. A connection that closes, or over
-which nothing is heard for a minute, is a host that is lost.
+wait: "start" has them start ranks, "stop" end them, "end" leave the run. A host whose connection closes, or is silent
+for a minute, is lost.
 
 The secret travels in no message (multiprocessing.connection's challenge); messages are JSON, nothing is unpickled.
 """
@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import secrets
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -25,10 +24,11 @@ from multiprocessing.connection import Client, Connection, Listener, answer_chal
 from pathlib import Path
 from typing import Any
 
-from chain import launch
 from chain.display import Display
 from chain.placement import Placement
+from chain.ranks import Meeting, Ranks
 from core.files import read_json
+from core.processes import GRACE_S, free_port
 from core.strict import ConfigError
 
 TICKET = ".hosts.json"
@@ -36,20 +36,20 @@ TICKET = ".hosts.json"
 JOIN_S = 600.0
 """How long the hosts wait for one another at the start."""
 PROVES_S = 10.0
-"""Whoever connects has so long to prove that it knows the secret: a port scanner, or a program that took over the
-port in an old ticket, may say nothing at all."""
+"""A connection has this time to prove that it knows the secret: a port scanner, or a program that took over the port
+in an old ticket, may stay silent."""
 BEAT_S = 5.0
 SILENCE_S = 60.0
-"""A host that was not heard of for so long is lost."""
+"""A host that is silent for this long is lost."""
 SHOWS_S = 30.0
-"""A file that one host wrote is seen by the others by then, whatever the network file system caches."""
+"""Network file systems show a file to the other hosts within this time."""
 WAKE_S = 0.2
 LARGEST = 2**20
 """Of a message, bytes."""
 
 
 _UNPROVEN = (multiprocessing.AuthenticationError, AssertionError, EOFError, OSError, ValueError)
-"""What a connection to anybody but a host of this run ends in; AssertionError for words that are no challenge."""
+"""Errors of a connection to a program that is not a host of this run; AssertionError: it sent no challenge."""
 
 
 class HostLost(RuntimeError):
@@ -99,8 +99,8 @@ class Follower:
     link: Link
     running: bool = False
     """It has been told to start ranks and has not yet said that they ended."""
-    code: int | None = None
-    """Exit code of the last ones."""
+    failure: str | None = None
+    """How the last ones failed."""
     lost: str = ""
     """Why it is gone."""
 
@@ -129,15 +129,15 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         token = secrets.token_hex(32)
-        loopback = self.place.address in ("localhost", "::1") or self.place.address.startswith("127.")
-        # A host's own name may resolve to loopback on itself: bind to every interface, as torch's store does.
-        bind = ("127.0.0.1" if loopback else "0.0.0.0", self.place.port or 0)
+        self._address = own_address(self.place.address)
         try:
-            self._listener = Listener(bind, backlog=self.nodes)
+            self._listener = Listener((self._address, self.place.port or 0), backlog=self.nodes)
         except OSError as error:
-            raise ConfigError(f"--master: cannot listen on port {self.place.port}: {error}") from None
+            raise ConfigError(
+                f"--master: cannot listen at {self._address}, port {self.place.port or 'any'}: {error}"
+            ) from None
         self._port = self._listener.address[1]
-        ticket = {"address": self.place.address, "port": self._port, "token": token}
+        ticket = {"address": self._address, "port": self._port, "token": token}
         _write_private(self.run_dir / TICKET, ticket)
         self._accepting = threading.Thread(
             target=self._accept, args=(token.encode(),), name="hosts-joining", daemon=True
@@ -153,20 +153,26 @@ class Cluster:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._end(error)
 
-    def start(self, job_file: Path, ranks: int, threads: int) -> launch.Rendezvous:
+    def start(self, job_file: Path, ranks: int, threads: int) -> Meeting:
         """Have every other host start `ranks` ranks on the job; return where they and the leader's meet.
 
         Raises HostLost if a host is gone.
         """
         self.check()
-        meeting = launch.Rendezvous(self.nodes, 0, self.place.address, _free_port())
+        port = free_port(self._address)
+        meeting = Meeting(f"tcp://{self._address}:{port}", self.nodes)
         for follower in self.followers.values():
-            follower.running, follower.code = True, None
-            order = {
-                **{"do": "start", "job": str(job_file), "ranks": ranks, "threads": threads},
-                **{"address": meeting.address, "port": meeting.port},
-            }
-            self._tell(follower, order)
+            follower.running, follower.failure = True, None
+            self._tell(
+                follower,
+                {
+                    "do": "start",
+                    "job": str(job_file),
+                    "ranks": ranks,
+                    "threads": threads,
+                    "place": meeting.place,
+                },
+            )
         self.check()
         return meeting
 
@@ -180,7 +186,7 @@ class Cluster:
 
     def failed(self) -> bool:
         """Whether the ranks of another host have failed."""
-        return any(follower.code for follower in self.followers.values())
+        return any(follower.failure for follower in self.followers.values())
 
     def wait(self, patience_s: float | None) -> None:
         """Return when the ranks of every host have ended or the host is lost; at the latest after `patience_s`."""
@@ -196,23 +202,18 @@ class Cluster:
         for follower in self.followers.values():
             if follower.running:
                 self._tell(follower, {"do": "stop"})
-        self.wait(2 * launch.PATIENCE_S)
+        self.wait(2 * GRACE_S)
 
-    def failures(self, folder: Path) -> list[str]:
-        """Per host whose ranks have failed, its name, their exit code and the end of their log."""
-        texts = []
-        for follower in self.followers.values():
-            if not follower.code:
-                continue
-            log = follower_log(folder, follower.node)
-            end = launch.last_lines(log) if log.exists() else "(not to be seen here yet)"
-            texts.append(f"on {follower}: exit code {follower.code}; last lines of {log}:\n{end}")
-        return texts
+    def failures(self) -> list[str]:
+        """A text per host whose ranks have failed: its name, and how they failed."""
+        return [
+            f"on {follower}: {follower.failure}" for follower in self.followers.values() if follower.failure
+        ]
 
     def _wait_for_all(self) -> None:
         others = set(range(1, self.nodes))
         self.display.line(
-            f"node 0 of {self.nodes} leads: waiting for the others at {self.place.address}:{self._port}"
+            f"node 0 of {self.nodes} leads: waiting for the others at {self._address}:{self._port}"
         )
         deadline = time.monotonic() + JOIN_S
         with self._changed:
@@ -231,7 +232,7 @@ class Cluster:
     def _accept(self, token: bytes) -> None:
         while not self._over.is_set():
             with contextlib.suppress(OSError):
-                # A thread each: one that says nothing keeps nobody out.
+                # A thread each: a silent connection keeps no other out.
                 threading.Thread(
                     target=self._admit, args=(self._listener.accept(), token), daemon=True
                 ).start()
@@ -286,7 +287,7 @@ class Cluster:
                     continue
                 with self._changed:
                     if message["do"] == "ended":
-                        follower.running, follower.code = False, message["code"]
+                        follower.running, follower.failure = False, message["failure"]
                     elif message["do"] == "leave":
                         follower.lost = message["text"]
                     self._changed.notify_all()
@@ -312,7 +313,7 @@ class Cluster:
         for follower in self.followers.values():
             self._tell(follower, {"do": "end", "ok": error is None, "text": text})
         with contextlib.suppress(OSError):  # wakes the thread that waits for one more host
-            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+            socket.create_connection((self._address, self._port), timeout=1).close()
         for thread in (self._accepting, *self._listening):
             thread.join(BEAT_S)
         self._listener.close()
@@ -328,14 +329,14 @@ def follow(place: Placement, run_dir: Path, facts: Mapping[str, Any], display: D
     """
     display.line(f"node {place.node} of {place.nodes}: waiting for the leader, in {run_dir}")
     link = Link(_join(place, run_dir))
-    ranks: subprocess.Popen | None = None
+    ranks: Ranks | None = None
     try:
         link.send({"do": "join", "node": place.node, "host": socket.gethostname(), "facts": facts})
         while True:
-            if ranks is not None and ranks.poll() is not None:
-                link.send({"do": "ended", "code": ranks.returncode})
-                display.line(f"the ranks here have ended with code {ranks.returncode}")
-                ranks = None
+            if ranks is not None and ranks.ended(0):
+                failure, ranks = ranks.failure(), None
+                link.send({"do": "ended", "failure": failure})
+                display.line("the ranks here have " + ("failed" if failure else "ended"))
             message = link.receive(WAKE_S)
             if message is None:
                 continue
@@ -346,7 +347,7 @@ def follow(place: Placement, run_dir: Path, facts: Mapping[str, Any], display: D
                 stage = Path(message["job"]).parent.name.removesuffix(".partial")
                 display.line(f"{stage}: ranks here: {message['ranks']}")
             elif message["do"] == "stop" and ranks is not None:
-                launch.stop(ranks)
+                ranks.stop()
             elif message["do"] == "end":
                 if not message["ok"]:
                     raise LeaderEnded(f"the leader has ended: {message['text']}")
@@ -361,16 +362,42 @@ def follow(place: Placement, run_dir: Path, facts: Mapping[str, Any], display: D
         raise
     finally:
         if ranks is not None:
-            launch.stop(ranks)
+            ranks.stop()
         link.close()
 
 
-def follower_log(folder: Path, node: int) -> Path:
-    """Where the ranks of another host than the leader write, in the stage's folder."""
-    return folder / f"log-node{node}.txt"
+def own_address(name: str) -> str:
+    """The IPv4 address of this host's interface that a name or an address names, to listen there and nowhere else.
+
+    A host's own name may resolve to loopback on itself; then it is the address of the only other interface.
+    Raises ConfigError where there is no such interface or more than one.
+    """
+    import psutil
+
+    found = {
+        one.address
+        for addresses in psutil.net_if_addrs().values()
+        for one in addresses
+        if one.family == socket.AF_INET
+    }
+    try:
+        named = socket.gethostbyname(name)
+    except OSError as error:
+        raise ConfigError(f"--master {name}: {error}; give an address of this host") from None
+    loopback = named.startswith("127.")
+    if loopback and name not in ("localhost", named):
+        others = sorted(address for address in found if not address.startswith("127."))
+        if len(others) == 1:
+            return others[0]
+    elif loopback or named in found:
+        return named
+    raise ConfigError(
+        f"--master {name}: it is {named} here, which {'no other host reaches' if loopback else 'no interface has'}; "
+        f"give the address where the leader listens, one of {', '.join(sorted(found))}"
+    )
 
 
-def _start(message: Mapping[str, Any], place: Placement) -> subprocess.Popen:
+def _start(message: Mapping[str, Any], place: Placement) -> Ranks:
     """This host's ranks. Raises ConfigError if the leader's job does not appear here, or they cannot be started."""
     job_file, deadline = Path(message["job"]), time.monotonic() + SHOWS_S
     while not job_file.exists():
@@ -379,10 +406,9 @@ def _start(message: Mapping[str, Any], place: Placement) -> subprocess.Popen:
                 f"{job_file}, which the leader has written, has not appeared here within {SHOWS_S:g} s"
             )
         time.sleep(WAKE_S)
-    meeting = launch.Rendezvous(place.nodes, place.node, message["address"], message["port"])
-    command = launch.command(job_file, message["ranks"], meeting)
+    meeting = Meeting(message["place"], place.nodes, place.node)
     try:
-        return launch.start(command, message["threads"], follower_log(job_file.parent, place.node))
+        return Ranks(job_file, message["ranks"], message["threads"], meeting)
     except OSError as error:
         raise ConfigError(f"cannot start ranks: {error}") from None
 
@@ -442,9 +468,3 @@ def _write_private(path: Path, values: Mapping[str, Any]) -> None:
     os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     partial.write_text(json.dumps(values))
     partial.replace(path)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

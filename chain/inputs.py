@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from chain.recipe import STAGE_NAMES, Recipe, made_between, split_import
+from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, made_between, split_import
 from rewards.registry import split_adapter
 from sft.config import Phase
 
@@ -25,11 +25,18 @@ def prepared_folder(run: Path, stage: str) -> Path:
     return run / "prepared" / stage
 
 
+def imported_folder(run: Path, name: str) -> Path:
+    """Where a run keeps a set that it imports from another format."""
+    return run / "imported" / name
+
+
 def locate_sets(recipe: Recipe, run: Path) -> dict[str, str]:
     """Set name -> Parquet file, folder or hub id, for every set of the recipe, existing or not."""
     generated = recipe.data.generate.sets if recipe.data.generate else ()
     located = {name: str(data_folder(run) / f"{name}.parquet") for name in generated}
-    located |= {name: _absolute(text) for name, text in recipe.data.sets.items()}
+    for name, given in recipe.data.sets.items():
+        made = imported_folder(run, name) / f"{name}.parquet"
+        located[name] = str(made) if isinstance(given, ForeignSet) else _absolute(given)
     for stage in STAGE_NAMES:
         config = recipe.stage(stage)
         for name in made_between(config) if config else ():

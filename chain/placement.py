@@ -119,7 +119,9 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     """A launcher's variable; `default` where it is not set or empty."""
     text = environment.get(name) or str(default)
     if not text.isdecimal():
-        raise ConfigError(f"{name}={environment.get(name)!r} is no whole number; unset it, or give --nnodes")
+        raise ConfigError(
+            f"{name}={environment.get(name)!r} is not a whole number; unset it, or give --nnodes"
+        )
     return int(text)
 
 

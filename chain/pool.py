@@ -7,12 +7,16 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
+from core.checkpoint.check import check_checkpoint
 from core.strict import ConfigError
-from rl.config import PoolConfig
+from rl.rollout.config import PoolConfig
 
 OpenPool = Callable[[PoolConfig, Path, Path], AbstractContextManager[Callable[[], list[str]]]]
 """(configuration, model, log folder) -> context of a function that waits for the servers and gives their URLs, as
 rl.rollout.server.starting_pool."""
+
+TOKEN_FILE = "servers.token"
+"""In a run's folder: the token of servers that `posttrain rollout-server` started for it."""
 
 
 class Pool:
@@ -29,7 +33,8 @@ class Pool:
         self._open, self._stack = open_pool, ExitStack()
         self._wait: Callable[[], list[str]] | None = None
         self._client: Any = None
-        self._served: Path | None = None
+        self._started_with: Path | None = None
+        """The checkpoint that our servers have read, until somebody changes their weights."""
 
     @property
     def share_gpus(self) -> bool:
@@ -52,37 +57,41 @@ class Pool:
             from rl.rollout.server import starting_pool
 
             self._open = starting_pool
+        shared = self.logs.parent / TOKEN_FILE
+        if self.cfg.urls and self.cfg.token_file is None and shared.exists():
+            self.cfg = self.cfg.model_copy(update={"token_file": str(shared)})
         self._wait = self._stack.enter_context(self._open(self.cfg, model, self.logs))
-        # Servers that we started read the checkpoint; ones that were there serve who knows what.
-        self._served = None if self.cfg.urls else model.resolve()
+        # Servers that ran before us hold unknown weights.
+        self._started_with = None if self.cfg.urls else model.resolve()
 
     def urls(self, model: Path) -> list[str]:
-        """The servers' URLs, once they are up; at the first need they start, with `model`. What they serve is not
-        promised."""
+        """The URLs of the servers, once they are up. The first call starts them with `model`; they may serve other
+        weights since."""
         self.start(model)
         assert self._wait is not None
         return self._wait()
 
     def serve(self, model: Path) -> Any:
-        """A RolloutClient of the pool, which now serves the weights of the checkpoint folder `model`."""
+        """A RolloutClient of the pool, which now serves the weights of the checkpoint folder `model`.
+
+        Raises ForeignCode or NonFinite for a checkpoint that must not be served.
+        """
         client = self._connected(model)
-        if self._served != model.resolve():
-            self._served = None  # if the update fails half-way, nothing is known about the servers
+        if not client.served.holds(model.resolve()):
+            check_checkpoint(model)
             client.load_checkpoint(model)
-            self._served = model.resolve()
         return client
 
     def rest(self, model: Path | None) -> None:
         """Before a learner starts: put servers that share its GPUs to sleep, until the next `serve`.
 
-        `model` is the learner's start, None where there is none. Servers that are still to be started are left so.
+        `model` is the checkpoint that the learner starts from, or None. Servers that have not been started stay so.
         """
         if not self.share_gpus or model is None:
             return
         assert self.cfg is not None
         if self._wait is None and not self.cfg.urls:
             return
-        self._served = None
         self._connected(model).sleep()
 
     def _connected(self, model: Path) -> Any:
@@ -93,9 +102,12 @@ class Pool:
 
             assert self.cfg is not None
             self._client = RolloutClient.of_pool(self.cfg, urls, model)
+            self._client.served.what = self._started_with
             self._stack.callback(self._client.close)
         return self._client
 
     def weights_changed(self) -> None:
         """Someone else updated the servers (an RL stage did): the next `serve` loads its checkpoint."""
-        self._served = None
+        self._started_with = None
+        if self._client is not None:
+            self._client.served.forget()

@@ -17,7 +17,7 @@ from rl.config import RLConfig
 from rl.watch import ALARMS
 from sft.config import SFTConfig, SoupConfig
 
-_SHOWN = ("reward", "rollout/correct", "token_accuracy")
+_SHOWN = ("reward", "rollout/correct", "mean_token_accuracy")
 """Metrics between 0 and 1 worth a place in the line, of those that a stage logs."""
 
 
@@ -154,6 +154,6 @@ def metrics_text(record: Mapping[str, Any], total: int | None = None) -> str:
         words.append(f"loss {record['loss']:.3f}")
     for name in _SHOWN:
         if isinstance(record.get(name), int | float):
-            label = name.rpartition("/")[2].replace("_", " ")
+            label = name.rpartition("/")[2].removeprefix("mean_").replace("_", " ")
             words.append(f"{label} {record[name]:.2f}".replace(" 0.", " .").replace(" -0.", " -."))
     return " · ".join(words)

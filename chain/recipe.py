@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field, model_validator
 from chain.yaml_files import read_folder
 from core.strict import ConfigError, KeyPath, Name, Strict, key_path, nearest, parse
 from corpus.records import DataSource
-from rl.config import EvalConfig, PoolConfig, Prepare, RLConfig
+from rl.config import EvalConfig, Prepare, RLConfig
+from rl.rollout.config import PoolConfig
 from sft.config import SFTConfig, SoupConfig
 
 IMPORT_STRING = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
@@ -67,13 +68,33 @@ class GenerateConfig(Strict):
     """CPU threads of the generator."""
 
 
+class ForeignSet(Strict):
+    """A set in another format than records; the run imports it into `<run>/imported`."""
+
+    path: str = Field(min_length=1)
+    """A .json, .jsonl, .csv, .tsv, .parquet or .tar file, or a folder of one kind of them."""
+    format: str = "auto"
+    """Name of a format (corpus.formats.table), or auto."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Field of a record -> column of the file, where names do not tell."""
+    images: str | None = None
+    """Folder of the pictures; None is the file's own. No file name leads out of it."""
+    system: Literal["strip", "keep", "refuse"] = "strip"
+    """What becomes of system messages: dropped, put before the question, or their rows rejected."""
+    turns: Literal["refuse", "first", "split"] = "refuse"
+    """What becomes of conversations of several exchanges: rejected, cut, or a row for each exchange."""
+    strict: bool = False
+    """Stop at the first row that does not fit, instead of listing it in `<set>.rejected.jsonl`."""
+
+
 class DataConfig(Strict):
     """Where the stages' named sets come from."""
 
     generate: GenerateConfig | None = None
     """Sets that the run makes itself."""
-    sets: dict[Name, str] = Field(default_factory=dict)
-    """Set name -> Parquet file or folder (relative to the working directory), or hub id `owner/name`."""
+    sets: dict[Name, str | ForeignSet] = Field(default_factory=dict)
+    """Set name -> Parquet file or folder (relative to the working directory), hub id `owner/name`, or a set in another
+    format, which the run imports."""
 
     @model_validator(mode="after")
     def _one_origin_per_set(self) -> DataConfig:

@@ -44,6 +44,8 @@ class Key:
     """The docstring under the field, on one line."""
     models: tuple[type[BaseModel], ...]
     """Models of the mapping, or of the mappings in the list, under this key."""
+    named: bool
+    """Whether the key holds a mapping from free names to them."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Section:
 
     model: type[BaseModel]
     places: tuple[str, ...]
-    """Key paths at which a recipe holds this mapping; `[]` is any item of a list, `` the recipe itself."""
+    """Key paths at which a recipe holds this mapping; `[]` is any item of a list, `NAME` any name, `` the recipe
+    itself."""
     keys: tuple[Key, ...]
 
     @property
@@ -155,23 +158,25 @@ def schema() -> dict[str, Any]:
 def _walk(model: type[BaseModel], place: str) -> Iterator[tuple[str, type[BaseModel]]]:
     yield place, model
     for name, field in model.model_fields.items():
-        for inner, is_item in _models(field.annotation):
-            yield from _walk(inner, f"{place}.{name}".lstrip(".") + "[]" * is_item)
+        for inner, below in _models(field.annotation):
+            yield from _walk(inner, f"{place}.{name}".lstrip(".") + below)
 
 
-def _models(annotation: Any, is_item: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
-    """Models that a type holds, and whether they are items of a list."""
+def _models(annotation: Any, below: str = "") -> Iterator[tuple[type[BaseModel], str]]:
+    """Models that a type holds, each with `[]` if it is an item of a list and `.NAME` if it is under a free name."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, is_item
+        yield annotation, below
     for inner in get_args(annotation):
-        yield from _models(inner, is_item or get_origin(annotation) in (tuple, list))
+        ways = {tuple: "[]", list: "[]", dict: ".NAME"}
+        yield from _models(inner, ways.get(get_origin(annotation), below))
 
 
 def _key(name: str, field: FieldInfo) -> Key:
     unit = next((unit for end, unit in UNITS.items() if name.endswith(end)), "")
-    models = tuple(model for model, _ in _models(field.annotation))
+    found = list(_models(field.annotation))
+    models, named = tuple(model for model, _ in found), any(below == ".NAME" for _, below in found)
     text = " ".join((field.description or "").split())
-    return Key(name, _type_text(field), _default_text(field), unit, text, models)
+    return Key(name, _type_text(field), _default_text(field), unit, text, models, named)
 
 
 def _type_text(field: FieldInfo) -> str:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from chain.checks import check, check_rows, check_shares, room_for
-from chain.clean import clean
 from chain.context import Context, Progress
 from chain.display import Display, duration
 from chain.errors import ERROR, disk_is_full, left
 from chain.folder import DATA, RunFolder, facts
 from chain.hosts import Cluster, follow
+from chain.imports import imported
 from chain.job import DONE, Task
 from chain.launch import POLL_S, StageFailed, run_job
 from chain.placement import Placement
@@ -33,6 +33,7 @@ from chain.stages import STAGES, Stage, stage_named
 from chain.tracking import StageTrack, Tracker
 from core.files import read_json, write_json
 from core.manifest import git_commit
+from core.processes import remove_leftovers
 from core.strict import ConfigError, Strict
 from core.training.job import Job
 from rl.job import ServedJob
@@ -83,8 +84,8 @@ def run(
         Background(display) as background,
         Pool(recipe.servers, folder.path / "logs", open_pool) as pool,
     ):
-        for line in clean():
-            display.line(line)
+        for path in remove_leftovers():
+            display.line(f"removed {path}")
         folder.require_finished(names[:first], names[first])
         write_json(folder.path / "recipe.json", recipe)
         loop = Loop(recipe, folder, pool, display, background, cluster)
@@ -180,7 +181,14 @@ class Loop:
         self.tracker = Tracker(recipe.tracking, recipe.wandb, folder.id, folder.path, folder.sets, say)
 
     def data(self, force: bool = False) -> None:
-        """Generate the recipe's own sets, unless they are there and unchanged."""
+        """Import and generate the recipe's own sets, unless they are there and unchanged."""
+        for step in self.folder.imports():
+            if step.current and not force:
+                self.display.line(f"import {step.name}: there already, unchanged — skipped")
+                continue
+            with self.folder.making(step) as partial, self.display.step(f"import {step.name}"):
+                for line in imported(step.config, partial / f"{step.name}.parquet"):
+                    self.display.line(line)
         step, config = self.folder.data(), self.recipe.data.generate
         if step is None or config is None:
             return

@@ -14,17 +14,17 @@ from chain.context import Context
 from chain.display import Display
 from chain.evaluate import evaluate
 from chain.inputs import locate_sets
-from chain.pool import OpenPool, Pool
+from chain.pool import TOKEN_FILE, OpenPool, Pool
 from chain.recipe import Recipe
 from chain.report import data as report
 from core.checkpoint.check import check_checkpoint
 from core.files import read_json, write_json
 from core.strict import ConfigError
-from rl.config import PoolConfig
-from rl.rollout.server import MODEL_NAME
+from rl.rollout.access import TOKEN
+from rl.rollout.config import MODEL_NAME, PoolConfig
 
 ADAPTER_NAME = "adapter"
-"""What a server calls the core with a LoRA adapter applied."""
+"""The name under which a server serves the core with a LoRA adapter applied."""
 
 
 def evaluate_checkpoint(
@@ -91,7 +91,9 @@ def serve(
     if adapter is not None:
         cfg = with_adapter(cfg, model, adapter)
     here = "-".join([socket.gethostname(), *([str(cfg.first_port)] if cfg.first_port else [])])
-    with Pool(cfg, runs_dir / recipe.name / "logs" / here) as pool:
+    run_dir = runs_dir / recipe.name
+    token_file = cfg.token_file or str((run_dir / TOKEN_FILE).resolve())
+    with Pool(cfg.model_copy(update={"token_file": token_file}), run_dir / "logs" / here) as pool:
         with display.step("starting"):
             pool.urls(model.resolve())
         urls = [url.replace("//0.0.0.0:", f"//{socket.gethostname()}:") for url in pool.urls(model)]
@@ -103,10 +105,15 @@ def serve(
             )
         if cfg.host == "0.0.0.0":
             display.line(
-                "Whoever reaches these ports can change the served weights: let none but this cluster reach them."
+                "The token crosses the network unencrypted: let only this cluster reach these ports."
             )
         display.line(
-            "Ctrl-C stops them. A recipe uses them with --set 'servers.urls=[" + ", ".join(urls) + "]'"
+            f"A request needs `Authorization: Bearer TOKEN`: {TOKEN} where it is set, else {token_file}"
+        )
+        display.line(
+            "Ctrl-C stops them. A recipe uses them with --set 'servers.urls=["
+            + ", ".join(urls)
+            + f"]' --set servers.token_file={token_file}"
         )
         with contextlib.suppress(KeyboardInterrupt):
             while True:

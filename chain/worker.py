@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import signal
@@ -15,15 +14,13 @@ from chain.job import DONE, Task
 from core.files import read_json, sync_tree, write_text
 from core.strict import parse
 
-PR_SET_PDEATHSIG = 1
 THREADS_END_S = 30.0
 """What threads have to end when the work is done."""
 
 
 def main(arguments: list[str]) -> int:
     """Do the task in the file that the only argument names; returns 0."""
-    _end_with_parent()
-    faulthandler.enable()  # a segmentation fault leaves its stack in the log
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # chain.ranks asks a hung rank where it is
     task = parse(Task, read_json(Path(arguments[0])), arguments[0])
     if not task.vllm:
         keep_engine_out()
@@ -64,12 +61,6 @@ def keep_engine_out() -> None:
     about to train with.
     """
     sys.modules.setdefault("vllm", None)  # type: ignore[arg-type]
-
-
-def _end_with_parent() -> None:
-    """Ask Linux to end this process with the runner, even one that was killed and could stop nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

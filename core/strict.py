@@ -41,6 +41,8 @@ class Strict(BaseModel):
 
     renamed: ClassVar[dict[str, str]] = {}
     """Former names of fields -> their names today, for the message that refuses a former one."""
+    refused: ClassVar[dict[str, str]] = {}
+    """Keys that users of other libraries expect -> why there is no such field, and the remedy."""
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
@@ -112,7 +114,9 @@ def _known_keys(model: type[BaseModel]) -> set[str]:
 
 def _unknown_key(key: Any, value: Any, model: type[Strict]) -> InitErrorDetails:
     new = model.renamed.get(str(key))
-    hint = f"it is called {new} now" if new else nearest(key, model.model_fields)
+    hint = model.refused.get(str(key)) or (
+        f"it is called {new} now" if new else nearest(key, model.model_fields)
+    )
     # The hint travels as context: pydantic formats the template, and a key may hold braces.
     kind = PydanticCustomError("unknown_key", "unknown key; {hint}", {"hint": hint})
     return InitErrorDetails(type=kind, loc=(str(key),), input=value)

@@ -81,8 +81,8 @@ def import_set(
     except Rejected as error:
         raise ConfigError(f"{files[0]}: as {name}: {error}") from None
     summary, convert = Summary(name, mapping), chosen.converter(options)
-    numbered = ((file, number, row) for file in files for number, row in rows_of(file))
-    numbered = islice(numbered, rows)
+    every = ((file, number, row) for file in files for number, row in rows_of(file))
+    numbered = islice(every, rows)
     notes = destination.with_suffix(".rejected.jsonl")
     draft = notes.with_name(f".{notes.name}.{os.getpid()}")
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +149,8 @@ class _Writer:
         record = completed(made)
         self.made += 1
         if record["id"] is None:
-            record["id"] = f"{self.name}-{self.made - 1}"
-            self.made_ids.append(record["id"])
+            self.made_ids.append(f"{self.name}-{self.made - 1}")
+            record["id"] = self.made_ids[-1]
         if record["verifier"] is None:
             record["verifier"] = kind_of(record["answer"], options)[1]
         return record

@@ -54,7 +54,7 @@ def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str)
     Raises ValueError for unknown parameters, TypeError if the function needs what is not available.
     """
     own, rest = _own_params(params, name, ("scale", "conversational"))
-    read, chat = _Scale.of(own.get("scale"), name), own.get("conversational", True)
+    read, chat = _Scale.of(own.get("scale"), name, nan_is_none=True), own.get("conversational", True)
     bound = _bound(function, rest, name, "completions")
     named, wants_all = _arguments(bound)
     for argument in ("completion_ids", "trainer_state"):
@@ -129,7 +129,7 @@ def from_verl(function: Callable[..., Any], params: Mapping[str, Any], name: str
     Raises ValueError for unknown parameters, TypeError if the function takes no solution_str.
     """
     own, rest = _own_params(params, name, ("scale",))
-    read = _Scale.of(own.get("scale"), name)
+    read = _Scale.of(own.get("scale"), name, nan_is_none=False)
     bound = _bound(function, rest, name, "solution_str")
     named, wants_all = _arguments(bound)
 
@@ -206,21 +206,21 @@ def as_trl(reward: Reward, name: str = "", mode: str = "think", verifier: str = 
 
 
 class _Scale:
-    """Reads what a foreign function returned, its scores brought to [0, 1]."""
+    """Reads the result of a foreign function and maps its scores to [0, 1]."""
 
-    def __init__(self, low: float, high: float, given: bool, name: str) -> None:
-        self.low, self.high, self.given, self.name = low, high, given, name
+    def __init__(self, low: float, high: float, given: bool, name: str, nan_is_none: bool) -> None:
+        self.low, self.high, self.given, self.name, self.nan_is_none = low, high, given, name, nan_is_none
 
     @classmethod
-    def of(cls, scale: Any, name: str) -> "_Scale":
+    def of(cls, scale: Any, name: str, nan_is_none: bool) -> "_Scale":
         if scale is None:
-            return cls(0.0, 1.0, False, name)
+            return cls(0.0, 1.0, False, name, nan_is_none)
         numbers = isinstance(scale, list | tuple) and len(scale) == 2 and all(map(_is_number, scale))
         if not numbers or not scale[0] < scale[1]:
             raise ValueError(
                 f"reward {name!r}: scale={scale!r}: write [low, high], two finite numbers, low < high"
             )
-        return cls(float(scale[0]), float(scale[1]), True, name)
+        return cls(float(scale[0]), float(scale[1]), True, name, nan_is_none)
 
     def all(self, values: Any) -> list[Verdict]:
         if hasattr(values, "tolist"):
@@ -230,7 +230,7 @@ class _Scale:
         return [self.one(value) for value in values]
 
     def one(self, value: Any) -> Verdict:
-        """A number, a mapping with "score", or a sequence that begins with the score; None and NaN are unscored."""
+        """A number, a mapping with "score", or a sequence that begins with the score. None, and TRL's NaN: unscored."""
         answer, reason = None, ""
         if isinstance(value, Mapping):
             if "score" not in value:
@@ -242,7 +242,7 @@ class _Scale:
             value = value[0]
         if hasattr(value, "item"):  # a number of numpy's or torch's
             value = value.item()
-        if value is None or (isinstance(value, Real) and math.isnan(value)):
+        if value is None or (self.nan_is_none and isinstance(value, Real) and math.isnan(value)):
             return Verdict.unscored(reason or f"{self.name} gave no score", answer=answer)
         if not isinstance(value, Real):
             raise TypeError(f"it returned {value!r:.80} as a score, not a number")
@@ -282,7 +282,7 @@ def _bound(function: Any, params: dict[str, Any], name: str, needed: str) -> Any
     named, wants_all = _arguments(bound)
     if needed not in named and not wants_all:
         raise TypeError(
-            f"reward {name!r} takes no {needed!r}; see rewards.adapters for what it is called with, by name"
+            f"reward {name!r} takes no {needed!r}; rewards.adapters lists the arguments, which are passed by name"
         )
     return bound
 

@@ -158,7 +158,9 @@ class _Batch:
             result = self._result(row, value)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a reward's sys.exit() and math-verify's timeouts are no Exceptions
+        except (
+            BaseException
+        ) as error:  # a reward's sys.exit() and math-verify's timeouts do not derive from Exception
             result = failure(self.name, [self.pairs[row]], error)
         self.watch.ended(row, result)
         return result

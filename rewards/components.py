@@ -1,4 +1,4 @@
-"""How each component of a mixed reward does over a batch: what a curve per term is drawn from."""
+"""Metrics of each component of a mixed reward over a batch; each term's curve shows them."""
 
 import math
 from collections import Counter
@@ -21,19 +21,19 @@ def component_metrics(groups: Sequence[Sequence[Graded]]) -> dict[str, float]:
     | reward/<name>/correlation/<other> | Pearson, where both are scored; each pair once, in the terms' order |
     | reward/<name>/status/<status> | completions with that status, every status listed |
 
-    What is not defined (no score, no variance) is left out: no value is NaN.
+    Undefined values (no score, no variance) are left out: no value is NaN.
 
     >>> from rewards.verdict import Verdict
     >>> right, wrong = Verdict.correct(), Verdict.wrong()
     >>> metrics = component_metrics([[Graded(1.0, {"answer": right}), Graded(0.0, {"answer": wrong})]])
-    >>> metrics["reward/answer/mean"], metrics["reward/answer/zero_variance_groups"]
+    >>> metrics["sampled/answer/mean"], metrics["sampled/answer/zero_variance_groups"]
     (0.5, 0.0)
     """
     every = [graded for group in groups for graded in group]
     names = list(dict.fromkeys(name for graded in every for name in graded.verdicts))
     metrics: dict[str, float] = {}
     for place, name in enumerate(names):
-        key = f"reward/{name}"
+        key = f"sampled/{name}"
         scores = _scores(every, name)
         if scores:
             metrics[f"{key}/mean"], metrics[f"{key}/std"] = _mean(scores), _std(scores)

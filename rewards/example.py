@@ -32,7 +32,7 @@ class Example:
     """A reference chain of thought, if the row has one."""
     source: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever the row's maker keeps for graders: `answers`, `choices`, a scene."""
+    """What else graders need: `answers`, `choices`, a scene."""
 
     @classmethod
     def of(cls, record: Mapping[str, Any], images: Sequence[Any]) -> "Example":

@@ -70,8 +70,9 @@ def parse_thinking(completion: str, thought_open: bool = False) -> Parsed:
     >>> parse_thinking(r"<think>x</think> \boxed{3} or \boxed{4}").problem
     '2 boxes, not one'
 
-    An empty thought or a box inside the thought breaks the contract but leaves no doubt which box is the
-    answer: it still counts. Every other breach leaves no answer.
+    An empty thought or a box inside the thought breaks the contract but leaves no doubt which box is the answer: it
+    still counts. Where the template opens the thought, neither is a breach: a template may close the thought that it
+    opens, and its <think> is no claim of the model's. Every other breach leaves no answer.
     """
     text = completion if thought_open else completion.lstrip()
     thought, answer_part, fault = _split(text, thought_open)
@@ -80,9 +81,9 @@ def parse_thinking(completion: str, thought_open: bool = False) -> Parsed:
     problem = fault or boxes.problem
     if problem:
         return _unanswered(thought, answer_part, boxes, problem, over_limit=boxes.over_limit and not fault)
-    if not thought:
+    if not thought and not thought_open:
         problem = "the thought is empty"
-    elif _boxes_in(thought):
+    elif not thought_open and _boxes_in(thought or ""):
         problem = "a box inside the thought"
     return Parsed(
         thought, answer_part, boxes.contents, boxes.contents[0], not problem, problem, Status.CORRECT

@@ -32,7 +32,7 @@ Cell = tuple[str, str]
 
 @dataclass(frozen=True)
 class Term:
-    """One reward of a mixture. Weight 0 only watches: the verdict is kept, the total does not need it."""
+    """One reward of a mixture. A term of weight 0 only watches: its verdict is kept, and the total ignores it."""
 
     name: str
     reward: Reward
@@ -42,10 +42,10 @@ class Term:
     graded: frozenset[str] = field(default=frozenset(GRADED))
     """The rows that it grades: verifiable, judged, or both."""
     gate: str | None = None
-    """Another term: only where that one scores 1 is this one asked, elsewhere it scores 0."""
+    """Name of another term. This term is asked only where that one scores 1; elsewhere it scores 0."""
     on_error: str = "stop"
-    """When the reward raises: stop with a RewardError, or count it and leave the row unscorable. An exception whose
-    class has a true `always_stops` stops either way: a judge that is not to be believed."""
+    """When the reward fails: stop with a RewardError, or count it and leave the row unscorable. An exception whose
+    class has a true `always_stops` stops either way: a judge failed its start-up check."""
 
     def __post_init__(self) -> None:
         for name, known in (("modes", MODES), ("graded", GRADED)):
@@ -63,7 +63,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Graded:
-    """A completion's reward and where it came from."""
+    """A completion's reward and its parts."""
 
     total: float | None
     """In [0, 1]; None if a weighted term could not judge the completion: never 0 in its place."""
@@ -82,7 +82,7 @@ class Mixture:
     >>> [graded.total for graded in mixture.grade_batch(["4", "5"], [row, row])]
     [0.75, 0.75]
 
-    Raises ValueError if two terms share a name, a cell's weights do not sum to 1, or a gate makes no sense.
+    Raises ValueError if two terms share a name, a cell's weights do not sum to 1, or a gate is invalid.
     """
 
     def __init__(self, terms: Iterable[Term], threads: int = THREADS) -> None:
@@ -93,7 +93,7 @@ class Mixture:
         self._caller = Caller(threads)
         self._counting = threading.Lock()
         self.errors: Counter[str] = Counter()
-        """By term: how often it raised where its policy is to go on."""
+        """By term: how often it failed under the policy "unscorable"."""
 
     def grade(self, completion: str, example: Example) -> Graded:
         """The completion's total and every term's verdict; raises as `grade_batch`."""
@@ -102,11 +102,11 @@ class Mixture:
     def grade_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Graded]:
         """For each completion, against the example at its place, the total and every term's verdict.
 
-        Safe from any thread. Terms are asked side by side, each in its form (rewards.calls); one behind a
-        gate waits for it.
+        Safe from any thread. Terms are asked side by side, each in its form (rewards.calls). A term behind a gate
+        waits for the gate.
 
-        Raises ValueError if no term grades a row, or the lengths differ; RewardError if a reward raises,
-        returns what is no verdict, or as many verdicts as there are no completions, and its policy is to stop.
+        Raises ValueError if no term grades a row, or the lengths differ; RewardError if a reward fails and its policy
+        is to stop.
         """
         if len(completions) != len(examples):
             raise ValueError(
@@ -119,7 +119,7 @@ class Mixture:
         return [_graded(terms, found) for terms, found in zip(used, verdicts, strict=True)]
 
     def terms_of(self, example: Example) -> tuple[Term, ...]:
-        """The terms that grade a row. Raises ValueError if there is none: asked before training, it saves one."""
+        """The terms that grade a row. Raises ValueError if there is none; a stage asks before it trains."""
         mode, graded = cell_of(example)
         terms = self._of_cell[mode, graded]
         if not terms:
@@ -160,7 +160,7 @@ class Mixture:
             for term, rows, pending in asked:
                 for row, result in zip(rows, pending.results(), strict=True):
                     verdicts[row][term.name] = self._settled(term, result)
-        except BaseException:  # an interrupt must not wait for calls that nobody needs any more
+        except BaseException:  # an interrupt must not wait for calls that are no longer needed
             for _, _, pending in asked:
                 pending.cancel()
             raise
@@ -185,10 +185,10 @@ def cell_of(example: Example) -> Cell:
 
 
 def check_terms(terms: Iterable[Any]) -> None:
-    """Refuse terms that make no mixture; they have a name, weight, modes, graded and gate, as Term has.
+    """Refuse terms that do not fit together. Each has a name, weight, modes, graded and gate, as Term has.
 
-    Raises ValueError if two share a name, a cell's weights do not sum to 1, or a gate names no term, grades
-    fewer cells than the term behind it, or leads back to itself.
+    Raises ValueError if two share a name, if a cell's weights do not sum to 1, or if a gate is unknown, grades fewer
+    cells than the term behind it, or leads back to itself.
     """
     terms = tuple(terms)
     names = [term.name for term in terms]
@@ -232,7 +232,7 @@ def _levels(terms: Sequence[Any]) -> list[tuple[Any, ...]]:
     for term in terms:
         if term.gate is not None and term.gate not in names:
             raise ValueError(
-                f"reward {term.name!r}: gate={term.gate!r} is no term; {nearest(term.gate, names)}"
+                f"reward {term.name!r}: gate={term.gate!r} is not a term; {nearest(term.gate, names)}"
             )
     levels, done = [], {None}
     left = list(terms)
@@ -240,7 +240,7 @@ def _levels(terms: Sequence[Any]) -> list[tuple[Any, ...]]:
         level = tuple(term for term in left if term.gate in done)
         if not level:
             circle = ", ".join(f"{term.name} behind {term.gate}" for term in left)
-            raise ValueError(f"gates lead in a circle: {circle}; some term must stand without a gate")
+            raise ValueError(f"gates form a circle: {circle}; at least one term must have no gate")
         levels.append(level)
         done |= {term.name for term in level}
         left = [term for term in left if term.name not in done]
@@ -248,7 +248,7 @@ def _levels(terms: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 
 def _closed(term: Term, verdicts: Mapping[str, Verdict]) -> Verdict | None:
-    """What a term earns without being asked, its gate being closed; None if it is open, or there is none."""
+    """The verdict of a term whose gate is closed; None if the gate is open, or there is none."""
     if term.gate is None:
         return None
     gate = verdicts[term.gate]

@@ -175,7 +175,8 @@ class _Processes:
     """A pebble pool and the server of its workers, of one process."""
 
     def __init__(self, preload: str, size: int) -> None:
-        self._preload, self._size, self._pool = preload, size, None
+        self._preload, self._size = preload, size
+        self._pool: Any = None
         self._lock = threading.Lock()
         self.jobs: set[Job] = set()
 
@@ -228,7 +229,7 @@ class _Context(context.ForkServerContext):
 
 class _Server(forkserver.ForkServer):
     def ensure_running(self) -> None:
-        if self._forkserver_pid is not None:
+        if self._forkserver_pid is not None:  # type: ignore[attr-defined]
             return super().ensure_running()
         # As `python -P`, with this package first on the path: a user's folder must not stand in for it.
         ours = {
@@ -260,7 +261,7 @@ class _Process(process.BaseProcess):
         """
         self._popen = self._Popen(self)
         self._sentinel = self._popen.sentinel
-        del self._target, self._args, self._kwargs
+        del self._target, self._args, self._kwargs  # type: ignore[attr-defined]
 
 
 class _Popen(popen_forkserver.Popen):
@@ -274,8 +275,8 @@ class _Popen(popen_forkserver.Popen):
             reduction.dump(made, buffer)
         finally:
             context.set_spawning_popen(None)  # type: ignore[attr-defined]
-        self.sentinel, writer = server.connect_to_new_process(self._fds)
-        self.finalizer = util.Finalize(self, util.close_fds, (os.dup(writer), self.sentinel))
+        self.sentinel, writer = server.connect_to_new_process(self._fds)  # type: ignore[attr-defined]
+        self.finalizer = util.Finalize(self, util.close_fds, (os.dup(writer), self.sentinel))  # type: ignore[attr-defined]
         with open(writer, "wb", closefd=True) as pipe:
             pipe.write(buffer.getbuffer())
         self.pid = forkserver.read_signed(self.sentinel)

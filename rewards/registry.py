@@ -1,7 +1,7 @@
 """Rewards by name: built-in ones, and users' own as `package.module:Name` or `file.py:Name`.
 
-Adding a built-in reward takes its class, its line in REWARDS and its test. A user's own needs no line. A
-reward function written for TRL or verl runs as it is: `trl:package.module:fn`, `verl:file.py:compute_score`.
+A new built-in reward needs its class, its line in REWARDS and its test. A user's own needs no line. A reward function
+written for TRL or verl runs unchanged: `trl:package.module:fn`, `verl:file.py:compute_score`.
 """
 
 import functools
@@ -32,13 +32,13 @@ REWARDS = {
     "answer_judge": "rewards.judge.judges:AnswerJudge",
     "judging": "rewards.judge.judges:JudgingReward",
 }
-"""Built-in name -> where it lives; imported when it is asked for."""
+"""Built-in name -> its import path; imported at its first use."""
 FOREIGN = {"trl": "rewards.adapters:from_trl", "verl": "rewards.adapters:from_verl"}
-"""Prefix of a reward function of another library -> what makes a reward of it."""
+"""Prefix of a reward function of another library -> its adapter."""
 
 
 _OURS = str(Path(__file__).resolve().parents[1])
-"""Where this package and its siblings lie."""
+"""The folder of this package and its siblings."""
 
 
 class UnknownReward(LookupError, ValueError):
@@ -54,7 +54,7 @@ def load_reward(
         name: a built-in name, `package.module:Name`, or `path/to/file.py:Name`; with `trl:` or `verl:` before
             it, a reward function of that library (rewards.adapters).
         params: fields of the class, or keyword arguments of the function.
-        folders: where users' modules and files are looked for, after everything installed.
+        folders: searched for users' modules and files, after everything installed.
 
     >>> load_reward("answer", {"tolerance": 0.5}).tolerance
     0.5
@@ -113,7 +113,7 @@ def _search(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
     places = [Path(folder).resolve() for folder in folders]
     for place in places:
         if not place.is_dir():
-            raise NotADirectoryError(f"{place}: no such folder; rewards were to be looked for there")
+            raise NotADirectoryError(f"{place}: no such folder; the search for rewards includes it")
         for folder in (_OURS, str(place)):  # an editable install alone would be asked after sys.path
             if folder not in sys.path:
                 sys.path.append(folder)
@@ -125,7 +125,7 @@ def _from_path(where: str, name: str) -> ModuleType:
         return importlib.import_module(where)
     except ModuleNotFoundError as error:
         if not where.startswith(f"{error.name}.") and where != error.name:
-            raise  # the module is there; one that it imports is not
+            raise  # the module exists; one of its imports does not
         raise UnknownReward(
             f"reward {name!r}: no module {error.name!r}; install its package, put it on PYTHONPATH, "
             "or name a file: file.py:Name"

@@ -1,7 +1,7 @@
-"""What a reward says about one completion: a score or None, a status, the extracted answer, a reason.
+"""A reward's judgement of one completion: a score or None, a status, the extracted answer, a reason.
 
-Only a judgement of the model's answer becomes a number. When grading itself failed (a judge is down, a gold
-answer makes no sense, a worker died) the score is None: the row is left out, never punished with 0.
+Only a judgement of the model's answer becomes a number. When grading itself fails (a judge is down, a gold answer
+cannot be read, a worker died) the score is None: the row is left out, never punished with 0.
 """
 
 import math
@@ -23,11 +23,11 @@ class Status(StrEnum):
     OVER_LIMIT = "over_limit"
     """The answer is longer or deeper nested than any honest one."""
     TIMEOUT = "timeout"
-    """Grading did not end by its deadline: 0 where the completion itself used it up, unscored where it did not."""
+    """Grading did not end by its deadline. The score is 0 if the completion itself used the time up, else None."""
     CRASHED = "crashed"
     """Unscored: the process that graded died."""
     UNSCORABLE = "unscorable"
-    """Unscored: there is nothing to grade against, or nobody to grade."""
+    """Unscored: there is no gold answer to compare with, or grading failed."""
 
 
 UNSCORED = frozenset({Status.TIMEOUT, Status.CRASHED, Status.UNSCORABLE})
@@ -50,9 +50,9 @@ class Verdict:
     """In [0, 1]; None if the completion could not be judged."""
     status: Status
     answer: str | None = None
-    """What was taken for the model's answer."""
+    """The text that counts as the model's answer."""
     reason: str = ""
-    """Short, for people: reward hacking is found by reading."""
+    """Short, for people to read: reward hacking shows there."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", Status(self.status))
@@ -95,7 +95,7 @@ class Verdict:
 
 
 def as_verdict(value: Any, name: str = "reward") -> Verdict:
-    """What a reward returned, as a Verdict: a float or bool is a score, None is unscored.
+    """The value that a reward returned, as a Verdict: a float or bool is a score, None is unscored.
 
     >>> as_verdict(True).status.value, as_verdict(0.25).status.value, as_verdict(None).score
     ('correct', 'wrong', None)

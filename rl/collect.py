@@ -17,7 +17,8 @@ from rewards.verdict import Verdict
 from rl.config import RLConfig
 from rl.data import PromptStream, Record, example_of, prompt_messages
 from rl.ledger import Ledger
-from rl.rollout.client import Answer, Completion, Prompt, RolloutClient, Sampling
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import Answer, Completion, Prompt, Sampling
 
 SPREAD = 1e-6
 """Rewards of a group that differ by less carry no advantage."""
@@ -68,11 +69,11 @@ class Group:
 
 @dataclass
 class Batch:
-    """What one training step learns from, and what it took to get it."""
+    """The groups of one training step, and all groups that were sampled for it."""
 
     groups: list[Group]
     sampled: list[Group]
-    """Every group sampled for it, the dropped and the carried ones included."""
+    """Every group sampled for it, dropped and carried ones included."""
     metrics: dict[str, float]
 
 
@@ -107,13 +108,13 @@ class Collector:
         self.stream = PromptStream(rows, seed, self._passes_over, cfg.dynamic_sampling.retry_share)
         self.drawn = 0
         self.version = 0
-        """Weight updates that the servers have received; whoever sends one counts it."""
+        """Weight updates that the servers have received; rl.feed counts them."""
         self._generating_s = self._grading_s = 0.0
         self._waiting: list[Record] = []
         self._carried: list[Group] = []
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next batch depends on beside the policy, for `restore`."""
+        """Everything beside the policy that the next batch depends on, for `restore`."""
         return {
             "stream": self.stream.state(),
             "ledger": self.ledger,
@@ -125,7 +126,7 @@ class Collector:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where another collector of the same stage was."""
+        """Continue where another collector of the same stage stopped."""
         self.stream.restore(state["stream"])
         self.ledger, self._waiting, self._carried = state["ledger"], state["waiting"], state["carried"]
         self.mixture.errors.update(state["errors"])
@@ -169,13 +170,13 @@ class Collector:
         return Batch(batch, sampled, metrics)
 
     def _young(self, groups: list[Group]) -> tuple[list[Group], int]:
-        """Of the carried groups those that may still be trained on, and how many may not."""
+        """The carried groups that may still be trained on, and the number of the others."""
         rollout = self.cfg.rollout
         young = [g for g in groups if self.version - g.version + rollout.overlap <= rollout.max_staleness]
         return young, len(groups) - len(young)
 
     def _draw(self, missing: int) -> list[Record]:
-        """Prompts for one round: enough to expect `missing` groups with spread of them."""
+        """Prompts for one round: enough to expect `missing` groups with spread."""
         cfg = self.cfg.dynamic_sampling
         most = math.ceil(missing * cfg.oversample) if cfg.max_rounds else missing
         self._waiting += self.stream.take(most - len(self._waiting))
@@ -193,7 +194,6 @@ class Collector:
             max_tokens=rollout.max_completion_tokens,
             n=rollout.group_size,
             temperature=rollout.temperature,
-            top_p=rollout.top_p,
         )
         prompts = []
         for row in rows:
@@ -256,7 +256,7 @@ class Collector:
             "rollout/unscorable": sum(sample.reward is None for sample in samples),
             "rollout/prompt_epoch": self.stream.epoch,
             **component_metrics([[sample.graded for sample in group.samples] for group in sampled]),
-            **{f"reward/{name}/errors": count for name, count in self.mixture.errors.items()},
+            **{f"sampled/{name}/errors": count for name, count in self.mixture.errors.items()},
         }
         if samples:  # all of a batch may have been carried over
             figures |= {
@@ -272,7 +272,7 @@ class Pipeline:
 
     Args:
         collector: samples them.
-        batches: so many and no more, lest the last step samples for nothing.
+        batches: number of batches of the stage; none is sampled ahead after the last.
         overlap: sample ahead.
     """
 
@@ -287,7 +287,7 @@ class Pipeline:
             self._next.result()
 
     def take(self) -> Batch:
-        """The next batch, with how stale it is."""
+        """The next batch; its groups get their staleness."""
         batch = self._next.result() if self._next else self.collector.collect()
         self._next = None
         self.left -= 1
@@ -297,7 +297,7 @@ class Pipeline:
         return batch
 
     def sample_ahead(self) -> None:
-        """Begin the next batch, if there is to be one and it may overlap."""
+        """Begin the next batch if batches may overlap and one is left."""
         if self.overlap and self.left > 0:
             self._next = self._ahead.submit(self.collector.collect)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -14,118 +13,26 @@ from rewards.judge.address import refuse_secrets
 from rewards.mix import check_terms
 
 Mode = Literal["think", "direct"]
+_BENT = (
+    "an RL stage samples from the whole distribution, as the learner's probabilities are of that one (with top_p=0.9 "
+    "the mean ratio of learner to server is 0.91, with 0.5 it is 0.52). Leave the key out; a lower rollout.temperature "
+    "samples more sharply on both sides"
+)
+BENDS_SAMPLING = dict.fromkeys(
+    (
+        *("top_p", "top_k", "min_p", "typical_p", "logit_bias"),
+        *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    ),
+    _BENT,
+)
+"""Knobs of sampling that a rollout engine has and a learner's probabilities do not follow -> why they are refused."""
 AlarmName = Literal["unscorable", "status", "jump", "repeats", "disagreement", "held_out", "blind"]
-
-
-class PoolConfig(Strict):
-    """Rollout servers of a whole chain, evaluation included: `servers:` of a recipe."""
-
-    renamed: ClassVar[dict[str, str]] = {"servers": "count"}
-
-    engine: Literal["vllm", "hf"] = "vllm"
-    """vllm, or hf: transformers' generate in a process of its own, for machines without vLLM."""
-    count: int = Field(default=1, ge=1, le=4096)
-    """Server processes that we start on this machine."""
-    urls: tuple[str, ...] = ()
-    """Servers that run already (then none is started), each http://host:port, on this machine or on others."""
-    device: Literal["cpu", "gpu"] = "cpu"
-    """Where the servers that we start run."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the served weights."""
-    max_model_tokens: int = Field(ge=8, le=16_777_216)
-    """Longest prompt + completion."""
-    max_sequences: int = Field(default=256, ge=1, le=1_000_000)
-    """Sequences that a server decodes together."""
-    kv_cache_gib: int = Field(default=1, ge=1)
-    """CPU only: memory for keys and values of one server, GiB."""
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """GPU only: share of the GPU's memory that vLLM takes."""
-    gpus_per_server: int = Field(default=1, ge=1)
-    """GPU only: tensor parallel size."""
-    first_gpu: int = Field(default=0, ge=0)
-    """GPU only: index of the first GPU that the servers take; the learners use the ones before it."""
-    share_gpus: bool = False
-    """GPU only: servers and learners take turns on the same GPUs. The servers sleep while a learner trains (vLLM's
-    sleep mode, level 2: they keep neither weights nor key/value cache) and wake with the next weights. While they
-    are awake the learner's weights and optimizer states stay where they are: gpu_memory_utilization is for the rest."""
-    max_images: int = Field(default=8, ge=1)
-    """Images in one prompt, at most."""
-    weights: Literal["shm", "nccl"] = "shm"
-    """How weights reach the servers: shm (files that they read) or nccl (GPU to GPU)."""
-    weights_dir: str | None = None
-    """Folder for these files, which learner and servers see under the same path: for servers on other machines one on
-    a shared file system. None: shared memory, which reaches servers on the learner's machine only. The files stay until
-    the next update: in shared memory they take the memory of the weights, on a disk next to none."""
-    host: str = "127.0.0.1"
-    """Address that our servers bind to. Their development endpoints are open to whoever can reach it."""
-    first_port: int | None = Field(default=None, ge=1, le=65535)
-    """Port of the first server that we start, counted up for the others; None takes free ones."""
-    startup_timeout_s: float = Field(default=300, gt=0)
-    """A server that is not healthy by then is a failure. When every server is lost, a stage waits so long for one that
-    may come back."""
-    request_timeout_s: float = Field(default=1800, gt=0)
-    """A server that has not answered a request by then, its wait for its turn included, is lost."""
-    max_restarts: int = Field(default=3, ge=0)
-    """A server that was lost and came back so often is not asked again when it is lost once more. Those that we
-    started we start again as often, unless they share GPUs with a learner whose turn it may be."""
-    threads: int = Field(default=1, ge=1, le=1024)
-    """CPU only: OpenMP threads of one server."""
-    concurrency: int = Field(default=64, ge=1, le=65536)
-    """Requests in flight per server."""
-    extra_args: tuple[str, ...] = ()
-    """Further arguments for vLLM's API server, as on its command line."""
-
-    @property
-    def sends_files(self) -> bool:
-        """Whether weights reach the servers as files."""
-        return self.weights == "shm"
-
-    @property
-    def starts_on_gpus(self) -> bool:
-        """Whether servers are started on this machine's GPUs."""
-        return not self.urls and self.device == "gpu"
-
-    @property
-    def dtype_bytes(self) -> int:
-        """Bytes of one served weight."""
-        return 2 if self.dtype == "bfloat16" else 4
-
-    @property
-    def patience_s(self) -> float:
-        """How long to wait for a server when all are lost: nobody starts those again that share GPUs."""
-        restarted = self.urls or (self.max_restarts and not self.share_gpus)
-        return self.startup_timeout_s if restarted else 0.0
-
-    @model_validator(mode="after")
-    def _can_share(self) -> PoolConfig:
-        if not self.share_gpus:
-            return self
-        if not self.sends_files:
-            raise ValueError(
-                "share_gpus with weights=nccl: NCCL connects no two processes on one GPU; use weights: shm"
-            )
-        if self.engine == "vllm" and self.device == "cpu":
-            raise ValueError(
-                "share_gpus with device=cpu: vLLM sleeps on GPUs only; use device: gpu, or leave share_gpus out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _files_reach_the_servers(self) -> PoolConfig:
-        if not self.sends_files or self.weights_dir is not None:
-            return self
-        away = [url for url in self.urls if not _on_this_machine(url)]
-        if away:
-            raise ValueError(
-                f"weights=shm reaches servers on this machine only, but urls has {', '.join(away)}; set weights_dir to "
-                "a folder on a file system that all machines share (or weights: nccl between GPUs). If they are on "
-                "this machine, write 127.0.0.1"
-            )
-        return self
 
 
 class Rollout(Strict):
     """How one batch of completions is sampled."""
+
+    refused: ClassVar[dict[str, str]] = BENDS_SAMPLING
 
     prompts_per_batch: int = Field(ge=1, le=1_000_000)
     """Groups per rollout batch."""
@@ -134,7 +41,7 @@ class Rollout(Strict):
     max_completion_tokens: int = Field(ge=1)
     """A completion is cut there."""
     temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Both sides divide logits by it. Other knobs of sampling are refused."""
     overlap: bool = False
     """Sample the next batch while the learner trains on this one, with weights one batch old."""
     max_staleness: int = Field(default=1, ge=0)
@@ -145,28 +52,28 @@ class Rollout(Strict):
 class DynamicSampling(Strict):
     """DAPO's dynamic sampling (arXiv:2503.14476, section 3.2): groups without spread are replaced.
 
-    With a ledger of the prompts' pass rates, so that fewer completions are sampled for nothing.
+    A ledger of the prompts' pass rates keeps the number of such groups low.
     """
 
     max_rounds: int = Field(default=3, ge=0)
-    """Rounds of replacement per batch; what has no spread after them stays, counted. 0 turns it off."""
+    """Rounds of replacement per batch; groups without spread that remain then stay, counted. 0 turns it off."""
     oversample: float = Field(default=1.5, ge=1)
     """A round asks for as many prompts as are expected to fill the batch, at most this many times what is missing.
-    1 asks for just what is missing, as DAPO does."""
+    1 asks for exactly what is missing, as DAPO does."""
     carry: bool = True
     """Groups with spread beyond the batch wait for the next one (within rollout.max_staleness)."""
     rest_epochs: int = Field(default=1, ge=0)
-    """A prompt whose group was solved or failed throughout is passed over for so many epochs, and for twice as many
-    after each further such group in a row, up to eight times as many."""
+    """A prompt rests for this many epochs after a group that was all solved or all failed. The rest doubles with each
+    further such group in a row, up to eight times as many."""
     retry_share: float = Field(default=0.1, ge=0, le=1)
-    """Of the prompts passed over, this share is asked all the same: policies forget, and they learn."""
+    """Share of the resting prompts that is asked nevertheless: policies forget, and they learn."""
 
 
 class Overlong(Strict):
     """DAPO's soft overlong punishment (arXiv:2503.14476, Eq. 13), added to the reward."""
 
     cache_tokens: int = Field(ge=1)
-    """The punishment grows over the last so many tokens before max_completion_tokens."""
+    """The punishment grows over this many tokens before max_completion_tokens."""
 
 
 class ImportanceSampling(Strict):
@@ -179,20 +86,69 @@ class ImportanceSampling(Strict):
     """Weights above it are cut (truncate) or dropped (mask)."""
 
 
-class Algorithm(Strict):
-    """Policy loss."""
+class ClipSchedule(Strict):
+    """The upper clip moves linearly over the stage's updates, from `clip_high` at the first to `end` at the last.
 
-    name: Literal["dapo", "gspo"] = "dapo"
-    """dapo: token-level ratios, token-mean loss; gspo: one ratio per sequence (arXiv:2507.18071), for MoE."""
+    One reading of the report's "clip value adjusted dynamically within 0.20 to 0.28", which does not say how.
+    """
+
+    end: float = Field(ge=0)
+    """Upper clip of the last update."""
+
+
+class Algorithm(Strict):
+    """Policy loss. docs/algorithms.md gives the paper and the section of each."""
+
+    name: Literal["dapo", "gspo", "dr_grpo", "bnpo", "cispo", "sapo", "gdpo"] = "dapo"
+    """dapo: token-level ratios, token-mean loss; gspo: one ratio per sequence, for MoE; dr_grpo: no length and no
+    standard deviation in the normalisation; bnpo: token mean of each update; cispo: clipped ratios as constant weights;
+    sapo: a soft gate instead of a clip; gdpo: dapo's loss, with advantages normalised per reward and then summed."""
     clip_low: float = Field(ge=0, le=1)
+    """Ratios below 1 - clip_low are clipped; cispo and sapo have no lower clip."""
     clip_high: float = Field(ge=0)
+    """Ratios above 1 + clip_high are clipped. For cispo the largest ratio itself (at least 1); sapo has none."""
+    delta: float | None = Field(default=None, gt=1)
+    """Two-sided clip: largest ratio where the advantage is negative. Above 1 + clip_high."""
+    clip_schedule: ClipSchedule | None = None
+    """None keeps the upper clip at clip_high."""
+    sapo_temperature_positive: float = Field(default=1.0, gt=0)
+    sapo_temperature_negative: float = Field(default=1.05, gt=0)
+    """sapo only: steepness of the gate where the advantage is positive, and where it is negative."""
     kl_beta: float = Field(default=0.0, ge=0)
     """Weight of the KL term against the stage's first policy; 0 leaves the reference model out."""
-    scale_by_std: bool = True
-    """Divide a group's advantages by its standard deviation."""
+    scale_by_std: bool | None = None
+    """Divide a group's advantages by its standard deviation. None does what the algorithm's paper does: all but dr_grpo
+    divide."""
+    entropy_bonus: float = Field(default=0.0, ge=0)
+    """Weight of the policy's mean entropy per token, which is added to the objective."""
+    top_entropy: float = Field(default=1.0, gt=0, le=1)
+    """Share of the tokens, those of the highest entropy, that the policy loss acts on."""
     mask_truncated: bool = True
     """Leave completions that were cut out of the loss."""
     importance_sampling: ImportanceSampling = ImportanceSampling()
+
+    @property
+    def divides_by_std(self) -> bool:
+        """`scale_by_std`, with the paper's choice where it is None."""
+        return self.name != "dr_grpo" if self.scale_by_std is None else self.scale_by_std
+
+    @model_validator(mode="after")
+    def _switches_that_apply(self) -> Algorithm:
+        if self.name == "cispo" and self.clip_high < 1:
+            raise ValueError(
+                f"clip_high={self.clip_high}: for cispo it caps the ratio itself, so it is at least 1; papers use 5"
+            )
+        if self.name in ("cispo", "sapo") and (self.delta or self.clip_schedule):
+            raise ValueError(
+                f"delta and clip_schedule move a clip that {self.name} does not have; leave them out"
+            )
+        if self.delta is not None and not self.delta > 1 + self.clip_high:
+            raise ValueError(f"delta={self.delta} must be above 1 + clip_high = {1 + self.clip_high:g}")
+        if self.name == "gdpo" and self.scale_by_std is False:
+            raise ValueError(
+                "scale_by_std=false with gdpo: its advantages are normalised per reward; leave it out"
+            )
+        return self
 
 
 def _without_secrets(params: dict[str, Any]) -> dict[str, Any]:
@@ -215,10 +171,10 @@ class RewardTerm(Strict):
     modes: tuple[Mode, ...] = ("think", "direct")
     """Modes of the rows that it grades."""
     graded: tuple[Literal["verifiable", "judged"], ...] = ("verifiable", "judged")
-    """Whether it grades rows that a rule can check, rows that only a judge can (verifier judge or none), or both.
-    Per mode and kind the weights sum to 1."""
+    """Kinds of rows that it grades: those a rule can check (verifiable), those only a judge can (verifier judge or
+    none), or both. Per mode and kind the weights sum to 1."""
     gate: str | None = None
-    """Name of another term: only where that one scores 1 is this one asked, elsewhere it scores 0."""
+    """Name of another term. This term is asked where that one scores 1, and scores 0 elsewhere."""
     on_error: Literal["stop", "unscorable"] = "stop"
     """When the reward fails: stop the run, or count it and leave the row unscorable. It fails when it raises, returns
     what is no verdict, exceeds a limit below, or ends its process."""
@@ -278,12 +234,12 @@ class HardCases(Strict):
     max_pass_rate: float = Field(gt=0, le=1)
     """Keep prompts whose completions were correct at most this often in that stage's last visit."""
     rows: int | None = Field(default=None, ge=1)
-    """At most so many, hardest first."""
+    """Largest number of rows, hardest first."""
     min_rows: int = Field(default=1, ge=1)
 
 
 class Prepare(Strict):
-    """What happens between the stages: data made with the policy that the stage starts from."""
+    """Data made before the stage with the policy that it starts from."""
 
     pass_at_k: PassAtK | None = None
     harvest: Harvest | None = None
@@ -297,10 +253,10 @@ class Prepare(Strict):
 
 
 class Parity(Strict):
-    """Guard: after every weight update both sides score the same sequences."""
+    """Guard: after every weight update, servers and learner score the same sequences."""
 
     sequences: int = Field(default=4, ge=1)
-    """Probe prompts, the same ones each time (that is what finds stale caches)."""
+    """Probe prompts, the same each time: only repeated prompts reveal stale caches."""
     tokens: int = Field(default=12, ge=1)
     """Sampled tokens per probe."""
     bound: float = Field(gt=0)
@@ -308,10 +264,10 @@ class Parity(Strict):
 
 
 class Watch(Strict):
-    """What is watched, and from where on it is an alarm. Rates and shares are in [0, 1]."""
+    """Bounds beyond which the watch over a stage raises an alarm. Rates and shares are in [0, 1]."""
 
     stop_on: tuple[AlarmName, ...] = ("unscorable",)
-    """Alarms that end the run; the others are told."""
+    """Alarms that end the run; the others are only reported."""
     max_unscorable: float = Field(default=0.1, ge=0, le=1)
     """Share of completions that no reward could judge, over the last `window` batches."""
     window: int = Field(default=5, ge=1)
@@ -322,7 +278,7 @@ class Watch(Strict):
     max_repeats: float = Field(default=0.5, ge=0, le=1)
     """Share of completions that also answer another prompt of the batch, word for word."""
     repeat_tokens: int = Field(default=12, ge=1)
-    """Shorter completions are no repeats: honest short answers coincide."""
+    """Shorter completions do not count as repeats: honest short answers coincide."""
     second_verifier: str | None = None
     """A stricter reward, by name, that grades a sample of what the answer verifier called correct."""
     second_params: Params = Field(default_factory=dict)
@@ -331,10 +287,10 @@ class Watch(Strict):
     max_disagreement: float = Field(default=0.1, ge=0, le=1)
     """Share of them that it does not call correct."""
     held_out: DataSource | None = None
-    """Rows that no stage trains on and the final evaluation does not use. Their greedy accuracy is logged beside the
+    """Rows that neither a stage's training nor the final evaluation uses. Their greedy accuracy is logged beside the
     reward, with their images and with the images blanked."""
     every: int = Field(default=10, ge=1)
-    """Rollout batches between two looks at them."""
+    """Rollout batches between two evaluations of these rows."""
 
 
 class RLLearner(LearnerConfig):
@@ -349,7 +305,7 @@ class RLLearner(LearnerConfig):
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether each prompt is computed once per group, by rl/shared_prefix.py and not by TRL."""
+        """Whether each prompt is computed once per group, by rl/shared_prefix and not by TRL."""
         return self.prefix != "stock"
 
 
@@ -370,17 +326,17 @@ class RLConfig(Strict):
     passes: int = Field(default=1, ge=1)
     """Passes over the mini-batches of one rollout batch."""
     optim: Optim
-    """How far an update goes. How many rows it sees is mini_batch, how many there are follows from batches."""
+    """The optimizer. `mini_batch` sets the rows of an update, `batches` the number of updates."""
     learner: RLLearner = RLLearner()
     parity: Parity
     self_test_rows: int = Field(default=64, ge=0)
-    """Rows on which the rewards are tried with gold and corrupted answers before training; 0 leaves it out."""
+    """Rows on which the rewards are tested with gold and corrupted answers before training; 0 skips the test."""
     watch: Watch = Watch()
     log_completions_every: int = Field(default=1, ge=1)
     """Rollout batches between two records of completions with their verdicts."""
     save_every: int | None = Field(default=None, ge=1)
-    """Rollout batches between checkpoints with the optimizer's states and the prompts' ledger: an interrupted stage,
-    started again unchanged, goes on from the last one. None: it starts again from its beginning."""
+    """Rollout batches between checkpoints with the optimizer's states and the prompts' ledger. An interrupted stage
+    that is started again unchanged continues from the last one. None: it starts from its beginning."""
 
     @property
     def completions_per_batch(self) -> int:
@@ -445,9 +401,3 @@ class EvalConfig(Strict):
     max_completion_tokens: int = Field(ge=1)
     samples: int = Field(default=12, ge=0)
     """Held-out rows per mode pair that the report shows with their images."""
-
-
-def _on_this_machine(url: str) -> bool:
-    """Whether a URL's host is the loopback interface."""
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")

@@ -21,7 +21,8 @@ from rewards.extract import parse_thinking
 from rewards.style.format import ThinkFormat
 from rl.config import HardCases, Harvest, PassAtK
 from rl.data import Record, example_of, prompt_messages
-from rl.rollout.client import Completion, Prompt, RolloutClient, Sampling
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import Completion, Prompt, Sampling
 
 Progress = Callable[[int, int], None] | None
 Askable = Callable[[DataSource, Records], Records]

@@ -15,7 +15,8 @@ from rewards.style.format import DirectFormat, ThinkFormat
 from rewards.verdict import Verdict
 from rl.config import EvalConfig
 from rl.data import Record, example_of, prompt_messages
-from rl.rollout.client import Completion, Prompt, RolloutClient, Sampling
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import Completion, Prompt, Sampling
 
 MODES = {"thinking": "think", "direct": "direct"}
 """Name in the report -> mode of the rows."""

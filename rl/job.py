@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from core.training.job import Job
-from rl.config import PoolConfig
+from rl.rollout.config import PoolConfig
 
 
 class ServedJob(Job):

@@ -1,4 +1,4 @@
-"""What a stage has learnt about its prompts, so that dynamic sampling asks few completions for nothing."""
+"""Pass rates of a stage's prompts, so that dynamic sampling draws few groups without spread."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PRIOR = 2.0
-"""Completions that the mean pass rate of all prompts counts for in a prompt's own."""
+"""Weight of the mean pass rate of all prompts in a prompt's own, in completions."""
 UNKNOWN = 0.5
-"""Chance of spread of a prompt before anything is known of any."""
+"""Chance of spread of a prompt before any group was recorded."""
 LEAST = 0.05
-"""No prompt is counted for less: a round would ask for too many."""
+"""Smallest chance of spread: below it a round would ask for too many prompts."""
 LONGEST_REST = 8
-"""A prompt rests at most so many times `rest_epochs`."""
+"""A prompt rests for at most this many times `rest_epochs`."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class _Visit:
     of: int
     epoch: int
     uniform: int
-    """Groups in a row, this one the last, that were all solved, or all failed."""
+    """Number of groups in a row, up to this one, that were all solved, or all failed."""
 
 
 class Ledger:
@@ -47,7 +47,12 @@ class Ledger:
         self._groups = self._spread = 0
 
     def record(self, prompt: str, *, correct: float, of: int, epoch: int, spread: bool) -> None:
-        """Note a group: `correct` of `of` judged completions, and whether its rewards differ."""
+        """Note a group: `correct` of `of` judged completions, and whether its rewards differ.
+
+        Raises ValueError unless 0 <= correct <= of: the mean over all prompts would be wrong from then on.
+        """
+        if not 0 <= correct <= of:
+            raise ValueError(f"prompt {prompt!r}: {correct} correct of {of} judged completions")
         uniform, before = 0, self._last.get(prompt)
         if not spread and of > 0 and correct in (0, of):
             as_before = before is not None and bool(before.correct) == bool(correct)
@@ -61,8 +66,8 @@ class Ledger:
     def chance(self, prompt: str) -> float:
         """Probability in (0, 1] that a group of this prompt has spread.
 
-        For a prompt seen before, that of a beta-binomial whose prior is the mean pass rate of all prompts; for
-        another one, the share of groups with spread so far.
+        A prompt with a group on record has that of a beta-binomial whose prior is the mean pass rate of all prompts;
+        any other has the share of groups with spread so far.
         """
         visit = self._last.get(prompt)
         if visit is None or not visit.of:
@@ -86,7 +91,7 @@ class Ledger:
         return epoch - visit.epoch <= rest_epochs * min(LONGEST_REST, 2 ** (visit.uniform - 1))
 
     def take(self, prompts: Sequence[str], wanted: float) -> int:
-        """How many of the prompts, in their order, are expected to give `wanted` groups with spread."""
+        """The number of first prompts that are expected to give `wanted` groups with spread."""
         expected = 0.0
         for count, prompt in enumerate(prompts, start=1):
             expected += self.chance(prompt)
@@ -96,5 +101,5 @@ class Ledger:
 
 
 def _all(one: float, both: float, count: int) -> float:
-    """Chance that a beta-binomial draws `count` of the first kind in a row."""
+    """Probability that a beta-binomial draws `count` successes in a row; `one` of `both` counts successes."""
     return math.prod((one + drawn) / (both + drawn) for drawn in range(count))

@@ -16,7 +16,7 @@ from core.files import write_json
 from core.strict import Strict
 from core.training.job import Job
 from corpus.records import DataSource, Records, load_records
-from rl.config import PoolConfig
+from rl.rollout.config import PoolConfig
 
 log = logging.getLogger(__name__)
 

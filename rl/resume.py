@@ -1,4 +1,4 @@
-"""What an RL stage knows beside its trainer: prompts drawn, pass rates, carried groups, what the watcher saw."""
+"""The state of an RL stage beside its trainer's: prompts drawn, pass rates, carried groups, the watcher's history."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from rl.data import Record
 
 FILE = "stage.pickle"
-"""In a checkpoint, beside the optimizer's states, which are pickles of this project's own processes too."""
+"""In a checkpoint, beside the optimizer's states; both are pickles that this project's own processes wrote."""
 
 
 class Stateful(Protocol):
-    """Something that can go on where another one of the same stage was."""
+    """A part of a stage that can continue where another one of the same stage stopped."""
 
     def state(self) -> dict[str, Any]: ...
 
@@ -23,11 +23,11 @@ class Stateful(Protocol):
 
 
 class StageState:
-    """The state of several parts of a stage, noted in memory and written later.
+    """The states of a stage's parts, noted in memory and written later.
 
     Args:
-        parts: by name.
-        records: the stage's rows, which a state may hold and which are kept by their id.
+        parts: the parts by name.
+        records: the stage's rows; a state that holds some is stored with their ids in their place.
     """
 
     def __init__(self, parts: Mapping[str, Stateful], records: Sequence[Record]) -> None:
@@ -37,7 +37,7 @@ class StageState:
         self._noted = b""
 
     def note(self) -> None:
-        """Keep the state of now."""
+        """Keep the current state in memory."""
         buffer, ids = BytesIO(), self._ids
 
         class Pickler(pickle.Pickler):
@@ -48,11 +48,11 @@ class StageState:
         self._noted = buffer.getvalue()
 
     def write(self, folder: Path) -> None:
-        """Put what was noted last into a checkpoint's folder."""
+        """Write the last noted state into a checkpoint's folder."""
         (folder / FILE).write_bytes(self._noted)
 
     def read(self, folder: Path) -> None:
-        """Let the parts go on from a checkpoint."""
+        """Restore the parts from a checkpoint."""
         records = self._records
 
         class Unpickler(pickle.Unpickler):

@@ -1,180 +1,120 @@
-"""TRL's GRPO trainer fed by our rollouts: weights out, parity check, graded groups in. The loss is TRL's."""
+"""TRL's GRPO trainer with two collaborators: what feeds it, and what computes its passes. The loss is TRL's.
+
+How a training row becomes a gradient: `rl.feed` collects and broadcasts graded completions, TRL turns their rewards
+into advantages, `rl.shared_prefix.passes` computes log-probabilities, and TRL's `_compute_loss` the loss.
+"""
 
 from __future__ import annotations
 
-import gc
 import os
-import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from trl import GRPOTrainer
 
-from rl.collect import Group, Pipeline
-from rl.data import Record, prompt_messages
-from rl.rollout.client import Answer
-from rl.rollout.parity import ParityGuard
-from rl.rollout.weights import WeightSync
-from rl.shared_prefix import SharedPrefixTrainer
+
+class Feed(Protocol):
+    """Brings this rank's share of a generation batch (rl.feed.RolloutFeed)."""
+
+    def rows(self, trainer: RolloutTrainer, count: int) -> list[dict[str, Any]]:
+        """`count` rows: TRL's columns, and `prompt_ids`, `completion_ids`, `logprobs` of finished completions."""
+        ...
 
 
-class RolloutTrainer(SharedPrefixTrainer):
-    """GRPO on batches that rank 0 collects from the rollout pool.
+class Passes(Protocol):
+    """Computes log-probabilities and losses (rl.shared_prefix.passes.SharedPasses). `stock` is TRL's own method."""
 
-    Overrides one private method of TRL, `_generate_and_score_completions`: it swaps TRL's prompts for a collected
-    batch before TRL scores it, so that dynamic sampling and grading happen once, for all ranks. TRL's public
-    `rollout_func` then hands over the completions. tests/rl/test_trl_contract.py fails when TRL changes what this
-    relies on.
+    def build(self, stock: Callable[[Any], dict[str, Any]], rows: Any) -> dict[str, Any]:
+        """TRL's generation batch of these rows."""
+        ...
+
+    def split(self, batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+        """The shuffled batch in mini-batches."""
+        ...
+
+    def score(self, stock: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Log-probabilities, entropies and the router's loss of completions."""
+        ...
+
+    def loss(self, stock: Callable[..., Any], model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """The loss of a micro-batch."""
+        ...
+
+
+class RolloutTrainer(GRPOTrainer):
+    """GRPO on completions that were sampled, graded and chosen before TRL sees them.
+
+    Overrides these private methods of TRL 1.16, and no other; tests/rl/test_trl_contract.py fails when one changes:
+
+    - `_generate_and_score_completions`: TRL's own prompts are placeholders. The feed puts rows in their place, so that
+      dynamic sampling and grading happen once for all ranks; TRL's public `rollout_func` hands over the completions.
+    - `_prepare_inputs`: TRL shuffles rows. Shared prefixes need the rows of a group in one mini-batch.
+    - `_get_per_token_logps_and_entropies`: a packed pass in place of one row per completion.
+    - `_compute_loss`: a micro-batch is cut by tokens, with a backward pass for each part.
 
     Args:
-        rollouts: batches, on rank 0; None elsewhere.
-        sync: pushes weights to the pool.
-        guard: parity guard.
-        records: every record that the collector draws from, on every rank.
-        probes: the records behind the guard's prompts, on every rank.
+        feed: brings the rows.
+        passes: makes what computes the passes, given this trainer; None leaves TRL's passes as they are.
         banned_ids: tokens that sampling gives no probability; policy and reference give them none either.
-        share_gpus: the servers have this learner's GPUs: they sleep from a batch's last completion to the next update.
-        on_batch: called on rank 0 with a batch's groups, all groups sampled for it, and its metrics.
-        **trl: arguments of SharedPrefixTrainer and GRPOTrainer.
+        **trl: arguments of GRPOTrainer.
     """
 
     def __init__(
         self,
         *,
-        rollouts: Pipeline | None,
-        sync: WeightSync,
-        guard: ParityGuard,
-        records: Sequence[Record],
-        probes: Sequence[Record],
-        banned_ids: Sequence[int],
-        on_batch,
-        share_gpus: bool = False,
+        feed: Feed,
+        passes: Callable[[RolloutTrainer], Passes] | None = None,
+        banned_ids: Sequence[int] = (),
         **trl: Any,
     ) -> None:
-        # TRL warns that rollout_func may change; tests/rl/test_trl_contract.py watches it.
+        # TRL warns that rollout_func may change; the contract test watches it.
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         super().__init__(rollout_func=self._hand_over, **trl)
         for model in (self.model, self.ref_model):
-            if model is not None:
+            if model is not None and banned_ids:
                 ban_tokens(self.accelerator.unwrap_model(model), banned_ids)
-        self.rollouts, self.sync, self.guard, self.probes = rollouts, sync, guard, probes
-        self.records = {record["id"]: record for record in records}
-        self.on_batch, self.share_gpus = on_batch, share_gpus
         # TRL's branches for "completions come from vLLM": log-probabilities of the learner's own before the update,
         # and the importance-sampling correction. Its own vLLM client is not built, as it cannot reach CPU servers.
         self.use_vllm = True
+        # Else TRL would push the weights itself; the feed does.
+        self._last_loaded_step = 0
         # It gathers pictures from ranks that have some only: with a text-only rank the others would wait for it.
         self.log_multimodal = False
-        self._last_loaded_step = -1
-        self._asleep = False
-        self._batch: list[dict[str, Any]] = []
-        self._probe_inputs: dict[int, Any] = {}
+        self._buffered_inputs: Any = None
+        self._rows: list[dict[str, Any]] = []
+        self.feed, self.passes = feed, passes(self) if passes else None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:  # type: ignore[union-attr]
             raise RuntimeError("evaluation runs through rl.evaluate, not through the trainer")
-        metrics = self._update_workers()
-        flat = self._collect(metrics)
-        per_rank = len(inputs)
-        if len(flat) != per_rank * self.accelerator.num_processes:
-            raise RuntimeError(
-                f"collected {len(flat)} completions for {self.accelerator.num_processes} ranks x {per_rank}; "
-                "rollout.prompts_per_batch x group_size must be what TRL's generation batch holds"
-            )
-        start = self.accelerator.process_index * per_rank
-        self._batch = [self._with_prompt(row) for row in flat[start : start + per_rank]]
-        return super()._generate_and_score_completions(self._batch)
-
-    def _with_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its prompt and images, which every rank has at hand and need not be sent."""
-        record = self.records[row["id"]]
-        return {**row, "prompt": _text_only(prompt_messages(record)), "images": list(record["images"])}
+        self._last_loaded_step = self.state.global_step
+        self._rows = self.feed.rows(self, len(inputs))
+        stock = super()._generate_and_score_completions
+        return self.passes.build(stock, self._rows) if self.passes else stock(self._rows)
 
     def _hand_over(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
-        """TRL's rollout_func: this rank's completions, already sampled and graded."""
+        """TRL's rollout_func: this rank's completions, which the feed brought."""
         return {
-            "prompt_ids": [row["prompt_ids"] for row in self._batch],
-            "completion_ids": [row["completion_token_ids"] for row in self._batch],
-            "logprobs": [row["completion_logprobs"] for row in self._batch],
+            name: [row[name] for row in self._rows] for name in ("prompt_ids", "completion_ids", "logprobs")
         }
 
-    def _update_workers(self) -> dict[str, float]:
-        """Push the weights when they changed or were given up, then compare both sides. Every rank takes part."""
-        if self.state.global_step == self._last_loaded_step and not self._asleep:
-            return {}
-        if self.rollouts:
-            self.rollouts.settle()
-        if self.share_gpus:
-            self._make_room()
-        started = time.monotonic()
-        self.sync.push(self.accelerator.unwrap_model(self.model))
-        pushed_s = time.monotonic() - started
-        self._last_loaded_step = self.state.global_step
-        answers = None
-        if self.rollouts:
-            self.rollouts.collector.version += 1
-            answers = self.guard.sample(self.rollouts.collector.client)
-        answers = _from_rank_0(answers)
-        servers = len(answers) // max(1, len(self.probes))  # those that serve at the moment
-        difference = self.guard.check(answers, self._score_probe, servers)
-        if self.rollouts and answers:
-            client = self.rollouts.collector.client
-            client.gate = self.guard.gate(client, answers, servers)
-        return {"parity/max_logprob_difference": difference, "sync/seconds": pushed_s}
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self.passes is None or not self.model.training:  # type: ignore[union-attr]
+            return super()._prepare_inputs(generation_batch)
+        parts = self.args.steps_per_generation  # type: ignore[attr-defined]
+        if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = self.passes.split(batch, parts)
+        return self._buffered_inputs[self._step % parts]
 
-    def _make_room(self) -> None:
-        """Give back what the last update's passes held: servers that wake take their memory from the GPU's free one."""
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.accelerator.wait_for_everyone()  # rank 0 wakes the servers of all ranks' GPUs
+    def _get_per_token_logps_and_entropies(self, *args: Any, **options: Any) -> Any:
+        stock = super()._get_per_token_logps_and_entropies
+        return self.passes.score(stock, *args, **options) if self.passes else stock(*args, **options)
 
-    @torch.no_grad()
-    def _score_probe(self, index: int, answer: Answer) -> list[float]:
-        """The learner's log-probabilities of a probe completion, through the code that training uses."""
-        if index not in self._probe_inputs:
-            conversation = prompt_messages(self.probes[index])
-            self._probe_inputs[index] = self.processing_class.apply_chat_template(  # type: ignore[union-attr]
-                [conversation],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
-        inputs = self._probe_inputs[index]
-        prompt_ids = inputs["input_ids"][0].tolist()
-        if prompt_ids != answer.prompt_ids:
-            raise RuntimeError(
-                f"probe {index}: the rollout server rendered {len(answer.prompt_ids)} prompt tokens, the learner "
-                f"{len(prompt_ids)}, or other ones; do both use the same chat template and image processor?"
-            )
-        completion = answer.completions[0].token_ids
-        ids = torch.tensor([prompt_ids + completion], device=self.accelerator.device)
-        extra = {}
-        if "pixel_values" in inputs:
-            tiles = inputs["pixel_values"].to(self.accelerator.device, self.model.dtype)  # type: ignore[union-attr]
-            extra = {"pixel_values": tiles, "num_images": [1], "num_tiles": [tiles.size(0)]}
-            if "image_grid_thw" in inputs:  # of any resolution: TRL and we split the patches by the grids
-                grids = inputs["image_grid_thw"].to(self.accelerator.device)
-                extra |= {"image_grid_thw": grids, "num_images": [len(grids)], "num_tiles": None}
-        logps, _, _ = self._get_per_token_logps_and_entropies(
-            self.model, ids, torch.ones_like(ids), len(completion), **extra
-        )
-        return logps[0].float().tolist()
-
-    def _collect(self, metrics: dict[str, float]) -> list[dict[str, Any]]:
-        """The graded batch of all ranks, one row per completion, in groups."""
-        flat = None
-        if self.rollouts:
-            batch = self.rollouts.take()
-            flat = [row for group in batch.groups for row in _trl_rows(group)]
-            self.on_batch(batch.groups, batch.sampled, batch.metrics | metrics)
-            if self.share_gpus:
-                self.rollouts.collector.client.sleep()
-            self.rollouts.sample_ahead()
-        self._asleep = self.share_gpus
-        return _from_rank_0(flat)
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        stock = super()._compute_loss
+        return self.passes.loss(stock, model, inputs) if self.passes else stock(model, inputs)
 
 
 def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
@@ -195,7 +135,7 @@ def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
     head.register_buffer("bias", bias, persistent=False)
 
 
-def reward_function(name: str):
+def reward_function(name: str) -> Callable[..., list[float | None]]:
     """A TRL reward function that reads one term's score off the graded rows: None where it does not apply."""
 
     def score(scores: list[dict[str, float]], **_: Any) -> list[float | None]:
@@ -203,45 +143,3 @@ def reward_function(name: str):
 
     score.__name__ = name
     return score
-
-
-def _trl_rows(group: Group) -> list[dict[str, Any]]:
-    """What travels to the ranks: no images, no text."""
-    rows = []
-    for sample in group.samples:
-        scores = {}
-        if sample.reward is not None:  # a row that a term could not judge counts nowhere: never as 0
-            scores = {name: verdict.score for name, verdict in sample.graded.verdicts.items()}
-            scores["overlong"] = sample.penalty
-        completion = sample.completion
-        rows.append(
-            {
-                "id": group.row["id"],
-                "scores": scores,
-                "prompt_ids": group.prompt_ids,
-                # TRL needs a token: a completion that was cut to nothing is one that ends no turn, masked as truncated.
-                "completion_token_ids": completion.token_ids or group.prompt_ids[-1:],
-                "completion_logprobs": completion.logprobs or [0.0],
-            }
-        )
-    return rows
-
-
-def _text_only(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation as TRL takes it: text content, images in a column of their own."""
-    out = []
-    for message in conversation:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = "".join(part["text"] for part in content if part["type"] == "text")
-        out.append({"role": message["role"], "content": content})
-    return out
-
-
-def _from_rank_0(value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

@@ -23,11 +23,11 @@ from rl.config import AlarmName, Watch
 from rl.data import Record, example_of
 
 HISTORY = 5
-"""Batches before a component's usual mean and spread are known."""
+"""Batches after which a component's usual mean and spread are known."""
 LEAST_SPREAD = 0.02
-"""A component that never moved still may by this much before a jump is counted in its spreads."""
+"""Smallest spread of a component: one that never moved may still move by a multiple of this."""
 LEAST_SAMPLES = 16
-"""Completions that a share must be of before it says anything."""
+"""A share of fewer completions than this raises no alarm."""
 ALARMS = "alarms.jsonl"
 """In the stage's folder: `{"batch", "name", "text"}` a line."""
 JUDGED = (Status.CORRECT, Status.WRONG)
@@ -43,7 +43,7 @@ class Alarm:
 
 
 class RewardAlarm(RuntimeError):
-    """An alarm that the recipe lets end the run."""
+    """An alarm that ends the run, as the recipe says."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Watcher:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where another watcher of the same stage was."""
+        """Continue where another watcher of the same stage stopped."""
         self._batches, self._unscorable = state["batches"], state["unscorable"]
         self._means.update(state["means"])
         self._looks, self._rewards = state["looks"], state["rewards"]
@@ -132,7 +132,7 @@ class Watcher:
             )
 
     def _check_unscorable(self, samples: Sequence[Sample], metrics: dict[str, float]) -> Iterable[Alarm]:
-        """Grading that fails is no reason to train on what is left as if nothing had happened."""
+        """When grading fails often, the completions that are left are not a fair sample."""
         missing = [sample for sample in samples if sample.reward is None]
         causes = Counter(
             f"{name} {verdict.status.value}"
@@ -144,7 +144,7 @@ class Watcher:
             metrics[f"unscorable/{cause.replace(' ', '/')}"] = count
         self._unscorable.append((len(missing), len(samples)))
         lost, of = (sum(column) for column in zip(*self._unscorable, strict=True))
-        if of >= LEAST_SAMPLES and lost / of > self.cfg.max_unscorable:
+        if of >= LEAST_SAMPLES and not lost / of <= self.cfg.max_unscorable:
             verdicts = [v for sample in missing for v in sample.graded.verdicts.values() if v.score is None]
             listed = ", ".join(f"{cause} {count}" for cause, count in causes.most_common(3))
             now = f"{listed}, the first: {verdicts[0].reason}" if verdicts else "none of them in this batch"
@@ -155,7 +155,7 @@ class Watcher:
             )
 
     def _check_components(self, samples: Sequence[Sample]) -> Iterable[Alarm]:
-        """One status that takes over, or a mean that leaps, is how a hole in one reward looks from outside."""
+        """A status that takes over, or a mean that jumps, points to a hole in a reward."""
         names = dict.fromkeys(name for sample in samples for name in sample.graded.verdicts)
         for name in names:
             verdicts = [s.graded.verdicts[name] for s in samples if name in s.graded.verdicts]
@@ -176,16 +176,17 @@ class Watcher:
             mean, before = fmean(scores), self._means[name]
             if len(before) >= HISTORY:
                 change, spread = mean - fmean(before), max(pstdev(before), LEAST_SPREAD)
-                if abs(change) > max(self.cfg.max_jump, 6 * spread):
+                if not abs(change) <= max(self.cfg.max_jump, 6 * spread):
                     yield Alarm(
                         "jump",
                         f"the mean of {name} went from {fmean(before):.3f} to {mean:.3f} within a batch, more than "
                         f"max_jump={self.cfg.max_jump:g} and six times its usual spread of {spread:.3f}",
                     )
-            before.append(mean)
+            if math.isfinite(mean):  # one that is not would silence all later comparisons
+                before.append(mean)
 
     def _check_repeats(self, groups: Sequence[Group], metrics: dict[str, float]) -> Iterable[Alarm]:
-        """A text that earns reward whatever is asked."""
+        """The same text answers several prompts."""
         asked: dict[str, set[str]] = defaultdict(set)
         long = [
             (group.row["id"], " ".join(sample.completion.text.split()))
@@ -209,7 +210,7 @@ class Watcher:
             )
 
     def _check_second(self, groups: Sequence[Group], metrics: dict[str, float]) -> Iterable[Alarm]:
-        """What one verifier credits and a stricter one does not is where to read."""
+        """The answer verifier credits answers that a stricter verifier does not."""
         if self.second is None:
             return
         credited = [
@@ -263,7 +264,8 @@ def _compare(look: Look, earlier: Sequence[Look]) -> Iterable[Alarm]:
         return
     best = max(earlier, key=lambda one: one.accuracy)
     lost = best.accuracy - look.accuracy
-    if lost > 2 * _error(best.accuracy, look.accuracy, look.n) and look.reward > best.reward:
+    chance = 2 * _error(best.accuracy, look.accuracy, look.n)
+    if not lost <= chance and not look.reward <= best.reward:
         yield Alarm(
             "held_out",
             f"the reward rose from {best.reward:.3f} to {look.reward:.3f} while held-out accuracy fell from "

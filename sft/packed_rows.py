@@ -86,13 +86,16 @@ def pack_rows(
 
 
 def attend_within_samples(model: Any) -> None:
-    """Have the core's language model attend within the samples of packed rows.
+    """Have the core's language model attend within the samples of packed rows, and return what is scored.
 
     Flash attention does so by itself, from the lengths that the collator gives; other implementations are
     replaced by `packed_sdpa`.
     """
     from transformers import AttentionInterface
 
+    from core.training.kept import take_keep
+
+    take_keep(model)
     AttentionInterface.register(PACKED_SDPA, packed_sdpa)
     if "flash" not in model.config.text_config._attn_implementation:
         model.set_attn_implementation({"text_config": PACKED_SDPA})

@@ -51,7 +51,7 @@ METRICS = {
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
     "num_tokens": "tokens",
-    "mean_token_accuracy": "token_accuracy",
+    "mean_token_accuracy": "mean_token_accuracy",
     "entropy": "entropy",
     "nonfinite_updates": "nonfinite_updates",
 }

@@ -1,4 +1,4 @@
-"""`posttrain run`, `plan`, `data`, `report`, `stages` and `clean`: a recipe and its run."""
+"""`posttrain run`, `plan`, `report`, `stages` and `clean`: a recipe and its run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ def add(commands: Any) -> None:
     """Add the family to the command line."""
     _add_run(commands)
     _add_plan(commands)
-    data = command(commands, "data", _data, "generate a recipe's data")
-    recipe_argument(data)
-    data.add_argument("--force", action="store_true", help="even if it is there and unchanged")
     report = command(commands, "report", _report, "write a run's report again and print its table")
     report.add_argument("run_dir", type=Path, help="the run's folder, runs/<name>")
     command(commands, "stages", _stages, "list the stages and their short names")
@@ -97,12 +94,6 @@ def _say_aside(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _data(options: argparse.Namespace) -> None:
-    from chain.run import data
-
-    print(data(load(options), runs_dir=options.runs_dir, force=options.force))
-
-
 def _report(options: argparse.Namespace) -> None:
     from chain.report import data as report
     from chain.report.write import write
@@ -131,7 +122,7 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
-    from chain.clean import clean
+    from core.processes import remove_leftovers
 
-    for line in clean():
-        print(line)
+    for path in remove_leftovers():
+        print(f"removed {path}")

@@ -28,17 +28,17 @@ def add(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from chain.clean import clean
     from chain.serve import evaluate_checkpoint
+    from core.processes import remove_leftovers
 
     out = options.out or options.model.resolve().parent / "eval"
-    clean()
+    remove_leftovers()
     evaluate_checkpoint(load(options), options.model, out, runs_dir=options.runs_dir)
 
 
 def _rollout_server(options: argparse.Namespace) -> None:
-    from chain.clean import clean
     from chain.serve import serve
+    from core.processes import remove_leftovers
 
-    clean()
+    remove_leftovers()
     serve(load(options), options.model, options.runs_dir, options.host, options.port, adapter=options.adapter)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from chain.cli import chain, checkpoint, core, rewards
+from chain.cli import chain, checkpoint, core, data, rewards
 from chain.errors import words_of
 
 DESCRIPTION = """\
@@ -20,6 +20,7 @@ Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML file
   posttrain run recipes/demo --from rlvr --set rlvr.rollout.group_size=16
   posttrain explain rlvr.rollout                    what a recipe's keys mean
   posttrain eval runs/demo/rlvr/checkpoint          score a checkpoint on the held-out set
+  posttrain data import llava.json mine.parquet      foreign files as records, which every stage reads
   posttrain judge-audit rows.jsonl --base-url http://127.0.0.1:8100/v1 --model judge
   posttrain report runs/demo                        write report.json and report.html again
   posttrain rewards test answer data/held.parquet   gold answers must earn 1, corrupted ones 0
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path += [str(Path(__file__).resolve().parents[2]), str(Path.cwd())]
     # Ended from outside (CI's time limit, `kill`), the children and servers must be stopped as on Ctrl-C.
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGHUP, _terminated)  # the terminal is gone
     try:
         options.do(options)
     except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
@@ -75,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for family in (chain, checkpoint, rewards, core):
+    for family in (chain, data, checkpoint, rewards, core):
         family.add(commands)
     return top
 

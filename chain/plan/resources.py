@@ -12,7 +12,8 @@ from chain.recipe import STAGE_NAMES, Recipe, SFTStage
 from core.model.shape import SHAPES, CoreShape
 from core.strict import ConfigError
 from core.training.memory import GIB
-from rl.config import PoolConfig, RLConfig
+from rl.config import RLConfig
+from rl.rollout.config import PoolConfig
 
 SERVER_WORK = 2.0 * GIB
 """Bytes that a server's largest prefill takes besides weights and cache."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from chain.inputs import is_hub_id, locate_sets, phase_rows, phase_updates, rows_of
 from chain.plan.resources import Resources
-from chain.recipe import STAGE_NAMES, Recipe, SFTStage, made_between, sources
+from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
 from chain.stages import STAGES, Stage
 from core.strict import Strict
 from core.training.config import LearnerConfig, Optim
@@ -94,6 +94,7 @@ class _Sets:
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         self.places = locate_sets(recipe, run_dir)
+        self.imported = {name for name, given in recipe.data.sets.items() if isinstance(given, ForeignSet)}
         self.generated = set(recipe.data.generate.sets if recipe.data.generate else ())
         self.made = {name: stage for stage in STAGE_NAMES for name in made_between(recipe.stage(stage))}
 
@@ -104,6 +105,8 @@ class _Sets:
             return f"made before {self.made[name]}"
         rows = self.rows(name)
         count = f", {rows} rows" if rows is not None else ""
+        if name in self.imported:
+            return f"imported (there{count})" if Path(place).exists() else "imported (at the first run)"
         if name in self.generated:
             return f"generated (there{count})" if Path(place).exists() else "generated (at the first run)"
         if is_hub_id(place):

@@ -11,10 +11,10 @@ from chain.report import charts
 
 CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Loss", ("loss",), False),
-    ("Token accuracy", ("token_accuracy",), False),
+    ("Token accuracy", ("mean_token_accuracy",), False),
     ("Reward", ("reward", "rollout/correct"), True),
     ("Reward components, trained on", ("rewards/*/mean",), True),
-    ("Reward components, sampled", ("reward/*/mean",), True),
+    ("Reward components, sampled", ("sampled/*/mean",), True),
     ("Completion length, tokens", ("completions/mean_length", "completions/max_length"), True),
     (
         "Clipped tokens, share",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from chain.recipe import TrackerName, WandbConfig
-from chain.tracking.content import PictureIndex, Table, held_out_pictures, table_of
+from chain.tracking.content import PictureIndex, Table, held_out_pictures, table_of, with_advantages
 from chain.tracking.mlflow_run import open_mlflow
 from chain.tracking.tensorboard_run import open_tensorboard
 from chain.tracking.wandb_run import open_wandb
@@ -67,9 +67,8 @@ class Tracker:
     @contextmanager
     def stage(self, name: str, config: Mapping[str, Any]) -> Iterator[StageTrack]:
         """Runs that last as long as the block; they end as failed when the block does."""
-        track = StageTrack(
-            self._open(name, config), self._index(config), self.wandb.table_rows, self.complain
-        )
+        rows, algorithm = self.wandb.table_rows, config.get("algorithm") or {}
+        track = StageTrack(self._open(name, config), self._index(config), rows, algorithm, self.complain)
         try:
             yield track
         except BaseException:
@@ -116,9 +115,11 @@ class StageTrack:
         runs: Mapping[str, StageRun],
         pictures: PictureIndex,
         table_rows: int,
+        algorithm: Mapping[str, Any],
         complain: Callable[[str, Exception], None],
     ) -> None:
         self._runs, self._pictures, self._rows, self._complain = dict(runs), pictures, table_rows, complain
+        self._algorithm = algorithm
         self._live = set(runs)
         self._step = 0
         self._waiting: list[dict[str, Any]] = []
@@ -179,7 +180,9 @@ class StageTrack:
         rows, self._waiting = self._waiting, []
         if rows:
             self._table(
-                "rollouts", lambda: rows, lambda shown: self._pictures.of([row["id"] for row in shown])
+                "rollouts",
+                lambda: with_advantages(rows, self._algorithm),
+                lambda shown: self._pictures.of([row["id"] for row in shown]),
             )
 
     def _table(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from core.model.pictures import Picture
@@ -36,6 +37,34 @@ class Table:
     rows: tuple[tuple[Any, ...], ...]
     pictures: int
     """The first columns: PIL images in mode RGB, or None."""
+
+
+def with_advantages(rows: Sequence[Mapping[str, Any]], algorithm: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lines of completions.jsonl with each completion's `advantage` within its group, as TRL computes it.
+
+    The reward less the group's mean, divided by the group's standard deviation + 1e-4 where the algorithm does so; 0
+    without a reward. Source: TRL 1.16, GRPOTrainer._generate_and_score_completions. Rows of gdpo, which normalises each
+    reward by itself, get none.
+
+    Args:
+        rows: whole groups of one batch.
+        algorithm: the stage's `algorithm`.
+    """
+    if algorithm.get("name") == "gdpo":
+        return [dict(row) for row in rows]
+    scale = algorithm.get("scale_by_std")
+    divides = algorithm.get("name") != "dr_grpo" if scale is None else scale
+    rewards: dict[str, list[float]] = {}
+    for row in rows:
+        if row.get("reward") is not None:
+            rewards.setdefault(row["id"], []).append(row["reward"])
+    found = []
+    for row in rows:
+        known = rewards.get(row["id"], [])
+        spread = stdev(known) + 1e-4 if divides and len(known) > 1 else 1.0
+        advantage = 0.0 if row.get("reward") is None else (row["reward"] - fmean(known)) / spread
+        found.append({"advantage": advantage, **row})
+    return found
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, Sequence[Any]]) -> Table:

@@ -11,11 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from core.checkpoint.shards import LayoutError, Tensors, listed, read_object
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines", "kernel_config", "transformers_weights")

@@ -1,8 +1,8 @@
 """The SAIL-VL2 model as a composition of what transformers has: InternVL around an AIMv2 tower and a Qwen3.
 
 What is added to InternVL: contiguous features before the pixel shuffle, the router's output of a
-mixture-of-experts text model (for its balancing loss), several completions per row of several tiles, images of any
-resolution, and what the shared-prefix learner needs (`tower_features`, `keep`).
+mixture-of-experts text model (for its balancing loss), several completions per row of several tiles, and images of
+any resolution.
 """
 
 from dataclasses import dataclass
@@ -65,10 +65,10 @@ class SailVL2Model(InternVLModel):
         image_grid_thw: torch.Tensor | None = None,
         layer: int | None = None,
     ) -> torch.Tensor:
-        """What the tower sees of tiles, folded by the pixel shuffle: (tiles, image_seq_length, 4 x vision hidden).
+        """The adapter's input: the tower's features of tiles, folded by the pixel shuffle.
 
-        Of images of any resolution: (image tokens of all images, 4 x vision hidden). The adapter's input. With a
-        frozen tower it is the same in every pass over a tile. `layer` defaults to the configuration's.
+        Shape (tiles, image_seq_length, 4 x vision hidden); for images of any resolution (image tokens of all images,
+        4 x vision hidden). `layer` defaults to the configuration's.
         """
         if layer is None:
             layer = self.config.vision_feature_layer  # type: ignore[assignment]  # InternVL's may be a list
@@ -86,17 +86,16 @@ class SailVL2Model(InternVLModel):
         folded = self.pixel_shuffle(features.reshape(tiles, side, side, hidden), self.config.downsample_ratio)
         return folded.reshape(tiles, -1, folded.shape[-1])
 
-    def _features_of_nothing(self, nothing: torch.Tensor, of_tower: bool) -> torch.Tensor:
-        """Zero, by way of the tower (unless `nothing` comes from there) and the adapter on a blank tile.
+    def _features_of_nothing(self, nothing: torch.Tensor) -> torch.Tensor:
+        """Zero, computed by the tower and the adapter on a blank tile; `nothing` is `pixel_values` of no tile.
 
-        DeepSpeed gathers weights and reduces gradients rank by rank in step: a rank without images that left the
-        tower out would keep the others waiting.
+        DeepSpeed gathers weights and reduces gradients on all ranks in step: a rank without images that skipped the
+        tower would keep the others waiting.
         """
-        any_resolution = self.config.any_resolution and not of_tower
+        any_resolution = self.config.any_resolution
         blank = nothing.new_zeros((BLOCK**2 if any_resolution else 1, *nothing.shape[1:]))
-        if not of_tower:
-            blank = self.tower_features(blank, torch.tensor([[1, BLOCK, BLOCK]]) if any_resolution else None)
-        return self.multi_modal_projector(blank).sum() * 0
+        seen = self.tower_features(blank, torch.tensor([[1, BLOCK, BLOCK]]) if any_resolution else None)
+        return self.multi_modal_projector(seen).sum() * 0
 
     def _grids(self, image_grid_thw: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """The tower's second argument, which the fixed-size one does not have."""
@@ -144,30 +143,22 @@ class SailVL2Model(InternVLModel):
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
         image_grid_thw: torch.Tensor | None = None,
-        tower_features: torch.Tensor | None = None,
-        keep: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SailVL2ModelOutput:
         """Hidden states (rows, tokens, hidden) of rows in which image tokens stand for `pixel_values`.
 
-        Differs from InternVLModel in handing on `router_logits`, and in taking `pixel_values` of no tile (a
-        micro-batch of text-only rows cut from a mixed batch), `tower_features` (what the method of that name
-        returned) in their place, and `keep` (positions,): the only positions that come back. Raises ValueError
-        if the image tokens in `input_ids` and the tiles disagree, or both kinds of tiles are given.
+        Differs from InternVLModel: it returns `router_logits`, and it takes `pixel_values` of no tile (a micro-batch
+        of text-only rows cut from a mixed batch). Raises ValueError if the image tokens in `input_ids` and the tiles
+        disagree.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if pixel_values is not None and tower_features is not None:
-            raise ValueError("give either pixel_values or tower_features")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
-        tiles = pixel_values if tower_features is None else tower_features
-        if tiles is not None and not len(tiles):
-            nothing: Any = self._features_of_nothing(tiles, tower_features is not None)
+        if pixel_values is not None and not len(pixel_values):
+            nothing: Any = self._features_of_nothing(pixel_values)
             inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.device)
-        elif tower_features is not None:
-            image_features = self.multi_modal_projector(tower_features)
         elif pixel_values is not None:
             image_features = self.get_image_features(
                 pixel_values=pixel_values,
@@ -183,9 +174,6 @@ class SailVL2Model(InternVLModel):
             embeds: Any = inputs_embeds  # the annotations of transformers and torch disagree here
             mask = self.get_placeholder_mask(input_ids, embeds, image_features)  # type: ignore[arg-type]
             inputs_embeds = embeds.masked_scatter(mask, image_features)
-        if kwargs.get("prefix") is not None:
-            # The layout says who sees whom. Four axes: transformers takes the mask for a finished one.
-            attention_mask = inputs_embeds.new_ones((1, 1, 1, 1))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -194,9 +182,7 @@ class SailVL2Model(InternVLModel):
             **kwargs,
         )
         return SailVL2ModelOutput(
-            last_hidden_state=outputs.last_hidden_state
-            if keep is None
-            else outputs.last_hidden_state[:, keep],
+            last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -133,7 +133,7 @@ class LearnerConfig(Strict):
     """The machine side of training: ranks, precision, memory, and which weights move."""
 
     processes: int = Field(default=1, ge=1, le=65536)
-    """Ranks, of all hosts together; above 1 the stage runs under torchrun."""
+    """Ranks, of all hosts together; `posttrain run` starts them."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of each rank."""
     dtype: Literal["float32", "bfloat16"] = "float32"

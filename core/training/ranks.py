@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 from typing import Any
 
 from core.training.config import LearnerConfig, Optim
+from core.training.group import form_group
 
 
 def training_arguments(optim: Optim, learner: LearnerConfig, *, seed: int) -> dict[str, Any]:
@@ -44,28 +44,26 @@ def training_arguments(optim: Optim, learner: LearnerConfig, *, seed: int) -> di
 def join_process_group(cfg: LearnerConfig) -> None:
     """Make this process a rank: of the launcher's group, or under DeepSpeed of a group of its own.
 
-    A process that no launcher started gets the environment of a torchrun of one rank, without which DeepSpeed
-    looks for MPI; plain PyTorch needs no group for one rank. Call it before building training arguments, as
-    often as you like. Raises ValueError if another number of ranks was started than the configuration says.
+    Plain PyTorch needs no group for one rank. Call it before building training arguments, as often as you like.
+    Raises ValueError if another number of ranks was started than the configuration says.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks != cfg.processes:
         raise ValueError(
             f"learner.processes={cfg.processes}, but {ranks} ranks were started; "
-            f"launch with torchrun --nproc-per-node {cfg.processes}"
+            f"`posttrain run` starts {cfg.processes}"
         )
     os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))  # else accelerate takes every core
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left by an earlier trainer; the configuration decides
+    if ranks == 1 and cfg.deepspeed is None:
+        return
+    # Accelerate takes a process for a rank by these.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    form_group()
     if cfg.deepspeed is None:
         return
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {
-            **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        }
     import torch
 
     if not torch.cuda.is_available():  # on CPUs nothing of ours is compiled, and an optimizer that DeepSpeed

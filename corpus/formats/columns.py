@@ -51,11 +51,10 @@ def mapping_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     for field, column in columns.items():
         if column not in row:
             raise Rejected(field, "its column is missing", column, f"the file has {', '.join(map(str, row))}")
-    found = {}
+    found: dict[str, str] = {}
     for field, names in NAMES.items():
-        column = columns.get(field) or named(row, names)
-        if column is not None:
-            found[field] = column
+        if own := columns.get(field) or named(row, names):
+            found[field] = own
     numbered = sorted(
         (name for name in row if _NUMBERED.fullmatch(str(name))), key=lambda name: int(name[6:])
     )

@@ -122,8 +122,8 @@ def gold_of(reply: str) -> str:
     if tag := _ANSWER_TAG.search(reply):
         return tag[1]
     last = reply.strip().rsplit("\n", 1)[-1]
-    if words := _ANSWER_WORDS.search(last):
-        return words[1]
+    if said := _ANSWER_WORDS.search(last):
+        return said[1]
     return reply.strip() if len(reply.strip()) <= _SHORT and "\n" not in reply.strip() else ""
 
 

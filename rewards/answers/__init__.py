@@ -9,8 +9,10 @@ sympy (rewards.pool, rewards.answers.checker).
 | outcome | the outcomes, and comparisons that are still open |
 | kind | what a kind of answer is: a check of the gold and a comparison |
 | text, number, choice, collection, json, boxes, quantity, math | the kinds |
-| terms, region | the parts of `math`: expressions with units; intervals and inequalities |
+| plain, notation | texts without their looks; the structure of an answer in LaTeX |
+| values, region | the values of mathematical answers, and how texts are read into them |
+| compare | two values compared by their types |
 | algebra | exact values of everyday expressions |
-| expression, latex | sympy and math-verify, inside the worker only |
+| expression, latex, warmed | sympy and math-verify, inside the worker only |
 | checker | settles open comparisons in worker processes, and remembers the outcomes |
 """

@@ -6,7 +6,7 @@ square roots of primes (of -1 for i). Square roots of different primes are indep
 e are taken for variables, so two members are equal exactly if their canonical forms are: both answers of `same`
 are proofs. A function or another power of members, as \sin(2x) or e^{x}, is taken whole, for a variable; of values
 that hold such only the equality is proved. Whatever is not surely in the fragment has no value here;
-rewards.answers.math then asks sympy.
+rewards.answers.compare then asks sympy.
 """
 
 import decimal

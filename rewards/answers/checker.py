@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 
+from rewards.answers.compare import decide, readable
 from rewards.answers.expression import settled
-from rewards.answers.math import decide, readable
 from rewards.answers.outcome import Outcome, Result
 from rewards.pool import Ending, Job, Pool
 

@@ -1,9 +1,11 @@
 """The kinds `set` and `list`: elements in any order or in theirs, each compared as mathematics."""
 
-from rewards.answers import json
+from rewards.answers import checker, json
+from rewards.answers.compare import compare_parts
 from rewards.answers.kind import Kind, Limits, verdict_of
-from rewards.answers.math import Answer, Collection, compare_parts, gold_problem, parse
+from rewards.answers.math import gold_problem
 from rewards.answers.notation import elements, joined, named
+from rewards.answers.values import Answer, Collection, parse
 from rewards.example import Example
 from rewards.verdict import Verdict
 
@@ -58,13 +60,11 @@ def _problem(example: Example, ordered: bool) -> str:
 
 
 def _judge(answer: str, example: Example, ordered: bool) -> Verdict:
-    from rewards.answers.checker import SHARED
-
     gold, given = read(example.answer, ordered), read(answer, ordered)
     if gold is None or given is None:
         return Verdict.wrong(answer, f"brackets that no {'list' if ordered else 'set'} has")
     result = compare_parts(_answers(gold), _answers(given), ordered, example.question)
-    return verdict_of(SHARED.settle(result), answer)
+    return verdict_of(checker.SHARED.settle(result), answer)
 
 
 def _set(answer: str, example: Example, limits: Limits) -> Verdict:

@@ -74,7 +74,7 @@ def compare(gold: str, given: str | None) -> Outcome:
 
 def _rounded(gold: str, given: str, wanted: Any, found: Any) -> bool | None:
     """Whether a decimal is the other side rounded (rewards.answers.number); None if no side is a decimal alone."""
-    from sympy import Expr, Float
+    from sympy import Expr, Float, Rational
 
     for decimal, exact in ((plain_number(given), wanted), (plain_number(gold), found)):
         if decimal and decimal.step and isinstance(exact, Expr) and exact.is_number and not exact.has(Float):
@@ -83,7 +83,8 @@ def _rounded(gold: str, given: str, wanted: Any, found: Any) -> bool | None:
                 return None
             if exact.is_Rational:
                 return decimal.share == Fraction(int(exact.p), int(exact.q)) or None
-            return decimal.rounds(Fraction(*map(int, size.as_integer_ratio())))
+            size = Rational(size)
+            return decimal.rounds(Fraction(int(size.p), int(size.q)))
     return None
 
 

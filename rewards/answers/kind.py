@@ -15,7 +15,9 @@ from rewards.verdict import Status, Verdict
 class Limits(Protocol):
     """The parameters of the answer reward that a kind may ask for."""
 
-    graded: bool
+    @property
+    def graded(self) -> bool:
+        """Whether a `box` earns its mean overlap."""
 
     def limit(self, name: str, example: Example) -> Fraction:
         """The number of that name, from the row's meta or else from the reward."""

@@ -33,10 +33,10 @@ _MEASURE = r"\||\\(?:overline|vec|hat|bar|overrightarrow)\{[A-Za-z]{1,3}\}"
 _NAME = re.compile(
     rf"{_SYMBOL}(?:\([^()=]{{1,20}}\))?|\({_SYMBOL}(?:,{_SYMBOL})+\)|{_SYMBOL}(?::{_SYMBOL})+"
     r"|\|(?:[A-Z]{2}|\\(?:overline|vec|overrightarrow)\{[A-Z]{1,2}\})\||m?\\angle ?[A-Z]{1,3}|\\triangle ?[A-Z]{3}"
-    r"|\\(?:overline|vec|hat|bar|overrightarrow)\{[A-Za-z]{1,3}\}|\\frac\{d[A-Za-z]\}\{d[A-Za-z]\}"
+    r"|\\(?:overline|vec|hat|bar|overrightarrow)\{[A-Za-z]{1,3}\}|\\frac\{(?:d[A-Za-z]\}\{d[A-Za-z]|[A-Z]{2}\}\{[A-Z]{2})\}"
 )
 _NAME_LAST = re.compile(rf"(?!\\pi(?![A-Za-z])|[ie]$)(?:\\(?:{_GREEK_NAME})|[A-Za-z])(?:_\w|_\{{\w+\}})?")
-SYMBOL = re.compile(_SYMBOL)
+SYMBOL = re.compile(rf"{_SYMBOL}(?:\([A-Za-z]\))?")
 _COMMAND = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+")
 _QUANTITY = re.compile(r"[-+]?[0-9][0-9.,]* ?[A-Za-z/^0-9 ]*|[-+]?[$€£¥][0-9.,]+")
 _LETTERS = re.compile(r"\\[A-Za-z]+|[A-Za-z]+")

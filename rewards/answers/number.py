@@ -220,13 +220,11 @@ def _number(answer: str, example: Example, limits: Limits) -> Verdict:
     gold, given = _number_of(example.answer, example), _number_of(answer, example)
     if not gold or not given:
         return unparseable(answer, "number")
+    right = within(gold, given, example, limits)
     if gold.percent != given.percent and (gold.percent or _PERCENT_ASKED.search(example.question)):
-        # The row itself speaks of percent, so that a number without the sign, or with it, means the same.
-        gold, given = gold._replace(percent=True), given._replace(percent=True)
-        if within(gold, given, example, limits):
-            return decided(True, answer)
-        gold, given = _number_of(example.answer, example), _number_of(answer, example)  # type: ignore[assignment]
-    return decided(within(gold, given, example, limits), answer)
+        # The row itself speaks of percent, so that a number with the sign and without it mean the same.
+        right = right or within(gold._replace(percent=True), given._replace(percent=True), example, limits)
+    return decided(right, answer)
 
 
 def within(gold: Number, given: Number, example: Example, limits: Limits) -> bool:

@@ -49,10 +49,10 @@ _SPELLINGS = (
     (r"\cfrac", r"\frac"),
     (r"\%", "%"),
     ("{,}", ","),
-    (r"\!", ""),
     (r"\varnothing", r"\emptyset"),
 )
 _TEXT_FONT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt|up)?|mathrm|mbox|rm)\s*(?=\{)")
+_NEGATIVE_SPACE = re.compile(r"\\! ?")
 _BINOMIAL = re.compile(r"\\[dt]?binom ?([0-9]) ?([0-9])")
 _WRAPPED = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt|up)?|mathrm|mathbf|mathit|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*+)\}"
@@ -131,6 +131,7 @@ def plain_latex(text: str) -> str:
         text = _LOWERED.sub(lambda found: _script("_", found[0].translate(_SUBSCRIPTS)), text)
         text = _ROOT_OF_NUMBER.sub(r"\\sqrt{\1}", text).translate(_TRANSLATE)
     text = _SPACE.sub(" ", text)  # single spaces first: no regex below may backtrack
+    text = _NEGATIVE_SPACE.sub("", text)
     for spelling, usual in _SPELLINGS:
         text = text.replace(spelling, usual)
     text = _BINOMIAL.sub(r"\\binom{\1}{\2}", text)

@@ -87,6 +87,8 @@ _SCALES: dict[str, tuple[Fraction, Fraction]] = {  # kelvin = number * factor + 
     "°C": (Fraction(1), Fraction("273.15")), "celsius": (Fraction(1), Fraction("273.15")),
     "°F": (Fraction(5, 9), Fraction(45967, 180)), "fahrenheit": (Fraction(5, 9), Fraction(45967, 180)),
 }  # fmt: skip
+_NO_PLURALS = frozenset(("has", "ins"))
+"""Words that would be plurals of symbols."""
 _CLOCK = frozenset(("am", "pm", "a.m", "p.m"))
 _BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
@@ -359,7 +361,7 @@ def _times(one: Unit, other: Unit, power: int) -> Unit:
 def _word(word: str) -> Unit | None:
     """The unit that one word or symbol is; None if it is not listed."""
     lower = word.lower()
-    singular = lower.removesuffix("s") if len(lower) > 2 else lower
+    singular = lower.removesuffix("s") if len(lower) > 2 and lower not in _NO_PLURALS else lower
     if word in _SCALES:
         return Unit((("kelvin", 1),), _SCALES[word][0])
     if word in _SYMBOLS:

@@ -128,6 +128,8 @@ def _inequality(text: str) -> tuple[str, Interval] | None:
         low, high = (members[2], members[0]) if more[0] else (members[0], members[2])
         ends = (closed[1], closed[0]) if more[0] else (closed[0], closed[1])
         return members[1], Interval(_infinite(low), _infinite(high), ends)
+    if members[0].startswith("-") and SYMBOL.fullmatch(members[0][1:]):  # -x < 1 is x > -1
+        members, more = [members[0][1:], f"-({members[1]})"], [not more[0]]
     name, end, upwards = members[0], members[1], more[0]
     if not SYMBOL.fullmatch(name):
         name, end, upwards = members[1], members[0], not more[0]

@@ -1,4 +1,4 @@
-"""What all judges share: the server, its limits, the start-up check, the batch.
+"""The shared part of all judges: the server, its limits, the start-up check, the batch.
 
 Every request is one question to be answered yes or no (rewards.judge.client: batches, retries, budget, cache). The
 completion reaches the judge as quoted data under marks that it cannot forge (rewards.judge.quoting). Before the first
@@ -32,7 +32,7 @@ CACHE_VARIABLE = "POSTTRAIN_JUDGE_CACHE"
 
 @dataclass(frozen=True)
 class Plan:
-    """What to ask the judge about one completion, and what the verdict needs besides the replies."""
+    """The questions about one completion, and what else the verdict depends on."""
 
     questions: Mapping[str, Question]
     answer: str | None = None
@@ -43,7 +43,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Judge(ABC):
-    """What all judges share: the server, the limits, the batch. A leaf says what is asked and what it means.
+    """The shared part of all judges: server, limits, batch. A leaf defines the questions and their meaning.
 
     Raises ValueError for a URL that holds a secret, a limit below its least, or choices that are not yes and no.
     """
@@ -133,7 +133,7 @@ class Judge(ABC):
 
     @property
     def prompt_version(self) -> str:
-        """A hash of this judge's wording; part of what the cache knows a reply by."""
+        """A hash of this judge's wording; replies in the cache depend on it."""
         return hashlib.sha256("\0".join((*self._wording(), *self.choices)).encode()).hexdigest()[:12]
 
     @abstractmethod
@@ -142,7 +142,7 @@ class Judge(ABC):
 
     @abstractmethod
     def _plan(self, completion: str, example: Example, images: "Pictures") -> Plan | Verdict:
-        """What to ask; or the verdict, where nothing needs asking."""
+        """The questions; or the verdict, if no question is needed."""
 
     @abstractmethod
     def _conclude(self, yes: Mapping[str, bool], plan: Plan) -> Verdict:
@@ -150,7 +150,7 @@ class Judge(ABC):
 
     @abstractmethod
     def _cases(self) -> list[Case]:
-        """What the judge must get right before it is believed."""
+        """The cases of the start-up check."""
 
     def _plans(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Plan | Verdict]:
         images = Pictures()
@@ -202,7 +202,7 @@ class Judge(ABC):
     def _examined(self, deadline: float) -> CanaryReport:
         cases = self._cases()
         plans = self._plans([case.completion for case in cases], [case.example for case in cases])
-        # The check is no reward step: limits on one do not hold it up, those on the run and its time do.
+        # The check is not a reward step: limits per step do not apply, those on the run and its time do.
         limits = replace(self._limits(), step_calls=None, step_tokens=None)
         return CanaryReport.of(cases, self._verdicts(plans, limits, deadline))
 

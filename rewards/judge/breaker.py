@@ -1,4 +1,4 @@
-"""How many requests a server gets: none for a while after failures in a row, else as many at once as allowed."""
+"""Limits on the requests to one server: none for a while after several failures in a row, and a number at once."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ class Breaker:
         self._probe: asyncio.Event | None = None
 
     async def admit(self) -> str:
-        """ "pass", "probe" (say how it went) or "refuse"; waits while another question probes."""
+        """ "pass", "probe" (then report how it went) or "refuse"; waits while another question probes."""
         while self._probe is not None:
             await self._probe.wait()
         if self._opened is None:
@@ -58,7 +58,7 @@ class Breaker:
 
 
 class Slots:
-    """Requests in flight on one server, first come first served; each says how many there may be with it."""
+    """Requests in flight on one server, first come first served. Each names the most that may be in flight with it."""
 
     def __init__(self) -> None:
         self._used = 0

@@ -1,7 +1,7 @@
 """Judges' replies on disk, so that a resumed run pays nothing twice. One SQLite file, shared by processes.
 
-Only real replies are kept, never failures. A cache that cannot be read or written costs money, not rows: the
-first error is logged, all are counted, and judging goes on without it.
+Only real replies are kept, never failures. A cache that cannot be read or written costs money, not rows: the first
+error is logged, all are counted, and judging continues without it.
 """
 
 import logging
@@ -46,7 +46,7 @@ class ReplyCache:
         self._connection: sqlite3.Connection | None = None
 
     def get(self, keys: Sequence[str]) -> Mapping[str, str]:
-        """The replies that are there, by key."""
+        """The replies that the file has, by key."""
         found: dict[str, str] = {}
         for start in range(0, len(keys), _ASK_AT_ONCE):
             some = list(keys[start : start + _ASK_AT_ONCE])
@@ -77,7 +77,7 @@ class ReplyCache:
             self.errors += 1
             if self.errors == 1:
                 log.warning(
-                    "judge cache %s: %s: %s; judging goes on without it. It needs a local disk with room, "
+                    "judge cache %s: %s: %s; judging continues without it. It needs a local disk with space, "
                     "and a file of its own",
                     self.path,
                     type(error).__name__,

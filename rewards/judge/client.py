@@ -5,7 +5,7 @@ any thread or event loop hand it a batch and wait for it, at most until the batc
 its own engine.
 
 A failure is a value, never an exception: `Failure` with one of CAUSES. Failures that may pass (no connection, no
-reply in time, HTTP 408, 425, 429, 5xx, a reply that is no chat completion) are tried again after a growing, jittered
+reply in time, HTTP 408, 425, 429, 5xx, a reply that is not a chat completion) are tried again after a growing, jittered
 pause, or after the pause that the server asks for if it fits into the budget. When several questions in a row
 have failed for good, the circuit opens: for a while the server is not asked, then one question probes it.
 
@@ -100,7 +100,7 @@ def close() -> None:
 
 
 class _Step:
-    """One batch on its way: its questions by key, what it may still spend, what came of them."""
+    """A batch under way: its questions by key, its spending, its outcomes."""
 
     def __init__(
         self,
@@ -296,7 +296,7 @@ class _Engine:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What became of one attempt that brought no reply, and how long the server asks to be left alone."""
+    """An attempt that brought no reply, and the pause that the server asks for, in seconds."""
 
     cause: str
     detail: str

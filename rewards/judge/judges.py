@@ -55,7 +55,7 @@ class VisionJudge(Judge):
             raise ValueError(f'verdict={self.verdict!r}: either "holistic" or "mean"')
 
     def _asked(self) -> dict[str, str]:
-        """What the judge is asked, by the questions' names."""
+        """The questions' texts, by their names."""
         if self.verdict == "mean":
             return {name: CRITERIA[name] for name in self.criteria}
         return {"holistic": " ".join((HOLISTIC, *(CRITERIA[name] for name in self.criteria)))}

@@ -1,4 +1,4 @@
-"""What judging may cost, and what it has cost."""
+"""The limits on the cost of judging, and the cost so far."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from rewards.judge.questions import Failure
 
 @dataclass(frozen=True)
 class Limits:
-    """What a batch may cost. None is no limit; a limit on the run counts over this process's life."""
+    """Limits of a batch. None is no limit. Limits on the run count over the life of this process."""
 
     timeout_s: float = 30.0
     max_retries: int = 2
@@ -26,14 +26,14 @@ class Limits:
 
 @dataclass
 class Meter:
-    """What one judge has cost this process, for metrics and for the limits on the run."""
+    """The cost of one judge in this process, for metrics and for the limits on the run."""
 
     calls: int = 0
-    """HTTP requests sent, those that failed included."""
+    """HTTP requests sent, including failed ones."""
     cache_hits: int = 0
     retries: int = 0
     tokens: int = 0
-    """As the server counts them; where it does not, a quarter of the characters, pictures not included."""
+    """As the server counts them. If it does not, a quarter of the characters, without pictures."""
     seconds: float = 0.0
     """Time during which at least one batch was waiting."""
     failures: Counter[str] = field(default_factory=Counter)

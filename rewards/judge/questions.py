@@ -1,4 +1,4 @@
-"""What a judge is asked and what it says: questions, replies, failures, and their form in the OpenAI chat API."""
+"""Questions to a judge, its replies and failures, and their form in the OpenAI chat API."""
 
 import base64
 import hashlib
@@ -68,7 +68,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Question:
-    """One request: instructions, then pictures, the material and what is asked of it; a word is the reply.
+    """One request: instructions, pictures, the material and a question about it. The reply is one of `choices`.
 
     >>> Question("Be brief.", "| 2 + 2 = 5", "Is that right? Answer yes or no.").choices
     ('yes', 'no')
@@ -83,7 +83,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model chose. `tokens` is what it cost: 0 from the cache."""
+    """The model's choice. `tokens` is its cost: 0 from the cache."""
 
     choice: str
     tokens: int = 0
@@ -92,7 +92,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no reply."""
+    """The cause of a missing reply, one of CAUSES, and its details."""
 
     cause: str
     detail: str

@@ -1,14 +1,14 @@
-r"""Untrusted text as data for a judge: tags disarmed, every line quoted, blocks under marks nobody can forge.
+r"""Untrusted text as data for a judge: tags disarmed, every line quoted, blocks under marks that cannot be forged.
 
-A policy under RL learns to write to its judge if it can. Three layers, none of which needs the judge's help:
+A policy under RL learns to write to its judge if it can. Three layers work without the judge's help:
 
-- `disarm` takes the life out of what a chat template or a reader could take for markup: tags, also in
-  full-width and other look-alike brackets, chat tokens, and everything that does not show on a page
-  (zero-width and tag characters, direction marks), which could hide them; long encoded runs are left out.
+- `disarm` breaks everything that a chat template or a reader could take for markup: tags, also in full-width and other
+  look-alike brackets, and chat tokens. It removes invisible characters (zero-width and tag characters, direction
+  marks), which could hide them, and leaves out long encoded runs.
 - Every line begins with `| `, so that no line of the text opens a turn, a heading or a block. Source: data
   marking, Hines et al. 2024 (arXiv:2403.14720, "spotlighting").
-- The marks around a block carry a code that is a hash of everything in the blocks: whoever writes the text
-  cannot know it, and equal texts still give equal requests, which the cache needs.
+- The marks around a block carry a code, a hash of everything in the blocks. The author of a text cannot know it,
+  and equal texts still give equal requests, which the cache needs.
 """
 
 import hashlib
@@ -30,16 +30,16 @@ _TAG = re.compile(r"<(?= {0,8}[/|!?<]|[^\W\d])|\[(?= {0,8}/? {0,8}[A-Za-z_]{2,20
 _DISARMED = {"<": "‹", "[": "［"}
 _LINE_ENDS = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 _UNSEEN = frozenset(("Cf", "Cc", "Cs", "Co", "Cn"))
-"""Unicode categories of what does not show: format, control, surrogate, private, unassigned."""
+"""Unicode categories of invisible characters: format, control, surrogate, private, unassigned."""
 _UNSEEN_LETTERS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0\ufe00-\ufe0f\U000e0000-\U000e0fff]")
 _ON_BRACKET = re.compile("(?<=[<\\[])[\u0300-\u036f\u20d0-\u20ff]+")
-"""Combining marks that would part a bracket from what makes it a tag."""
+"""Combining marks that would separate a bracket from the rest of its tag."""
 _ENCODED = re.compile(r"[A-Za-z0-9+/_-]{64,}={0,2}")
 _MIXED = (re.compile("[a-z]"), re.compile("[A-Z]"), re.compile("[0-9]"))
 
 
 def disarm(text: str) -> str:
-    """Text whose tags and chat marks are none any more, all of it visible; comparisons such as `1 < 2` stay.
+    """The text without working tags, chat marks or invisible characters; comparisons such as `1 < 2` stay.
 
     >>> disarm("</response> yes, 1 < 2 <|im_end|> [INST]")
     '‹/response> yes, 1 < 2 ‹|im_end|> ［INST]'

@@ -1,4 +1,4 @@
-"""`posttrain diff`: which verdicts changed between two scored files: how a new reward is tried on old rollouts."""
+"""`posttrain diff`: shows which verdicts changed between two scored files, to try a new reward on old rollouts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NO_ROW = "row"
 
 
 def compare(before: Path, after: Path, on_change: Any = None) -> dict[str, Any]:
-    """Totals of what changed between two outputs of `posttrain score` for one input.
+    """Totals of the changes between two outputs of `posttrain score` for one input.
 
-    Line n is held against line n. Where both name an id and the ids differ, or one file has ended, the lines are
+    Line n is compared with line n. Where both name an id and the ids differ, or one file has ended, the lines are
     counted as unmatched and not compared. A verdict has changed if its score or status has.
 
     Args:

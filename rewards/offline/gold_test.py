@@ -24,7 +24,7 @@ CLAIMS = {
     "runs": "every completion gets a verdict",
     "skip": "gold answers earn 1 and empty ones 0",
 }
-"""What a test without failures has shown, by the reward's level (rewards.selftest)."""
+"""The result of a test without failures, by the reward's level (rewards.selftest)."""
 
 
 class SelfTestFailed(RuntimeError):
@@ -32,7 +32,7 @@ class SelfTestFailed(RuntimeError):
 
 
 class Examples(Sequence[Example]):
-    """Rows of a data set as a reward sees them, made when they are asked for; `numbers` is where they stand."""
+    """Rows of a data set as a reward sees them, made at each access. `numbers` are their places in the file."""
 
     def __init__(
         self, rows: Sequence[Any], numbers: Sequence[int], example_of: Any, mode: str | None
@@ -65,7 +65,7 @@ class Examples(Sequence[Example]):
 def load_examples(data: str, split: str, rows: int | None, seed: int, mode: str | None) -> Examples:
     """A data set: JSONL with the fields of rewards.offline.rows, or records (Parquet file, folder or hub id).
 
-    Raises ConfigError for a line that is no row or a missing file, RecordError for bad records.
+    Raises ConfigError for a bad line or a missing file, RecordError for bad records.
     """
     if not data.endswith((".jsonl", ".json")):
         from core.model.pictures import Decoded
@@ -97,7 +97,7 @@ def _records(data: str, split: str, rows: int | None, seed: int) -> Any:
             raise
         return load_records(
             data, split
-        )  # it may have fewer rows than asked for; if not that, this raises too
+        )  # it may have fewer rows than asked for; for any other cause this raises too
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
 
@@ -154,7 +154,7 @@ def _rows(count: int) -> str:
 
 
 def _claims(level: str, examples: Sequence[Example]) -> Iterator[str]:
-    """What the test has shown, and of which rows."""
+    """The result of a test without failures, and the rows that it is about."""
     unruled = sum(cell_of(example)[1] == "judged" for example in examples) if level == "answer" else 0
     if unruled < len(examples):
         yield f"{_rows(len(examples) - unruled)}; {CLAIMS[level]}"

@@ -5,7 +5,7 @@ The judge finds a row good if it says yes to every criterion.
 | measure | of |
 |---|---|
 | agreement, kappa | all rows: label against verdict |
-| false positives | wrong rows that the judge finds good: what a policy would be paid for |
+| false positives | wrong rows that the judge finds good; a policy would be rewarded for them |
 | false negatives | good rows that the judge finds wrong |
 | order | rows whose verdict changes when the judge is offered "no or yes" instead of "yes or no" |
 | length | wrong rows that become good when neutral sentences make the thought longer |

@@ -1,4 +1,4 @@
-"""Rows of untrusted JSONL files: every line is an object, or a reason why it is none. No line stops the others.
+"""Rows of untrusted JSONL files: every line is an object, or a reason why it is not. No line stops the others.
 
 A row of stored completions, as `posttrain score` reads it:
 
@@ -33,12 +33,12 @@ from rewards.example import MODES, Example
 from rewards.extract import CLOSE, OPEN
 
 MAX_LINE_BYTES = 64 << 20
-"""A longer line is no row."""
+"""Longer lines are refused."""
 DEFAULT_KIND = "auto" if "auto" in KINDS else "math"
 
 
 class RowError(ValueError):
-    """A line is no row; the message says why."""
+    """A line is not a row; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,15 @@ class Line:
     size: int
     """Bytes."""
     row: dict[str, Any] | None
-    """None if it holds no JSON object."""
+    """None if the line is not a JSON object."""
     problem: str = ""
     """Why not."""
 
 
 def read_lines(path: Path) -> Iterator[Line]:
     """Every line of a file, blank ones included; memory for one at a time."""
+    group: tuple[Any, ...] = ()
+    meta: Any = None
     with path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
@@ -69,15 +71,21 @@ def read_lines(path: Path) -> Iterator[Line]:
                 yield Line(number, size, None, f"longer than {MAX_LINE_BYTES >> 20} MiB")
                 continue
             try:
-                yield Line(
-                    number, size, parse_object(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-                )
+                row = parse_object(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
             except RowError as error:
                 yield Line(number, size, None, str(error))
+                continue
+            # An RL stage writes a row's meta with the first of its completions (rl.record).
+            own = row.get("batch"), row.get("id")
+            if "meta" in row:
+                group, meta = own, row["meta"]
+            elif None not in own and own == group:
+                row["meta"] = meta
+            yield Line(number, size, row)
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object that a line is, strictly: NaN, and numbers that Python cannot hold, are no JSON.
+    """The JSON object that a line is, strictly: NaN, and numbers that Python cannot hold, are refused.
 
     Raises RowError.
     """
@@ -97,7 +105,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def example_of_row(row: Mapping[str, Any], number: int, folder: Path, mode: str | None = None) -> Example:
-    """What a reward sees of a row; `mode` is for rows that do not name theirs. Raises RowError."""
+    """The row as a reward sees it; `mode` is for rows that do not name theirs. Raises RowError."""
     gold = _text(row, "gold", "answer")
     if gold is None:
         raise RowError('no "gold": the gold answer is missing')
@@ -191,7 +199,7 @@ def _known(row: Mapping[str, Any], names: Sequence[str], known: Sequence[str]) -
 def _paths(row: Mapping[str, Any]) -> list[str]:
     paths = row.get("images") or []
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise RowError('"images" is no list of paths')
+        raise RowError('"images" is not a list of paths')
     return paths
 
 
@@ -205,7 +213,7 @@ def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _no_constant(word: str) -> float:
-    raise ValueError(f"{word} is no JSON number")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _finite(digits: str) -> float:

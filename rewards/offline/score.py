@@ -82,7 +82,7 @@ def score(
 ) -> Summary:
     """Write every row of a JSONL file with its verdicts under "rewards" to another, in order.
 
-    A line that is no row becomes {"line": number, "error": why}; a reward that raises leaves that one verdict
+    A line that is not a row becomes {"line": number, "error": why}; a reward that raises leaves that one verdict
     unscorable with the error as its reason. Memory does not grow with the file. The target appears when it is
     whole; it may be the source.
 
@@ -119,7 +119,7 @@ class _Chunk:
 
     lines: list[Line]
     problems: dict[int, str]
-    """By place in the chunk, what is wrong with a line."""
+    """The problem of a bad line, by its place in the chunk."""
     pending: dict[str, Pending]
     modes: dict[int, tuple[str, str]]
     """By place in the chunk, the contract of the row and whose word that is."""
@@ -150,7 +150,7 @@ class _Chunk:
         return cls(lines, problems, pending, modes)
 
     def cancel(self) -> None:
-        """Drop what has not begun."""
+        """Cancel the calls that have not begun."""
         for pending in self.pending.values():
             pending.cancel()
 

@@ -1,4 +1,4 @@
-"""What `posttrain score` did, counted, and in words."""
+"""Counts of a `posttrain score`, and their text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Summary:
     rows: int = 0
     """Lines of the input."""
     errors: int = 0
-    """Of them those that are no rows."""
+    """Of them those that are not rows."""
     seconds: float = 0.0
     statuses: dict[str, Counter[str]] = field(default_factory=dict)
     """By reward."""
@@ -38,7 +38,7 @@ class Summary:
     modes: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Rows by mode and whose word that was (rewards.offline.rows.mode_of_row)."""
     causes: dict[str, Counter[str]] = field(default_factory=dict)
-    """Why rows have no score, by reward; "" for lines that are no rows. Numbers and quoted words are left out."""
+    """Why rows have no score, by reward; "" for lines that are not rows. Numbers and quoted words are left out."""
 
     def count_cause(self, name: str, text: str) -> None:
         """Count why a row has no score."""
@@ -48,15 +48,15 @@ class Summary:
 
 
 def words(summary: Summary, target: Path) -> Iterator[str]:
-    """What the table does not say: speed, contracts, causes."""
+    """The lines below the table: speed, contracts, causes."""
     rate = summary.rows / summary.seconds if summary.seconds else 0.0
     yield (
-        f"{summary.rows} rows, {summary.errors} of them no rows, in {summary.seconds:.1f}s: "
+        f"{summary.rows} rows, {summary.errors} of them not rows, in {summary.seconds:.1f}s: "
         f"{rate:,.0f} pairs/s; written to {target}"
     )
     if summary.modes:
         counts = (f"{count} {mode} ({whose})" for (mode, whose), count in sorted(summary.modes.items()))
-        yield f"contract, and what it was read from: {', '.join(counts)}; --mode sets it for rows that name none"
+        yield f"contract, and its source: {', '.join(counts)}; --mode sets it for rows without one"
     for name, (count, first) in summary.raised.items():
         yield f"{name} raised {count} times; the first: {first}"
     for name, causes in summary.causes.items():
@@ -65,7 +65,7 @@ def words(summary: Summary, target: Path) -> Iterator[str]:
         texts = [f"{count} x {cause}" for cause, count in shown] + (
             [f"{rest} for other causes"] if rest else []
         )
-        yield f"{name or 'lines that are no rows'}, without a score: {printable('; '.join(texts), 2000)}"
+        yield f"{name or 'lines that are not rows'}, without a score: {printable('; '.join(texts), 2000)}"
 
 
 def table(summary: Summary) -> Any:

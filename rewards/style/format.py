@@ -29,8 +29,9 @@ class ThinkFormat:
 
     def __call__(self, completion: str, example: Example) -> Verdict:
         parsed = parse_thinking(completion, self.thought_open)
-        # White space that str.strip does not know, or a lone dot, would make a thought of nothing.
-        if parsed.well_formed and not any(letter.isalnum() for letter in parsed.thought or ""):
+        # Invisible characters or a lone dot must not count as a thought.
+        empty = not any(letter.isalnum() for letter in parsed.thought or "")
+        if parsed.well_formed and empty and not self.thought_open:
             return Verdict.wrong(reason="the thought has no letter or digit")
         return _judge(parsed)
 

@@ -1,8 +1,8 @@
 r"""Language consistency as a reward: does the thought use the script that the question is written in?
 
-What is counted is words: one for a run of letters of an alphabet, one for each character of a script without
-spaces. LaTeX commands, code, tags, numbers, names of variables and abbreviations (fewer than three letters,
-or capitals alone) are no words of any language. Languages that share a script are not told apart.
+Words are counted: one for a run of letters of an alphabet, one for each character of a script without spaces.
+LaTeX commands, code, tags, numbers, names of variables and abbreviations (fewer than three letters, or capitals
+alone) do not count. Languages that share a script are not told apart.
 """
 
 import re
@@ -45,12 +45,12 @@ class Language:
     >>> Language()(r"<think>The area of the triangle is six.</think> \boxed{6}", row).reason
     '0 of 5 words are han: latin 5'
 
-    In direct mode the whole completion counts. A question or a thought without words is no breach: 1.
+    In direct mode the whole completion counts. A question or a thought without words scores 1.
     Raises ValueError for an unknown script, or `enough` outside (0, 1].
     """
 
     script: str | None = None
-    """One of SCRIPTS that every thought is to use; None takes the question's."""
+    """The script that every thought must use, one of SCRIPTS; None takes the question's."""
     enough: float = 0.9
     """Share of words in that script that earns full marks."""
     thought_open: bool = False
@@ -84,7 +84,7 @@ class Language:
 
 
 def words_by_script(text: str) -> Counter[str]:
-    r"""How many words of each script a text has, without those in code as long as they are the fewer.
+    r"""The number of words per script. Words in code count only if they are more than the others.
 
     >>> words_by_script(r"Set $\alpha = \frac{x}{2}$ in `code` and 求解")
     Counter({'latin': 2, 'han': 2})
@@ -99,12 +99,12 @@ def words_by_script(text: str) -> Counter[str]:
                 fence = "" if fence else word
         elif script not in _ALPHABETS or (len(word) > 2 and not word.isupper()):
             (code if fence else plain)[script] += 1
-    # Code that is most of the text is the text: backticks must not hide a thought.
+    # Where most of the text is code it counts: backticks must not hide a thought.
     return plain if plain.total() >= code.total() else plain + code
 
 
 def _wanted(script: str | None, question: Counter[str]) -> tuple[str, ...]:
-    """The scripts that count as the question's: Japanese is written in two."""
+    """The scripts that count as the question's; Japanese uses two."""
     if script is None:
         if not question:
             return ()

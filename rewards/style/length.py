@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SoftOverlong:
-    """0 up to max_tokens - cache_tokens, then falling linearly to -1 at max_tokens; -1 beyond.
+    """0 up to max_tokens - cache_tokens, then a linear fall to -1 at max_tokens; -1 beyond.
 
     Source: DAPO (arXiv:2503.14476) Eq. 13, soft overlong punishment; there max 20,480 and cache 4,096 tokens.
 
@@ -17,9 +17,9 @@ class SoftOverlong:
     """
 
     max_tokens: int
-    """Length of a completion that is punished in full."""
+    """Length, in tokens, at which the penalty is -1."""
     cache_tokens: int
-    """Length of the slope before it."""
+    """Length, in tokens, of the slope before it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.cache_tokens <= self.max_tokens:

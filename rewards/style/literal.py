@@ -1,4 +1,4 @@
-r"""A second, stricter opinion on answers: the gold as it is written, or nothing."""
+r"""A second, stricter opinion on answers: only the gold answer as it is written counts."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from rewards.verdict import Verdict
 class LiteralAnswer:
     r"""1 if the answer is the gold as written, or the same plain number; no algebra, no tolerance, no options.
 
-    Too strict to train on: it refuses `x+1` for `1+x`. What the answer reward credits and this one does not is where
-    a hole in the answer reward would show (rl.watch).
+    Too strict to train on: it refuses `x+1` for `1+x`. Answers that the answer reward credits and this one refuses are
+    where a hole in the answer reward would show (rl.watch).
 
     >>> row = Example("row-1", "What is a half?", r"\frac{1}{2}", "think")
     >>> [LiteralAnswer()(rf"<think>1 / 2</think> \boxed{{{a}}}", row).score for a in ("0.5", r"\dfrac12", r"\sin 30")]

@@ -1,4 +1,4 @@
-"""Repetition as a reward: a completion that goes round in circles loses its marks."""
+"""Repetition as a reward: a completion that repeats itself loses its score."""
 
 import re
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import ClassVar
 from rewards.example import Example
 from rewards.verdict import Status, Verdict
 
-# Ideographs, kana and hangul stand alone, as their words have no spaces between them. A word counts in
-# pieces of 16 characters: a loop that leaves out the spaces is one long word.
+# Ideographs, kana and hangul count one by one, as their words have no spaces between them. Longer words count in
+# pieces of 16 characters: a loop without spaces is one long word.
 _TOKEN = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]|\w{1,16}|[^\w\s]"
 )
@@ -17,11 +17,11 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class Repetition:
-    """1 while few n-grams occur again, falling to 0 as their share grows from `allowed` to `worst`.
+    """1 while few n-grams are repeated; falls to 0 as their share grows from `allowed` to `worst`.
 
     Source: Demystifying Long Chain-of-Thought Reasoning (arXiv:2502.03373), n-gram repetition penalty, here
     as the share of n-grams that occurred before. Differs from it: a score per completion, not a penalty per
-    token, and honest texts, which repeat some, lose nothing.
+    token; and texts with few repetitions lose nothing.
 
     >>> row = Example("row-1", "What is 2 + 2?", "4", "direct")
     >>> Repetition()("Two and two are four, as one can count on the fingers.", row).score
@@ -39,7 +39,7 @@ class Repetition:
     allowed: float = 0.2
     """Share of repeated n-grams that costs nothing."""
     worst: float = 0.6
-    """Share from which on the score is 0."""
+    """Share at which the score reaches 0."""
 
     self_test: ClassVar[str] = "runs"
 

@@ -1,129 +1,42 @@
-"""Client of the rollout servers: chat completions in, token ids and log-probabilities out; weight updates.
+"""Client of the rollout servers: prompts in, answers out; weight updates; servers that come and go.
 
 Imports no torch, so that evaluation and data curation run in light processes.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from core.model.pictures import Picture
-from rl.config import PoolConfig
+from rl.rollout import access
+from rl.rollout.config import PoolConfig
 from rl.rollout.fleet import Fleet
-from rl.rollout.server import MODEL_NAME
+from rl.rollout.http import Http, RolloutError, ServerLost
+from rl.rollout.messages import Answer, CoreFacts, Prompt, Sampling, completion_request, read_answer
+from rl.rollout.served import Served
 
 log = logging.getLogger(__name__)
 
-BAN = -100.0
-"""Logit bias of a banned token: the lowest that the API takes, e**-100 of any other token's probability."""
-
-TRIES = 3
-"""Of a request for completions, when its connection is lost."""
-RETRY_PAUSE_S = 0.2
 DISCARD_ALL = 2
 """vLLM's sleep level that keeps no copy of the weights: whoever wakes a server brings new ones."""
 LOOK_S = 5.0
-"""When no request has ended for so long, a look at whether the servers are still there."""
+"""When no request has ended for this time, the client looks whether the servers are still there."""
 RETURN_PAUSE_S = 1.0
-"""Between two looks at whether a lost server is back, when none is left to ask."""
+"""Between two looks at whether a lost server is back, when no server is left to ask."""
 CACHES = ("reset_mm_cache", "reset_encoder_cache", "reset_prefix_cache")
 WAKE_WEIGHTS, WAKE_CACHE = "wake_up?tags=weights", "wake_up?tags=kv_cache"
-"""Room for weights comes before an update, and for keys and values last, so that the update has that to work in."""
-CONNECT_S = 10.0
-"""To connect to a server: a machine that is gone refuses nothing."""
-HEALTH_S = (2.0, 10.0)
-"""To connect to a server and to hear whether it is healthy; a CPU engine in the middle of a step answers after it."""
-
-
-_OPENING = threading.Lock()
-"""Pillow reads a file's pixels when they are first asked for, and breaks when two threads ask: the same image goes to
-several servers at once."""
-
-
-class RolloutError(RuntimeError):
-    """A rollout server refused a request or did not answer. The message has its URL and its words."""
-
-
-class ServerLost(RolloutError):
-    """The server is gone or going: what it was asked can be asked elsewhere."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn. temperature 0 is greedy."""
-
-    max_tokens: int
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One conversation (content parts `{"type": "image", "image": PIL image}` or text) and its seed."""
-
-    messages: Sequence[Mapping[str, Any]]
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled completion.
-
-    token_ids and logprobs have one entry per token, the end-of-turn token included when it was sampled; the
-    log-probabilities are of the distribution that was sampled from (temperature and token ban applied).
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    text: str
-    finished: bool
-    """False when it was cut at max_tokens or at a banned token."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A prompt's token ids, as the server rendered it, and its completions."""
-
-    prompt_ids: list[int]
-    completions: list[Completion]
-
-
-@dataclass(frozen=True)
-class CoreFacts:
-    """What a client must know about the served core; read from its checkpoint folder."""
-
-    banned_ids: tuple[int, ...]
-    """The image token: a completion must not hold one, as no image belongs to it."""
-    tied: Mapping[str, str] = field(default_factory=dict)
-    """Weights that a checkpoint leaves out because they share another's storage: name -> twin's name."""
-
-    @classmethod
-    def of(cls, model: Path) -> CoreFacts:
-        config = json.loads((model / "config.json").read_text())
-        tied = config.get("tie_word_embeddings") or config["text_config"].get("tie_word_embeddings", False)
-        # vLLM's CPU engine packs lm_head's weights apart from the embedding's: unless both are sent, it keeps the old
-        # head and every log-probability after the first update is of another policy.
-        twins = {"lm_head.weight": "model.language_model.embed_tokens.weight"} if tied else {}
-        return cls(banned_ids=(config["image_token_id"],), tied=twins)
+"""Room for weights comes before an update, and for keys and values last, so that the update can use it."""
 
 
 class RolloutClient:
     """Talks to every server of a pool. Safe to use from one thread at a time.
 
     A server that dies is left out, and its requests go to the others. It is asked again once it has taken the current
-    weights and passed `gate`. Weights have a version that the servers report: one that was restarted without our
-    noticing gives itself away, and what it answered is thrown away.
+    weights and passed `served.gate`. Answers of a server that reports another version of the weights are thrown away.
 
     Args:
         urls: base URLs of the servers.
@@ -134,6 +47,7 @@ class RolloutClient:
         max_returns: how often each server may come back.
         warn: takes a line about every server lost and found again.
         share_gpus: the servers are put to sleep between weight updates, so that an update has to wake them.
+        token: what the servers want to see; None takes the environment's, if there is one.
     """
 
     def __init__(
@@ -147,23 +61,14 @@ class RolloutClient:
         max_returns: int = 3,
         warn: Callable[[str], None] = log.warning,
         share_gpus: bool = False,
+        token: str | None = None,
     ) -> None:
-        import requests
-        from requests.adapters import HTTPAdapter
-
         if not urls:
             raise ValueError("no rollout server: give at least one URL")
-        self.urls, self.core, self.timeout_s, self.patience_s = list(urls), core, timeout_s, patience_s
-        self.share_gpus = share_gpus
-        self.fleet = Fleet(urls, max_returns, warn)
-        self.gate: Callable[[str], None] | None = None
-        """Called with the URL of a server that has come back and holds the current weights; raises RuntimeError to
-        keep it out. Forgotten at every update."""
-        self._version: str | None = None
-        self._files: list[Path] = []
-        self._session = requests.Session()
+        self.urls, self.core, self.patience_s, self.share_gpus = list(urls), core, patience_s, share_gpus
+        self.fleet, self.served = Fleet(urls, max_returns, warn), Served()
         self._under_way = concurrency * len(urls)
-        self._session.mount("http://", HTTPAdapter(pool_maxsize=self._under_way))
+        self.http = Http(token or access.known_token(None), timeout_s, self._under_way)
         self._threads = self._new_threads()
 
     @classmethod
@@ -174,7 +79,7 @@ class RolloutClient:
         model: Path,
         warn: Callable[[str], None] = log.warning,
     ) -> RolloutClient:
-        """The client that a recipe's `rollout` describes, of servers of the core at `model`."""
+        """The client that a recipe's `servers` describes, of servers of the core at `model`."""
         return cls(
             urls,
             CoreFacts.of(model),
@@ -183,12 +88,14 @@ class RolloutClient:
             patience_s=pool.patience_s,
             max_returns=pool.max_restarts,
             share_gpus=pool.share_gpus,
+            token=access.known_token(pool.token_file),
             warn=warn,
         )
 
     def close(self) -> None:
+        """Give up what is under way, and close the connections."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._session.close()
+        self.http.close()
 
     def generate(
         self,
@@ -239,38 +146,39 @@ class RolloutClient:
             if found:
                 return [own[index] for index in range(len(prompts)) for own in found]
 
-    def load_checkpoint(self, folder: Path) -> None:
-        """Make every server serve the weights of a checkpoint folder, which all of them can read."""
-        files = sorted(folder.glob("*.safetensors"))
+    def load_checkpoint(self, folder: Path, what: Hashable | None = None) -> None:
+        """Make every server serve the weights of a checkpoint folder, which all of them can read.
+
+        The files must stay until the next update: a server that comes back gets them as well. All caches of old
+        weights are forgotten. Servers that share their GPUs are awake afterwards.
+
+        Args:
+            folder: holds the whole model as safetensors files.
+            what: what `served` calls these weights; the folder's path unless given.
+        """
+        files = sorted(folder.resolve().glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{folder}: no *.safetensors file to load into the rollout servers")
-        self.load_files(files)
-
-    def load_files(self, files: Sequence[Path]) -> None:
-        """Load safetensors files (checkpoint names, whole model) into every server, then forget old features.
-
-        The files must stay until the next update: a server that comes back gets them as well. Servers that share
-        their GPUs are awake afterwards; those that were awake before take no notice of being woken.
-        """
-        self._version, self._files, self.gate = uuid4().hex, [path.resolve() for path in files], None
-        for path, body in self._update():
-            self.on_every_server(path, body)
-        self.reset_caches()
-        if self.share_gpus:
-            self.on_every_server(WAKE_CACHE)
+        with self.served.update(folder.resolve() if what is None else what, files) as version:
+            for path, body in self._update(version):
+                self.on_every_server(path, body)
+            self.reset_caches()
+            if self.share_gpus:
+                self.on_every_server(WAKE_CACHE)
         self._muster()
 
     def sleep(self) -> None:
-        """Free the GPUs of every server: weights and caches are gone until `load_files`.
+        """Free the GPUs of every server: weights and caches are gone until the next update.
 
         No request may be under way; there is none once `generate` has returned.
         """
+        self.served.asleep = True
         self.on_every_server(f"sleep?level={DISCARD_ALL}")
 
-    def weights_sent(self) -> None:
+    def weights_sent(self, what: Hashable | None = None) -> None:
         """Whoever brought the servers their weights by another way than files has done so."""
-        self._version, self._files, self.gate = uuid4().hex, [], None
-        self.on_every_server("update_weight_version", {"new_version": self._version})
+        with self.served.update(what) as version:
+            self.on_every_server("update_weight_version", {"new_version": version})
 
     def ask(self, url: str, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
         """One server's answers, serving or not. Raises ServerLost if it is gone."""
@@ -283,7 +191,7 @@ class RolloutClient:
     def find_lost(self) -> None:
         """Look at every serving server, and leave out those that are gone."""
         for url in self.fleet.serving:
-            if self._gone(url):
+            if self.http.gone(url):
                 self.fleet.lose(url, "it takes no connection, or says that it is not healthy")
 
     def reset_caches(self) -> None:
@@ -298,7 +206,9 @@ class RolloutClient:
 
     def on_every_server(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, dict]:
         """POST the same body to every serving server at once; reply per URL. Servers lost meanwhile are left out."""
-        futures = {self._threads.submit(self._post, url, path, body or {}): url for url in self.fleet.serving}
+        futures = {
+            self._threads.submit(self.http.tell, url, path, body or {}): url for url in self.fleet.serving
+        }
         replies = {}
         for future in self._ended({future: [url] for future, url in futures.items()}):
             try:
@@ -310,14 +220,14 @@ class RolloutClient:
     def _new_threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self._under_way, thread_name_prefix="rollout")
 
-    def _update(self) -> list[tuple[str, dict]]:
+    def _update(self, version: str | None) -> list[tuple[str, dict]]:
         """The requests that bring a server the current weights, caches aside."""
-        files = {"paths": [str(path) for path in self._files], "aliases": dict(self.core.tied)}
+        files = {"paths": [str(path) for path in self.served.files], "aliases": dict(self.core.tied)}
         return [
             *([(WAKE_WEIGHTS, {})] if self.share_gpus else []),
             ("start_weight_update", {}),
             ("update_weights", {"update_info": files}),
-            ("finish_weight_update", {"weight_version": self._version}),
+            ("finish_weight_update", {"weight_version": version}),
         ]
 
     def _muster(self) -> None:
@@ -327,10 +237,10 @@ class RolloutClient:
         """
         deadline = time.monotonic() + self.patience_s
         while True:
-            # Weights that came without files only their sender has: no lost server can get them.
-            awaited = self.fleet.awaited if self._files or not self._version else []
-            for url in awaited:
-                self._take_back(url)
+            awaited = self.fleet.awaited if self.served.can_be_sent_again() else []
+            for url in awaited if not self.fleet.serving else self.fleet.due:
+                if url in awaited:
+                    self._take_back(url)
             if self.fleet.serving:
                 return
             if time.monotonic() >= deadline or not awaited:
@@ -341,18 +251,19 @@ class RolloutClient:
 
     def _take_back(self, url: str) -> None:
         """Bring a lost server the current weights if it is up, and let it be asked again if it passes the gate."""
-        if not self._healthy(url):
+        if not self.http.healthy(url):
+            self.fleet.put_off(url)
             return
         try:
-            if self._version:
-                for path, body in self._update():
-                    self._post(url, path, body)
+            if self.served.version:
+                for path, body in self._update(self.served.version):
+                    self.http.tell(url, path, body)
                 for cache in CACHES:
-                    _check_reset(url, cache, self._post(url, cache, {}))
+                    _check_reset(url, cache, self.http.tell(url, cache, {}))
                 if self.share_gpus:
-                    self._post(url, WAKE_CACHE, {})
-            if self.gate:
-                self.gate(url)
+                    self.http.tell(url, WAKE_CACHE, {})
+            if self.served.gate:
+                self.served.gate(url)
         except ServerLost:
             return  # gone again
         except RuntimeError as error:
@@ -362,14 +273,14 @@ class RolloutClient:
 
     def _current(self, url: str) -> bool:
         """Whether the server has had the current weights all the time since they were sent; else it is lost."""
-        if self._version is None:
+        if self.served.version is None:
             return True
         try:
-            reply = self._get(url, "weight_info")
+            reply = self.http.get(url, "weight_info")
         except ServerLost as error:
             self.fleet.lose(url, str(error))
             return False
-        if reply.get("weight_version") == self._version:
+        if reply.get("weight_version") == self.served.version:
             return True
         self.fleet.lose(
             url, "it was started anew, or somebody else changed its weights; its answers are void"
@@ -383,9 +294,9 @@ class RolloutClient:
         answers: dict[int, Answer],
         on_answer: Callable[[int], None] | None,
     ) -> dict[int, str]:
-        """Ask every prompt of a server that serves; add to `answers`, return which server gave each.
+        """Ask a serving server each prompt; add to `answers`, return which server gave each.
 
-        What is missing afterwards was asked of servers that are lost, the last one included.
+        Prompts without an answer afterwards went to servers that are lost, the last one included.
         """
         asked: dict[Future, list[str]] = {}
         indices: dict[Future, int] = {}
@@ -408,10 +319,11 @@ class RolloutClient:
         return found
 
     def _ended(self, asked: Mapping[Future, list[str]]) -> Iterator[Future]:
-        """Requests as they end, whom each asks given by its last URL; left out are those to servers that are gone,
-        and then those of whom nobody has been asked yet.
+        """The requests as they end, without those to servers that are gone.
 
-        A server that is told to stop may close its port and leave requests unanswered, their connections open.
+        The last URL of each request's list is the server it asks; requests that have asked no server yet are left out
+        too once a server is gone. A server that is told to stop may close its port and leave requests unanswered,
+        their connections open.
         """
         waiting = set(asked)
         while waiting:
@@ -420,25 +332,25 @@ class RolloutClient:
             if done:
                 continue
             for url in {asked[future][-1] for future in waiting if asked[future]}:
-                if self._gone(url):
+                if self.http.gone(url):
                     self.fleet.lose(url, "it is gone, with requests under way")
             lost = [
                 future for future in waiting if asked[future] and asked[future][-1] not in self.fleet.serving
             ]
             if lost:
-                # Threads that wait for no one may be all there are: what nobody has been asked yet is given back.
+                # All threads may wait for servers that are gone: requests that no thread has begun are given back.
                 waiting -= {future for future in waiting if not asked[future] and future.cancel()}
                 self._threads.shutdown(wait=False)
                 self._threads = self._new_threads()
             for future in lost:
-                asked[future].clear()  # the thread that still waits there need not go on elsewhere
+                asked[future].clear()  # the thread that still waits there then asks no other server
                 self.fleet.move()
             waiting = waiting - set(lost) if self.fleet.serving else set()
 
     def _ask_one(self, turn: int, prompt: Prompt, sampling: Sampling, asked: list[str]) -> Answer | None:
         """The answer of the server whose turn it is, or of the next one when that one is lost; None if all are.
 
-        Adds each server's URL to `asked` before it asks there. Whoever empties `asked` has given the request up.
+        Adds each server's URL to `asked` before it asks there. Whoever gives the request up empties `asked`.
         """
         while serving := self.fleet.serving:
             url = serving[turn % len(serving)]
@@ -452,123 +364,16 @@ class RolloutClient:
                 self.fleet.move()
         return None
 
-    def _gone(self, url: str) -> bool:
-        """Whether the server takes no connection or says that it is not healthy; a busy one may be slow to answer."""
-        import requests
-
-        try:
-            return not requests.get(f"{url}/health", timeout=HEALTH_S).ok
-        except requests.ConnectionError:
-            return True
-        except requests.RequestException:
-            return False
-
-    def _healthy(self, url: str) -> bool:
-        import requests
-
-        try:
-            return requests.get(f"{url}/health", timeout=HEALTH_S).ok
-        except requests.RequestException:
-            return False
-
-    def _get(self, url: str, path: str) -> dict:
-        import requests
-
-        try:
-            response = requests.get(f"{url}/{path}", timeout=(CONNECT_S, self.timeout_s))
-        except requests.RequestException as error:
-            raise _no_answer(url, path, error) from error
-        return self._reply(url, path, response)
-
-    def _post(self, url: str, path: str, body: Mapping[str, Any], tries: int = 1) -> dict:
-        """POST and return the reply; of several tries, all but the last may lose their connection.
-
-        A single try opens a connection of its own: the server may just be closing one that was kept alive.
-        """
-        import requests
-
-        post = requests.post if tries == 1 else self._session.post
-        try:
-            response = post(f"{url}/{path}", json=body, timeout=(CONNECT_S, self.timeout_s))
-        except requests.RequestException as error:
-            if tries > 1 and isinstance(error, requests.ConnectionError):
-                time.sleep(RETRY_PAUSE_S)
-                return self._post(url, path, body, tries - 1)
-            raise _no_answer(url, path, error) from error
-        return self._reply(url, path, response)
-
-    def _reply(self, url: str, path: str, response: Any) -> dict:
-        """The reply's JSON. Raises ServerLost if it is the words of a dying server, RolloutError if it is a refusal."""
-        if not response.ok:
-            dying = response.status_code >= 500 and self._gone(url)
-            kind = ServerLost if dying else RolloutError
-            raise kind(f"{url}/{path}: HTTP {response.status_code}: {response.text[:2000]}")
-        return response.json() if response.content else {}
-
     def _ask(self, url: str, prompt: Prompt, sampling: Sampling) -> Answer:
-        body = {
-            "model": MODEL_NAME,
-            "messages": openai_messages(prompt.messages),
-            "n": sampling.n,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
-            "seed": prompt.seed,
-            "logprobs": True,
-            "top_logprobs": 0,
-            "return_token_ids": True,
-            "logit_bias": {str(token): BAN for token in self.core.banned_ids},
-        }
-        # Asked again with the same seed, the server answers the same.
-        reply = self._post(url, "v1/chat/completions", body, tries=TRIES)
+        path = "v1/chat/completions"
+        # Sent again with the same seed after a lost connection, the server answers the same.
+        reply = self.http.ask(url, path, completion_request(prompt, sampling, self.core))
         if any(choice["finish_reason"] == "abort" for choice in reply["choices"]):
-            raise ServerLost(f"{url}/v1/chat/completions: the server ended the request before its time")
-        return Answer(
-            prompt_ids=reply["prompt_token_ids"],
-            completions=[self._completion(choice) for choice in reply["choices"]],
-        )
-
-    def _completion(self, choice: Mapping[str, Any]) -> Completion:
-        ids = list(choice["token_ids"])
-        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        if len(ids) != len(logprobs):
-            raise RolloutError(f"a completion has {len(ids)} tokens but {len(logprobs)} log-probabilities")
-        finished = choice["finish_reason"] == "stop"
-        # The ban makes this all but impossible; a server that ignores it must not break the learner's forward pass.
-        banned = next((at for at, token in enumerate(ids) if token in self.core.banned_ids), None)
-        if banned is not None:
-            ids, logprobs, finished = ids[:banned], logprobs[:banned], False
-        return Completion(ids, logprobs, choice["message"]["content"] or "", finished)
-
-
-def openai_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation with pictures inlined as data URLs: files as they are stored, PIL images as PNG.
-
-    A server decodes a file by the rule of core.model.pictures (core/model/vllm_plugin.py, rl/rollout/hf.py).
-    """
-    out = []
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [_openai_part(part) for part in content]
-        out.append({"role": message["role"], "content": content})
-    return out
-
-
-def _openai_part(part: Mapping[str, Any]) -> dict[str, Any]:
-    if part["type"] != "image":
-        return dict(part)
-    with _OPENING:
-        picture = Picture.of(part["image"])
-    data = base64.b64encode(picture.data).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/*;base64,{data}"}}
-
-
-def _no_answer(url: str, path: str, error: Exception) -> ServerLost:
-    return ServerLost(
-        f"{url}/{path}: no answer ({type(error).__name__}: {error}). Is the rollout server up? See its log. One that "
-        "only takes longer needs a larger servers.request_timeout_s."
-    )
+            raise ServerLost(f"{url}/{path}: the server ended the request before its time")
+        try:
+            return read_answer(reply, self.core)
+        except ValueError as error:
+            raise RolloutError(f"{url}/{path}: {error}") from None
 
 
 def _check_reset(url: str, cache: str, reply: Mapping[str, Any]) -> None:

@@ -1,10 +1,14 @@
-"""Which servers of a pool may be asked: those known to hold the current weights. Who is lost stays out until synced."""
+"""Which servers of a pool may be asked. A lost server stays out until it has the current weights."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+
+LONGEST_PAUSE_S = 60.0
+"""Between two looks at a lost server, while others serve: each look at one that hangs costs seconds."""
 
 
 class Fleet:
@@ -12,7 +16,7 @@ class Fleet:
 
     Args:
         urls: every server of the pool.
-        max_returns: a server that has come back so often and is lost again stays out for good.
+        max_returns: how often a lost server may come back.
         warn: takes a line for people about every loss and return.
     """
 
@@ -23,6 +27,8 @@ class Fleet:
         self.moved = 0
         """Requests that another server, or the same one after its return, had to answer."""
         self._lost: dict[str, str] = {}
+        self._looks: Counter[str] = Counter()
+        self._next_look: dict[str, float] = {}
         self._returns: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -38,12 +44,23 @@ class Fleet:
         with self._lock:
             return [url for url in self._lost if self._returns[url] < self.max_returns]
 
+    @property
+    def due(self) -> list[str]:
+        """Lost servers that may come back, without those that were looked at in vain a short time ago."""
+        return [url for url in self.awaited if time.monotonic() >= self._next_look.get(url, 0.0)]
+
+    def put_off(self, url: str) -> None:
+        """A look at a lost server was in vain: each time the next one is due twice as late."""
+        self._next_look[url] = time.monotonic() + min(LONGEST_PAUSE_S, 2.0 ** self._looks[url])
+        self._looks[url] += 1
+
     def lose(self, url: str, why: str) -> None:
         """Ask this server nothing until it is readmitted."""
         with self._lock:
             if url in self._lost:
                 return
             self._lost[url] = why
+            self._looks[url], self._next_look[url] = 0, 0.0
             self.losses += 1
             left = len(self.urls) - len(self._lost)
             last = self._returns[url] >= self.max_returns

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import queue
 import threading
 import traceback
@@ -18,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from rl.rollout import access
 
 MAX_BATCH = 64
 GATHER_S = 0.02
@@ -184,20 +187,26 @@ def _messages(body: dict) -> list[dict]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Routes of the server; `engine` is set by `main`."""
+    """Routes of the server; `main` sets `engine` and `token`."""
 
     engine: Engine
+    token: str
     weight_version = "default"
     """Of the weights that were loaded last, as whoever loaded them calls it; also vLLM's first one."""
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        if self._refused():
+            return
         if self.path == "/weight_info":
             self._reply(200, {"weight_version": Handler.weight_version})
         else:
             self._reply(200 if self.path == "/health" else 404, {})
 
     def do_POST(self) -> None:
+        if self._refused():
+            self.close_connection = True  # its body was not read
+            return
         length = int(self.headers.get("Content-Length") or 0)
         if length > MAX_BODY:
             self._reply(413, {"error": f"body of {length} bytes; at most {MAX_BODY}"})
@@ -225,6 +234,15 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._reply(404, {"error": f"no such path: {self.path}"})
 
+    def _refused(self) -> bool:
+        """Whether the run's guard has answered the request."""
+        url = urlsplit(self.path)
+        port = self.connection.getsockname()[1]
+        refused = access.verdict(url.path, url.query, self.headers.get("Authorization"), port, self.token)
+        if refused:
+            self._reply(*refused)
+        return refused is not None
+
     def log_message(self, *_: Any) -> None:
         pass
 
@@ -244,7 +262,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     args = parser.parse_args()
-    Handler.engine = Engine(args.model)
+    Handler.engine, Handler.token = Engine(args.model), os.environ[access.TOKEN]
     server = ThreadingHTTPServer((args.host, args.port), Handler)
     server.daemon_threads = True
     server.serve_forever()

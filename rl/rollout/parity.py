@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from rl.config import Parity
-from rl.rollout.client import Answer, Prompt, RolloutClient, Sampling
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import Answer, Prompt, Sampling
 
 CAUSES = """likely causes:
   - a weight that the servers kept (tied lm_head not sent; a tensor name that the server maps elsewhere)
@@ -55,7 +56,7 @@ class ParityGuard:
             score: `score(probe index, answer)` gives the learner's log-probabilities of the completion's tokens.
             servers: servers that answered each probe, which `answers` has side by side.
         """
-        worst, where = 0.0, ""
+        worst, where, compared = 0.0, "", 0
         for at, answer in enumerate(answers):
             sampled = answer.completions[0]
             if not sampled.token_ids:
@@ -64,13 +65,19 @@ class ParityGuard:
             for position, (ours, theirs) in enumerate(zip(learner, sampled.logprobs, strict=True)):
                 difference = abs(ours - theirs)
                 difference = math.inf if math.isnan(difference) else difference
+                compared += 1
                 if difference > worst:
                     worst = difference
                     where = (
                         f"probe {at // servers}, server {at % servers}, token {position} "
                         f"(id {sampled.token_ids[position]}): learner {ours:.6f}, server {theirs:.6f}"
                     )
-        if worst > self.cfg.bound:
+        if not compared:
+            raise ParityError(
+                f"after the weight update none of {len(answers)} probes has a token to compare: do the servers end "
+                "every completion at once?"
+            )
+        if not worst <= self.cfg.bound:
             raise ParityError(
                 f"after the weight update a log-probability differs by {worst:.3g}, above parity.bound="
                 f"{self.cfg.bound:g}\n  {where}\n{CAUSES}"
@@ -78,7 +85,7 @@ class ParityGuard:
         return worst
 
     def gate(self, client: RolloutClient, checked: Sequence[Answer], servers: int) -> Callable[[str], None]:
-        """What a server that comes back between two updates must pass: `RolloutClient.gate`.
+        """The check of a server that comes back between two updates: `Served.gate`.
 
         The learner cannot score then, as all its ranks would have to take part. The server is compared with answers
         that the learner has checked after the last update: asked the same with the same seeds, it must give the same
@@ -99,7 +106,7 @@ class ParityGuard:
                     difference = abs(ours.logprobs[at] - theirs.logprobs[at])
                     worst = max(worst, math.inf if math.isnan(difference) else difference)
                     compared += 1
-            if worst > self.cfg.bound or not compared:
+            if not worst <= self.cfg.bound or not compared:
                 raise ParityError(
                     f"on {compared} tokens of the probes a log-probability differs by {worst:.3g} from the servers "
                     f"that were checked after the last update (parity.bound={self.cfg.bound:g}, of one token or more)"

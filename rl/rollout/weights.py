@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from core.checkpoint.stream import write_stream
+from core.processes import held_folder, remove_leftovers
+from rl.rollout import access
 from rl.rollout.client import RolloutClient
+from rl.rollout.config import on_this_machine
+from rl.rollout.served import Served
 
 if TYPE_CHECKING:
     import torch
@@ -21,13 +24,14 @@ FILE_BYTES = 500_000_000
 """Size of a file of weights, unless a single tensor is larger."""
 
 
-_PREFIX, _LOCK = "sailvl2-", "in-use"
-
-
 class WeightSync(Protocol):
     """Pushes the policy's weights. Called on every rank (gathering is collective); rank 0 talks to the servers."""
 
-    def push(self, model: torch.nn.Module) -> None: ...
+    served: Served
+    """Which weights the servers hold; on every rank, and the client's own on rank 0."""
+
+    def push(self, model: torch.nn.Module, what: Hashable | None = None) -> None:
+        """Send the weights, which `served` then calls `what`."""
 
 
 class NoRoomForWeights(RuntimeError):
@@ -47,13 +51,15 @@ class FileSync:
 
     def __init__(self, client: RolloutClient | None, folder: Path, file_bytes: int = FILE_BYTES) -> None:
         self.client, self.folder, self.file_bytes, self.updates = client, folder, file_bytes, 0
+        self.served = client.served if client else Served()
 
-    def push(self, model: torch.nn.Module) -> None:
+    def push(self, model: torch.nn.Module, what: Hashable | None = None) -> None:
+        """Write the files and have every server load them; raises NoRoomForWeights before they do not fit."""
         if self.client is None:
-            for _ in policy_tensors(model):  # take part in the gathering
-                pass
+            with self.served.update(what):
+                _take_part(model)
             return
-        # First, as shared memory may not have room for two policies: nobody reads them between here and the next ones.
+        # First, as shared memory may not have room for two policies; no server reads them meanwhile.
         shutil.rmtree(self._path, ignore_errors=True)
         self._check_room(model)
         # Never one name twice: a network file system may go on showing another machine the file that was there.
@@ -62,7 +68,7 @@ class FileSync:
         # Copies: a tensor is valid until the next one, and waits until a file is full.
         tensors = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in policy_tensors(model))
         write_stream(tensors, self._path, total_bytes=0, max_shard_bytes=self.file_bytes)
-        self.client.load_checkpoint(self._path)
+        self.client.load_checkpoint(self._path, what)
 
     @property
     def _path(self) -> Path:
@@ -99,34 +105,36 @@ class NcclSync:
         self, client: RolloutClient | None, servers: int, device: Any, first_port: int = 51216
     ) -> None:
         self.client, self.servers = client, servers
+        self.served = client.served if client else Served()
         self.metadata: list[tuple[str, str, list[int]]] = []
         self.senders: list[Any] = []
         if client is not None:
-            from trl.generation.vllm_client import VLLMClient
-
+            if all(on_this_machine(url) for url in client.urls):
+                os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # where the group's store listens
             for index, url in enumerate(client.urls):
-                sender = VLLMClient(base_url=url, group_port=first_port + index)
+                sender = _sender(url, first_port + index)
                 sender.init_communicator(device=device)
                 self.senders.append(sender)
 
-    def push(self, model: torch.nn.Module) -> None:
+    def push(self, model: torch.nn.Module, what: Hashable | None = None) -> None:
+        """Broadcast every tensor to every serving server; ranks without a client take part in the gathering."""
         if not self.metadata:  # the servers must know every tensor before the first one is broadcast
             self.metadata = [
                 (name, _dtype_name(tensor), list(tensor.shape)) for name, tensor in self._named(model)
             ]
-        serving: list[str] = []
-        if self.client is not None:
-            self.client.find_lost()
-            serving = self.client.fleet.serving
-        for index in range(self.servers):
-            if self.client is not None and self.client.urls[index] in serving:
-                self.senders[index].update_named_params(self.metadata, self._named(model))
+        if self.client is None:
+            with self.served.update(what):
+                for _ in range(self.servers):
+                    _take_part(model)
+            return
+        self.client.find_lost()
+        for url, sender in zip(self.client.urls, self.senders, strict=True):
+            if url in self.client.fleet.serving:
+                sender.update_named_params(self.metadata, self._named(model))
             else:
-                for _ in self._named(model):  # take part in the gathering
-                    pass
-        if self.client is not None:
-            self.client.reset_caches()
-            self.client.weights_sent()
+                _take_part(model)
+        self.client.reset_caches()
+        self.client.weights_sent(what)
 
     def _named(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         twins = {} if self.client is None else {twin: name for name, twin in self.client.core.tied.items()}
@@ -136,38 +144,33 @@ class NcclSync:
                 yield twins[name], tensor
 
 
+def _take_part(model: torch.nn.Module) -> None:
+    """Gather every tensor with the other ranks."""
+    for _ in policy_tensors(model):
+        pass
+
+
+def _sender(url: str, group_port: int) -> Any:
+    """TRL's client of one server, which shows it the run's token."""
+    from trl.generation.vllm_client import VLLMClient
+
+    class Sender(VLLMClient):
+        def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
+            # Called once, by the constructor, before the first request; the servers are known to be healthy.
+            self.session.headers.update(access.headers(access.known_token(None)))
+
+    return Sender(base_url=url, group_port=group_port)
+
+
 @contextmanager
 def weights_folder(chosen: str | None) -> Iterator[Path]:
     """A new folder for the policy's files, removed afterwards: in `chosen`, else in shared memory, else among the
-    temporary files. Folders there whose process was killed are removed first: in shared memory each holds a whole
-    model's weight."""
+    temporary files. Folders of killed processes are removed first: each holds a whole model's weight."""
     root = Path(chosen or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()))
     root.mkdir(parents=True, exist_ok=True)
-    remove_left(root)
-    with (
-        tempfile.TemporaryDirectory(prefix=_PREFIX, dir=root) as folder,
-        Path(folder, "new").open("wb") as lock,
-    ):
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        Path(lock.name).rename(Path(folder, _LOCK))
-        yield Path(folder).resolve()
-
-
-def remove_left(root: Path) -> list[Path]:
-    """Remove the folders for weights in `root` whose process was killed; return them."""
-    return [folder for folder in root.glob(f"{_PREFIX}*") if _remove_if_left(folder)]
-
-
-def _remove_if_left(folder: Path) -> bool:
-    """Remove a folder of ours that no process holds any more; one that cannot be looked at stays."""
-    with suppress(OSError):
-        if folder.lstat().st_uid == os.getuid() and not (folder / _LOCK).is_symlink():
-            with (folder / _LOCK).open("r+b") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-                return True
-    return False
+    remove_leftovers(root)
+    with held_folder(root) as folder:
+        yield folder
 
 
 def policy_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

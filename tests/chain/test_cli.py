@@ -20,7 +20,7 @@ def posttrain(*arguments: str, cwd) -> subprocess.CompletedProcess:
 @pytest.fixture
 def importable(monkeypatch):
     """Makes our packages importable in a child that stands elsewhere, installed or not."""
-    from chain.launch import environment
+    from chain.ranks import environment
 
     monkeypatch.setenv("PYTHONPATH", environment(1)["PYTHONPATH"])
 
@@ -104,7 +104,7 @@ def test_stages_are_listed_with_their_short_names(capsys):
 
 
 def test_data_is_generated_once(toy, capsys):
-    arguments = ["data", str(toy.recipe_dir), "--runs-dir", str(toy.root / "runs")]
+    arguments = ["data", "generate", str(toy.recipe_dir), "--runs-dir", str(toy.root / "runs")]
     assert main(arguments) == 0
     assert (toy.run_dir / "data" / "held.parquet").exists()
     assert main(arguments) == 0

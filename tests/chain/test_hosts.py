@@ -13,12 +13,11 @@ import pytest
 from rich.console import Console
 
 from chain import hosts as cluster
-from chain import launch
+from chain import launch, ranks
 from chain.display import Display
 from chain.hosts import Cluster, HostLost, LeaderEnded, follow
 from chain.job import Task
 from chain.placement import Placement, placement
-from core.processes import launcher_variables
 from core.strict import ConfigError, Strict
 from core.training.job import Job
 
@@ -91,23 +90,22 @@ def test_a_wrong_command_line_is_refused(words, problem):
 
 
 def test_a_launchers_variable_that_is_no_number_is_named():
-    with pytest.raises(ConfigError, match="RANK='x' is no whole number"):
+    with pytest.raises(ConfigError, match="RANK='x' is not a whole number"):
         placement({**TORCHRUN, "RANK": "x"})
 
 
 def test_children_do_not_take_themselves_for_ranks_of_the_launcher(monkeypatch):
     for name, value in {**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "bf16", "KEPT": "1"}.items():
         monkeypatch.setenv(name, value)
-    env = launch.environment(1)
+    env = ranks.environment(1)
     assert env["KEPT"] == "1"
-    assert not launcher_variables(env)
+    assert not [name for name in env if name in TORCHRUN or name.startswith("ACCELERATE_")]
 
 
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(cluster, "JOIN_S", 20.0)
     monkeypatch.setattr(cluster, "WAKE_S", 0.01)
-    monkeypatch.setattr(launch, "PATIENCE_S", 5.0)
 
 
 class Host:
@@ -136,7 +134,7 @@ class Host:
 def command(monkeypatch):
     """Replaces the ranks' command: `command.append("exit 3")` for the next hosts."""
     words = ["true"]
-    monkeypatch.setattr(launch, "command", lambda *_: ["sh", "-c", words[-1]])
+    monkeypatch.setattr(ranks, "command", lambda *_: ["sh", "-c", words[-1]])
     return words
 
 
@@ -146,8 +144,8 @@ def lead(run_dir, facts=FACTS, nodes=2):
 
 def run_job(folder, hosts, on_poll=lambda: None):
     folder.mkdir(exist_ok=True)
-    task = Task.of("no:where", Strict(), Job(stage="rlvr", out=folder))
-    launch.run_job(task, folder, processes=2, cluster=hosts, on_poll=on_poll)
+    task = Task.of("never:run", Strict(), Job(stage="rlvr", out=folder))
+    launch.run_job(task, folder, processes=hosts.nodes, cluster=hosts, on_poll=on_poll)
 
 
 def test_leader_and_followers_run_a_stages_ranks_and_part_in_peace(tmp_path, quick, command):
@@ -160,20 +158,18 @@ def test_leader_and_followers_run_a_stages_ranks_and_part_in_peace(tmp_path, qui
         run_job(tmp_path / "stage", leader)  # and again
     assert [host.end() for host in hosts] == [None, None]
     assert "the leader has finished" in hosts[0].console.file.getvalue()
-    assert (tmp_path / "stage" / "log-node2.txt").read_text() == "here\nhere\n"
+    assert (tmp_path / "stage" / "log-rank2.txt").read_text() == "here\nhere\n"
     assert not ticket.exists()
 
 
 def test_ranks_that_fail_on_another_host_fail_the_stage_with_its_name_and_log(tmp_path, quick, monkeypatch):
-    def of_host(job_file, processes, meeting):
-        return ["sh", "-c", "sleep 600" if meeting.node == 0 else "echo the reason; exit 3"]
-
-    monkeypatch.setattr(launch, "command", of_host)
+    words = 'if [ "$RANK" = 0 ]; then sleep 600; fi; echo the reason; exit 3'
+    monkeypatch.setattr(ranks, "command", lambda _: ["sh", "-c", words])
     host = Host(tmp_path)
     with (
         pytest.raises(
             launch.StageFailed,
-            match=r"(?s)^rlvr: on node 1 \(.*\): exit code 3; .*log-node1.txt:\nthe reason$",
+            match=r"(?s)^rlvr: on node 1 \(.*\): rank 1 ended with exit code 3; .*log-rank1.txt:\nthe reason$",
         ),
         lead(tmp_path) as leader,
     ):
@@ -200,12 +196,12 @@ def test_an_interrupted_leader_ends_the_ranks_everywhere(tmp_path, quick, comman
 FOLLOWER = """
 import sys
 from pathlib import Path
-from chain import launch
+from chain import ranks
 from chain.hosts import follow
 from chain.placement import Placement
 from chain.display import Display
 
-launch.command = lambda *_: ["sleep", "600"]
+ranks.command = lambda *_: ["sleep", "600"]
 follow(Placement(2, 1, "127.0.0.1"), Path(sys.argv[1]), {"the recipe": "a"}, Display())
 """
 
@@ -215,7 +211,7 @@ def test_a_host_that_is_killed_ends_the_stage_and_is_named(tmp_path, quick, comm
     host = subprocess.Popen([sys.executable, "-P", "-c", FOLLOWER, str(tmp_path)], stdout=subprocess.DEVNULL)
 
     def kill():
-        if (tmp_path / "stage" / "log-node1.txt").exists():
+        if (tmp_path / "stage" / "log-rank1.txt").exists():
             host.kill()
 
     with (

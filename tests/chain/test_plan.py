@@ -6,6 +6,7 @@ from chain.checks import check
 from chain.plan.text import as_json, plan, text
 from chain.recipe import load_recipe
 from core.strict import ConfigError
+from corpus.records import write_records
 
 
 def planned(toy, *overrides: str):
@@ -119,6 +120,31 @@ def test_a_reward_of_another_library_is_looked_for_behind_its_prefix(toy, tmp_pa
         assert recipe.rlvr.rewards[0].use == use
     with pytest.raises(ConfigError, match=r"'verl:gone.py:compute_score': no such module or file"):
         check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=verl:gone.py:compute_score"]))
+
+
+def test_a_trl_reward_that_needs_a_column_which_no_row_has_is_refused(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {
+        "id": "a",
+        "images": [],
+        "question": "q",
+        "answer": "4",
+        "chain": None,
+        "response": None,
+        "mode": "think",
+    }
+    write_records(
+        tmp_path / "mine.parquet", [{**row, "verifier": "math", "source": "t", "meta": {"level": 3}}]
+    )
+    (tmp_path / "theirs.py").write_text(
+        "def graded(completions, level, ground_truth): return [1.0]\ndef typo(completions, levels): return [1.0]\n"
+    )
+    data = ["data.sets={mine: mine.parquet}", "rlvr.data=[{set: mine}]"]
+    check(load_recipe(toy.recipe_dir, [*data, "rlvr.rewards.0.use=trl:theirs.py:graded"]))
+    with pytest.raises(
+        ConfigError, match=r"needs the column 'levels', which no row has\. did you mean level\?"
+    ):
+        check(load_recipe(toy.recipe_dir, [*data, "rlvr.rewards.0.use=trl:theirs.py:typo"]))
 
 
 def test_a_reward_that_cannot_be_loaded_is_refused_before_anything_runs(toy, tmp_path, monkeypatch):

@@ -102,7 +102,11 @@ def test_a_core_of_unknown_shape_is_not_counted(toy):
             ],
             r"basic_sft: a rank needs .*set basic_sft.learner.deepspeed=\{zero_stage: 2, offload: cpu\}",
         ),
-        ("sailvl2_2b", ["sft.learner.processes=12"], r"basic_sft.learner.processes=12, on 8 GPUs"),
+        (
+            "sailvl2_2b",
+            ["sft.learner.processes=12", "sft.packing.update_tokens=1179648"],
+            r"basic_sft.learner.processes=12, on 8 GPUs",
+        ),
         ("sailvl2_2b", ["servers.first_gpu=4"], r"servers begin at servers.first_gpu=4: lower the one"),
         (
             "sailvl2_2b",
@@ -173,7 +177,7 @@ def test_on_cpus_the_ranks_share_the_hosts_memory(toy, monkeypatch):
 
 @pytest.mark.parametrize("prefix", get_args(RLLearner.model_fields["prefix"].annotation))
 def test_every_way_of_computing_a_prefix_is_planned_as_it_is_run(prefix):
-    from rl.train import trl_config
+    from rl.algorithm import trl_config
 
     recipe = load_recipe(
         ROOT / "sailvl2_8b",

@@ -112,7 +112,7 @@ def test_a_resumed_stage_sends_each_line_on_and_tells_alarms_once(toy):
     ("record", "text"),
     [
         ({"step": 12, "phase": "mixed", "loss": 0.5, "lr": 1e-3}, "phase mixed · step 12/80 · loss 0.500"),
-        ({"step": 1, "loss": None, "token_accuracy": 0.25}, "step 1/80 · token accuracy .25"),
+        ({"step": 1, "loss": None, "mean_token_accuracy": 0.25}, "step 1/80 · token accuracy .25"),
         (
             {"step": 2, "loss": 0.1, "reward": -0.05, "rollout/correct": 1},
             "step 2/80 · reward -.05 · correct 1.00",

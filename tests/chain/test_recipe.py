@@ -73,9 +73,9 @@ def test_overrides_reach_any_key_list_items_and_defaults_included(toy):
         ),
         ("rlvrr.batches=4", r"rlvrr: unknown key; did you mean rlvr\?"),
         ("rlvr.rollout.group_size=1", r"rlvr.rollout.group_size = 1: .* greater than or equal to 2"),
-        ("rlvr.rewards.3.weight=1", r"rlvr.rewards is a list of 1; '3' is no index"),
+        ("rlvr.rewards.3.weight=1", r"rlvr.rewards is a list of 1; '3' is not an index"),
         ("rlvr.batches.x=1", r"rlvr.batches is the value 2, no mapping"),
-        ("rlvr.batches", "is no assignment"),
+        ("rlvr.batches", "is not an assignment"),
         ("rlvr.batches=[", "the value is not YAML"),
     ],
 )

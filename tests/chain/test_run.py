@@ -1,7 +1,6 @@
 """The runner: what runs, what is skipped, and what a crash leaves behind."""
 
 import json
-import os
 import shutil
 import sys
 import threading
@@ -10,18 +9,21 @@ import time
 import psutil
 import pytest
 
-from chain import errors
+from chain import errors, ranks
 from chain import run as runner
 from chain.folder import RunFolder
 from chain.job import DONE, Task
-from chain.launch import Rendezvous, StageFailed, command, environment, last_lines, run_job
+from chain.launch import StageFailed, run_job
 from chain.pool import Pool
+from chain.ranks import command, environment
 from chain.recipe import load_recipe
 from core.files import read_json
 from core.manifest import Manifest
+from core.processes import last_lines
 from core.strict import ConfigError, Strict
+from core.training.group import TIMEOUT
 from core.training.job import Job
-from rl.rollout.client import RolloutError
+from rl.rollout.http import RolloutError
 
 EVERYTHING = ["data", "core", "basic_sft", "rlvr"]
 
@@ -302,33 +304,70 @@ def test_an_interrupt_stops_the_child_and_what_it_started(tmp_path, monkeypatch)
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_several_processes_run_under_torchrun_and_none_searches_the_working_directory(tmp_path):
-    one, two = command(tmp_path / "job.json", 1), command(tmp_path / "job.json", 2)
-    assert one[:5] == [sys.executable, "-P", "-m", "chain.worker", str(tmp_path / "job.json")]
-    assert two[1:5] == ["-P", "-m", "rl.rollout.tethered", str(os.getpid())]
-    assert two[5:11] == [*one[:3], "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    several = command(tmp_path / "job.json", 1, Rendezvous(2, 1, "10.0.0.7", 4321))
-    assert several[8:14] == [
-        "torch.distributed.run",
-        *(
-            "--nnodes=2",
-            "--node-rank=1",
-            "--master-addr=10.0.0.7",
-            "--master-port=4321",
-            "--nproc-per-node=1",
+RANK = """
+import os, pathlib, sys, time
+
+import torch
+
+from core.training.group import form_group
+
+
+def meet(cfg, job):
+    form_group()
+    number = torch.ones(1)
+    torch.distributed.all_reduce(number)
+    rank = os.environ["RANK"]
+    print("rank", rank, "of", int(number), flush=True)
+    if rank == "1":
+        exec(os.environ["DOES"])
+    torch.distributed.barrier()
+"""
+
+
+def run_ranks(tmp_path, monkeypatch, does="pass"):
+    (tmp_path / "meeting.py").write_text(RANK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(ranks, "GRACE_S", 1.0)
+    monkeypatch.setenv("DOES", does)
+    run_job(Task.of("meeting:meet", Strict(), Job(stage="rlvr", out=tmp_path)), tmp_path, processes=2)
+
+
+def test_ranks_meet_without_a_port_and_each_has_a_log(tmp_path, monkeypatch):
+    run_ranks(tmp_path, monkeypatch)
+    assert [last_lines(tmp_path / name) for name in ("log.txt", "log-rank1.txt")] == [
+        "rank 0 of 2",
+        "rank 1 of 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("does", "words"),
+    [
+        ("os.kill(os.getpid(), 9)", "rank 1 was killed by SIGKILL"),
+        ("import ctypes; ctypes.string_at(0)", r"rank 1 was killed by SIGSEGV.*in meet\b"),
+        (
+            "raise RuntimeError('rank one broke')",
+            "rank 1 ended with exit code 1.*RuntimeError: rank one broke",
         ),
+        ("time.sleep(600)", "rank 1 had not ended 1 s later and was stopped: it hangs.*in meet"),
+    ],
+)
+def test_a_rank_that_dies_or_hangs_is_named_with_the_reason(tmp_path, monkeypatch, does, words):
+    monkeypatch.setenv(TIMEOUT, "3")
+    with pytest.raises(StageFailed, match=rf"(?s)^rlvr: .*{words}"):
+        run_ranks(tmp_path, monkeypatch, does)
+
+
+def test_no_rank_searches_the_working_directory(tmp_path):
+    assert command(tmp_path / "job.json") == [
+        sys.executable,
+        "-P",
+        "-m",
+        "chain.worker",
+        str(tmp_path / "job.json"),
     ]
     env = environment(threads=3)
     assert (env["OMP_NUM_THREADS"], env["PYTHONSAFEPATH"]) == ("3", "1")
-
-
-def test_a_failed_rank_is_heard_over_torchruns_own_traceback(tmp_path):
-    torchrun = "E1121 09:31:28 29 lib/torch/distributed/elastic/multiprocessing/api.py:1002] failed"
-    lines = [*map(str, range(50)), "RuntimeError: rank one broke", torchrun, *["  File torchrun"] * 40]
-    (tmp_path / "log.txt").write_text("\n".join(lines))
-    shown = last_lines(tmp_path / "log.txt").splitlines()
-    assert shown[-1] == "RuntimeError: rank one broke"
-    assert len(shown) == 40
 
 
 def test_a_stage_that_was_done_but_for_its_final_name_is_not_trained_again(toy):

@@ -65,6 +65,7 @@ class Site:
                 **{"engine": engine, "max_model_tokens": 256, "max_sequences": 64},
                 "urls": [f"http://127.0.0.1:{port}" for port in self.ports],
                 "weights_dir": str(root / "weights"),
+                "token_file": str(root / "token"),
             },
             "wandb": {"mode": "disabled"},
             "core": {"path": str(core)},

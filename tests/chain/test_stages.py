@@ -4,18 +4,22 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from chain.evaluate import spread, write_samples
 from chain.fingerprints import Hashes
 from chain.pool import Pool
 from chain.recipe import ALIASES, STAGE_NAMES
 from chain.stages import STAGES, stage_named
+from core.checkpoint.check import NonFinite
 from core.files import read_jsonl
 from core.strict import ConfigError
-from rl.config import PoolConfig
 from rl.rollout import client as rollout_client
+from rl.rollout.config import PoolConfig
+from rl.rollout.served import Served
 
 
 def test_the_table_of_stages_is_the_chain_in_order():
@@ -50,15 +54,17 @@ class FakeClient:
 
     def __init__(self, urls):
         self.urls, self.loaded, self.fails, self.closed = urls, [], False, False
+        self.served = Served()
 
     @classmethod
     def of_pool(cls, pool, urls, model):
         return cls(urls)
 
     def load_checkpoint(self, folder: Path) -> None:
-        if self.fails:
-            raise rollout_client.RolloutError("half-way")
-        self.loaded.append(folder.name)
+        with self.served.update(folder.resolve()):
+            if self.fails:
+                raise rollout_client.RolloutError("half-way")
+            self.loaded.append(folder.name)
 
     def close(self) -> None:
         self.closed = True
@@ -71,6 +77,7 @@ def checkpoints(tmp_path, monkeypatch) -> list[Path]:
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
+        save_file({"weight": np.zeros(2, np.float32)}, folder / "model.safetensors")
     return folders
 
 
@@ -99,6 +106,16 @@ def test_the_pool_starts_once_and_is_handed_weights_only_when_they_change(tmp_pa
         assert events == ["start one"]
     assert events == ["start one", "stop"]
     assert client.closed
+
+
+def test_a_checkpoint_that_is_not_finite_is_never_served(tmp_path, checkpoints):
+    one, two = checkpoints
+    save_file({"weight": np.array([1, np.nan], np.float32)}, two / "model.safetensors")
+    with pool(tmp_path, []) as servers:
+        client = servers.serve(one)
+        with pytest.raises(NonFinite, match="weight"):
+            servers.serve(two)
+        assert client.loaded == []
 
 
 def test_servers_that_were_there_are_not_trusted_to_serve_the_checkpoint(tmp_path, checkpoints):

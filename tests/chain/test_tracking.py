@@ -12,7 +12,7 @@ from PIL import Image
 
 from chain.recipe import WandbConfig
 from chain.tracking import Tracker
-from chain.tracking.content import PictureIndex, table_of
+from chain.tracking.content import PictureIndex, table_of, with_advantages
 from chain.tracking.wandb_run import resolve_mode
 
 
@@ -189,6 +189,25 @@ def test_a_table_has_every_verdict_and_no_column_twice():
     assert (first["advantage"], first["score/prompt"]) == (0.7, None)
     assert table.pictures == 2
     assert table.rows[1][:2] == (None, None)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [{"name": "dapo", "scale_by_std": True}, {"name": "dr_grpo", "scale_by_std": None}]
+)
+def test_advantages_are_trls(algorithm):
+    import numpy as np
+
+    rewards = [1.0, 0.25, None, 0.0, 0.5, 0.5, 0.5, 0.5]
+    rows = [row(number // 4, reward=reward) for number, reward in enumerate(rewards)]
+    for one in rows:
+        del one["advantage"]
+    found = [one["advantage"] for one in with_advantages(rows, algorithm)]
+    groups = np.array([np.nan if reward is None else reward for reward in rewards]).reshape(2, 4)
+    expected = groups - np.nanmean(groups, axis=1, keepdims=True)
+    if algorithm["scale_by_std"]:  # TRL's nanstd is unbiased
+        expected = expected / (np.nanstd(groups, axis=1, ddof=1, keepdims=True) + 1e-4)
+    assert found == pytest.approx(np.nan_to_num(expected).ravel().tolist(), abs=1e-12)
+    assert "advantage" not in with_advantages(rows, {"name": "gdpo"})[0]
 
 
 class Recorder:

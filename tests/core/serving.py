@@ -3,12 +3,10 @@
 import base64
 import io
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ import torch
 from PIL import Image
 
 import core
-from rl.rollout.server import TETHERED, free_port
+from core import processes
+from core.processes import free_port
 
 MAX_TOKENS = 8
 """Of a completion, unless a test asks for another number."""
@@ -39,18 +38,14 @@ def vllm_server(
 ) -> Iterator[str]:
     """The URL of a stock vLLM server of a checkpoint folder; ended with the block."""
     port = free_port("127.0.0.1")
-    command = [*TETHERED, str(os.getpid()), sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [
-                *(*command, "--model", str(model), "--host", "127.0.0.1", "--port", str(port)),
-                *("--dtype", "float32", "--enforce-eager", *flags),
-            ],
-            env={**os.environ, **CPU_ENVIRONMENT, **(environment or {}), "PYTHONSAFEPATH": "1"},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process = processes.start(
+        [
+            *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+            *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", *flags),
+        ],
+        log=log,
+        environment={**os.environ, **CPU_ENVIRONMENT, **(environment or {}), "PYTHONSAFEPATH": "1"},
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + START_S
@@ -60,16 +55,7 @@ def vllm_server(
             time.sleep(0.25)
         yield url
     finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End a server and the processes it started."""
-    for sig in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, sig)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
+        processes.stop(process)
 
 
 def _healthy(url: str) -> bool:

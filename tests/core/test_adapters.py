@@ -149,7 +149,7 @@ def test_a_pickled_adapter_is_not_read(adapters, tmp_path):
 def test_a_rollout_server_that_takes_no_adapter_says_so(adapters, cores, pool, reason):
     from chain.serve import with_adapter
     from core.strict import ConfigError
-    from rl.config import PoolConfig
+    from rl.rollout.config import PoolConfig
 
     with pytest.raises(ConfigError, match=reason):
         with_adapter(PoolConfig(max_model_tokens=64, **pool), cores["dense"], adapters["language"])
@@ -157,8 +157,8 @@ def test_a_rollout_server_that_takes_no_adapter_says_so(adapters, cores, pool, r
 
 def test_a_rollout_server_with_an_adapter_gets_vllms_flags(adapters, cores):
     from chain.serve import with_adapter
-    from rl.config import PoolConfig
-    from rl.rollout.server import command
+    from rl.rollout.command import command
+    from rl.rollout.config import PoolConfig
 
     cfg = with_adapter(PoolConfig(max_model_tokens=64), cores["dense"], adapters["language"])
     words = command(cfg, cores["dense"], 1)

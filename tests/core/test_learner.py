@@ -124,7 +124,7 @@ def test_the_weights_hash_sees_one_changed_number(core_path, tmp_path):
 
 def test_another_number_of_ranks_than_configured_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"processes=1, but 2 ranks.*torchrun --nproc-per-node 1"):
+    with pytest.raises(ValueError, match="processes=1, but 2 ranks were started"):
         join_process_group(LearnerConfig())
 
 

@@ -70,7 +70,8 @@ def kept_bytes(model, shape, dtype, packed, autocast):
     """Bytes of what a forward pass keeps for the backward pass, each storage once, weights not counted."""
     import torch
 
-    from rl.prefix_attention import SHARED_PREFIX, PrefixGroup, PrefixLayout
+    from rl.shared_prefix.attention import SHARED_PREFIX
+    from rl.shared_prefix.layout import PrefixGroup, PrefixLayout
     from sft.packed_rows import attend_within_samples
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -93,7 +94,8 @@ def kept_bytes(model, shape, dtype, packed, autocast):
         core = model.get_base_model() if hasattr(model, "peft_config") else model
         core.config.text_config._attn_implementation = SHARED_PREFIX
         prompt = TOKENS // 2
-        layout = {"prefix": PrefixLayout((PrefixGroup(prompt, (TOKENS - prompt - 20, 20)),))}
+        groups = PrefixLayout((PrefixGroup(prompt, (TOKENS - prompt - 20, 20)),))
+        layout = {"prefix": groups, "attention_mask": torch.ones(1, 1, 1, 1)}
     core = model.base_model.model if hasattr(model, "peft_config") else model
     model.train()
     with (

@@ -222,8 +222,8 @@ def test_trained_rolled_out_evaluated_judged_and_reported_pictures_are_the_same_
     from core.model.vllm_plugin import _decode_pictures_as_the_learner_does
     from corpus.records import load_records, write_records
     from rl.data import example_of, prompt_messages
-    from rl.rollout.client import openai_messages
     from rl.rollout.hf import _messages
+    from rl.rollout.messages import openai_messages
 
     file = tmp_path / "set.parquet"
     row = {"id": "a", "question": "what?", "answer": "3", "mode": "direct", "verifier": "exact"}

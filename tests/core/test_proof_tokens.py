@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from core import SailVL2ImageProcessor, SailVL2Processor, TinySize, build_tiny
-from rl.shared_prefix import TileStore
+from rl.shared_prefix.tiles import TileStore
 from sft.data import count_tokens, prepare
 
 from . import internvl_tiles as internvl

@@ -145,9 +145,14 @@ def fits(value, models) -> bool:
     if not isinstance(value, dict) or not models:
         return True
     return any(
-        all(key in keys and fits(inner, keys[key].models) for key, inner in value.items())
+        all(key in keys and fits_key(inner, keys[key]) for key, inner in value.items())
         for keys in ({key.name: key for key in reference.keys_of(model)} for model in models)
     )
+
+
+def fits_key(value, key) -> bool:
+    values = value.values() if key.named and isinstance(value, dict) else [value]
+    return all(fits(one, key.models) for one in values)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

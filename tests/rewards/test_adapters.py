@@ -193,6 +193,16 @@ def test_a_mapping_without_a_score_names_the_reward(load):
         grade(load("verl:foreign_rewards:no_score"))
 
 
+def test_nan_is_trls_none_and_an_error_of_verls(load, tmp_path):
+    (tmp_path / "nans.py").write_text(
+        "def trl(completions): return [float('nan')] * len(completions)\n"
+        "def verl(solution_str): return float('nan')\n"
+    )
+    assert scores(load("trl:nans.py:trl")) == [None, None]
+    with pytest.raises(RewardError, match="its score nan is outside"):
+        grade(load("verl:nans.py:verl"))
+
+
 def called_as_trl_does(function, completions, **columns):
     """As trl.GRPOTrainer._calculate_rewards calls it."""
     prompts = [[{"role": "system", "content": "Think."}, {"role": "user", "content": "2 + 2?"}]] * len(

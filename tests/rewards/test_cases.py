@@ -12,7 +12,11 @@ from rewards.answers.checker import MathChecker
 from rewards.example import Example
 from rewards.style.format import DirectFormat, ThinkFormat
 
-CASES = json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8"))["cases"]
+CASES = [
+    case
+    for name in ("cases.json", "cases_kinds.json")
+    for case in json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))["cases"]
+]
 FAST = [case for case in CASES if not case.get("slow")]
 FORMATS = {"think": ThinkFormat(), "direct": DirectFormat()}
 SCORES = {"correct": 1.0, "unscorable": None}
@@ -96,3 +100,15 @@ def test_the_table_covers_every_kind_from_both_sides():
     assert graded <= {kind for kind, count in credited.items() if count >= 10}
     assert graded <= {kind for kind, count in refused.items() if count >= 10}
     assert len(CASES) >= 500
+
+
+def test_each_kind_of_the_new_cases_has_ten_and_both_directions():
+    kinds = json.loads(Path(__file__).with_name("cases_kinds.json").read_text(encoding="utf-8"))["cases"]
+    counted = Counter(case["family"].partition(": ")[2] for case in kinds)
+    assert len(counted) == 10
+    assert min(counted.values()) >= 10
+    for kind in counted:
+        assert {case["expect"] == "correct" for case in kinds if case["family"].endswith(kind)} == {
+            True,
+            False,
+        }

@@ -24,33 +24,35 @@ def test_means_spreads_groups_and_correlations():
     ]
     metrics = component_metrics(groups)
     # answer 1 0 1 1: mean 3/4, variance 3/16; format 1 1 1 0 the same; covariance = 2/4 - 9/16 = -1/16
-    assert metrics["reward/answer/mean"] == 0.75
-    assert metrics["reward/answer/std"] == pytest.approx((3 / 16) ** 0.5)
-    assert metrics["reward/answer/zero_variance_groups"] == 0.5
-    assert metrics["reward/answer/correlation/format"] == pytest.approx(-1 / 3)
-    assert metrics["reward/answer/status/correct"] == 3
-    assert metrics["reward/answer/status/wrong"] == 1
-    assert metrics["reward/answer/status/timeout"] == 0
-    assert "reward/format/correlation/answer" not in metrics
+    assert metrics["sampled/answer/mean"] == 0.75
+    assert metrics["sampled/answer/std"] == pytest.approx((3 / 16) ** 0.5)
+    assert metrics["sampled/answer/zero_variance_groups"] == 0.5
+    assert metrics["sampled/answer/correlation/format"] == pytest.approx(-1 / 3)
+    assert metrics["sampled/answer/status/correct"] == 3
+    assert metrics["sampled/answer/status/wrong"] == 1
+    assert metrics["sampled/answer/status/timeout"] == 0
+    assert "sampled/format/correlation/answer" not in metrics
 
 
 def test_what_is_not_defined_is_left_out():
     metrics = component_metrics([[graded(judge=None, answer=1.0), graded(answer=1.0)], [graded(answer=0.0)]])
-    assert metrics["reward/judge/status/unscorable"] == 1
-    assert not {"reward/judge/mean", "reward/judge/std", "reward/judge/zero_variance_groups"} & set(metrics)
-    assert metrics["reward/answer/zero_variance_groups"] == 1  # a group of one has no variance to speak of
+    assert metrics["sampled/judge/status/unscorable"] == 1
+    assert not {"sampled/judge/mean", "sampled/judge/std", "sampled/judge/zero_variance_groups"} & set(
+        metrics
+    )
+    assert metrics["sampled/answer/zero_variance_groups"] == 1  # a group of one has no variance to speak of
     assert not [key for key in metrics if "correlation" in key]
 
 
 def test_unscored_completions_count_in_no_mean():
     metrics = component_metrics([[graded(a=1.0, b=0.0), graded(a=None, b=1.0), graded(a=0.0, b=1.0)]])
-    assert metrics["reward/a/mean"] == 0.5
-    assert metrics["reward/a/correlation/b"] == pytest.approx(-1)
+    assert metrics["sampled/a/mean"] == 0.5
+    assert metrics["sampled/a/correlation/b"] == pytest.approx(-1)
 
 
 def test_a_constant_component_correlates_with_nothing():
     metrics = component_metrics([[graded(a=0.1, b=0.0), graded(a=0.1, b=1.0), graded(a=0.1, b=1.0)]])
-    assert "reward/a/correlation/b" not in metrics
+    assert "sampled/a/correlation/b" not in metrics
 
 
 def test_no_group_at_all():

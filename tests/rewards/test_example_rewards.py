@@ -121,7 +121,7 @@ def test_a_recipe_says_what_happens_when_a_reward_raises(tmp_path):
 @pytest.mark.parametrize(
     ("terms", "says"),
     [
-        ([{"name": "a", "use": "answer", "weight": 1.0, "gate": "b"}], "rewards: .*gate='b' is no term"),
+        ([{"name": "a", "use": "answer", "weight": 1.0, "gate": "b"}], "rewards: .*gate='b' is not a term"),
         (
             [
                 {"name": "a", "use": "answer", "weight": 0.9, "graded": ["verifiable"]},

@@ -85,3 +85,12 @@ def test_nothing_makes_reading_fail(text):
     for parsed in (parse_thinking(text), parse_thinking(text, thought_open=True), parse_direct(text)):
         assert (parsed.answer is None) == (parsed.status != Status.CORRECT)
         assert parsed.well_formed or parsed.problem
+
+
+@pytest.mark.parametrize(
+    "completion", [r"</think>\boxed{42}", r"Let me reconsider. \boxed{99}</think>Final: \boxed{42}"]
+)
+def test_a_thought_that_the_template_opened_may_be_empty_or_hold_a_box(completion):
+    opened, not_opened = parse_thinking(completion, thought_open=True), parse_thinking(completion)
+    assert (opened.well_formed, opened.answer) == (True, "42")
+    assert (not_opened.well_formed, not_opened.answer) == (False, None)

@@ -12,7 +12,9 @@ import pytest
 from core.strict import ConfigError, parse
 from rewards.calls import RewardError
 from rewards.example import Example
-from rewards.isolation import Isolated, Shared, load_limited
+from rewards.isolation import load_limited
+from rewards.isolation.isolated import Isolated
+from rewards.isolation.shared import Shared
 from rewards.mix import Mixture, Term
 from rewards.registry import UnknownReward
 from rl.config import RewardTerm

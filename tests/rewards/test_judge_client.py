@@ -245,7 +245,7 @@ def test_a_broken_cache_costs_money_and_not_rows(server, tmp_path, caplog):
     cache = ReplyCache(path)
     assert causes(put(server, questions(2), cache=cache)) == {"yes"}
     assert cache.errors == 3
-    assert caplog.text.count("judging goes on without it") == 1
+    assert caplog.text.count("judging continues without it") == 1
 
 
 CHILD = """

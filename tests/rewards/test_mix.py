@@ -127,10 +127,10 @@ def test_a_row_whose_cell_nobody_grades_is_an_error():
             [{"name": "answer", "weight": 1.0}, {"name": "b", "weight": 0.0, "gate": "anser"}],
             "did you mean answer",
         ),
-        ([{"name": "a", "weight": 1.0, "gate": "a"}], "in a circle: a behind a"),
+        ([{"name": "a", "weight": 1.0, "gate": "a"}], "form a circle: a behind a"),
         (
             [{"name": "a", "weight": 0.5, "gate": "b"}, {"name": "b", "weight": 0.5, "gate": "a"}],
-            "in a circle: a behind b, b behind a",
+            "form a circle: a behind b, b behind a",
         ),
         (
             [

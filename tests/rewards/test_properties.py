@@ -9,6 +9,7 @@ import string
 import sys
 from fractions import Fraction
 
+import math_verify
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -17,12 +18,13 @@ from rewards import extract
 from rewards.answer import KINDS, AnswerReward, gold_problem, kind_of
 from rewards.answers import algebra
 from rewards.answers.boxes import Box, iou, overlap
-from rewards.answers.math import compare_parts, decide, parse
+from rewards.answers.compare import compare_parts, decide
 from rewards.answers.notation import joined
 from rewards.answers.number import exact_number
 from rewards.answers.outcome import Outcome
 from rewards.answers.plain import cleaned, plain_latex, plain_text
-from rewards.answers.quantity import read
+from rewards.answers.quantity import read, unit_of
+from rewards.answers.values import parse
 from rewards.example import Example
 from rewards.extract import parse_direct, parse_thinking
 from rewards.style.format import DirectFormat, ThinkFormat
@@ -424,3 +426,73 @@ def test_json_lists_are_their_own_gold(kind, values):
     row = Example("row", "?", json.dumps(values), "direct", kind)
     assert AnswerReward()(json.dumps(values), row).score == 1
     assert AnswerReward()(json.dumps([*values, 1]), row).score == 0
+
+
+# ---- what follows a gold, what is no mathematics, and notations of one value
+
+WORDS = st.text(string.ascii_lowercase, min_size=3, max_size=9) | st.sampled_from(
+    "incorrect eighths quadrillion chain exact fifths points left wrong divided less thirds squared apples".split()
+)
+SIGNS_OF_PERCENT = {"percent", "percentage", "pct"}
+
+
+@given(
+    st.sampled_from(("5", "42", "1/3", "-2.5", "x^2", "\\sqrt{2}", "(1,2)", "5 cm")),
+    st.lists(WORDS, min_size=1, max_size=3).map(" ".join),
+    st.sampled_from(("{} {}", "{}\\text{{ {}}}", "{}\\ {}")),
+    st.sampled_from(("math", "number", "integer", "quantity", "auto")),
+)
+def test_a_gold_followed_by_words_that_are_no_unit_never_earns(gold, words, form, kind):
+    assume(unit_of(words) is None and not SIGNS_OF_PERCENT & {*words.split()})
+    row = Example("row", "?", gold, "direct", kind)
+    assert not AnswerReward()(form.format(gold, words), row).score
+
+
+@given(
+    st.lists(WORDS | st.sampled_from((".", ",", "!", "(", "the", "is", "no", "?")), max_size=5).map(" ".join)
+)
+def test_text_that_math_verify_parses_to_nothing_never_earns(text):
+    assume(math_verify.parse(text) == [])
+    for gold in ("5", "x^2", "\\frac{1}{2}", "(1,2)", "5 cm", "1<x<2"):
+        assert not AnswerReward()(text, Example("row", "?", gold, "direct", "math")).score
+
+
+def notations(value):
+    """Ways to write a rational number."""
+    sign, top, bottom = "-" if value < 0 else "", abs(value.numerator), value.denominator
+    written = [
+        f"{sign}{top}/{bottom}",
+        f"{sign}\\frac{{{top}}}{{{bottom}}}",
+        f"\\dfrac{{{sign}{top}}}{{{bottom}}}",
+    ]
+    if top > bottom > 1:
+        written.append(f"{sign}{top // bottom}\\frac{{{top % bottom}}}{{{bottom}}}")
+    if 10**6 % bottom == 0:
+        decimal = f"{float(value):.6f}"
+        written += [
+            decimal,
+            decimal.rstrip("0").rstrip("."),
+            f"{float(value):,.6f}",
+            f"{float(value * 100):.4f}\\%",
+        ]
+        written.append(f"{float(value):.6f} \\times 10^{{0}}")
+    if bottom == 1:
+        written += [f"{value.numerator}", f"{value.numerator:,}", f"{value.numerator}.0"]
+    return written
+
+
+@given(
+    st.integers(-(10**6), 10**6),
+    st.sampled_from((1, 2, 4, 5, 8, 3, 7, 12, 1000)),
+    st.sampled_from(
+        ("{}", "${}$", "x={}", "\\text{{Answer}} = {}", " {}.", "\\left({}\\right)", "{}\\text{{ cm}}")
+    ),
+)
+def test_a_value_earns_in_each_of_its_notations(top, bottom, form):
+    value = Fraction(top, bottom)
+    for gold in notations(value)[:2]:
+        row = Example("row", "?", gold, "direct", "math")
+        for written in notations(value):
+            if (form.endswith(" cm}}") and "%" in written) or ("left(" in form and "," in written):
+                continue  # (1,000.0) is a point
+            assert AnswerReward()(form.format(written), row).score == 1, (gold, form.format(written))

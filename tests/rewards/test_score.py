@@ -77,12 +77,12 @@ BAD = [
     ('{"completion": "4", "gold": "4", "kind": "maths"}', "did you mean math"),
     ('{"completion": "4", "gold": "4", "mode": "thinking"}', "did you mean think"),
     ('{"completion": "4", "gold": "4", "meta": [1]}', '"meta" is a JSON array'),
-    ('{"completion": "4", "gold": "4", "images": "a.png"}', '"images" is no list of paths'),
+    ('{"completion": "4", "gold": "4", "images": "a.png"}', '"images" is not a list of paths'),
     ('{"completion": "4", "gold": "4", "id": {}}', '"id" is a JSON object'),
     ('{"completion": "4", "gold": "4", "n": ' + "9" * 5000 + "}", "not valid JSON"),
     ('{"completion": "4", "gold": "4", "n": ' + "[" * 10_000 + "]" * 10_000 + "}", "nested too deeply"),
-    ('{"completion": "4", "gold": "4", "n": NaN}', "NaN is no JSON number"),
-    ('{"completion": "4", "gold": "4", "n": -Infinity}', "-Infinity is no JSON number"),
+    ('{"completion": "4", "gold": "4", "n": NaN}', "NaN is not a JSON number"),
+    ('{"completion": "4", "gold": "4", "n": -Infinity}', "-Infinity is not a JSON number"),
     ('{"completion": "4", "gold": "4", "n": 1e999}', "too large"),
     ('{"completion": "\udcff", "gold": "4"}', "not UTF-8"),
 ]
@@ -96,7 +96,7 @@ def test_a_line_that_is_no_row_becomes_an_error_with_its_number_and_stops_nothin
     for number, (row, (_, says)) in enumerate(zip(out[1:], BAD, strict=False), start=2):
         assert (row["line"], "rewards" in row) == (number, False)
         assert says in row["error"]
-    assert f"{len(BAD) + 2} rows, {len(BAD)} of them no rows" in capsys.readouterr().out
+    assert f"{len(BAD) + 2} rows, {len(BAD)} of them not rows" in capsys.readouterr().out
 
 
 def test_half_a_surrogate_pair_is_scored_and_written(work):
@@ -305,6 +305,20 @@ def test_what_is_printed_cannot_steer_the_terminal():
     assert printable("x" * 100, 10) == "x" * 9 + "…"
 
 
+def test_completions_of_a_group_share_the_meta_of_the_first(tmp_path):
+    from rewards.offline.rows import read_lines
+
+    lines = [
+        '{"batch": 0, "id": "a", "meta": {"answers": ["7"]}}',
+        '{"batch": 0, "id": "a"}',
+        '{"batch": 0, "id": "b"}',
+        '{"id": "a"}',
+    ]
+    (tmp_path / "completions.jsonl").write_text("\n".join(lines) + "\n")
+    found = [line.row.get("meta") for line in read_lines(tmp_path / "completions.jsonl")]
+    assert found == [{"answers": ["7"]}, {"answers": ["7"]}, None, None]
+
+
 def test_each_line_says_which_contract_was_applied_and_the_summary_where_it_came_from(work, capsys):
     rows = (
         {"completion": THINK, "gold": "4"},
@@ -328,6 +342,6 @@ def test_a_file_of_which_nothing_can_be_scored_ends_with_code_1_and_the_causes(w
     shown = capsys.readouterr()
     assert "nothing of 4 rows could be scored" in shown.err
     assert "answer, without a score: 3 x unscorable: " in shown.out
-    assert "lines that are no rows, without a score: 1 x no …" in shown.out
+    assert "lines that are not rows, without a score: 1 x no …" in shown.out
     assert main([*command, "--allow-unscorable"]) == 0
     assert len((work / "scored.jsonl").read_text().splitlines()) == 4

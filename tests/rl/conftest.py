@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rl.config import PoolConfig
+from rl.rollout.config import PoolConfig
 
 WORDS = [
     "compute",
@@ -44,7 +44,8 @@ def server_url(tiny_core, tmp_path_factory):
 
 @pytest.fixture
 def client(server_url, tiny_core):
-    from rl.rollout.client import CoreFacts, RolloutClient
+    from rl.rollout.client import RolloutClient
+    from rl.rollout.messages import CoreFacts
 
     client = RolloutClient([server_url], CoreFacts.of(tiny_core))
     client.load_checkpoint(tiny_core)  # whatever the test before left there

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from rl.rollout.served import Served
 
 QUESTIONS = (
     "compute A plus B",
@@ -70,13 +73,41 @@ def scripted_rows(processor: Any, groups: Sequence[Scripted]) -> list[dict[str, 
     return rows
 
 
-def learner(
-    cls: type, core: Path, groups: Sequence[Scripted], out: Path, *, lora=None, own=None, **config: Any
-) -> Any:
-    """A trainer of class `cls` on the core at `core`, and the batch that it made of the groups: (trainer, inputs).
+class Rows:
+    """A feed of given rows."""
 
-    `own` are arguments of the class beside TRL's, `config` goes to GRPOConfig. The importance-sampling correction is
-    on, as with a rollout engine, and a batch is for two updates: there are old log-probabilities.
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.given = list(rows)
+
+    def rows(self, trainer: Any, count: int) -> list[dict[str, Any]]:
+        return self.given
+
+
+def stock(rows: list[dict[str, Any]]) -> tuple[type, dict[str, Any]]:
+    """TRL's own trainer of these rows, and its arguments."""
+    from trl import GRPOTrainer
+
+    def hand_over(prompts, trainer):
+        return {name: [row[name] for row in rows] for name in ("prompt_ids", "completion_ids", "logprobs")}
+
+    return GRPOTrainer, {"rollout_func": hand_over}
+
+
+def shared(rows: list[dict[str, Any]], **own: Any) -> tuple[type, dict[str, Any]]:
+    """Our trainer with the shared prefix."""
+    from rl.shared_prefix.passes import SharedPasses
+    from rl.trainer import RolloutTrainer
+
+    return RolloutTrainer, {"feed": Rows(rows), "passes": partial(SharedPasses, **own)}
+
+
+def learner(
+    side: Any, core: Path, groups: Sequence[Scripted], out: Path, *, lora=None, own=None, **config: Any
+) -> Any:
+    """The trainer of a side (`stock` or `shared`) on the core at `core`, and its batch of the groups.
+
+    `own` are arguments of SharedPasses, `config` goes to GRPOConfig. The importance-sampling correction is on, as with
+    a rollout engine, and a batch is for two updates: there are old log-probabilities.
     """
     import os
 
@@ -96,9 +127,7 @@ def learner(
         parameter.requires_grad_(not name.startswith(tuple(freeze)))
     ban_tokens(model, [processor.image_token_id])
     rows = scripted_rows(processor, groups)
-
-    def hand_over(prompts, trainer):
-        return {name: [row[name] for row in rows] for name in ("prompt_ids", "completion_ids", "logprobs")}
+    cls, arguments = side(rows, **(own or {}))
 
     def score(score, **_):
         return score
@@ -108,9 +137,8 @@ def learner(
         processing_class=processor,
         train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * len(rows)}),
         reward_funcs=[score],
-        rollout_func=hand_over,
         peft_config=lora,
-        **(own or {}),
+        **arguments,
         args=GRPOConfig(
             **{
                 "output_dir": str(out / "trainer"),
@@ -159,27 +187,38 @@ def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 
 
 class Given:
-    """A collector that has one batch."""
+    """A rank of a feed that has one batch for every rank."""
 
-    client, version = None, 0
+    client = None
 
     def __init__(self, groups: Sequence[Any]) -> None:
         self.groups = list(groups)
 
-    def collect(self) -> Any:
-        from rl.collect import Batch
+    def settle(self) -> None:
+        pass
 
-        return Batch(self.groups, self.groups, {})
+    def probe(self, guard: Any) -> list:
+        return []
+
+    def checked(self, *_: Any) -> None:
+        pass
+
+    def batch(self, figures: Any) -> list[dict[str, Any]]:
+        from rl.feed import trl_rows
+
+        return [row for group in self.groups for row in trl_rows(group)]
 
 
 class NoServers:
     """A weight push and a parity guard where there are no servers."""
 
-    def push(self, model: Any) -> None:
-        """Goes nowhere."""
+    def __init__(self) -> None:
+        self.served = Served()
 
-    def sample(self, client: Any) -> list:
-        return []
+    def push(self, model: Any, what: Any = None) -> None:
+        """Goes nowhere."""
+        with self.served.update(what):
+            pass
 
     def check(self, *_: Any) -> float:
         return 0.0

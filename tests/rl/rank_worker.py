@@ -8,6 +8,7 @@ Images of an any-resolution core differ in size.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,13 @@ from core.training.model import apply_freeze, load_model, load_processor, peft_c
 from core.training.ranks import join_process_group
 from rewards.mix import Graded
 from rewards.verdict import Verdict
-from rl.collect import Group, Pipeline, Sample
+from rl.algorithm import trl_config
+from rl.collect import Group, Sample
 from rl.config import RLConfig
 from rl.data import prompt_messages
-from rl.rollout.client import Completion, CoreFacts
-from rl.train import trl_config
+from rl.feed import RolloutFeed
+from rl.rollout.messages import Completion, CoreFacts
+from rl.shared_prefix.passes import SharedPasses
 from rl.trainer import RolloutTrainer, reward_function
 
 sys.path.append(str(Path(__file__).parent))
@@ -90,24 +93,19 @@ def main(core, out, learner):
     apply_freeze(policy, cfg.learner.freeze)
 
     trainer = RolloutTrainer(
-        rollouts=Pipeline(Given(groups), cfg.batches, overlap=False)
-        if arguments.process_index == 0
+        feed=RolloutFeed(Given(groups), NoServers(), NoServers(), rows, []),
+        passes=partial(
+            SharedPasses, token_budget=cfg.learner.token_budget, budget_rows=cfg.optim.micro_batch_size
+        )
+        if cfg.learner.shares_prefix
         else None,
-        sync=NoServers(),
-        guard=NoServers(),
-        records=rows,
-        probes=[],
         banned_ids=CoreFacts.of(core).banned_ids,
-        on_batch=lambda *_: None,
         model=policy,
         processing_class=processor,
         train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * 16}),
         reward_funcs=[reward_function("answer")],
         args=arguments,
         peft_config=peft_config(cfg.learner),
-        prefix=cfg.learner.prefix,
-        token_budget=cfg.learner.token_budget,
-        budget_rows=cfg.optim.micro_batch_size,
     )
     trainer.train()
     save_checkpoint(trainer, processor, out / "checkpoint")

@@ -6,7 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rl.rollout.client import CoreFacts, Prompt, RolloutClient, RolloutError, Sampling
+from rl.rollout.client import RolloutClient
+from rl.rollout.http import RolloutError
+from rl.rollout.messages import CoreFacts, Prompt, Sampling
 
 IMAGE_TOKEN = 5
 CORE = CoreFacts(banned_ids=(IMAGE_TOKEN,), tied={"lm_head.weight": "embed"})

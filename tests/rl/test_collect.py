@@ -8,7 +8,7 @@ from rewards.verdict import Verdict
 from rl.collect import Collector, Pipeline
 from rl.config import RLConfig
 from rl.data import PromptStream
-from rl.rollout.client import Answer, Completion
+from rl.rollout.messages import Answer, Completion
 
 from .conftest import record
 

@@ -4,6 +4,7 @@ import pytest
 
 from core.strict import ConfigError, parse
 from rl.config import RLConfig
+from rl.rollout.config import PoolConfig
 
 STAGE = {
     "data": [{"set": "rl"}],
@@ -61,8 +62,8 @@ def test_ranks_take_whole_groups():
 def test_servers_that_share_gpus_start_with_sleep_mode(monkeypatch):
     from pathlib import Path
 
-    from rl.config import PoolConfig
-    from rl.rollout.server import command, environment
+    from rl.rollout.command import command, environment
+    from rl.rollout.config import PoolConfig
 
     # vLLM's sleeping allocator refuses to run with expandable segments, which a learner may want.
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -72,3 +73,11 @@ def test_servers_that_share_gpus_start_with_sleep_mode(monkeypatch):
     assert "--enable-sleep-mode" not in command(alone, Path("core"), 1)
     assert "PYTORCH_CUDA_ALLOC_CONF" not in environment(shared)
     assert "PYTORCH_CUDA_ALLOC_CONF" in environment(alone)
+
+
+@pytest.mark.parametrize(
+    "word", ["--trust-remote-code", "--trust_remote_code", "--host", "--port=80", "--uds"]
+)
+def test_arguments_that_would_open_a_server_are_refused(word):
+    with pytest.raises(ConfigError, match=f"extra_args has {word.replace('_', '-')}"):
+        parse(PoolConfig, {"max_model_tokens": 64, "extra_args": [word]})

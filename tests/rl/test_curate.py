@@ -7,7 +7,7 @@ from core.strict import parse
 from corpus.records import load_records, write_records
 from rl.config import HardCases, Harvest, PassAtK
 from rl.curate import TooFewRows, hard_cases, harvest, pass_at_k
-from rl.rollout.client import Answer, Completion
+from rl.rollout.messages import Answer, Completion
 
 from .conftest import record
 

@@ -6,7 +6,7 @@ from core.strict import parse
 from corpus.records import write_records
 from rl.config import EvalConfig
 from rl.evaluate import evaluate
-from rl.rollout.client import Answer, Completion
+from rl.rollout.messages import Answer, Completion
 
 from .conftest import record
 

@@ -7,7 +7,10 @@ import pytest
 from PIL import Image
 
 from rl.rollout import client as module
-from rl.rollout.client import Prompt, RolloutClient, RolloutError, Sampling, ServerLost
+from rl.rollout import fleet
+from rl.rollout.client import RolloutClient
+from rl.rollout.http import RolloutError, ServerLost
+from rl.rollout.messages import Prompt, Sampling
 
 from .test_client import CORE, ask, fakes, reply  # noqa: F401 - fixtures
 
@@ -24,7 +27,6 @@ def told():
 def client(fakes, told, tmp_path, monkeypatch):  # noqa: F811
     """A client of two servers that hold the weights of a first update; servers wait for each other 0.1 s."""
     monkeypatch.setattr(module, "RETURN_PAUSE_S", 0.01)
-    monkeypatch.setattr(module, "RETRY_PAUSE_S", 0.01)
     for fake in fakes:
         fake.replies["v1/chat/completions"] = (200, reply([7, 8]))
     urls = [fake.url for fake in fakes]
@@ -158,7 +160,7 @@ def test_a_server_that_comes_back_must_pass_the_gate(client, fakes, told):  # no
     ask(client)
     fakes[0].requests.clear()
     return_(fakes[0])
-    client.gate = gate
+    client.served.gate = gate
     for _ in range(4):
         ask(client, count=2)
     assert paths(fakes[0]) == [*UPDATE, *CACHES] * 2  # max_returns
@@ -266,3 +268,13 @@ def test_weights_that_came_by_another_way_are_not_asked_of_a_server_that_missed_
     monkeypatch.setattr(module.time, "sleep", lambda seconds: seconds == 7 and pytest.fail("it waits"))
     with pytest.raises(RolloutError, match="no rollout server is left"):
         ask(client)
+
+
+def test_a_lost_server_is_looked_at_less_and_less_while_others_serve(client, fakes, monkeypatch):  # noqa: F811
+    looks, now = [], [0.0]
+    monkeypatch.setattr(fleet.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(client.http, "healthy", lambda url: looks.append(now[0]))
+    die(fakes[0])
+    for now[0] in range(20):
+        ask(client, count=2)
+    assert looks == [1, 2, 4, 8, 16]

@@ -8,8 +8,10 @@ import time
 import psutil
 import pytest
 
-from rl.config import Parity, PoolConfig
-from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
+from rl.config import Parity
+from rl.rollout.client import RolloutClient
+from rl.rollout.config import PoolConfig
+from rl.rollout.messages import CoreFacts, Prompt, Sampling
 from rl.rollout.parity import ParityGuard
 from rl.rollout.server import ServerFailed, rollout_pool
 
@@ -55,18 +57,19 @@ def test_it_samples_groups_with_the_learners_probabilities_before_and_after_an_u
 
 def test_a_server_that_does_not_start_fails_with_the_end_of_its_log(tmp_path):
     pool = rollout_pool(PoolConfig(engine="hf", max_model_tokens=256), tmp_path / "nothing", tmp_path)
-    with pytest.raises(ServerFailed, match=r"rollout server ended with code 1\n(?s:.*)nothing"):
+    with pytest.raises(ServerFailed, match=r"rollout server \S+ ended with exit code 1\n(?s:.*)nothing"):
         pool.__enter__()
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from rl.config import PoolConfig
+from rl.rollout.config import PoolConfig
 from rl.rollout import server
 
 server.command = lambda *args: [sys.executable, "-P", "-c", "import time; time.sleep(600)"]
-started = server.RolloutServer(PoolConfig(max_model_tokens=64), Path("model"), Path(sys.argv[1]))
+folder = Path(sys.argv[1]).parent
+started = server.RolloutServer(PoolConfig(max_model_tokens=64), Path("model"), Path(sys.argv[1]), 0, "token", folder)
 print(started.process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -8,7 +8,7 @@ from rewards.judge import client as judge_client
 from rewards.judge.canaries import JudgeRefused
 from rewards.judge.judges import AnswerJudge, JudgingReward, VisionJudge
 from rl.data import example_of
-from rl.rollout.server import MODEL_NAME
+from rl.rollout.config import MODEL_NAME
 
 from .conftest import record
 

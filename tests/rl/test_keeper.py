@@ -1,33 +1,50 @@
 """Servers that we started and that end are started again at the same URL, so often and no more."""
 
+import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
-import requests
 
+from core.processes import free_port
 from core.strict import ConfigError, parse
-from rl.config import PoolConfig
-from rl.rollout import server
-from rl.rollout.server import ServerFailed, free_port, starting_pool
+from rl.rollout import access, server
+from rl.rollout.config import PoolConfig
+from rl.rollout.http import Http
+from rl.rollout.server import ServerFailed, starting_pool
 from rl.rollout.weights import weights_folder
 
 HEALTHY = """
-import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from rl.rollout import access
+
+PORT = int(sys.argv[1])
 
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
     def do_GET(self):
-        self.send_response(200)
+        path, _, query = self.path.partition("?")
+        token, header = os.environ[access.TOKEN], self.headers.get("Authorization")
+        status, reply = access.verdict(path, query, header, PORT, token) or (200, {})
+        data = json.dumps(reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(b"")
+        self.wfile.write(data)
 
     def log_message(self, *args):
         pass
 
-HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
 """
 
 
@@ -44,7 +61,7 @@ def started(monkeypatch):
     monkeypatch.setattr(server.RolloutServer, "start", noted)
     monkeypatch.setattr(server, "KEEP_S", 0.05)
     monkeypatch.setattr(
-        server, "command", lambda cfg, model, port: [sys.executable, "-c", HEALTHY, str(port)]
+        server, "command", lambda cfg, model, port: [sys.executable, "-P", "-c", HEALTHY, str(port)]
     )
     return processes
 
@@ -56,32 +73,27 @@ def until(condition):
         time.sleep(0.02)
 
 
-def up(url):
-    try:
-        return requests.get(url, timeout=5).ok
-    except requests.RequestException:
-        return False
-
-
 def test_a_server_that_ends_is_started_again_at_its_url_until_it_has_ended_once_too_often(started, tmp_path):
-    cfg = PoolConfig(max_model_tokens=64, max_restarts=1)
+    cfg = PoolConfig(max_model_tokens=64, startup_timeout_s=20, max_restarts=1)
     with starting_pool(cfg, tmp_path, tmp_path) as wait:
         (url,) = wait()
         started[0].kill()
-        until(lambda: len(started) == 2 and up(url))
+        until(lambda: len(started) == 2 and Http(os.environ[access.TOKEN], 5).healthy(url))
         assert wait() == [url]
         started[1].kill()
-        with pytest.raises(ServerFailed, match="ended with code -9"):
+        with pytest.raises(ServerFailed, match="was killed by SIGKILL"):
             until(lambda: wait() and False)
     assert len(started) == 2
 
 
 def test_a_server_that_shares_gpus_is_not_started_again_nor_waited_for(started, tmp_path, caplog):
-    shared = PoolConfig(max_model_tokens=64, device="gpu", share_gpus=True, max_restarts=3)
+    shared = PoolConfig(
+        max_model_tokens=64, startup_timeout_s=20, device="gpu", share_gpus=True, max_restarts=3
+    )
     with starting_pool(shared, tmp_path, tmp_path) as wait:
         wait()
         started[0].kill()
-        with pytest.raises(ServerFailed, match="ended with code -9"):
+        with pytest.raises(ServerFailed, match="was killed by SIGKILL"):
             until(lambda: wait() and False)
     assert len(started) == 1
     assert "restarted 0 times and stays down (servers.share_gpus)" in caplog.text
@@ -92,16 +104,72 @@ def test_a_server_that_shares_gpus_is_not_started_again_nor_waited_for(started, 
 
 
 def test_at_the_end_nothing_is_started_again(started, tmp_path):
-    with starting_pool(PoolConfig(max_model_tokens=64, count=2), tmp_path, tmp_path) as wait:
+    with starting_pool(
+        PoolConfig(max_model_tokens=64, startup_timeout_s=20, count=2), tmp_path, tmp_path
+    ) as wait:
         assert len(wait()) == 2
     assert [process.poll() is not None for process in started] == [True, True]
 
 
 def test_ports_are_counted_up_from_the_first(started, tmp_path):
     port = free_port("127.0.0.1")
-    cfg = PoolConfig(max_model_tokens=64, first_port=port)
+    cfg = PoolConfig(max_model_tokens=64, startup_timeout_s=20, first_port=port)
     with starting_pool(cfg, tmp_path, tmp_path) as wait:
         assert wait() == [f"http://127.0.0.1:{port}"]
+
+
+def test_a_server_that_hangs_is_killed_and_started_again(started, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(server, "PROBE_S", 0.05)
+    cfg = PoolConfig(max_model_tokens=64, startup_timeout_s=20, hang_timeout_s=0.5)
+    with starting_pool(cfg, tmp_path, tmp_path) as wait:
+        (url,) = wait()
+        started[0].send_signal(signal.SIGSTOP)  # the guard alone: its child goes on
+        for below in psutil.Process(started[0].pid).children():
+            below.suspend()
+        until(lambda: len(started) == 2 and Http(os.environ[access.TOKEN], 5).healthy(url))
+    assert "did not answer for 0.5 s and was killed: starting it again" in caplog.text
+
+
+def test_a_port_where_somebody_listens_is_refused(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as foreign:
+        port = foreign.getsockname()[1]
+        cfg = PoolConfig(max_model_tokens=64, startup_timeout_s=20, first_port=port)
+        with (
+            pytest.raises(
+                ConfigError, match=f"first_port={port}: another program listens on 127.0.0.1:{port}"
+            ),
+            starting_pool(cfg, tmp_path, tmp_path),
+        ):
+            pass
+
+
+def test_a_foreign_server_on_our_port_is_not_adopted_and_hears_no_token(started, tmp_path, monkeypatch):
+    """It takes the port between the look at it and our server's start, and says that it is healthy."""
+    heard = []
+    port = free_port("127.0.0.1")
+
+    class Foreign(BaseHTTPRequestHandler):
+        def do_GET(self):
+            heard.append((self.path, dict(self.headers)))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    foreign = ThreadingHTTPServer(("127.0.0.1", port), Foreign)
+    threading.Thread(target=foreign.serve_forever, daemon=True).start()
+    monkeypatch.setattr(server.processes, "port_is_free", lambda *_: True)
+    pool = starting_pool(
+        PoolConfig(max_model_tokens=64, startup_timeout_s=20, first_port=port), tmp_path, tmp_path
+    )
+    with pool as wait, pytest.raises(ServerFailed, match="Address already in use"):
+        wait()
+    foreign.shutdown()
+    foreign.server_close()
+    assert {path.partition("?")[0] for path, _ in heard} <= {access.PROOF}
+    assert not [1 for _, headers in heard if "Authorization" in headers]
 
 
 @pytest.mark.parametrize("url", ["http://gpu-c:8000", "http://10.0.0.3:8000"])

@@ -20,6 +20,12 @@ def test_the_docstrings_examples_hold():
     assert doctest.testmod(module).failed == 0
 
 
+@pytest.mark.parametrize("correct", [float("nan"), -1, 9, float("inf")])
+def test_a_count_that_cannot_be_is_refused(correct):
+    with pytest.raises(ValueError, match="correct of 8"):
+        Ledger(8).record("p", correct=correct, of=8, epoch=1, spread=False)
+
+
 def test_the_chance_of_spread_is_that_of_drawing_from_the_posterior():
     ledger = filled((8, False), (4, True), (0, False), (1, True))
     rng = random.Random(0)

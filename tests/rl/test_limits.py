@@ -6,9 +6,9 @@ from core.files import read_json
 from core.training.job import Job
 from core.training.model import load_processor
 from corpus.records import DataSource, load_records, write_records
-from rl.config import PoolConfig
 from rl.data import prompt_messages
 from rl.limits import FOUND, Asked, Limits, askable, check, prompt_tokens
+from rl.rollout.config import PoolConfig
 
 from .conftest import record
 

@@ -8,9 +8,9 @@ import pytest
 from core.strict import parse
 from rewards.mix import Graded
 from rewards.verdict import Verdict
-from rl.collect import Group, Pipeline, Sample
+from rl.collect import Group, Sample
 from rl.config import RLConfig
-from rl.rollout.client import Completion
+from rl.rollout.messages import Completion
 
 from .conftest import TEMPERATURE, plain_logprobs, record
 from .learners import Given, NoServers
@@ -21,7 +21,7 @@ CUT = (1, 2)
 """Group and sample of a completion without an end: truncated."""
 
 
-def config(passes=1, **algorithm) -> RLConfig:
+def config(passes=1, rollout=None, **algorithm) -> RLConfig:
     stage = {
         "data": [{"set": "rl"}],
         "rewards": [{"name": "answer", "use": "answer", "weight": 1.0}],
@@ -31,6 +31,7 @@ def config(passes=1, **algorithm) -> RLConfig:
             "group_size": 4,
             "max_completion_tokens": 8,
             "temperature": TEMPERATURE,
+            **(rollout or {}),
         },
         "batches": 1,
         "mini_batch": 8,
@@ -49,8 +50,10 @@ def setup(tiny_core, tmp_path):
 
     from core.training.config import LearnerConfig
     from core.training.model import load_model, load_processor
-    from rl.rollout.client import CoreFacts
-    from rl.train import trl_config
+    from rl.algorithm import trl_config
+    from rl.feed import RolloutFeed
+    from rl.rollout.messages import CoreFacts
+    from rl.shared_prefix.passes import SharedPasses
     from rl.trainer import RolloutTrainer, ban_tokens, reward_function
 
     def build(cfg, sampler_shift=0.0):
@@ -60,13 +63,9 @@ def setup(tiny_core, tmp_path):
         groups = scripted(model, processor, rows, sampler_shift)
 
         trainer = RolloutTrainer(
-            rollouts=Pipeline(Given(groups), batches=1, overlap=False),
-            sync=NoServers(),
-            guard=NoServers(),
-            records=rows,
-            probes=[],
+            feed=RolloutFeed(Given(groups), NoServers(), NoServers(), rows, []),
+            passes=SharedPasses,
             banned_ids=CoreFacts.of(tiny_core).banned_ids,
-            on_batch=lambda *args: None,
             model=model,
             processing_class=processor,
             train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * 8}),
@@ -132,7 +131,7 @@ def reference_loss(trainer, groups, cfg, old_shift=0.0, sampler_shift=0.0):
     algorithm, model = cfg.algorithm, trainer.model
     per_sample, tokens = [], 0
     flat = [(g, s, sample) for g, group in enumerate(groups) for s, sample in enumerate(group.samples)]
-    for (g, s, sample), advantage in zip(flat, advantages(algorithm.scale_by_std), strict=True):
+    for (g, s, sample), advantage in zip(flat, advantages(algorithm.divides_by_std), strict=True):
         group, ids = groups[g], sample.completion.token_ids
         logps = plain_logprobs(model, trainer.processing_class, group.row, group.prompt_ids, ids, grad=True)
         if algorithm.mask_truncated and (g, s) == CUT:

@@ -3,7 +3,7 @@
 import pytest
 
 from rl.config import Parity
-from rl.rollout.client import Answer, Completion, Prompt
+from rl.rollout.messages import Answer, Completion, Prompt
 from rl.rollout.parity import ParityError, ParityGuard
 
 GUARD = ParityGuard(Parity(sequences=2, tokens=3, bound=1e-3), [Prompt([]), Prompt([])], temperature=0.7)
@@ -29,6 +29,11 @@ def test_a_difference_above_the_bound_stops_the_run_and_names_causes():
 def test_nan_on_either_side_stops_the_run():
     with pytest.raises(ParityError, match="inf"):
         GUARD.check(answers([float("nan")], [-1.0]), lambda *_: [-1.0], servers=1)
+
+
+def test_probes_without_a_token_stop_the_run():
+    with pytest.raises(ParityError, match="none of 2 probes has a token"):
+        GUARD.check(answers([], []), lambda *_: [], servers=1)
 
 
 class Returned:

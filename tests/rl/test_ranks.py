@@ -1,16 +1,17 @@
 """Two gloo ranks on one vLLM server train the same policy as one rank on the same global batch."""
 
-import subprocess
-import sys
 import tempfile
+from contextlib import nullcontext
 
 import pytest
 
 from chain.job import Task
-from core.files import read_jsonl, write_json
+from chain.launch import StageFailed, run_job
+from core.files import read_jsonl
 from corpus.records import write_records
-from rl.config import PoolConfig, RLConfig
+from rl.config import RLConfig
 from rl.job import ServedJob
+from rl.rollout.config import PoolConfig
 
 STAGE = {
     "data": [{"set": "rl"}],
@@ -55,17 +56,9 @@ def train(ranks, tmp_path, model, url, records, *, name="", fails=False, save_ev
         weights=tempfile.mkdtemp(dir=out),
         folders=[out],
     )
-    write_json(out / "job.json", Task.of("rl.train:train", RLConfig(**stage), job))
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    )
-    done = subprocess.run(
-        [sys.executable, "-P", *launcher, "-m", "chain.worker", str(out / "job.json")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert bool(done.returncode) == fails, done.stdout[-3000:] + done.stderr[-3000:]
+    expected = pytest.raises(StageFailed, match="interrupted") if fails else nullcontext()
+    with expected:
+        run_job(Task.of("rl.train:train", RLConfig(**stage), job), out, processes=ranks)
     return out
 
 

@@ -6,7 +6,8 @@ from core.checkpoint.shards import weights_hash
 from core.files import read_jsonl
 from core.strict import parse
 from core.training.resume import FOLDER, Unfinished
-from rl.config import PoolConfig, RLConfig
+from rl.config import RLConfig
+from rl.rollout.config import PoolConfig
 from rl.rollout.server import rollout_pool
 
 REWARD = """

@@ -3,7 +3,7 @@
 import pytest
 
 from .conftest import WORDS
-from .learners import Scripted, backward, learner, relative_difference
+from .learners import Scripted, backward, learner, relative_difference, shared, stock
 
 GROUPS = (Scripted(0, (1,), (5, 3, 7, 4)), Scripted(1, (2,), (6, 2, 5, 7)))
 BATCHES = {
@@ -42,7 +42,20 @@ OBJECTIVES = {
     "kl": {"beta": 0.1},
     "sequence correction": {"vllm_importance_sampling_mode": "sequence_mask"},
     "no correction": {"vllm_importance_sampling_correction": False},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "bnpo": {"loss_type": "bnpo"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.2, "beta": 0.05},
+    "sapo": {"loss_type": "sapo"},
+    "gdpo": {"multi_objective_aggregation": "normalize_then_sum"},
+    "two-sided clip": {"delta": 1.4},
     "entropy bonus": {"entropy_coef": 0.01},
+    "high entropy only": {"top_entropy_quantile": 0.3},
+    "high entropy and bonus": {
+        "loss_type": "bnpo",
+        "top_entropy_quantile": 0.5,
+        "entropy_coef": 0.01,
+        "beta": 0.1,
+    },
 }
 
 
@@ -67,12 +80,9 @@ def compare(core, groups, out, own=None, bound=1e-5, **config):
     follows.
     """
     import torch
-    from trl import GRPOTrainer
 
-    from rl.shared_prefix import SharedPrefixTrainer
-
-    ours, mine = learner(SharedPrefixTrainer, core, groups, out, own=own, **config)
-    stock, theirs = learner(GRPOTrainer, core, groups, out, **config)
+    ours, mine = learner(shared, core, groups, out, own=own, **config)
+    trl, theirs = learner(stock, core, groups, out, **config)
     mask = theirs["completion_mask"]
     for name in ("old_per_token_logps", "ref_per_token_logps", "importance_sampling_ratio", "advantages"):
         if name in theirs.keys() & mine.keys():
@@ -82,14 +92,14 @@ def compare(core, groups, out, own=None, bound=1e-5, **config):
         for inputs in (mine, theirs):
             for name in {"old_per_token_logps", "ref_per_token_logps"} & inputs.keys():
                 inputs[name] = inputs[name] + shift
-    (loss, gradients), (expected, their_gradients) = backward(ours, mine), backward(stock, theirs)
+    (loss, gradients), (expected, their_gradients) = backward(ours, mine), backward(trl, theirs)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     if all(float(gradient.norm()) == 0 for gradient in their_gradients.values()):
         assert all(float(gradient.norm()) == 0 for gradient in gradients.values())
         assert gradients.keys() == their_gradients.keys()
     else:
         assert relative_difference(gradients, their_gradients) <= bound
-    return ours, stock
+    return ours, trl
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -105,8 +115,8 @@ def assert_same_statistics(ours, stock):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_objective_is_stock_trls_with_its_statistics(tiny_core, tmp_path, objective):
-    ours, stock = compare(tiny_core, GROUPS, tmp_path, **OBJECTIVES[objective])
-    assert_same_statistics(ours, stock)
+    ours, trl = compare(tiny_core, GROUPS, tmp_path, **OBJECTIVES[objective])
+    assert_same_statistics(ours, trl)
     assert ours._metrics["train"]["entropy"][0] > 1  # bans aside, a random core spreads over its 100 tokens
 
 
@@ -126,31 +136,41 @@ def test_one_update_per_batch_needs_no_pass_for_the_old_policy(tiny_core, tmp_pa
         "vllm_importance_sampling_clip_min": 0.8,
         "vllm_importance_sampling_clip_max": 1.25,
     }
-    ours, stock = compare(tiny_core, BATCHES[batch], tmp_path, **config)
-    assert_same_statistics(ours, stock)
+    ours, trl = compare(tiny_core, BATCHES[batch], tmp_path, **config)
+    assert_same_statistics(ours, trl)
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """The number of rows of every pack that a loss makes."""
+    from rl.shared_prefix.passes import SharedPasses
+
+    sizes, run = [], SharedPasses.over
+
+    def noted(self, model, inputs, rows):
+        sizes.append(len(rows))
+        return run(self, model, inputs, rows)
+
+    monkeypatch.setattr(SharedPasses, "over", noted)
+    return sizes
 
 
 @pytest.mark.parametrize("objective", ["dapo", "gspo"])
-def test_one_update_in_packs_is_corrected_as_a_whole(tiny_core, tmp_path, objective):
+def test_one_update_in_packs_is_corrected_as_a_whole(tiny_core, tmp_path, packs, objective):
     config = OBJECTIVES[objective] | {"num_iterations": 1}
-    ours, stock = compare(tiny_core, GROUPS, tmp_path, own={"token_budget": 60}, **config)
-    ours, theirs = ours._metrics["train"], stock._metrics["train"]
-    assert len(ours["entropy"]) > 1  # one entry per pack
-    for name in theirs:
-        if name.startswith("sampling/"):
-            assert ours[name] == pytest.approx(theirs[name], abs=2e-5), name
+    ours, trl = compare(tiny_core, GROUPS, tmp_path, own={"token_budget": 60}, **config)
+    assert len(packs) > 1
+    assert_same_statistics(ours, trl)
 
 
 def test_one_update_runs_the_core_once(tiny_core, tmp_path, monkeypatch):
     from transformers import Qwen3Model
 
-    from rl.shared_prefix import SharedPrefixTrainer
-
     passes, forward = [], Qwen3Model.forward
     monkeypatch.setattr(Qwen3Model, "forward", lambda *args, **kw: passes.append(1) or forward(*args, **kw))
     for iterations, count in ((1, 1), (2, 2)):
         passes.clear()
-        trainer, inputs = learner(SharedPrefixTrainer, tiny_core, GROUPS, tmp_path, num_iterations=iterations)
+        trainer, inputs = learner(shared, tiny_core, GROUPS, tmp_path, num_iterations=iterations)
         backward(trainer, inputs)
         assert len(passes) == count
 
@@ -159,7 +179,7 @@ def test_one_update_runs_the_core_once(tiny_core, tmp_path, monkeypatch):
 def test_the_attention_of_other_devices_trains_as_in_stock_trl(tiny_core, tmp_path, monkeypatch, batch):
     from types import SimpleNamespace
 
-    from rl import prefix_attention as prefix
+    from rl.shared_prefix import attention as prefix
 
     calls = []
     other = SimpleNamespace(apply=lambda *inputs: calls.append(1) or prefix._concatenated(*inputs))
@@ -191,16 +211,17 @@ def test_a_mixture_of_experts(moe_core, tmp_path):
 
 @pytest.mark.parametrize("batch", ["two groups", "truncated"])
 def test_the_load_balancing_loss_counts_prompts_as_often_as_trl(moe_core, tmp_path, batch):
-    ours, stock = compare(moe_core, BATCHES[batch], tmp_path, router_aux_loss_coef=0.1)
-    assert ours._metrics["train"]["aux_loss"] == pytest.approx(stock._metrics["train"]["aux_loss"], rel=1e-6)
+    ours, trl = compare(moe_core, BATCHES[batch], tmp_path, router_aux_loss_coef=0.1)
+    assert ours._metrics["train"]["aux_loss"] == pytest.approx(trl._metrics["train"]["aux_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["dapo", "gspo"])
-def test_packs_by_tokens_sum_up_to_the_whole(tiny_core, tmp_path, objective):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_packs_by_tokens_sum_up_to_the_whole_and_its_statistics(tiny_core, tmp_path, packs, objective):
     groups = (*GROUPS, Scripted(2, (), (5, 1)), Scripted(3, (3,), (4, 4)))
     own = {"token_budget": 60}
-    ours, _ = compare(tiny_core, groups, tmp_path, own=own, **OBJECTIVES[objective])
-    assert len(ours._metrics["train"]["entropy"]) > 1  # one entry per pack
+    ours, trl = compare(tiny_core, groups, tmp_path, own=own, **OBJECTIVES[objective])
+    assert len(packs) > 1
+    assert_same_statistics(ours, trl)
 
 
 def test_a_frozen_tower_sees_each_image_once_for_all_passes(tiny_core, tmp_path, monkeypatch):
@@ -213,12 +234,8 @@ def test_a_frozen_tower_sees_each_image_once_for_all_passes(tiny_core, tmp_path,
         "forward",
         lambda self, pixel_values, **kw: seen.append(len(pixel_values)) or forward(self, pixel_values, **kw),
     )
-    from rl.shared_prefix import SharedPrefixTrainer
-
     groups = (*GROUPS, Scripted(3, (2, 1), (4, 4)))
-    trainer, inputs = learner(
-        SharedPrefixTrainer, tiny_core, groups, tmp_path, beta=0.1, freeze=["model.vision_tower."]
-    )
+    trainer, inputs = learner(shared, tiny_core, groups, tmp_path, beta=0.1, freeze=["model.vision_tower."])
     backward(trainer, inputs)
     # old, reference and policy; four pictures, as scripted groups do not hold the same objects
     assert seen == [4]
@@ -238,30 +255,29 @@ def test_images_of_any_resolution_train_as_in_stock_trl(any_core, tmp_path, batc
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_packs_of_images_of_any_resolution_sum_up_to_the_whole(any_core, tmp_path, frozen):
+def test_packs_of_images_of_any_resolution_sum_up_to_the_whole(any_core, tmp_path, packs, frozen):
     groups = (*ANY_RESOLUTION["text among images"], *ANY_RESOLUTION["several images"])
     freeze = ["model.vision_tower."] if frozen else []
-    ours, _ = compare(any_core, groups, tmp_path, own={"token_budget": 60}, freeze=freeze)
-    assert len(ours._metrics["train"]["entropy"]) > 1  # one entry per pack
+    compare(any_core, groups, tmp_path, own={"token_budget": 60}, freeze=freeze)
+    assert len(packs) > 1
 
 
 def test_a_probe_of_images_of_any_resolution_scores_as_in_stock_trl(any_core, tmp_path):
     """Pixels with gradients of their own: a batch that the trainer did not collect."""
     import torch
 
-    from rl.shared_prefix import SharedPrefixTrainer
-
     from .learners import scripted_rows
 
     groups = ANY_RESOLUTION["several images"][:1]
-    trainer, _ = learner(SharedPrefixTrainer, any_core, groups, tmp_path)
+    trainer, _ = learner(shared, any_core, groups, tmp_path)
     (row, *_) = scripted_rows(trainer.processing_class, groups)
     inputs = trainer.processing_class(images=[row["images"]], text=["<IMG_CONTEXT>" * 3], return_tensors="pt")
     ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
     images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")} | {"num_images": [3]}
     scores = []
     with torch.no_grad():
-        for trainer.prefix in ("shared", "stock"):
+        for passes in (trainer.passes, None):
+            trainer.passes = passes
             scores.append(
                 trainer._get_per_token_logps_and_entropies(
                     trainer.model, ids, torch.ones_like(ids), len(row["completion_ids"]), **images
@@ -271,32 +287,25 @@ def test_a_probe_of_images_of_any_resolution_scores_as_in_stock_trl(any_core, tm
 
 
 def test_images_are_processed_once_per_group(tiny_core, tmp_path):
-    from rl.shared_prefix import SharedPrefixTrainer
-
-    trainer, inputs = learner(SharedPrefixTrainer, tiny_core, BATCHES["several images"], tmp_path)
-    assert len(trainer._tiles._pixels) == 3 + 1 + 2
+    trainer, inputs = learner(shared, tiny_core, BATCHES["several images"], tmp_path)
+    assert len(trainer.passes.tiles._pixels) == 3 + 1 + 2
     # groups of two rows with 3, 1 and 2 images
     assert inputs["pixel_values"].flatten().tolist() == [0, 1, 2, 0, 1, 2, 3, 3, 4, 5, 4, 5]
 
 
 def test_bfloat16_is_no_further_from_float32_than_stock_is(tiny_core, tmp_path):
-    from trl import GRPOTrainer
 
-    from rl.shared_prefix import SharedPrefixTrainer
-
-    _, exact = backward(*learner(GRPOTrainer, tiny_core, GROUPS, tmp_path))
-    _, ours = backward(*learner(SharedPrefixTrainer, tiny_core, GROUPS, tmp_path, bf16=True))
-    _, stock = backward(*learner(GRPOTrainer, tiny_core, GROUPS, tmp_path, bf16=True))
+    _, exact = backward(*learner(stock, tiny_core, GROUPS, tmp_path))
+    _, ours = backward(*learner(shared, tiny_core, GROUPS, tmp_path, bf16=True))
+    _, theirs = backward(*learner(stock, tiny_core, GROUPS, tmp_path, bf16=True))
     # 10%: both are rounding noise, which falls as it may
-    assert relative_difference(ours, exact) <= 1.1 * relative_difference(stock, exact)
+    assert relative_difference(ours, exact) <= 1.1 * relative_difference(theirs, exact)
 
 
 def test_mini_batches_hold_whole_groups(tiny_core, tmp_path):
-    from rl.shared_prefix import SharedPrefixTrainer
-
     groups = [Scripted(q, (q,), (4, 5)) for q in range(4)]
     trainer, batch = learner(
-        SharedPrefixTrainer,
+        shared,
         tiny_core,
         groups,
         tmp_path,
@@ -308,7 +317,7 @@ def test_mini_batches_hold_whole_groups(tiny_core, tmp_path):
     halves = []
     for step in range(2):
         trainer._step = step
-        halves.append(trainer._rows(trainer._prepare_inputs([])))
+        halves.append(trainer.passes.rows(trainer._prepare_inputs([])))
     assert [len({row.group for row in half}) for half in halves] == [2, 2]
     assert len({row.group for half in halves for row in half}) == 4
 
@@ -317,7 +326,8 @@ def test_mini_batches_hold_whole_groups(tiny_core, tmp_path):
 def test_the_attention_functions_agree_with_a_mask(monkeypatch):
     import torch
 
-    from rl.prefix_attention import PrefixGroup, PrefixLayout, _concatenated, _Merged, shared_prefix_attention
+    from rl.shared_prefix.attention import _concatenated, _Merged, shared_prefix_attention
+    from rl.shared_prefix.layout import PrefixGroup, PrefixLayout
 
     layout = PrefixLayout((PrefixGroup(7, (5, 1, 0, 9)), PrefixGroup(3, (4,)), PrefixGroup(6, ())))
     allowed = torch.zeros(layout.tokens, layout.tokens, dtype=torch.bool)
@@ -353,7 +363,9 @@ def test_the_attention_functions_agree_with_a_mask(monkeypatch):
     places = torch.arange(layout.tokens)
     seen = layout.sees("cpu")(0, 0, places[:, None], places[None])
     assert torch.equal(seen, allowed)
-    monkeypatch.setattr("rl.prefix_attention._compiled", lambda function: function)  # a minute of compiling
+    monkeypatch.setattr(
+        "rl.shared_prefix.attention._compiled", lambda function: function
+    )  # a minute of compiling
     with torch.no_grad():  # it has no backward pass on a CPU
         flexed, _ = shared_prefix_attention(
             torch.nn.Module(), *inputs, None, scaling=0.3, prefix=layout, flex=True

@@ -58,7 +58,7 @@ def test_rows_without_any_score_are_left_out_of_the_baseline(source):
 
 
 def test_rows_are_shuffled_and_split_where_groups_are_kept_together(source):
-    """rl/shared_prefix.py has its own `_prepare_inputs`."""
+    """rl/trainer.py has its own `_prepare_inputs`."""
     for line in (
         "generate_every = self.args.steps_per_generation * self.num_iterations",
         "if self._step % generate_every == 0 or self._buffered_inputs is None:",

@@ -10,7 +10,8 @@ import socket
 import pytest
 
 from rl.config import Parity
-from rl.rollout.client import CoreFacts, Prompt, RolloutClient, Sampling
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import CoreFacts, Prompt, Sampling
 from rl.rollout.parity import ParityError, ParityGuard
 from rl.rollout.weights import FileSync, weights_folder
 

@@ -6,7 +6,8 @@ import pytest
 
 import core
 from core import TinySize
-from rl.rollout.client import CoreFacts, RolloutClient
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import CoreFacts
 from rl.rollout.server import rollout_pool
 from rl.rollout.weights import FileSync
 

@@ -10,7 +10,7 @@ from rewards.mix import Graded
 from rewards.verdict import Status, Verdict
 from rl.collect import Group, Sample
 from rl.config import Watch
-from rl.rollout.client import Completion
+from rl.rollout.messages import Completion
 from rl.watch import RewardAlarm, Watcher, blanked
 
 RIGHT, WRONG = Verdict.correct("7"), Verdict.wrong("8")
@@ -190,3 +190,14 @@ def test_a_blanked_row_keeps_its_images_sizes_and_everything_else():
     assert row["images"][0].rgb().getpixel((3, 3)) == (128, 128, 128)
     assert ROWS[3]["images"][0].getpixel((3, 3)) == (3, 0, 0)
     assert row["id"] == "held-3"
+
+
+def test_a_mean_that_is_not_a_number_is_an_alarm_and_does_not_silence_the_next(watch):
+    watcher = watch(stop_on=())
+    for _ in range(6):
+        assert names(watcher, mixed(10)) == []
+    poisoned = Verdict.correct("7")
+    object.__setattr__(poisoned, "score", float("nan"))  # which Verdict itself refuses
+    assert "jump" in names(watcher, mixed(10, wrong=poisoned))
+    assert names(watcher, mixed(10)) == []
+    assert "jump" in names(watcher, mixed(20))

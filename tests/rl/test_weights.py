@@ -1,6 +1,7 @@
 """What a weight update sends: every weight once, adapters added, in files of a bounded size."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors import safe_open
 
 from core.training.config import LearnerConfig, LoRAConfig
 from core.training.model import load_model, peft_config
+from rl.rollout.served import Served
 from rl.rollout.weights import FileSync, NoRoomForWeights, policy_tensors
 
 LEARNER = LearnerConfig(dtype="bfloat16", deepspeed=None, lora=LoRAConfig(r=4))
@@ -61,7 +63,9 @@ def test_files_hold_every_weight_and_go_when_the_next_ones_come(tiny_core, tmp_p
     found, sizes, there = {}, [], []
 
     class Client:
-        def load_checkpoint(self, folder):
+        served = Served()
+
+        def load_checkpoint(self, folder, what):
             there.append(len(list(folder.parent.iterdir())))
             for path in folder.glob("*.safetensors"):
                 sizes.append(path.stat().st_size)
@@ -87,5 +91,5 @@ def test_weights_that_do_not_fit_are_refused_before_a_byte_is_written(tiny_core,
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(NoRoomForWeights, match=r"GB of weights have to pass.*weights_dir"):
-        FileSync(object(), tmp_path).push(model)
+        FileSync(SimpleNamespace(served=None), tmp_path).push(model)
     assert not list(tmp_path.iterdir())

@@ -1,12 +1,9 @@
 """Attention over one packed row in which the completions of a group share their prompt's keys and values.
 
-The row is [prompt, its completions, next prompt, its completions, ...] without padding. A token sees its own
-segment up to itself and, in a completion, the whole prompt of its group. transformers calls the function here by
-the name `SHARED_PREFIX` (or `SHARED_PREFIX_FLEX`); a forward pass without a `prefix` runs plain sdpa.
+A token sees its own segment up to itself and, in a completion, the whole prompt of its group. transformers calls the
+function here by the name `SHARED_PREFIX` (or `SHARED_PREFIX_FLEX`); a forward pass without a `prefix` runs plain sdpa.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,73 +15,12 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from rl.shared_prefix.layout import PrefixLayout
+
 SHARED_PREFIX = "shared_prefix"
 SHARED_PREFIX_FLEX = "shared_prefix_flex"
 """The same with torch's flex attention: one compiled kernel for the whole row. GPU only, as it has no backward on a
 CPU."""
-
-
-@dataclass(frozen=True)
-class PrefixGroup:
-    """One prompt and its completions, lengths in tokens."""
-
-    prompt: int
-    completions: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PrefixLayout:
-    """What lies where in a packed row.
-
-    >>> layout = PrefixLayout((PrefixGroup(5, (2, 3)), PrefixGroup(4, (1,))))
-    >>> layout.tokens, list(layout.segments()), list(layout.shared())
-    (15, [(0, 5), (5, 7), (7, 10), (10, 15)], [(0, 5, 10)])
-    """
-
-    groups: tuple[PrefixGroup, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Length of the row."""
-        return sum(group.prompt + sum(group.completions) for group in self.groups)
-
-    def segments(self) -> Iterator[tuple[int, int]]:
-        """(start, end) of what is causal within itself: prompts and completions; a prompt's only one joins it."""
-        start = 0
-        for group in self.groups:
-            lengths = [length for length in group.completions if length]
-            parts = [group.prompt + sum(lengths)] if len(lengths) == 1 else [group.prompt, *lengths]
-            for length in parts:
-                yield start, start + length
-                start += length
-
-    def sees(self, device: torch.device | str) -> Callable[..., torch.Tensor]:
-        """Whether a query sees a key, both by place in the row: flex attention's `mask_mod`."""
-        lengths = [length for group in self.groups for length in (group.prompt, *group.completions)]
-        # Numbers that a prompt and its completions share, and 0 for a prompt, else its completion's own.
-        group = [number for number, one in enumerate(self.groups) for _ in (0, *one.completions)]
-        own = [number for one in self.groups for number in range(len(one.completions) + 1)]
-
-        def per_token(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, device=device).repeat_interleave(torch.tensor(lengths, device=device))
-
-        groups, segments = per_token(group), per_token(own)
-
-        def mask(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            within = (segments[key] == 0) | (segments[key] == segments[query])
-            return (key <= query) & (groups[key] == groups[query]) & within
-
-        return mask
-
-    def shared(self) -> Iterator[tuple[int, int, int]]:
-        """(prompt start, prompt end, end of its last completion) of every group of several completions."""
-        start = 0
-        for group in self.groups:
-            middle = start + group.prompt
-            end = middle + sum(group.completions)
-            if sum(length > 0 for length in group.completions) > 1:
-                yield start, middle, end
-            start = end
 
 
 def shared_prefix_attention(
@@ -101,9 +37,9 @@ def shared_prefix_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (1, heads, tokens, dim) in, (1, tokens, heads, dim) and None out.
 
-    With `prefix` the row is packed as it says and `attention_mask` is not looked at; `flex` takes flex attention
-    (arXiv:2412.05496), whose mask skips what no query sees. Raises ValueError for attention dropout or a sliding
-    window there.
+    `prefix` describes the packed row and takes the place of `attention_mask`. `flex` uses flex attention
+    (arXiv:2412.05496), whose mask skips blocks that no query sees. With `prefix`, raises ValueError for attention
+    dropout or a sliding window.
     """
     if prefix is None:
         return sdpa_attention_forward(
@@ -127,7 +63,7 @@ def _checked(
     dropout: float,
     options: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """The states in the type that sdpa would compute in, and the scale of the scores."""
+    """Query, key and value in the data type that sdpa would compute in, and the scale of the scores."""
     if dropout or options.get("sliding_window"):
         raise ValueError(
             f"attention dropout {dropout}, sliding window {options.get('sliding_window')}: the shared-prefix pass has "
@@ -149,7 +85,7 @@ def _flex(
 
 @lru_cache(maxsize=2)
 def _block_mask(layout: PrefixLayout, device: torch.device) -> Any:
-    """Of one packed row, for all layers and passes over it."""
+    """Flex attention's mask of a packed row, made once for all layers and passes."""
     tokens = layout.tokens
     return create_block_mask(layout.sees(device), None, None, tokens, tokens, device=str(device))
 
@@ -166,11 +102,11 @@ for name in (SHARED_PREFIX, SHARED_PREFIX_FLEX):
 
 
 class _Merged(torch.autograd.Function):
-    """Two flash-attention parts, own segment and prompt, put together by their log-sum-exps.
+    """Two flash-attention parts, own segment and prompt, merged by their log-sum-exps.
 
-    The prompt's keys are read where they lie: neither repeated for each completion nor padded. In the backward
-    pass each part gets the merged output and log-sum-exp, with which the kernel's gradients of a part are the
-    gradients of the whole (as in ring attention, arXiv:2310.01889).
+    No key is copied: each completion reads its prompt's keys in place. In the backward pass each part gets the merged
+    output and log-sum-exp. The kernel's gradients of a part are then the gradients of the whole (as in ring
+    attention, arXiv:2310.01889).
     """
 
     @staticmethod
@@ -233,9 +169,9 @@ class _Merged(torch.autograd.Function):
 def _concatenated(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PrefixLayout, scale: float
 ) -> torch.Tensor:
-    """The same by sdpa alone, for devices whose kernels keep their log-sum-exp to themselves.
+    """The same with sdpa alone, for devices whose kernels return no log-sum-exp.
 
-    Each completion attends to the concatenation of its prompt's keys and its own, causal from the lower right.
+    Each completion attends to its prompt's keys and its own, concatenated, causal from the lower right.
     """
     parts, start = [], 0
     for group in layout.groups:

@@ -1,4 +1,4 @@
-"""The process of one isolated reward; rewards.isolation starts this file as a script.
+"""The process of one isolated reward; rewards.isolation.process starts this file as a script.
 
 It reads messages from its parent: a setup first, then batches, and pictures that it has asked for. It writes:
 
@@ -12,7 +12,7 @@ It reads messages from its parent: a setup first, then batches, and pictures tha
 | picture, example, place | the reward looks at a picture |
 | fault, text | the reward changed what all code of the process shares; the process ends |
 
-The parent pickles, this process answers in JSON: what a user's code writes is never unpickled.
+The parent pickles, this process answers in JSON: the parent never unpickles the output of a user's code.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def main() -> None:
     worker = _Worker(channel)
     if worker.load(setup):
         worker.serve()
-    os._exit(0)  # whatever threads the reward has started
+    os._exit(0)  # the reward's own threads must not keep it alive
 
 
 class _Worker:
@@ -95,7 +95,7 @@ class _Worker:
         self._pictures: dict[tuple[int, int], Future] = {}
 
     def say(self, *message: Any) -> None:
-        """Write a message; ends the process if nobody can read it."""
+        """Write a message; end the process if the connection is closed."""
         try:
             packet = _encode(message).encode()
             with self._sending:
@@ -104,7 +104,7 @@ class _Worker:
             os._exit(LOST)
 
     def load(self, setup: dict[str, Any]) -> bool:
-        """Load the reward and say what it is, or why it cannot be loaded."""
+        """Load the reward; report its attributes, or the reason why it cannot be loaded."""
         from rewards.calls import Caller, traceback_text
         from rewards.registry import load_reward
 
@@ -145,8 +145,9 @@ class _Worker:
             for number, (example, count) in enumerate(rows)
         ]
         told = [examples[place] for place in places]
+        watch: Any = _Teller(self)
         try:
-            self._caller(threads).start(self.reward, self.name, completions, told, _Teller(self)).results()
+            self._caller(threads).start(self.reward, self.name, completions, told, watch).results()
         except BaseException as error:
             self._end(f"{type(error).__name__}: {error}")
 
@@ -178,7 +179,7 @@ class _Worker:
 
 
 class _Teller:
-    """Tells the parent when calls begin and what came of them (a rewards.calls.Watch)."""
+    """Reports the begin and the result of calls to the parent (a rewards.calls.Watch)."""
 
     def __init__(self, worker: _Worker) -> None:
         self.worker = worker

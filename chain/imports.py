@@ -1,0 +1,74 @@
+"""Sets in other formats than records: imported for a run or a user, and described."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chain.recipe import ForeignSet
+from corpus.importing import Summary, import_set
+
+
+def imported(given: ForeignSet, destination: Path, rows: int | None = None) -> list[str]:
+    """Import a set into a Parquet file; lines that say what came of it.
+
+    Args:
+        given: what and how.
+        destination: the Parquet file; rejected rows go to a .rejected.jsonl beside it.
+        rows: only the first so many.
+
+    Raises ConfigError and RecordError as `corpus.importing.import_set` does.
+    """
+    from corpus.formats.table import Options
+
+    source = Path(given.path).expanduser()
+    root = Path(given.images).expanduser() if given.images else source if source.is_dir() else source.parent
+    options = Options(root=root, columns=given.columns, system=given.system, turns=given.turns)
+    summary = import_set(
+        source, destination, format_=given.format, options=options, rows=rows, strict=given.strict
+    )
+    places = f"records: {destination}; rejected rows: {destination.with_suffix('.rejected.jsonl')}"
+    return [*lines(summary), places, _golds(destination)]
+
+
+def lines(summary: Summary) -> list[str]:
+    """What an import did: format, mapping, three rows as the model sees them, counts of kinds and of every reason."""
+    from core.model.prompts import user_text
+    from rewards.offline.rows import printable
+
+    said = [
+        f"format {summary.format}: " + ", ".join(f"{name} = {of}" for name, of in summary.mapping.items())
+    ]
+    for row in summary.first:
+        pictures = " ".join(f"[{image.width}x{image.height}]" for image in row["images"])
+        asked = printable(f"{pictures} {user_text(row['question'], row['mode'])}".strip(), 160)
+        gold = f"gold {row['answer']!r}, {row['verifier']}" if row["answer"] else "no gold"
+        said.append(f"  {row['id']}, {row['mode']}: {asked}")
+        said.append(
+            f"    -> {printable(row['response'] or row['chain'] or row['answer'], 120)} ({printable(gold)})"
+        )
+    said.append(
+        f"{summary.written} records of {summary.read} rows, {sum(summary.rejected.values())} rejected"
+    )
+    said += [f"  {number} x {reason}" for reason, number in summary.rejected.most_common()]
+    kinds = ", ".join(
+        f"{kind} {number / summary.written:.0%}" for kind, number in summary.kinds.most_common()
+    )
+    said.append(f"gold answers: {kinds}")
+    if summary.animated:
+        said.append(f"{summary.animated} rows have an animation; the model sees its first frame")
+    return said
+
+
+def _golds(path: Path) -> str:
+    """How many gold answers of a sample can be graded against, as the RL stages will find them."""
+    from corpus.records import load_records
+    from rewards.answer import gold_problem
+    from rl.data import example_of
+
+    records = load_records(path)
+    sample = [
+        row for row in records[:: max(1, len(records) // 200)] if row["verifier"] not in ("none", "judge")
+    ]
+    bad = [f"{row['id']}: {problem}" for row in sample if (problem := gold_problem(example_of(row)))]
+    first = f"; the first of the others: {bad[0]}" if bad else ""
+    return f"{len(sample) - len(bad)} of {len(sample)} sampled gold answers can be graded against{first}"

@@ -1,0 +1,144 @@
+"""The ranks of one job on this host: started as children, watched, stopped together.
+
+Several ranks are started as one is, without torchrun: its rendezvous store takes pickles from anybody who reaches its
+port.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core import processes
+from core.training.group import MEETING
+
+POLL_S = 0.2
+GRACE_S = 5.0
+"""After the first rank has failed, the others have this time to fail by themselves; a rank that does not hangs."""
+TRACE_S = 1.0
+"""A hung rank has this time to write where it is."""
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How the ranks of a job find each other."""
+
+    place: str
+    """A file in a folder of mode 0700, or `tcp://ADDRESS:PORT` of the leader where there are several hosts."""
+    nodes: int = 1
+    node: int = 0
+
+
+class Ranks:
+    """The ranks of one job on this host. When one has failed, the others have GRACE_S to end, and are then stopped.
+
+    Args:
+        job_file: what each rank is told.
+        count: ranks on this host.
+        threads: CPU threads of each.
+        meeting: where the ranks meet; None for a single one.
+    """
+
+    def __init__(self, job_file: Path, count: int, threads: int, meeting: Meeting | None) -> None:
+        self._processes: dict[int, Any] = {}
+        self._logs: dict[int, Path] = {}
+        self._failed: dict[int, str] = {}
+        """How each rank failed."""
+        self._hung: list[int] = []
+        self._failed_at = 0.0
+        first = count * meeting.node if meeting else 0
+        try:
+            for local in range(count):
+                rank, names = first + local, {}
+                if meeting:
+                    names |= {
+                        **{
+                            "RANK": str(rank),
+                            "WORLD_SIZE": str(count * meeting.nodes),
+                            MEETING: meeting.place,
+                        },
+                        **{"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(count)},
+                    }
+                self._logs[rank] = job_file.parent / (f"log-rank{rank}.txt" if rank else "log.txt")
+                self._processes[rank] = processes.start(
+                    command(job_file), log=self._logs[rank], environment=environment(threads) | names
+                )
+        except BaseException:
+            self.stop()
+            raise
+
+    def ended(self, patience_s: float) -> bool:
+        """Whether all ranks end within the time, or one has failed and the others have been stopped."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            for rank, process in self._processes.items():
+                if process.poll() and rank not in self._failed:
+                    self._failed_at = self._failed_at or time.monotonic()
+                    self._failed[rank] = processes.how_it_ended(process.returncode)
+            running = [rank for rank, process in self._processes.items() if process.returncode is None]
+            if not running:
+                return True
+            if self._failed and time.monotonic() - self._failed_at > GRACE_S:
+                self._stop_hung(running)
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            processes.ended(self._processes[running[0]], min(POLL_S, deadline - time.monotonic()))
+
+    def failure(self) -> str | None:
+        """Which ranks failed and how, with the end of the log of the one that explains most; None if none did."""
+        if not self._failed:
+            return None
+        # A rank that a signal killed makes the others fail, whose connections to it close; so does the first that
+        # wrote why it fails.
+        first = min(
+            self._failed,
+            key=lambda rank: ("killed" not in self._failed[rank], self._logs[rank].stat().st_mtime_ns),
+        )
+        several = len(self._processes) > 1 or first
+        name = f"rank {first}" if several else "its process"
+        text = f"{name} {self._failed[first]}"
+        others = [f"rank {rank} {how}" for rank, how in self._failed.items() if rank != first]
+        if others:
+            text += f" (then {', '.join(others)})"
+        text += f"; last lines of {self._logs[first]}:\n{processes.last_lines(self._logs[first])}"
+        for rank in self._hung:
+            text += (
+                f"\nrank {rank} had not ended {GRACE_S:g} s later and was stopped: it hangs, or waited for another. "
+                f"Where it was, from {self._logs[rank]}:\n{processes.last_lines(self._logs[rank])}"
+            )
+        return text
+
+    def stop(self) -> None:
+        """End every rank and what it started."""
+        processes.stop(*self._processes.values())
+
+    def _stop_hung(self, running: list[int]) -> None:
+        self._hung = running
+        for rank in running:
+            processes.ask_for_trace(self._processes[rank])
+        time.sleep(TRACE_S)
+        self.stop()
+
+
+def command(job_file: Path) -> list[str]:
+    """A rank's command line. -P: a folder `core` or `rl` where the user stands must not become ours."""
+    return [sys.executable, "-P", "-m", "chain.worker", str(job_file)]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The ranks' environment: this one without what a launcher of ours left there, thread counts, and our packages
+    before others of their names."""
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    return {
+        **processes.inherited_environment(),
+        **counts,
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+    }

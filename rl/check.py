@@ -1,0 +1,47 @@
+"""Whether a stage's rewards do on its own rows what rewards must. Asked before training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from rewards.adapters import check_columns
+from rewards.judge.judges import Judge
+from rewards.mix import Mixture
+from rewards.selftest import self_test
+from rl.data import Record, example_of
+
+log = logging.getLogger(__name__)
+
+
+class RewardsFail(RuntimeError):
+    """The stage's rewards fail their self-test on its own rows."""
+
+
+def check_rewards(mixture: Mixture, records: Sequence[Record], rows: int, seed: int) -> None:
+    """Refuse rewards that cannot be trained on.
+
+    Every row needs a reward, a judge must resist its canaries, and on a sample of `rows` a gold answer must earn
+    enough and a corrupted one little (rewards.selftest). Raises ValueError, rewards.judge.canaries.JudgeRefused or
+    RewardsFail.
+    """
+    examples = [example_of(record) for record in records]
+    for example in examples:
+        mixture.terms_of(example)
+    for term in mixture.terms:
+        check_columns(term.reward, term.name, examples)
+        if isinstance(term.reward, Judge) and term.reward.canaries:
+            report = term.reward.check_canaries()
+            if not report.complete:
+                log.warning(
+                    "reward %s: the judge could not be checked yet (%s); its rows stay unscored until it can be",
+                    term.name,
+                    report.unanswered,
+                )
+    failures = self_test(mixture, examples, rows=rows, seed=seed) if rows else []
+    if failures:
+        shown = "\n".join(f"  {failure}" for failure in failures[:5])
+        raise RewardsFail(
+            f"{len(failures)} failures in the rewards' self-test on {min(rows, len(examples))} of the stage's rows:\n"
+            f"{shown}\ncorrect the rows or the rewards (`posttrain rewards test` shows all), or set self_test_rows=0"
+        )

@@ -1,0 +1,280 @@
+"""What feeds the trainer: new weights to the servers, the parity check, and a graded batch for every rank.
+
+Rank 0 talks to the servers and owns the batches and the files; the other ranks receive what it broadcasts. Both are
+objects with the same methods (`Lead`, `Follower`), called on all ranks in step.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from rewards.judge.judges import statistics
+from rl.collect import Batch, Group, Pipeline
+from rl.data import Record, prompt_messages
+from rl.record import RunLog
+from rl.resume import StageState
+from rl.rollout.client import RolloutClient
+from rl.rollout.messages import Answer
+from rl.rollout.parity import ParityGuard
+from rl.rollout.weights import WeightSync
+from rl.watch import Watcher
+
+
+class Rank(Protocol):
+    """One rank's part in feeding the trainers. Every method is called on all ranks in step."""
+
+    def settle(self) -> None:
+        """Wait for the batch under way: the servers' weights must not change while they sample."""
+        ...
+
+    def probe(self, guard: ParityGuard) -> list[Answer]:
+        """The servers' answers to the guard's probes, after new weights."""
+        ...
+
+    def checked(self, guard: ParityGuard, answers: Sequence[Answer], servers: int) -> None:
+        """The learner agrees with these answers."""
+        ...
+
+    def batch(self, figures: Mapping[str, float]) -> list[dict[str, Any]]:
+        """The next graded batch, one row per completion, group by group. `figures` join its metrics."""
+        ...
+
+
+class Lead:
+    """Rank 0: servers, batches, watcher, files; and their state, for a checkpoint.
+
+    Args:
+        share_gpus: the servers have the learners' GPUs, and sleep from a batch's last completion to the next update.
+    """
+
+    def __init__(
+        self,
+        client: RolloutClient,
+        rollouts: Pipeline,
+        watcher: Watcher,
+        record: RunLog,
+        records: Sequence[Record],
+        *,
+        share_gpus: bool = False,
+    ) -> None:
+        self.client, self.rollouts, self.watcher, self.record = client, rollouts, watcher, record
+        self.share_gpus = share_gpus
+        self.state = StageState(
+            {"collector": rollouts.collector, "watcher": watcher, "record": record}, records
+        )
+
+    def settle(self) -> None:
+        self.rollouts.settle()
+
+    def probe(self, guard: ParityGuard) -> list[Answer]:
+        self.rollouts.collector.version += 1
+        return _from_rank_0(guard.sample(self.client))
+
+    def checked(self, guard: ParityGuard, answers: Sequence[Answer], servers: int) -> None:
+        if answers:
+            self.client.served.gate = guard.gate(self.client, answers, servers)
+
+    def batch(self, figures: Mapping[str, float]) -> list[dict[str, Any]]:
+        batch = self.rollouts.take()
+        rows = [row for group in batch.groups for row in trl_rows(group)]
+        self._look_at(batch, figures)
+        if self.share_gpus:
+            self.client.sleep()
+        self.rollouts.sample_ahead()
+        return _from_rank_0(rows)
+
+    def _look_at(self, batch: Batch, figures: Mapping[str, float]) -> None:
+        """Watch a batch and write it down. Raises rl.watch.RewardAlarm."""
+        seen, alarms = self.watcher.batch(batch.sampled)
+        judges = {f"judge/{name}": count for name, count in statistics().items()}
+        metrics = {**batch.metrics, **figures, **seen, **judges, **self.client.fleet.figures()}
+        self.record.batch(batch.groups, batch.sampled, metrics, with_completions=bool(alarms))
+        self.watcher.stop_for(alarms)
+        every = self.record.cfg.save_every
+        # The trainer saves after the last batch too. Noted now: with overlap the next batch is under way by then.
+        if every and (self.record.batches % every == 0 or not self.rollouts.left):
+            self.state.note()
+
+    def write(self, folder: Path) -> None:
+        """Put the noted state into a checkpoint's folder."""
+        self.state.write(folder)
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class Follower:
+    """Every other rank: it receives what rank 0 broadcasts."""
+
+    client = None
+    """The servers are rank 0's."""
+
+    def settle(self) -> None:
+        pass
+
+    def probe(self, guard: ParityGuard) -> list[Answer]:
+        return _from_rank_0(None)
+
+    def checked(self, guard: ParityGuard, answers: Sequence[Answer], servers: int) -> None:
+        pass
+
+    def batch(self, figures: Mapping[str, float]) -> list[dict[str, Any]]:
+        return _from_rank_0(None)
+
+    def write(self, folder: Path) -> None:
+        """Rank 0 writes the state."""
+
+    def close(self) -> None:
+        pass
+
+
+class RolloutFeed:
+    """Implements rl.trainer.Feed.
+
+    Args:
+        rank: this rank's part.
+        sync: pushes weights to the servers.
+        guard: compares both sides after every push.
+        records: every record that the collector draws from.
+        probes: the records behind the guard's prompts.
+        share_gpus: the servers sleep between batches, so that they need the weights again for each.
+    """
+
+    def __init__(
+        self,
+        rank: Rank,
+        sync: WeightSync,
+        guard: ParityGuard,
+        records: Sequence[Record],
+        probes: Sequence[Record],
+        *,
+        share_gpus: bool = False,
+    ) -> None:
+        self.rank, self.sync, self.guard, self.probes = rank, sync, guard, probes
+        self.records = {record["id"]: record for record in records}
+        self.share_gpus = share_gpus
+        self._probe_inputs: dict[int, Any] = {}
+
+    def rows(self, trainer: Any, count: int) -> list[dict[str, Any]]:
+        """This rank's `count` rows of the next batch, with prompts and images."""
+        rows = self.rank.batch(self._update_servers(trainer))
+        self.sync.served.asleep = self.share_gpus
+        ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        if len(rows) != count * ranks:
+            raise RuntimeError(
+                f"collected {len(rows)} completions for {ranks} ranks x {count}; "
+                "rollout.prompts_per_batch x group_size must be what TRL's generation batch holds"
+            )
+        return [self._with_prompt(row) for row in rows[rank * count : (rank + 1) * count]]
+
+    def _with_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its prompt and images, which every rank holds and rank 0 need not send."""
+        record = self.records[row["id"]]
+        return {**row, "prompt": _text_only(prompt_messages(record)), "images": list(record["images"])}
+
+    def _update_servers(self, trainer: Any) -> dict[str, float]:
+        """Push the weights if the servers lack them, then compare both sides."""
+        step = trainer.state.global_step
+        if self.sync.served.holds(step):
+            return {}
+        self.rank.settle()
+        if self.share_gpus:
+            _make_room(trainer)
+        started = time.monotonic()
+        self.sync.push(trainer.accelerator.unwrap_model(trainer.model), step)
+        pushed_s = time.monotonic() - started
+        answers = self.rank.probe(self.guard)
+        servers = len(answers) // max(1, len(self.probes))  # those that serve at the moment
+        difference = self.guard.check(answers, lambda at, one: self._score_probe(trainer, at, one), servers)
+        self.rank.checked(self.guard, answers, servers)
+        return {"parity/max_logprob_difference": difference, "sync/seconds": pushed_s}
+
+    @torch.no_grad()
+    def _score_probe(self, trainer: Any, index: int, answer: Answer) -> list[float]:
+        """The learner's log-probabilities of a probe's completion, from the code that training uses."""
+        inputs = self._probe_inputs.get(index)
+        if inputs is None:
+            inputs = self._probe_inputs[index] = trainer.processing_class.apply_chat_template(
+                [prompt_messages(self.probes[index])],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        prompt_ids = inputs["input_ids"][0].tolist()
+        if prompt_ids != answer.prompt_ids:
+            raise RuntimeError(
+                f"probe {index}: the rollout server rendered {len(answer.prompt_ids)} prompt tokens, the learner "
+                f"{len(prompt_ids)}, or other ones; do both use the same chat template and image processor?"
+            )
+        completion = answer.completions[0].token_ids
+        ids = torch.tensor([prompt_ids + completion], device=trainer.accelerator.device)
+        extra: dict[str, Any] = {}
+        if "pixel_values" in inputs:
+            tiles = inputs["pixel_values"].to(ids.device, trainer.model.dtype)
+            extra = {"pixel_values": tiles, "num_images": [1], "num_tiles": [tiles.size(0)]}
+            if (
+                "image_grid_thw" in inputs
+            ):  # images of any resolution: both TRL and we split patches by the grids
+                grids = inputs["image_grid_thw"].to(ids.device)
+                extra |= {"image_grid_thw": grids, "num_images": [len(grids)], "num_tiles": None}
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, torch.ones_like(ids), len(completion), **extra
+        )
+        return logps[0].float().tolist()
+
+
+def _make_room(trainer: Any) -> None:
+    """Free what the last update's passes held: servers that wake take memory that the GPU has free."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trainer.accelerator.wait_for_everyone()  # rank 0 wakes the servers of all ranks' GPUs
+
+
+def trl_rows(group: Group) -> list[dict[str, Any]]:
+    """A group's rows on their way to the ranks: neither images nor text."""
+    rows = []
+    for sample in group.samples:
+        scores = {}
+        if sample.reward is not None:  # a row that a term could not judge counts nowhere: never as 0
+            scores = {name: verdict.score for name, verdict in sample.graded.verdicts.items()}
+            scores["overlong"] = sample.penalty
+        completion = sample.completion
+        rows.append(
+            {
+                "id": group.row["id"],
+                "scores": scores,
+                "prompt_ids": group.prompt_ids,
+                # TRL needs a token. One that ends no turn makes an empty completion a truncated one, which is masked.
+                "completion_ids": completion.token_ids or group.prompt_ids[-1:],
+                "logprobs": completion.logprobs or [0.0],
+            }
+        )
+    return rows
+
+
+def _text_only(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation as TRL takes it: text content, with images in a column of their own."""
+    out = []
+    for message in conversation:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        out.append({"role": message["role"], "content": content})
+    return out
+
+
+def _from_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

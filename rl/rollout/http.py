@@ -1,0 +1,154 @@
+"""Requests to rollout servers: kept connections, retries, the run's token, and errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection
+from urllib3.exceptions import NewConnectionError, ReadTimeoutError
+
+from rl.rollout import access
+
+TRIES = 3
+"""Of a request for completions, when its connection is lost."""
+RETRY_PAUSE_S = 0.2
+CONNECT_S = 10.0
+"""To connect to a server: a machine that is gone refuses nothing."""
+BUSY_S = (2.0, 10.0)
+"""To connect, and to hear of a serving server whether it is healthy: in the middle of a step a CPU engine answers
+after it."""
+IDLE_S = (2.0, 2.0)
+"""The same of a server that was lost: it has nothing to do."""
+
+
+class RolloutError(RuntimeError):
+    """A rollout server refused a request or did not answer. The message has its URL and its words."""
+
+
+class ServerLost(RolloutError):
+    """The server is gone or going: another one can be asked instead."""
+
+
+class Http:
+    """JSON to and from rollout servers. Safe to use from many threads.
+
+    Args:
+        token: the run's; None asks servers that want none, and trusts whoever answers.
+        timeout_s: a server that has not answered by then is lost.
+        connections: kept at once to each server.
+    """
+
+    def __init__(self, token: str | None, timeout_s: float, connections: int = 1) -> None:
+        self.timeout = (CONNECT_S, timeout_s)
+        retries = _LostConnections(total=TRIES - 1, allowed_methods=None, backoff_factor=RETRY_PAUSE_S)
+        self._kept = _session(token, timeout_s, retries, connections)
+        # A connection of its own for what is sent once: the server may just be closing one that was kept alive.
+        self._single = _session(token, timeout_s)
+        self._busy, self._idle = _session(token, BUSY_S[1]), _session(token, IDLE_S[1])
+
+    def close(self) -> None:
+        """Close the kept connections."""
+        self._kept.close()
+
+    def ask(self, url: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """POST something that may be sent several times; when its connection is lost, it is."""
+        return self._send(self._kept, "POST", url, path, body)
+
+    def tell(self, url: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """POST once."""
+        return self._send(self._single, "POST", url, path, body)
+
+    def get(self, url: str, path: str) -> dict[str, Any]:
+        """GET once."""
+        return self._send(self._single, "GET", url, path, None)
+
+    def gone(self, url: str) -> bool:
+        """Whether a server takes no connection or says that it is not healthy; a busy one may be slow to answer."""
+        try:
+            return not self._busy.get(f"{url}/health", timeout=BUSY_S).ok
+        except requests.ConnectionError:
+            return True
+        except requests.RequestException:
+            return False
+
+    def healthy(self, url: str, busy: bool = False) -> bool:
+        """Whether a server says that it is healthy: at once, or after a step where it may be busy."""
+        session, timeout = (self._busy, BUSY_S) if busy else (self._idle, IDLE_S)
+        try:
+            return session.get(f"{url}/health", timeout=timeout).ok
+        except requests.RequestException:
+            return False
+
+    def _send(self, session: Any, method: str, url: str, path: str, body: Mapping[str, Any] | None) -> dict:
+        """The reply's JSON. Raises ServerLost if there is none or the server is dying, RolloutError for a refusal."""
+        try:
+            response = session.request(method, f"{url}/{path}", json=body, timeout=self.timeout)
+        except requests.RequestException as error:
+            raise ServerLost(
+                f"{url}/{path}: no answer ({type(error).__name__}: {error}). Is the rollout server up? See its log. "
+                "If it only takes longer, raise servers.request_timeout_s."
+            ) from error
+        if response.ok:
+            return response.json() if response.content else {}
+        dying = response.status_code >= 500 and self.gone(url)
+        kind = ServerLost if dying else RolloutError
+        raise kind(f"{url}/{path}: HTTP {response.status_code}: {response.text[:2000]}")
+
+
+class _LostConnections(urllib3.Retry):
+    """Sends again what lost its connection, and not what took too long."""
+
+    def increment(self, method=None, url=None, response=None, error=None, _pool=None, _stacktrace=None):
+        if isinstance(error, ReadTimeoutError):
+            raise error
+        return super().increment(method, url, response, error, _pool, _stacktrace)
+
+
+def _session(
+    token: str | None, proof_s: float, retries: urllib3.Retry | None = None, connections: int = 0
+) -> requests.Session:
+    """A session that keeps `connections` to each server; 0 closes each after its request."""
+    session = requests.Session()
+    session.trust_env = False  # no proxy, and no credentials of ~/.netrc in the token's place
+    session.headers.update(access.headers(token))
+    if not connections:
+        session.headers["Connection"] = "close"
+    adapter = _Adapter(token, proof_s, max_retries=retries or urllib3.Retry(0), pool_maxsize=connections or 1)
+    session.mount("http://", adapter)
+    return session
+
+
+class _Adapter(HTTPAdapter):
+    """Connections whose other side has proved within `proof_s` that it knows the token."""
+
+    def __init__(self, token: str | None, proof_s: float, **options: Any) -> None:
+        self.token, self.proof_s = token, proof_s
+        super().__init__(**options)
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, **options)
+        token, proof_s = self.token, self.proof_s
+        if not token:
+            return
+
+        class Proven(HTTPConnection):
+            def connect(self) -> None:
+                super().connect()
+                try:
+                    self.sock.settimeout(proof_s)  # a server in the middle of a step answers after it
+                    access.demand_proof(self.sock, self.host, self.port, token)
+                except TimeoutError as error:
+                    self.close()
+                    raise ReadTimeoutError(None, self.host, "no proof in time") from error  # type: ignore[arg-type]
+                except Exception as error:
+                    self.close()
+                    raise NewConnectionError(self, str(error)) from error
+
+        class Pool(urllib3.HTTPConnectionPool):
+            ConnectionCls = Proven
+
+        self.poolmanager.pool_classes_by_scheme = {"http": Pool}

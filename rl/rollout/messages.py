@@ -1,0 +1,143 @@
+"""Prompts and completions, and their form in vLLM's chat API."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.files import read_json
+from core.model.pictures import Picture
+from rl.rollout.config import MODEL_NAME
+
+BAN = -100.0
+"""Logit bias of a banned token, the lowest that the API takes: e**-100 of any other token's probability."""
+
+_OPENING = threading.Lock()
+"""Pillow reads a file's pixels when they are first needed, and breaks when two threads need them: the same image goes
+to several servers at once."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. temperature 0 is greedy."""
+
+    max_tokens: int
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation (content parts `{"type": "image", "image": PIL image}` or text) and its seed."""
+
+    messages: Sequence[Mapping[str, Any]]
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    token_ids and logprobs have one entry per token, the end-of-turn token included when it was sampled; the
+    log-probabilities are of the distribution that was sampled from (temperature and token ban applied).
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finished: bool
+    """False when it was cut at max_tokens or at a banned token."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt's token ids, as the server rendered it, and its completions."""
+
+    prompt_ids: list[int]
+    completions: list[Completion]
+
+
+@dataclass(frozen=True)
+class CoreFacts:
+    """Facts about the served core that a client needs, from its checkpoint folder."""
+
+    banned_ids: tuple[int, ...]
+    """The image token: a completion must not hold one, as no image belongs to it."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Weights that a checkpoint leaves out because they share another's storage: name -> twin's name."""
+
+    @classmethod
+    def of(cls, model: Path) -> CoreFacts:
+        """Read `model/config.json`."""
+        config = read_json(model / "config.json")
+        tied = config.get("tie_word_embeddings") or config["text_config"].get("tie_word_embeddings", False)
+        # vLLM's CPU engine packs lm_head's weights apart from the embedding's: unless both are sent, it keeps the old
+        # head and every log-probability after the first update is of another policy.
+        twins = {"lm_head.weight": "model.language_model.embed_tokens.weight"} if tied else {}
+        return cls(banned_ids=(config["image_token_id"],), tied=twins)
+
+
+def completion_request(prompt: Prompt, sampling: Sampling, core: CoreFacts) -> dict[str, Any]:
+    """The body of a request to /v1/chat/completions."""
+    return {
+        "model": MODEL_NAME,
+        "messages": openai_messages(prompt.messages),
+        "n": sampling.n,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "seed": prompt.seed,
+        "logprobs": True,
+        "top_logprobs": 0,
+        "return_token_ids": True,
+        "logit_bias": {str(token): BAN for token in core.banned_ids},
+    }
+
+
+def read_answer(reply: Mapping[str, Any], core: CoreFacts) -> Answer:
+    """The answer in a reply. Raises ValueError for one that is not complete."""
+    return Answer(
+        prompt_ids=reply["prompt_token_ids"],
+        completions=[_completion(choice, core) for choice in reply["choices"]],
+    )
+
+
+def _completion(choice: Mapping[str, Any], core: CoreFacts) -> Completion:
+    ids = list(choice["token_ids"])
+    logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+    if len(ids) != len(logprobs):
+        raise ValueError(f"a completion has {len(ids)} tokens but {len(logprobs)} log-probabilities")
+    finished = choice["finish_reason"] == "stop"
+    # The ban makes this all but impossible; a server that ignores it must not break the learner's forward pass.
+    banned = next((at for at, token in enumerate(ids) if token in core.banned_ids), None)
+    if banned is not None:
+        ids, logprobs, finished = ids[:banned], logprobs[:banned], False
+    return Completion(ids, logprobs, choice["message"]["content"] or "", finished)
+
+
+def openai_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with pictures inlined as data URLs: files as they are stored, PIL images as PNG.
+
+    A server decodes a file by the rule of core.model.pictures (core/model/vllm_plugin.py, rl/rollout/hf.py).
+    """
+    out = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [_openai_part(part) for part in content]
+        out.append({"role": message["role"], "content": content})
+    return out
+
+
+def _openai_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    if part["type"] != "image":
+        return dict(part)
+    with _OPENING:
+        picture = Picture.of(part["image"])
+    data = base64.b64encode(picture.data).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/*;base64,{data}"}}

@@ -1,0 +1,48 @@
+"""What passes compute for TRL, and how batches and scores are cut and joined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+
+class Scores(NamedTuple):
+    """What TRL's `_get_per_token_logps_and_entropies` returns."""
+
+    logps: torch.Tensor
+    """(rows, completion tokens), 0 where nothing is scored."""
+    entropies: torch.Tensor | None
+    aux_loss: torch.Tensor | None
+    """The router's balancing loss of a mixture of experts."""
+
+
+def joined_scores(parts: Sequence[Scores]) -> Scores:
+    """The scores of all packs' rows; the router's loss is the mean over rows."""
+    if len(parts) == 1:
+        return parts[0]
+    logps, entropies, aux = ([part[at] for part in parts] for at in range(3))
+    rows = sum(len(values) for values in logps)
+    return Scores(
+        torch.cat(logps),
+        None if entropies[0] is None else torch.cat(entropies),
+        None
+        if aux[0] is None
+        else torch.stack([value * len(own) / rows for value, own in zip(aux, logps, strict=True)]).sum(),
+    )
+
+
+def taken(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Some rows of TRL's batch; scalars as they are, pixels row by row."""
+    by_row = split_pixel_values_by_grid(batch)
+    some: dict[str, Any] = {}
+    for name, value in by_row.items():
+        if isinstance(value, list):
+            some[name] = [value[row] for row in rows]
+        elif isinstance(value, torch.Tensor) and value.ndim:
+            some[name] = value[list(rows)]
+        else:
+            some[name] = value
+    return unsplit_pixel_values_by_grid(some)

@@ -1,0 +1,66 @@
+"""`posttrain data import` and sets of a recipe in other formats."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from chain.cli.main import main
+from chain.plan.text import _Sets
+from chain.recipe import load_recipe
+from chain.run import data
+from corpus.records import load_records
+
+ROWS = [{"q": f"{n}+1?", "answer": str(n + 1), "note": ""} for n in range(5)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*ROWS, {"q": "no answer"}])
+    )
+    return tmp_path / "rows.jsonl"
+
+
+def test_import_prints_the_mapping_three_rows_and_every_reason(source, tmp_path, capsys):
+    out = tmp_path / "mine.parquet"
+    assert main(["data", "import", str(source), str(out), "--columns", "question=q"]) == 0
+    said = capsys.readouterr().out
+    assert "format columns: question = q, answer = answer" in said
+    assert said.count("-> ") == 3
+    assert "5 records of 6 rows, 1 rejected\n  1 x answer: no column holds it" in said
+    assert "gold answers: number 100%" in said
+    assert "5 of 5 sampled gold answers can be graded against" in said
+    assert [row["question"] for row in load_records(out)] == [row["q"] for row in ROWS]
+
+
+def test_import_refuses_in_one_line(source, tmp_path, capsys):
+    assert main(["data", "import", str(source), str(tmp_path / "mine.parquet"), "--columns", "question"]) == 2
+    assert "write FIELD=COLUMN" in capsys.readouterr().err
+    arguments = [
+        "data",
+        "import",
+        str(source),
+        str(tmp_path / "mine.parquet"),
+        "--columns",
+        "question=q",
+        "--strict",
+    ]
+    assert main(arguments) == 1
+    assert "rows.jsonl: row 5: answer: no column holds it" in capsys.readouterr().err
+
+
+def test_a_recipe_s_set_in_another_format_is_imported_once(toy, source, capsys):
+    given = f"data.sets.mine={{path: {source}, columns: {{question: q}}}}"
+    recipe = load_recipe(toy.recipe_dir, [given])
+    assert _Sets(recipe, toy.run_dir).state("mine") == "imported (at the first run)"
+    data(recipe, runs_dir=toy.root / "runs")
+    made = toy.run_dir / "imported" / "mine" / "mine.parquet"
+    assert len(load_records(made)) == 5
+    assert _Sets(recipe, toy.run_dir).state("mine").startswith("imported (there")
+    before = made.stat().st_mtime_ns
+    data(recipe, runs_dir=toy.root / "runs")
+    assert made.stat().st_mtime_ns == before
+    source.write_text(json.dumps(ROWS[0]) + "\n")
+    data(recipe, runs_dir=toy.root / "runs")
+    assert len(load_records(made)) == 1

@@ -1,0 +1,257 @@
+"""What listens while a stage trains, read from the operating system, and what a neighbour gets there: nothing.
+
+A chain with two ranks and two rollout servers runs; docs/security.md lists everything that may listen.
+"""
+
+import json
+import os
+import pickle
+import re
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import yaml
+
+from core.checkpoint.shards import weights_hash
+from core.files import read_jsonl
+from corpus.records import write_records
+from rl.rollout.access import TOKEN
+
+from ..rl.conftest import record, tiny_core  # noqa: F401 - fixture
+from .test_several_hosts import STAGE
+
+ROOT = Path(__file__).parents[2]
+REWARD = """
+import pathlib, time
+
+HERE = pathlib.Path(__file__).parent
+
+
+def count(completion, example):
+    (HERE / "held").touch()
+    while (HERE / "hold").exists():
+        time.sleep(0.05)
+    return min(1.0, sum(letter.isdigit() for letter in completion) / 6)
+"""
+ROLES = {"chain.worker": "rank", "rl.rollout.hf": "server", "api_server": "server", "EngineCore": "server"}
+ATTEMPTS = [
+    ("GET", "/health", None),
+    ("GET", "/weight_info", None),
+    ("GET", "/v1/models", None),
+    ("OPTIONS", "/update_weights", None),
+    ("POST", "/collective_rpc", {"method": "save_sharded_state", "args": ["/tmp"]}),
+    ("POST", "/start_weight_update", {}),
+    ("POST", "/update_weights", {"update_info": {"paths": [], "aliases": {}}}),
+    ("POST", "/finish_weight_update", {"weight_version": "a neighbour's"}),
+    ("POST", "/update_weight_version", {"new_version": "a neighbour's"}),
+    ("POST", "/sleep?level=2", {}),
+    ("POST", "/pause", {}),
+    ("POST", "/reset_mm_cache", {}),
+    ("POST", "/reset_encoder_cache", {}),
+    ("POST", "/reset_prefix_cache", {}),
+    ("POST", "/v1/chat/completions", {"model": "policy", "messages": [{"role": "user", "content": "hello"}]}),
+]
+
+
+class Mark:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def start(root, core, name, engine):
+    """The chain's process, in a session and working directory of its own."""
+    (root / "counted_digits.py").write_text(REWARD)
+    write_records(root / "rl.parquet", [record(n, image=bool(n % 4)) for n in range(24)])
+    recipe = {
+        "name": name,
+        "data": {"sets": {"rl": str(root / "rl.parquet")}},
+        "servers": {"engine": engine, "count": 2, "max_model_tokens": 256, "max_sequences": 64},
+        "wandb": {"mode": "disabled"},
+        "core": {"path": str(core)},
+        "rlvr": {**STAGE, "rewards": [{**STAGE["rewards"][0], "deadline_s": 300}]},
+    }
+    (root / name).mkdir()
+    (root / name / "pipeline.yaml").write_text(yaml.safe_dump(recipe))
+    with (root / f"{name}.out").open("wb") as out:
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "chain.cli.main",
+                "run",
+                str(root / name),
+                "--runs-dir",
+                str(root / "runs"),
+            ],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(ROOT)])},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def role(process):
+    words = " ".join(process.cmdline()) + process.name()
+    if "processes.py" in words:
+        return "guard"
+    return next((role for word, role in ROLES.items() if word in words), words[:100])
+
+
+def listeners(process):
+    """(who, interface, what) of everything that listens below a process, and its address."""
+    found = {}
+    listening = {
+        line.split()[6]: line.split()[7] if len(line.split()) > 7 else "(no name)"
+        for line in Path("/proc/net/unix").read_text().splitlines()[1:]
+        if int(line.split()[3], 16) & 0x10000
+    }
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            who = role(one)
+            for connection in one.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN or connection.type == socket.SOCK_DGRAM:
+                    found[connection.laddr] = (who, connection.laddr.ip, "tcp")
+            for descriptor in Path(f"/proc/{one.pid}/fd").iterdir():
+                inode = re.match(r"socket:\[(\d+)\]", os.readlink(descriptor))
+                if inode and inode[1] in listening:
+                    path = listening[inode[1]]
+                    found[path] = (who, "private folder" if is_private(path) else path, "unix")
+        except (psutil.Error, OSError):
+            continue  # it has just ended
+    return found
+
+
+def is_private(path):
+    """Whether a Unix socket's folder is its user's alone."""
+    status = Path(path).parent.stat()
+    return status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o077
+
+
+def knock_as_neighbour(address, who, mark):
+    """Try everything without the token; returns what was answered with anything but a refusal."""
+    answered = []
+    if who == "server":
+        url = f"http://{address.ip}:{address.port}"
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Content-Type": "text/plain", "Origin": "http://x"},
+        ):
+            for method, path, body in ATTEMPTS:
+                data = None if body is None else json.dumps(body)
+                try:
+                    status = requests.request(
+                        method, url + path, data=data, headers=headers, timeout=20
+                    ).status_code
+                except requests.ConnectionError:
+                    status = None  # gloo's port of the server's engine speaks no HTTP
+                if status not in (401, None):
+                    answered.append((path, headers, status))
+    for junk in (b"", b"\0" * 8, (1).to_bytes(8, "little"), pickle.dumps(Mark(mark)), b"\xff" * 4096):
+        with socket.create_connection((address.ip, address.port), timeout=5) as line:
+            line.sendall(junk)
+    return answered
+
+
+STORES = """
+import datetime, os, sys, threading, time
+import torch.distributed as d
+
+own = d.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+found = []
+
+def knock(port):
+    try:
+        store = d.TCPStore("127.0.0.1", port, None, False, datetime.timedelta(seconds=3))
+        store.num_keys()
+        store.set("torch.rendezvous.stolen", b"")
+        found.append(port)
+    except Exception:
+        pass
+
+for port in (own.port, *map(int, sys.argv[1:])):
+    threading.Thread(target=knock, args=(port,), daemon=True).start()
+time.sleep(6)
+found.remove(own.port)
+print("open", *found, flush=True)
+os._exit(0)
+"""
+
+
+def stores_that_open(addresses):
+    """What a client of PyTorch's TCP store finds at the ports, after it has found its own store: `open PORT...`."""
+    command = [sys.executable, "-P", "-c", STORES, *(str(address.port) for address in addresses)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.strip()
+
+
+def documented():
+    """(who, interface, what) of the table in docs/security.md for one host."""
+    text = (ROOT / "docs" / "security.md").read_text()
+    table = text[text.index("| Who |") :].split("\n\n")[0].splitlines()[2:]
+    return {tuple(cell.strip().strip("`") for cell in line.split("|")[1:4]) for line in table}
+
+
+def finish(process, output):
+    assert process.wait(600) == 0, output.read_text()[-4000:]
+
+
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
+def test_what_listens_is_listed_on_loopback_and_refuses_a_neighbour(tiny_core, tmp_path, engine):  # noqa: F811
+    (tmp_path / "hold").touch()  # the learner waits for its first rewards, and everything listens
+    process = start(tmp_path, tiny_core, "visited", engine)
+    seen, visited, answered, tokens, stores = set(), set(), [], set(), ""
+    try:
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            found = listeners(watched)
+            seen |= set(found.values())
+            held = (tmp_path / "held").exists() and (tmp_path / "hold").exists()
+            for address, (who, _, kind) in found.items() if held else ():
+                if kind == "tcp":
+                    answered += knock_as_neighbour(address, who, tmp_path / "unpickled")
+                    visited.add(address)
+            if held:
+                below = watched.children(recursive=True)
+                tokens = {one.environ()[TOKEN] for one in below if role(one) == "server"}
+                assert not [one for one in below for token in tokens if token in " ".join(one.cmdline())]
+                stores = stores_that_open(visited)
+                (tmp_path / "hold").unlink()
+            time.sleep(0.1)
+    finally:
+        (tmp_path / "hold").unlink(missing_ok=True)
+        process.terminate()
+        finish(process, tmp_path / "visited.out")
+    assert {who for who, _, _ in seen} >= {"rank", "server"}
+    assert len(visited) >= 4
+    assert seen <= documented()
+    assert not answered
+    assert stores == "open"
+    assert not (tmp_path / "unpickled").exists()
+    (token,) = tokens
+    files = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
+    assert not [file for file in files if token.encode() in file.read_bytes()]
+    # The same without a neighbour.
+    finish(start(tmp_path, tiny_core, "alone", engine), tmp_path / "alone.out")
+    runs = [tmp_path / "runs" / name / "rlvr" for name in ("visited", "alone")]
+    one, two = (
+        [(line["loss"], line["reward"]) for line in read_jsonl(run / "metrics.jsonl")] for run in runs
+    )
+    assert len(one) == 3
+    assert one == two
+    assert weights_hash(runs[0] / "checkpoint") == weights_hash(runs[1] / "checkpoint")
+    assert {line["rollout/servers"] for line in read_jsonl(runs[0] / "metrics.jsonl")} == {2}
