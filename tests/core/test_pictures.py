@@ -216,8 +216,8 @@ def test_trained_rolled_out_evaluated_judged_and_reported_pictures_are_the_same_
 
     from vllm.multimodal.media.image import ImageMediaIO
 
-    from chain.stages import write_samples
-    from chain.tracking import _pictures
+    from chain.evaluate import write_samples
+    from chain.tracking.content import PictureIndex
     from core.model.image_tiles import SailVL2ImageProcessor
     from core.model.vllm_plugin import _decode_pictures_as_the_learner_does
     from corpus.records import load_records, write_records
@@ -248,7 +248,7 @@ def test_trained_rolled_out_evaluated_judged_and_reported_pictures_are_the_same_
         "the transformers server": _messages({"messages": sent})[0]["content"][0]["image"],
         "a reward": example_of(record).images[0],
         "the report": Image.open(tmp_path / sample),
-        "W&B": _pictures({"s": str(file)}, ["a"])["a"],
+        "the trackers": PictureIndex([str(file)]).of(["a"])["a"][0],
     }
     for who, image in shown.items():
         assert np.array_equal(np.asarray(image), expected), who
