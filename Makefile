@@ -14,6 +14,7 @@ MODEL ?=
 QUICK ?=
 
 BIN := $(VENV)/bin
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^ *"\(torch==[0-9.]*\)",/\1/p' pyproject.toml)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)

@@ -32,6 +32,8 @@ LOOK_S = 1.0
 LAST_LINES = 40
 SETTLED_S = 60.0
 """A younger file in shared memory may be between its making and its first use."""
+BUILD_S = 900.0
+"""An operator's build is over by then; an older lock was left by a killed one, and torch would wait for it for ever."""
 SHARED_MEMORY = Path("/dev/shm")
 LOOPBACK = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
 """The loopback interface's name, for GLOO_SOCKET_IFNAME and its like."""
@@ -53,6 +55,12 @@ _LEFTOVERS = re.compile(
 )
 """Names in shared memory that Python, joblib, torch, OpenMP, NCCL and DeepSpeed choose; some hold the id of the
 process."""
+
+
+def extensions_folder() -> Path:
+    """Where DeepSpeed's operators are built. One folder per virtual environment: two that share a folder rebuild each
+    other's operators in turns, behind one lock."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix, "torch_extensions"))
 
 
 def inherited_environment() -> dict[str, str]:
@@ -178,7 +186,7 @@ def remove_leftovers(*roots: Path) -> list[str]:
 
     That is: folders of `held_folder`, which nobody holds any more, and in shared memory semaphores and segments. Of
     the latter a file with a process id in its name goes if that process has ended, another one if no process has it
-    mapped. Processes of another container that shares this machine's shared memory cannot be seen; so files without
+    mapped. Locks of builds of DeepSpeed's operators that were killed go as well. Processes of another container that shares this machine's shared memory cannot be seen; so files without
     an id stay for a minute, in which a process that was given the name opens them.
 
     Args:
@@ -193,6 +201,11 @@ def remove_leftovers(*roots: Path) -> list[str]:
             elif found := _LEFTOVERS.fullmatch(path.name):
                 mapped = _mapped_inodes() if mapped is None and not found["pid"] else mapped
                 removed += [str(path)] if _unlink_if_left(path, found["pid"], mapped or set()) else []
+    for lock in extensions_folder().glob("**/lock"):
+        with contextlib.suppress(OSError):
+            if time.time() - lock.lstat().st_mtime > BUILD_S:
+                lock.unlink()
+                removed.append(str(lock))
     return removed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from core.processes import free_port
+from core.processes import extensions_folder, free_port
 from core.training.config import LearnerConfig, Optim
 from core.training.group import form_group
 
@@ -67,6 +67,7 @@ def join_process_group(cfg: LearnerConfig) -> None:
     form_group()
     if cfg.deepspeed is None:
         return
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     import torch
 
     if not torch.cuda.is_available():  # on CPUs nothing of ours is compiled, and an optimizer that DeepSpeed
