@@ -321,7 +321,7 @@ def held_by_photos() -> dict[str, int]:
 
     from corpus.records import DataSource, write_records
     from rl.data import load_rows, prompt_messages
-    from rl.rollout.client import openai_messages
+    from rl.rollout.messages import openai_messages
 
     noise = np.random.default_rng(0)
 

@@ -213,12 +213,13 @@ def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
 
 def _examples(recipe: Recipe, data: Sequence[DataSource]) -> list[Example] | None:
     """The rows of these sources without their pictures; None if some of them are not there yet."""
-    places = [recipe.data.sets.get(source.set, "") for source in data]
-    if not all(place and Path(place).expanduser().exists() for place in places):
+    places = [recipe.data.sets.get(source.set) for source in data]
+    there = [place for place in places if isinstance(place, str) and Path(place).expanduser().exists()]
+    if len(there) < len(places):
         return None
     return [
         Example.of(record, ())
-        for source, place in zip(data, places, strict=True)
+        for source, place in zip(data, there, strict=True)
         for record in load_records(place, source.split, source.rows, recipe.seed)
     ]
 

@@ -56,7 +56,8 @@ class Ranks:
         names_of_buffers = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port())}
         try:
             for local in range(count):
-                rank, names = first + local, {}
+                rank = first + local
+                names: dict[str, str] = {}
                 if meeting:
                     names |= {
                         **{

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from chain.checks import check, check_rows, check_shares, room_for
 from chain.context import Context, Progress
@@ -26,7 +26,7 @@ from chain.launch import POLL_S, StageFailed, run_job
 from chain.placement import Placement
 from chain.pool import OpenPool, Pool
 from chain.progress import Follower, Outlook
-from chain.recipe import Recipe, made_between
+from chain.recipe import ForeignSet, Recipe, made_between
 from chain.report import data as report
 from chain.report.write import write as write_report
 from chain.stages import STAGES, Stage, stage_named
@@ -187,15 +187,15 @@ class Loop:
                 self.display.line(f"import {step.name}: there already, unchanged — skipped")
                 continue
             with self.folder.making(step) as partial, self.display.step(f"import {step.name}"):
-                for line in imported(step.config, partial / f"{step.name}.parquet"):
+                for line in imported(cast(ForeignSet, step.config), partial / f"{step.name}.parquet"):
                     self.display.line(line)
-        step, config = self.folder.data(), self.recipe.data.generate
-        if step is None or config is None:
+        made, config = self.folder.data(), self.recipe.data.generate
+        if made is None or config is None:
             return
-        if step.current and not force:
+        if made.current and not force:
             self.display.line(f"{DATA}: there already, unchanged — skipped")
             return
-        with self.folder.making(step) as partial, self.display.step(DATA):
+        with self.folder.making(made) as partial, self.display.step(DATA):
             job = Job(stage=DATA, out=partial, seed=self.recipe.seed)
             in_child(Task.of("chain.make:generate", config, job, vllm=True), partial, threads=config.threads)
             missing = [name for name in config.sets if not (partial / f"{name}.parquet").exists()]

@@ -84,7 +84,7 @@ class SailVL2Processor(ProcessorMixin):
         return processed, [self.replace_image_token(processed, place) for place in range(len(images))]
 
     @wraps(ProcessorMixin.apply_chat_template)
-    def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
         """As transformers'. Raises TooSlow for a template that does not end: it came with the checkpoint."""
         with deadline("chat_template.jinja of the core: use another template"):
             return super().apply_chat_template(*arguments, **options)

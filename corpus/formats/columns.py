@@ -109,11 +109,11 @@ def of_reply(reply: str) -> Record:
     if "CONCLUSION" in sections:
         thought = "\n".join(words for name, words in sections.items() if name != "CONCLUSION" and words)
         return {"answer": sections["CONCLUSION"], "chain": thought, "mode": "think"}
-    if thought := _THINK.fullmatch(reply):
+    if split := _THINK.fullmatch(reply):
         return {
-            "answer": gold_of(thought[2]),
+            "answer": gold_of(split[2]),
             "response": reply.strip(),
-            "chain": thought[1],
+            "chain": split[1],
             "mode": "think",
         }
     gold = gold_of(reply)

@@ -101,9 +101,9 @@ def question(words: str, images: int) -> str:
         remedy = "name each picture once, in order"
         raise Rejected("question", "numbered placeholders are out of order", numbers, remedy)
     if len(marks) != images:
-        found = f"{len(marks)} placeholders, {images} pictures"
+        counts = f"{len(marks)} placeholders, {images} pictures"
         remedy = "write one placeholder for each picture, or none"
-        raise Rejected("question", "placeholders and pictures differ in number", found, remedy)
+        raise Rejected("question", "placeholders and pictures differ in number", counts, remedy)
     words = PLACEHOLDER.sub(IMAGE, words).strip()
     leading = re.match(rf"(?:{IMAGE}\s*)*", words)
     # In front of the question is where pictures are anyway.

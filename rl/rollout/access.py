@@ -128,7 +128,8 @@ def verdict(path: str, query: str, header: str | None, port: int, token: str) ->
     return None
 
 
-Scope, Channel = Mapping[str, Any], Callable[..., Awaitable[Any]]
+Scope = Mapping[str, Any]
+Channel = Callable[..., Awaitable[Any]]
 
 
 class Guard:

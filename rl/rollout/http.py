@@ -140,7 +140,7 @@ class _Adapter(HTTPAdapter):
                 super().connect()
                 try:
                     self.sock.settimeout(proof_s)  # a server in the middle of a step answers after it
-                    access.demand_proof(self.sock, self.host, self.port, token)
+                    access.demand_proof(self.sock, self.host, self.port, str(token))
                 except TimeoutError as error:
                     self.close()
                     raise ReadTimeoutError(None, self.host, "no proof in time") from error  # type: ignore[arg-type]

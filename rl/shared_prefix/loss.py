@@ -55,7 +55,7 @@ class PackedLoss:
 
         def loss_of(number: int) -> torch.Tensor:
             scores = self._pass_over(number)
-            done.append(Scores(*(None if values is None else values.detach() for values in scores)))
+            done.append(scores.detached())
             return self._loss_of(taken(self.inputs, self.parts[number]), scores) * weights[number]
 
         metrics = self.trainer._metrics

@@ -18,19 +18,27 @@ class Scores(NamedTuple):
     aux_loss: torch.Tensor | None
     """The router's balancing loss of a mixture of experts."""
 
+    def detached(self) -> Scores:
+        """The same numbers without their graph."""
+        entropies, aux = self.entropies, self.aux_loss
+        return Scores(
+            self.logps.detach(),
+            None if entropies is None else entropies.detach(),
+            None if aux is None else aux.detach(),
+        )
+
 
 def joined_scores(parts: Sequence[Scores]) -> Scores:
     """The scores of all packs' rows; the router's loss is the mean over rows."""
     if len(parts) == 1:
         return parts[0]
-    logps, entropies, aux = ([part[at] for part in parts] for at in range(3))
-    rows = sum(len(values) for values in logps)
+    rows = sum(len(part.logps) for part in parts)
+    entropies = [part.entropies for part in parts if part.entropies is not None]
+    shares = [part.aux_loss * len(part.logps) / rows for part in parts if part.aux_loss is not None]
     return Scores(
-        torch.cat(logps),
-        None if entropies[0] is None else torch.cat(entropies),
-        None
-        if aux[0] is None
-        else torch.stack([value * len(own) / rows for value, own in zip(aux, logps, strict=True)]).sum(),
+        torch.cat([part.logps for part in parts]),
+        torch.cat(entropies) if entropies else None,
+        torch.stack(shares).sum() if shares else None,
     )
 
 
