@@ -247,8 +247,8 @@ def _reward_problem(
 ) -> str | None:
     """What is wrong with a reward, in one line. A user's own reward is loaded in a process of its own.
 
-    `thought_open`: whether the chat template opens the thought, if that is known. `examples`: the rows that it will grade,
-    for a reward that needs columns of their meta.
+    `thought_open`: whether the chat template opens the thought, if that is known. `examples`: the rows that it will
+    grade, for a reward that needs columns of their meta.
     """
     from rewards.adapters import check_columns
     from rewards.isolation import Isolated, load_limited
