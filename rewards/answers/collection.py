@@ -1,5 +1,7 @@
 """The kinds `set` and `list`: elements in any order or in theirs, each compared as mathematics."""
 
+from functools import partial
+
 from rewards.answers import checker, json
 from rewards.answers.compare import compare_parts
 from rewards.answers.kind import Kind, Limits, verdict_of
@@ -59,7 +61,7 @@ def _problem(example: Example, ordered: bool) -> str:
     return ""
 
 
-def _judge(answer: str, example: Example, ordered: bool) -> Verdict:
+def _judge(answer: str, example: Example, limits: Limits, ordered: bool) -> Verdict:
     gold, given = read(example.answer, ordered), read(answer, ordered)
     if gold is None or given is None:
         return Verdict.wrong(answer, f"brackets that no {'list' if ordered else 'set'} has")
@@ -67,13 +69,6 @@ def _judge(answer: str, example: Example, ordered: bool) -> Verdict:
     return verdict_of(checker.SHARED.settle(result), answer)
 
 
-def _set(answer: str, example: Example, limits: Limits) -> Verdict:
-    return _judge(answer, example, ordered=False)
-
-
-def _list(answer: str, example: Example, limits: Limits) -> Verdict:
-    return _judge(answer, example, ordered=True)
-
-
-SET = Kind(lambda example: _problem(example, ordered=False), _set)
-LIST = Kind(lambda example: _problem(example, ordered=True), _list)
+SET, LIST = (
+    Kind(partial(_problem, ordered=ordered), partial(_judge, ordered=ordered)) for ordered in (False, True)
+)

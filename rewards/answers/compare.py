@@ -183,15 +183,11 @@ def _same_argument(gold: Answer, given: Answer) -> Answer:
     wanted, found = _OF_LETTER.fullmatch(gold.name), _OF_LETTER.fullmatch(given.name)
     if not wanted or not found or wanted[1] != found[1] or wanted[2] == found[2]:
         return given
-    own, other = (_letters(one.value.text) for one in (gold, given))
+    own, other = (re.sub(r"\\[A-Za-z]+", "", one.value.text) for one in (gold, given))
     if found[2] in own or wanted[2] in other:
         return given
     text = re.sub(rf"(?<![A-Za-z\\]){found[2]}(?![A-Za-z])", wanted[2], given.value.text)
     return Named(f"{gold.name}={text}", gold.name, parse(text))
-
-
-def _letters(text: str) -> str:
-    return re.sub(r"\\[A-Za-z]+", "", text)
 
 
 def _names_parts(one: Answer) -> bool:

@@ -33,10 +33,6 @@ def _dense(text: str) -> str:
     return plain_latex(text).replace(" ", "")
 
 
-def _problem(example: Example) -> str:
-    return gold_problem(example.answer)
-
-
 def gold_problem(gold: str) -> str:
     """What is wrong with a gold answer as mathematics; "" if nothing is."""
     found = checker.SHARED.settle(readable(gold))
@@ -51,4 +47,4 @@ def _judge(answer: str, example: Example, limits: Limits) -> Verdict:
     return verdict_of(checker.SHARED.settle(decide(example.answer, answer, example.question)), answer)
 
 
-MATH = Kind(_problem, _judge)
+MATH = Kind(lambda example: gold_problem(example.answer), _judge)
