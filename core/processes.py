@@ -186,8 +186,9 @@ def remove_leftovers(*roots: Path) -> list[str]:
 
     That is: folders of `held_folder`, which nobody holds any more, and in shared memory semaphores and segments. Of
     the latter a file with a process id in its name goes if that process has ended, another one if no process has it
-    mapped. Locks of builds of DeepSpeed's operators that were killed go as well. Processes of another container that shares this machine's shared memory cannot be seen; so files without
-    an id stay for a minute, in which a process that was given the name opens them.
+    mapped. Processes of another container that shares this machine's shared memory cannot be seen; so files without
+    an id stay for a minute, in which a process that was given the name opens them. Locks that a killed build of one of
+    DeepSpeed's operators left are removed as well.
 
     Args:
         roots: folders to look in; shared memory and the folder of temporary files where none is given.

@@ -5,11 +5,13 @@ that outlive the tower they came from; packed weights that `load_weights` alone 
 sampling only.
 """
 
+import os
 import socket
 
 import pytest
 
 from rl.config import Parity
+from rl.rollout.access import TOKEN
 from rl.rollout.client import RolloutClient
 from rl.rollout.messages import CoreFacts, Prompt, Sampling
 from rl.rollout.parity import ParityError, ParityGuard
@@ -85,7 +87,8 @@ def test_the_server_fetches_no_image_from_a_url(client, server_url):
         picture = {"url": f"http://127.0.0.1:{listener.getsockname()[1]}/picture.png"}
         parts = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": "compute A"}]
         body = {"model": "policy", "messages": [{"role": "user", "content": parts}]}
-        reply = requests.post(f"{server_url}/v1/chat/completions", json=body, timeout=60)
+        own = {"Authorization": f"Bearer {os.environ[TOKEN]}"}
+        reply = requests.post(f"{server_url}/v1/chat/completions", json=body, headers=own, timeout=60)
         assert "must be from one of the allowed domains" in reply.text
         with pytest.raises(BlockingIOError):  # nobody has called
             listener.accept()
