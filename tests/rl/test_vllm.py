@@ -251,3 +251,26 @@ def test_lora_weights_reach_the_server_merged_and_stay_apart_here(client, fresh_
     assert parity(client, (model, processor), records) < 1e-5
     kept = model.get_base_model().model.language_model.layers[0].self_attn.q_proj.base_layer.weight
     assert kept.equal(frozen)
+
+
+def test_the_engine_ends_with_a_server_whose_guard_was_killed_too(tiny_core, tmp_path):
+    import psutil
+
+    from rl.rollout.server import rollout_pool
+
+    with rollout_pool(POOL, tiny_core, tmp_path):
+        servers = [one for one in psutil.Process().children(recursive=True) if str(tmp_path) in _log_of(one)]
+        guard = next(one for one in servers if "processes.py" in " ".join(one.cmdline()))
+        assert any("EngineCore" in " ".join(one.cmdline()) for one in servers)
+        guard.kill()
+        gone, alive = psutil.wait_procs(servers, timeout=30)
+        assert guard in gone
+        assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def _log_of(process):
+    """Where the process writes."""
+    try:
+        return os.readlink(f"/proc/{process.pid}/fd/1")
+    except OSError:
+        return ""
