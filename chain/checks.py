@@ -27,14 +27,16 @@ CHECKED = ".checked.jsonl"
 """In the run's folder: what was found in rows that have been checked, by a hash of all that was read."""
 
 
-def check(recipe: Recipe, *, online: bool = False, allow_missing: bool = False) -> list[str]:
+def check(
+    recipe: Recipe, *, model: Path | None = None, online: bool = False, allow_missing: bool = False
+) -> list[str]:
     """Raise one ConfigError for everything that the recipe names and does not exist; return what may be missing.
 
-    Rewards are loaded with their parameters. Hub ids are not looked up. `online`: judges are asked whether they
-    answer, and their canaries tried.
+    Rewards are loaded with their parameters, and held against the chat template of the core at `model`. Hub ids
+    are not looked up. `online`: judges are asked whether they answer, and their canaries tried.
     """
     missing = [*_missing_data(recipe)]
-    problems = [*_missing_code(recipe), *_reward_problems(recipe, online)]
+    problems = [*_missing_code(recipe), *_reward_problems(recipe, online, _thought_open(model))]
     if not allow_missing:
         problems += missing
     if problems:
@@ -195,18 +197,30 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             yield f"core.path: {error}"
 
 
-def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
+def _thought_open(model: Path | None) -> bool | None:
+    """Whether the core's chat template opens the thought; None if there is no core yet."""
+    from core.training.model import opens_thought
+
+    try:
+        return None if model is None else opens_thought(model)
+    except ForeignCode:  # `_missing_data` says so
+        return None
+
+
+def _reward_problems(recipe: Recipe, online: bool, thought_open: bool | None) -> Iterator[str]:
     for stage in STAGE_NAMES:
         config = recipe.stage(stage)
         if not isinstance(config, RLConfig):
             continue
         for index, term in enumerate(config.rewards):
-            problem = _reward_problem(term.use, term.params, online, partial(_examples, recipe, config.data))
+            expected = thought_open if "think" in term.modes else None
+            rows = partial(_examples, recipe, config.data)
+            problem = _reward_problem(term.use, term.params, online, expected, rows)
             if problem:
                 yield f"{stage}.rewards[{index}].use = {term.use!r}: {problem}"
         watch = config.watch
         if watch.second_verifier and (
-            problem := _reward_problem(watch.second_verifier, watch.second_params, online)
+            problem := _reward_problem(watch.second_verifier, watch.second_params, online, thought_open)
         ):
             yield f"{stage}.watch.second_verifier = {watch.second_verifier!r}: {problem}"
 
@@ -228,16 +242,19 @@ def _reward_problem(
     use: str,
     params: Mapping[str, Any],
     online: bool,
+    thought_open: bool | None,
     examples: Callable[[], Sequence[Example] | None] = lambda: None,
 ) -> str | None:
     """What is wrong with a reward, in one line. A user's own reward is loaded in a process of its own.
 
-    `examples`: the rows that it will grade, for a reward that needs columns of their meta.
+    `thought_open`: whether the chat template opens the thought, if that is known. `examples`: the rows that it will
+    grade, for a reward that needs columns of their meta.
     """
     from rewards.adapters import check_columns
     from rewards.isolation import Isolated, load_limited
     from rewards.judge.canaries import JudgeRefused
     from rewards.judge.judges import Judge
+    from rewards.selftest import thought_problem
 
     if ":" in use and code_file(use) is None:
         return "no such module or file; is its package installed, or on PYTHONPATH?"
@@ -250,6 +267,8 @@ def _reward_problem(
         return " ".join(str(error).split())
     if isinstance(reward, Isolated):
         reward.close()
+    if thought_open is not None and (problem := thought_problem(reward, thought_open)):
+        return problem
     if online and isinstance(reward, Judge):
         try:
             report = reward.check_canaries()

@@ -24,6 +24,7 @@ from chain.imports import imported
 from chain.job import DONE, Task
 from chain.launch import POLL_S, StageFailed, run_job
 from chain.placement import Placement
+from chain.plan.resources import core_folder
 from chain.pool import OpenPool, Pool
 from chain.progress import Follower, Outlook
 from chain.recipe import ForeignSet, Recipe, made_between
@@ -64,7 +65,7 @@ def run(
     Raises ConfigError before anything runs, StageFailed when a stage's process fails, HostLost or LeaderEnded
     when another host is gone.
     """
-    check(recipe)
+    check(recipe, model=core_folder(recipe, (runs_dir / recipe.name).resolve()))
     display = display or Display()
     chain = [stage for stage in stages if stage.config(recipe) is not None]
     first, last = _selection(chain, from_, until)

@@ -144,6 +144,30 @@ def cases(example: Example, thought_open: bool = False) -> Iterator[tuple[str, s
     yield "unclosed thought", rf"{start}{thought} \boxed{{{gold}}}"
 
 
+def thought_problem(reward: Any, thought_open: bool) -> str:
+    """Why a reward's own `thought_open` does not fit the chat template's; "" if it does.
+
+    >>> from rewards.style.format import ThinkFormat
+    >>> thought_problem(ThinkFormat(), thought_open=False)
+    ''
+    >>> thought_problem(ThinkFormat(), thought_open=True)[:60]
+    'thought_open=False, but the chat template ends a thinking pr'
+
+    A reward without the attribute has no such rule.
+    """
+    own = getattr(reward, "thought_open", thought_open)
+    if bool(own) == thought_open:
+        return ""
+    if thought_open:
+        template = "ends a thinking prompt with <think>, so that completions begin inside the thought"
+    else:
+        template = (
+            "does not end a thinking prompt with <think>, so that completions open the thought themselves"
+        )
+    wanted = str(thought_open).lower()
+    return f"thought_open={own!r}, but the chat template {template}; set its parameter thought_open: {wanted}"
+
+
 def _level(reward: Any, otherwise: str) -> str:
     level = getattr(reward, "self_test", otherwise)
     if level not in LEVELS:
@@ -214,7 +238,7 @@ def _found(result: Verdict | RewardError) -> str:
 def _test_mixture(mixture: Mixture, rows: Sequence[tuple[int, Example]], caller: Caller) -> list[Failure]:
     failures: list[Failure] = []
     scores: dict[str, Scores] = {}
-    # One template writes for all terms: if one of them knows that it opens the thought, all had better.
+    # One template writes for all terms (`thought_problem`).
     thought_open = any(_opens_the_thought(term.reward) for term in mixture.terms)
     for term in mixture.terms:
         own = [(row, example) for row, example in rows if term in mixture.terms_of(example)]
@@ -223,11 +247,13 @@ def _test_mixture(mixture: Mixture, rows: Sequence[tuple[int, Example]], caller:
             found, scores[term.name] = _test_term(term.reward, term.name, level, own, caller, thought_open)
             failures += found
     failed = {failure.row for failure in failures}  # their totals say nothing new
-    return failures + _test_totals(mixture, [one for one in rows if one[0] not in failed], scores)
+    return failures + _test_totals(
+        mixture, [one for one in rows if one[0] not in failed], scores, thought_open
+    )
 
 
 def _test_totals(
-    mixture: Mixture, rows: Sequence[tuple[int, Example]], scores: dict[str, Scores]
+    mixture: Mixture, rows: Sequence[tuple[int, Example]], scores: dict[str, Scores], thought_open: bool
 ) -> list[Failure]:
     """Where corrupted answers earn as much as the gold, over the terms that were asked, their gates shut or not."""
     failures = []
@@ -237,7 +263,7 @@ def _test_totals(
         if judged or not any(_level(term.reward, "runs") == "answer" for term in terms):
             continue
         totals: dict[str, float] = {}
-        made = dict(cases(example))
+        made = dict(cases(example, thought_open))
         for case in made:
             totals[case] = sum(term.weight * (scores[term.name].get((row, case)) or 0.0) for term in terms)
         gold = totals.pop("gold")

@@ -81,9 +81,10 @@ def _plan(options: argparse.Namespace) -> None:
         print(json.dumps(plan.as_json(recipe, plans, found), indent=2))
     else:
         print(plan.text(recipe, plans, options.runs_dir, found))
-    check(recipe, online=options.online, allow_missing=options.allow_missing)
     run_dir = (options.runs_dir / recipe.name).resolve()
-    check_rows(recipe, locate_sets(recipe, run_dir), core_folder(recipe, run_dir), run_dir, _say_aside)
+    core = core_folder(recipe, run_dir)
+    check(recipe, model=core, online=options.online, allow_missing=options.allow_missing)
+    check_rows(recipe, locate_sets(recipe, run_dir), core, run_dir, _say_aside)
     found.check()
 
 

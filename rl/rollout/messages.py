@@ -70,16 +70,20 @@ class CoreFacts:
     """The image token: a completion must not hold one, as no image belongs to it."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Weights that a checkpoint leaves out because they share another's storage: name -> twin's name."""
+    thought_open: bool = False
+    """The chat template opens the thought: completions of thinking rows begin inside it."""
 
     @classmethod
     def of(cls, model: Path) -> CoreFacts:
-        """Read `model/config.json`."""
+        """Read `model/config.json` and the chat template."""
+        from core.training.model import opens_thought
+
         config = read_json(model / "config.json")
         tied = config.get("tie_word_embeddings") or config["text_config"].get("tie_word_embeddings", False)
         # vLLM's CPU engine packs lm_head's weights apart from the embedding's: unless both are sent, it keeps the old
         # head and every log-probability after the first update is of another policy.
         twins = {"lm_head.weight": "model.language_model.embed_tokens.weight"} if tied else {}
-        return cls(banned_ids=(config["image_token_id"],), tied=twins)
+        return cls((config["image_token_id"],), twins, opens_thought(model))
 
 
 def completion_request(prompt: Prompt, sampling: Sampling, core: CoreFacts) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import pytest
 from chain.checks import check
 from chain.plan.text import as_json, plan, text
 from chain.recipe import load_recipe
+from core.model.tiny import build_tiny
 from core.strict import ConfigError
 from corpus.records import write_records
 
@@ -189,3 +190,20 @@ def test_every_set_that_servers_are_asked_is_named():
     )
     assert found["rlvr.prepare.pass_at_k.source"] == recipe.rlvr.prepare.max_completion_tokens
     assert found["think_fusion.prepare.harvest.source"] == recipe.think_fusion.prepare.max_completion_tokens
+
+
+@pytest.mark.parametrize(("ending", "wanted"), [("", "false"), (r"<think>\n", "true")])
+def test_rewards_must_know_whether_the_chat_template_opens_the_thought(toy, tmp_path, ending, wanted):
+    model = build_tiny(tmp_path / "core", words=["compute"], seed=0)
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace(r"assistant\n'", rf"assistant\n{ending}'"))
+
+    def check_with(opened):
+        params = f"rlvr.rewards.0.params={{thought_open: {opened}}}"
+        check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=answer", params]), model=model)
+
+    check_with(wanted)
+    with pytest.raises(
+        ConfigError, match=rf"rlvr\.rewards\[0\]\.use.*<think>.*set its parameter thought_open: {wanted}$"
+    ):
+        check_with({"false": "true", "true": "false"}[wanted])
