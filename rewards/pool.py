@@ -2,13 +2,13 @@
 
 pebble runs the processes, kills a job's worker at the deadline and tells a dead worker from a failed job. What is ours:
 
-- Workers are forked from a server that has imported one module, and nothing of the program's: not its main module, not
-  a folder of the user's that is named like ours. A new worker is there within 20 ms.
-- A worker has a limited address space. A job has CPU_SHARE of the deadline as computing time: a job that uses it up is
-  to blame itself (OVER_TIME), one that meets the deadline without that is not (TIMEOUT).
-- A job that loses its worker to something else, as an out-of-memory killer, is tried once more.
-- A forked child starts processes of its own. No hook runs at forks: what a process has started is kept under its
-  process id, and a child finds nothing under its own.
+- Workers are forked from a server that has imported only one module. It does not import the program's main module, nor
+  a user's folder that has the name of one of our packages. A new worker starts within 20 ms.
+- A worker has a limited address space. A job may compute for CPU_SHARE of the deadline. A job that uses up its
+  computing time ends as OVER_TIME; a job that reaches the deadline before that ends as TIMEOUT.
+- A job that loses its worker to an outside cause, such as an out-of-memory killer, is tried once more.
+- A forked child starts its own processes. No fork hook is needed: processes are stored under the id of the process
+  that started them, and a child finds no entry under its own id.
 """
 
 import contextlib
@@ -25,21 +25,21 @@ from pathlib import Path
 from typing import Any
 
 MEMORY_BYTES = 2 << 30
-"""A worker's address space; honest comparisons need a tenth of it."""
+"""Bytes of a worker's address space; honest comparisons need a tenth of it."""
 WORN_OUT_KB = 512 << 10
-"""A worker that has once held so much makes room for a fresh one: caches must not eat a later job's share."""
+"""A worker whose peak memory exceeds this is replaced, so that its caches do not use up a later job's memory."""
 CPU_SHARE = 0.7
-"""Of the deadline; of 2 s it is 1.4 s, and the slowest honest comparison measured takes 0.93 s."""
+"""Computing time as a share of the deadline: 1.4 s of 2 s. The slowest honest comparison measured takes 0.93 s."""
 POLL_S = 0.01
 """How often pebble looks at deadlines and dead workers."""
 SERVER_VARIABLE = "POSTTRAIN_POOL_SERVER"
-"""Set where a module is preloaded by the server of a pool's workers."""
+"""Environment variable that is set while the server of a pool's workers preloads a module."""
 _OUT_OF_MEMORY, _WORN_OUT = 70, 71
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 class PoolError(RuntimeError):
-    """The worker processes do not start: an installation is broken, no job is to blame."""
+    """The worker processes do not start. The installation is broken; no job caused it."""
 
 
 class Ending(Enum):
@@ -52,21 +52,21 @@ class Ending(Enum):
 
 
 class Job:
-    """A job on its way."""
+    """A submitted job."""
 
     def __init__(self, argument: Any, deadline_s: float) -> None:
         self.argument, self.deadline_s = argument, deadline_s
         self.future: Future = Future()
-        """Ends in the result, an Ending or an exception."""
+        """Receives the result, an Ending or an exception."""
         self.task: Future | None = None
         self.tried = False
 
     def begun(self) -> bool:
-        """Whether a worker has it, or has had it."""
+        """Whether a worker has started the job."""
         return self.future.done() or self.tried or bool(self.task and self.task.running())
 
     def cancel(self) -> bool:
-        """Drop it if no worker has it; returns whether it is dropped."""
+        """Drop the job if no worker has started it; return whether it was dropped."""
         return not self.begun() and bool(self.task and self.task.cancel())
 
     def end(self, result: Any) -> None:
@@ -100,19 +100,19 @@ class Pool:
         return job
 
     def close(self) -> None:
-        """End this process's workers; the next job starts others."""
+        """End this process's workers; the next job starts new ones."""
         processes = self._by_process.pop(os.getpid(), None)
         if processes:
             processes.stop()
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers there are."""
+        """Process ids of the running workers."""
         processes = self._by_process.get(os.getpid())
         return processes.pids if processes else []
 
     def _start(self, job: Job) -> None:
-        for _ in range(3):  # a pool that breaks, or is closed meanwhile, is replaced
+        for _ in range(3):  # replace a pool that breaks, or that another thread closes
             processes = self._by_process.get(os.getpid())
             if processes is None:
                 processes = self._by_process.setdefault(os.getpid(), _Processes(self.preload, self.size))
@@ -141,7 +141,7 @@ class Pool:
             self._again(job, lost=False)
 
     def _done(self, job: Job, task: Future) -> None:
-        """A worker has ended with a job, one way or another."""
+        """A worker has finished a job, failed at it, or died."""
         if task.cancelled():
             job.future.cancel()
             return
@@ -172,7 +172,7 @@ class Pool:
 
 
 class _Processes:
-    """A pebble pool and the server of its workers, of one process."""
+    """The pebble pool of one process, and the server that forks its workers."""
 
     def __init__(self, preload: str, size: int) -> None:
         self._preload, self._size = preload, size
@@ -203,7 +203,7 @@ class _Processes:
         return list(self._pool._pool_manager.worker_manager.workers) if self._pool else []
 
     def stop(self) -> None:
-        """End the workers, and the jobs that they have as CRASHED."""
+        """End the workers; their running jobs end as CRASHED."""
         with self._lock:
             if self._pool is not None:
                 self._pool.stop()
@@ -213,7 +213,7 @@ class _Processes:
 
 
 class _Context(context.ForkServerContext):
-    """Starts processes from a server of its own, which knows nothing of the program's main module."""
+    """Starts processes from its own server, which does not import the program's main module."""
 
     def __init__(self, preload: str) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class _Server(forkserver.ForkServer):
     def ensure_running(self) -> None:
         if self._forkserver_pid is not None:  # type: ignore[attr-defined]
             return super().ensure_running()
-        # As `python -P`, with this package first on the path: a user's folder must not stand in for it.
+        # As `python -P`, with this package first on the path: a user's folder must not shadow it.
         ours = {
             SERVER_VARIABLE: "1",
             "PYTHONSAFEPATH": "1",
@@ -255,9 +255,9 @@ class _Process(process.BaseProcess):
         return _Popen(made)
 
     def start(self) -> None:
-        """As the base class's, but the worker does not count among this process's children.
+        """As the base class's, but the worker is not registered as a child of this process.
 
-        So a daemonic process may start it, and a forked child does not end at its exit what its parent has started.
+        So a daemonic process may start it, and a forked child does not end its parent's workers at exit.
         """
         self._popen = self._Popen(self)
         self._sentinel = self._popen.sentinel
@@ -290,7 +290,7 @@ def _prepare() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for the end of a long C call
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):  # if the machine runs out of memory, a worker goes before a trainer
+    with contextlib.suppress(OSError):  # if the machine runs out of memory, kill a worker before a trainer
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
