@@ -182,12 +182,13 @@ def held_folder(root: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(*roots: Path) -> list[str]:
-    """Remove what killed processes of this user left in shared memory and among the temporary files; the paths.
+    """Remove files that this user's killed processes left in shared memory or the temporary folder; return the paths.
 
-    That is: folders of `held_folder`, which nobody holds any more, and in shared memory semaphores and segments. Of
-    the latter a file with a process id in its name goes if that process has ended, another one if no process has it
-    mapped. Locks of builds of DeepSpeed's operators that were killed go as well. Processes of another container that shares this machine's shared memory cannot be seen; so files without
-    an id stay for a minute, in which a process that was given the name opens them.
+    Removed are folders of `held_folder` without a holder, locks of killed builds of DeepSpeed's operators, and, in
+    shared memory, semaphores and segments. A shared-memory file with a process id in its name is removed if that
+    process has ended; any other shared-memory file is removed if no process has mapped it. Processes of another
+    container on this machine are invisible. So a file without an id stays for a minute, within which a process that
+    was given its name opens it.
 
     Args:
         roots: folders to look in; shared memory and the folder of temporary files where none is given.
