@@ -1,6 +1,6 @@
 """The SAIL-VL2 core: model, configuration, processor, tiny cores, and the vLLM plug-in.
 
-Importing this package costs nothing: torch and transformers load with the first name that needs them.
+Importing this package is cheap: torch and transformers load when a name that needs them is first used.
 """
 
 import importlib
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
 
 
 def register() -> None:
-    """Make the native core known to transformers' Auto classes, to TRL and to vLLM; safe to call again.
+    """Register the native core with transformers' Auto classes, TRL and vLLM; safe to call again.
 
     The Auto classes find it by its model_type "sailvl2". TRL (`create_model_from_path`) and vLLM's
     transformers backend look for the architecture in the module `transformers`, so the classes go there too.
@@ -79,7 +79,7 @@ def _transformers_modules() -> list[ModuleType]:
 
     There are two: `transformers.processing_utils` executes the package a second time and puts the result
     into `sys.modules` (transformers 5.17, `direct_transformers_import`), while earlier importers keep
-    the first one. Which of the two TRL and vLLM hold depends on the order of imports.
+    the first module. The order of imports decides which of the two TRL and vLLM hold.
     """
     holders = [
         vars(module).get("transformers")

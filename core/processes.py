@@ -1,8 +1,8 @@
 """Child processes: started, stopped, and never left behind.
 
 `start` puts a guard between this process and its child: `python processes.py PARENT COMMAND...`. The guard ends the
-child when this process ends, however it ends, and kills whatever is left of the child's descendants after a grace
-period. It exits as the child did, by the same signal too, so `Popen.returncode` tells what happened to the child.
+child when this process ends, for whatever reason, and kills the child's remaining descendants after a grace period.
+It exits with the child's exit code or by the child's signal, so `Popen.returncode` is that of the child.
 
 The guard runs this file directly, so the file imports only the standard library at its top.
 """
@@ -26,17 +26,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 GRACE_S = 15.0
-"""A child that was asked to end is killed after this time."""
+"""Seconds until a child that was asked to end is killed."""
 LOOK_S = 1.0
-"""Between two looks of the guard at whether its parent still lives. Signals wake it at once."""
+"""Seconds between two checks of the guard whether its parent is alive. Signals wake it at once."""
 LAST_LINES = 40
 SETTLED_S = 60.0
-"""A younger file in shared memory may be between its making and its first use."""
+"""Seconds. A younger file in shared memory may have been created but not yet mapped by its user."""
 BUILD_S = 900.0
-"""An operator's build is over by then; an older lock was left by a killed one, and torch would wait for it for ever."""
+"""Seconds. A build of an operator takes less; an older lock belongs to a killed build, and torch would wait forever."""
 SHARED_MEMORY = Path("/dev/shm")
 LOOPBACK = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-"""The loopback interface's name, for GLOO_SOCKET_IFNAME and its like."""
+"""The loopback interface's name, for GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."""
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _ASKED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -53,28 +53,28 @@ _PREFIX, _LOCK = "sailvl2-", "in-use"
 _LEFTOVERS = re.compile(
     r"(?:sem\.loky-|torch_|__KMP_REGISTERED_LIB_)(?P<pid>\d+)[-_].*|(?:psm_|sem\.|nccl-|deepspeed_|shm_name_).*"
 )
-"""Names in shared memory that Python, joblib, torch, OpenMP, NCCL and DeepSpeed choose; some hold the id of the
-process."""
+"""Names that Python, joblib, torch, OpenMP, NCCL and DeepSpeed give their files in shared memory; some contain the
+process id."""
 
 
 def extensions_folder() -> Path:
-    """Where DeepSpeed's operators are built. One folder per virtual environment: two that share a folder rebuild each
-    other's operators in turns, behind one lock."""
+    """The folder in which DeepSpeed builds its operators, one per virtual environment. Two environments with one folder
+    would rebuild each other's operators in turns, behind one lock."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix, "torch_extensions"))
 
 
 def inherited_environment() -> dict[str, str]:
-    """This process's environment without the variables by which torchrun and accelerate make their children ranks."""
+    """This process's environment without the variables by which torchrun and accelerate turn children into ranks."""
     return {
         name: value
         for name, value in os.environ.items()
         if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
     } | {
-        "PYTHONSAFEPATH": "1",  # -P for every process below: our packages have common names
+        "PYTHONSAFEPATH": "1",  # `-P` for every descendant: our packages have common names
         "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves a trace in the log
         "TOKENIZERS_PARALLELISM": "false",
-        # Threads that spin while they wait take the core of the process beside them: on two busy cores the tiny
-        # core's pre-training took 60 CPU-seconds spinning and 15 without.
+        # Threads that spin while they wait take CPU time from other processes: on two busy cores the tiny core's
+        # pre-training took 60 CPU-seconds with spinning and 15 without.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
 
@@ -84,8 +84,8 @@ def start(
 ) -> subprocess.Popen:
     """Start a command whose output is appended to `log`; it ends with this process at the latest.
 
-    The process is in a session of its own: Ctrl-C reaches this process alone, which then stops the child in order.
-    Its signals are the guard's, which forwards them: use `stop` and `kill` of this module.
+    The command has its own session, so that Ctrl-C reaches only this process, which then stops the child in order.
+    Signals must go to the guard, which forwards them: use `stop` and `kill` of this module.
     """
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -99,7 +99,7 @@ def start(
 
 
 def stop(*processes: subprocess.Popen, grace_s: float = GRACE_S) -> None:
-    """End children and every process below them; returns when all have ended. Safe to call twice."""
+    """End children and all their descendants; return when all have ended. Safe to call twice."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
@@ -110,21 +110,29 @@ def stop(*processes: subprocess.Popen, grace_s: float = GRACE_S) -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """End a child and every process below it at once."""
+    """Kill a child and all its descendants at once."""
     below = _descendants(process.pid) if process.poll() is None else []
     process.kill()
     _kill_all(below)
     process.wait()
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends, however it ends."""
+    parent = os.getppid()
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def ask_for_trace(process: subprocess.Popen) -> None:
-    """Have a child that registered SIGUSR1 with faulthandler write to its log where its threads are."""
+    """Make a child that registered SIGUSR1 with faulthandler write the stacks of its threads to its log."""
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGUSR1)
 
 
 def ended(process: subprocess.Popen, patience_s: float) -> bool:
-    """Whether the process ends within the time."""
+    """Whether the process ends within `patience_s` seconds."""
     try:
         process.wait(max(0.0, patience_s))
     except subprocess.TimeoutExpired:
@@ -142,7 +150,7 @@ def how_it_ended(code: int) -> str:
 
 
 def last_lines(log: Path, count: int = LAST_LINES) -> str:
-    """The last lines of a text file, undecodable bytes replaced; why it cannot be read, where it cannot."""
+    """The last lines of a text file, with undecodable bytes replaced; if it cannot be read, the reason."""
     try:
         return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
     except OSError as error:
@@ -157,7 +165,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
+    """Whether a server could listen on the port now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -182,15 +190,15 @@ def held_folder(root: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(*roots: Path) -> list[str]:
-    """Remove what killed processes of this user left in shared memory and among the temporary files; the paths.
+    """Remove leftovers of this user's killed processes; return their paths.
 
-    That is: folders of `held_folder`, which nobody holds any more, and in shared memory semaphores and segments. Of
-    the latter a file with a process id in its name goes if that process has ended, another one if no process has it
-    mapped. Locks of builds of DeepSpeed's operators that were killed go as well. Processes of another container that shares this machine's shared memory cannot be seen; so files without
-    an id stay for a minute, in which a process that was given the name opens them.
+    Leftovers are folders of `held_folder` that no process holds, semaphores and segments in shared memory, and locks of
+    killed builds of DeepSpeed's operators. A file in shared memory with a process id in its name is removed if that
+    process has ended; any other one if no process has it mapped. Processes of another container with the same shared
+    memory are invisible here. So a file without an id stays for a minute, the time in which its user maps it.
 
     Args:
-        roots: folders to look in; shared memory and the folder of temporary files where none is given.
+        roots: folders to search; default: shared memory and the folder of temporary files.
     """
     mapped: set[int] | None = None
     removed = []
@@ -210,7 +218,7 @@ def remove_leftovers(*roots: Path) -> list[str]:
 
 
 def _remove_if_left(folder: Path) -> bool:
-    """Remove a held folder that no process holds any more; one that cannot be looked at stays."""
+    """Remove a held folder that no process holds any more; a folder that cannot be read stays."""
     with contextlib.suppress(OSError):
         if folder.lstat().st_uid == os.getuid() and not (folder / _LOCK).is_symlink():
             with (folder / _LOCK).open("r+b") as lock:
@@ -245,11 +253,11 @@ def _alive(pid: int) -> bool:
 def _mapped_inodes() -> set[int]:
     """Inodes of the files in shared memory that processes have mapped.
 
-    Not their names: a semaphore's mapping has another one than its file.
+    Names do not serve: a semaphore's mapping has a different name from its file.
     """
     found = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             for line in maps.read_text(errors="replace").splitlines():
                 if f" {SHARED_MEMORY}/" in line:
                     found.add(int(line.split()[4]))
@@ -275,11 +283,11 @@ def _kill_all(found: list) -> None:
 
 
 def _guard(parent: int, grace_s: float, command: Sequence[str]) -> int:
-    """Run the command until it ends, somebody asks this process to end, or the parent is gone; its return code."""
+    """Run the command until it ends, a signal asks this process to end, or the parent ends; return the exit code."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the command leaves behind becomes a child of the guard
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the command become children of the guard
     if os.getppid() != parent:
-        print(f"process {parent}, which wanted this command, has ended", file=sys.stderr)
+        print(f"process {parent}, which started this command, has ended", file=sys.stderr)
         return 1
     child = subprocess.Popen(command, start_new_session=True, preexec_fn=_prepare_child)
     asked: float | None = None
@@ -299,7 +307,7 @@ def _guard(parent: int, grace_s: float, command: Sequence[str]) -> int:
 
 def _prepare_child() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # somebody may kill the guard
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the command must also end if the guard is killed
 
 
 def _prctl(option: int, value: int) -> None:
@@ -317,7 +325,7 @@ def main(arguments: Sequence[str]) -> int:
     code = _guard(int(arguments[0]), float(arguments[1]), arguments[2:])
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        with contextlib.suppress(OSError):  # SIGKILL takes no handler
+        with contextlib.suppress(OSError):  # SIGKILL cannot have a handler
             signal.signal(-code, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.kill(os.getpid(), -code)

@@ -1,4 +1,4 @@
-"""The base class of every configuration, and the one error a bad recipe ends in.
+"""The base class of every configuration, and the error that a bad recipe raises.
 
 An unknown key is refused, and the message names the nearest known one: a typo costs a second, not a training
 run. `parse` turns pydantic's report into one `ConfigError` with a line per problem:
@@ -23,12 +23,12 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
-"""A name that becomes part of a path: never a path of its own."""
+"""A name that becomes one part of a path; it cannot contain a separator or lead elsewhere."""
 KeyPath = tuple[str | int, ...]
 SHOWN = 200
-"""Characters of a value that a message shows."""
+"""Most characters of a value that a message shows."""
 LARGEST = 2**31 - 1
-"""Of any whole number in a configuration."""
+"""Largest whole number in a configuration."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -40,9 +40,9 @@ class Strict(BaseModel):
     """A frozen configuration: unknown keys are refused, the docstring under a field is its documentation."""
 
     renamed: ClassVar[dict[str, str]] = {}
-    """Former names of fields -> their names today, for the message that refuses a former one."""
+    """Former field names -> current names, for the message that refuses a former name."""
     refused: ClassVar[dict[str, str]] = {}
-    """Keys that users of other libraries expect -> why there is no such field, and the remedy."""
+    """Keys that users of other libraries expect -> why the field does not exist, and the remedy."""
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
@@ -50,7 +50,7 @@ class Strict(BaseModel):
     @field_validator("*", mode="after", check_fields=False)
     @classmethod
     def _no_number_without_bound(cls, value: Any) -> Any:
-        # Seeds reach vLLM as 64 bits with the row's number in the lower half; no count of ours needs more either.
+        # Seeds reach vLLM as 64 bits with the row's number in the lower half; no count needs more than 31 bits either.
         if type(value) is int and abs(value) > LARGEST:
             raise ValueError(f"at most {LARGEST} (2^31 - 1)")
         return value
@@ -58,7 +58,7 @@ class Strict(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _refuse_unknown_keys(cls, data: Any, handler: ModelWrapValidatorHandler) -> Any:
-        """The validated model, or every problem at once: unknown keys and what is wrong with the known."""
+        """The validated model. Raises one error with every unknown key and every invalid value."""
         known = _known_keys(cls)
         unknown = [key for key in data if key not in known] if isinstance(data, Mapping) else []
         if not unknown:
@@ -84,7 +84,7 @@ def parse(model: type[Model], data: Any, where: str | Callable[[KeyPath], str] =
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`did you mean X? Known: ...`, or only the known words when none is near."""
+    """`did you mean X? Known: ...`, or only the known words if no word is near."""
     words = sorted(known)
     close = difflib.get_close_matches(str(word), words, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
@@ -100,7 +100,7 @@ def key_path(path: KeyPath) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+    """A value for a message, truncated if it is long."""
     if type(value) is int and abs(value) > 10**20:  # Python refuses to write out 5,000 digits
         return f"a whole number of {value.bit_length()} bits"
     text = repr(value)

@@ -1,26 +1,26 @@
-r"""The answer reward: is what the completion answers the row's gold answer?
+r"""The answer reward: does the completion give the row's gold answer?
 
-In thinking mode the one box after the thought is the answer, in direct mode the one box or else the whole
-text (rewards.extract); nothing else is searched for. How it is compared is the row's `verifier`:
+In thinking mode the answer is the one box after the thought. In direct mode it is the one box, or the whole
+text if there is no box (rewards.extract). No other place is searched. The row's `verifier` chooses the comparison:
 
-| kind | right is |
+| kind | an answer is right if it is |
 |---|---|
-| auto | what `kind_of` chooses by the shape of the gold; a verdict's reason names it |
+| auto | right under the kind that `kind_of` chooses by the shape of the gold; the verdict's reason names that kind |
 | math | mathematically equal: exact rules, then math-verify in a process that can be killed |
 | integer | the same integer: 1,000 = 1000.0 |
 | number | the same number, or one within `tolerance` or `relative_tolerance` |
-| exact | the same text but for case, spaces and a full stop; any of meta["answers"] will do |
+| exact | the same text up to case, spaces and a full stop, or equal to one of meta["answers"] in this sense |
 | choice | the option's letter, or its text if meta["choices"] lists the options (a list, or letter -> text) |
 | set | the same elements in any order, each as math; in {}, [] or no brackets |
 | list | the same elements in the same order, each as math; in (), [] or no brackets |
 | json | the same JSON value: keys in any order, text as exact, numbers as number |
-| box | as many boxes, each with an IoU of at least `iou_threshold` with one of its own; degenerate boxes never |
-| point | as many points, each within `max_distance` of one of its own, or inside the gold's box |
-| quantity | the same number and unit, or one that converts: 1.5 km = 1500 m; a gold without unit leaves it open |
+| box | as many boxes, paired one to one, each pair with an IoU of at least `iou_threshold`; a degenerate box is wrong |
+| point | as many points, paired one to one, each within `max_distance` of its gold point or inside its gold box |
+| quantity | the same quantity, in any unit that converts: 1.5 km = 1500 m; any unit if the gold has none |
 | judge, none | not graded here: unscored |
 
-Numbers that a row has in its meta under the name of a parameter (`tolerance`, `relative_tolerance`,
-`iou_threshold`, `max_distance`) take the place of the parameter.
+A row's meta may set `tolerance`, `relative_tolerance`, `iou_threshold` and `max_distance`; such a number overrides
+the parameter of that name.
 """
 
 import difflib
@@ -50,12 +50,12 @@ _OTHER = re.compile(r"[0-9<>^_]")
 
 
 class GoldError(ValueError):
-    """A row's gold answer does not make sense under the row's verifier."""
+    """A row's gold answer is invalid under the row's verifier."""
 
 
 @dataclass(frozen=True)
 class AnswerReward:
-    r"""1 for the gold answer, 0 for another, unreadable or missing one; None if the row cannot be graded.
+    r"""1 for the gold answer, 0 for a wrong, unreadable or missing answer; None if the row cannot be graded.
 
     Source: SAIL-VL2 (arXiv:2509.14033), answer reward.
 
@@ -67,17 +67,17 @@ class AnswerReward:
     """
 
     tolerance: float = 0.0
-    """Largest absolute difference at which a `number`, `quantity` or number in `json` is still right."""
+    """Largest absolute error at which a `number`, a `quantity` or a number in `json` is right."""
     relative_tolerance: float = 0.0
-    """Largest share of the gold by which such a number may be off; the wider of the two counts."""
+    """Largest difference at which such a number is right, as a share of the gold; the wider tolerance applies."""
     iou_threshold: float = 0.5
-    """Smallest intersection over union at which a `box` is right; PASCAL VOC's."""
+    """Smallest intersection over union at which a `box` is right; the default is PASCAL VOC's."""
     graded: bool = False
-    """A `box` answer earns its mean IoU instead of 1 or 0 by the threshold."""
+    """Whether a `box` answer earns its mean IoU instead of 1 or 0 by the threshold."""
     max_distance: float = 0.0
     """Largest distance, in the gold's coordinates, at which a `point` is right."""
     thought_open: bool = False
-    """The chat template has already opened <think>: the completion starts inside the thought."""
+    """Whether the chat template has already opened <think>, so that the completion starts inside the thought."""
 
     self_test: ClassVar[str] = "answer"
 
@@ -97,7 +97,9 @@ class AnswerReward:
         if parsed.answer is None:
             return Verdict.wrong(reason=parsed.problem, status=parsed.status)
         verdict = _KINDS[kind].compare(parsed.answer, example, self)
-        if len(parsed.answer) > MAX_BOX_CHARS:  # a direct completion may be pages long; a record need not
+        if (
+            len(parsed.answer) > MAX_BOX_CHARS
+        ):  # a direct completion may be pages long; a record keeps its start
             verdict = replace(verdict, answer=parsed.answer[:MAX_BOX_CHARS])
         if example.verifier == "auto":
             said = f": {verdict.reason}" if verdict.reason else ""
@@ -105,20 +107,20 @@ class AnswerReward:
         return verdict
 
     def limit(self, name: str, example: Example) -> Fraction:
-        """The row's own number of that name, else the parameter; exactly as it is written."""
+        """The row's number of that name, or the parameter if the row has none, as an exact fraction."""
         return Fraction(str(example.meta.get(name, getattr(self, name))))
 
 
 def kind_of(gold: str, meta: Mapping[str, Any] | None = None) -> str:
-    r"""The kind of answer that `auto` takes a gold for.
+    r"""The kind of answer that `auto` chooses for a gold.
 
     >>> [kind_of(gold) for gold in ("4", "5 cm", r"\frac{x}{2}", "(1, 2)", "B", "dark blue", r"\{1, 2\}", "[1, 2, 3]")]
     ['math', 'math', 'math', 'math', 'choice', 'exact', 'set', 'list']
     >>> kind_of('{"a": 1}'), kind_of('{"bbox_2d": [1, 2, 3, 4]}'), kind_of("red", {"choices": ["red", "blue"]})
     ('json', 'box', 'choice')
 
-    Numbers and quantities are math, the kindest to spelling: a row that needs the unit names `quantity`. Four numbers
-    are a box, and two a point, only where the meta has iou_threshold or max_distance.
+    Numbers and quantities are math, which accepts the most spellings; a row that requires the unit sets `quantity`.
+    Four numbers are a box only if the meta has iou_threshold; two are a point only if it has max_distance.
     """
     meta = meta or {}
     if meta.get("choices") and option_letter(gold, options_of(meta["choices"])):
@@ -145,7 +147,7 @@ def kind_of(gold: str, meta: Mapping[str, Any] | None = None) -> str:
 
 
 def _shape(gold: str, meta: Mapping[str, Any]) -> str:
-    """box, point, json or list if the gold is written as one, else ""."""
+    """box, point, json or list if the gold has that form, else ""."""
     if "iou_threshold" in meta and gold_boxes(gold):
         return "box"
     if "max_distance" in meta and gold_targets(gold):
@@ -166,7 +168,7 @@ def _shape(gold: str, meta: Mapping[str, Any]) -> str:
 
 
 def validate_gold(example: Example) -> None:
-    """Refuse a row whose gold answer could not be graded against: the cheapest audit of a data set.
+    """Refuse a row whose gold answer its verifier cannot use: the cheapest audit of a data set.
 
     >>> validate_gold(Example("row-1", "Which?", "E", "direct", "choice", meta={"choices": ["red", "blue"]}))
     Traceback (most recent call last):
@@ -180,11 +182,11 @@ def validate_gold(example: Example) -> None:
 
 
 def gold_problem(example: Example) -> str:
-    """What is wrong with a row's gold answer under its verifier, with a remedy; "" if nothing is."""
+    """The fault of a row's gold answer under its verifier, with a remedy; "" for a valid gold answer."""
     if example.verifier not in KINDS:
         close = difflib.get_close_matches(example.verifier, KINDS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"verifier={example.verifier!r}: {hint}it is one of {', '.join(KINDS)}"
+        return f"verifier={example.verifier!r}: {hint}it must be one of {', '.join(KINDS)}"
     if example.verifier in UNGRADED:
         return ""
     given = {name: example.meta[name] for name in _LIMITS if name in example.meta}
@@ -200,9 +202,9 @@ def _limits_problem(limits: Mapping[str, Any]) -> str:
     for name, value in limits.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value < math.inf:
-            return f"{name}={value!r}: it is a finite number of at least 0"
+            return f"{name}={value!r}: it must be a finite number of at least 0"
         if name == "iou_threshold" and not 0 < value <= 1:
-            return f"{name}={value!r}: an intersection over union is in (0, 1]"
+            return f"{name}={value!r}: an intersection over union must be in (0, 1]"
     return ""
 
 
@@ -222,4 +224,4 @@ _KINDS: dict[str, Kind] = {
 }
 UNGRADED = ("judge", "none")
 KINDS = ("auto", *_KINDS, *UNGRADED)
-"""What a row's verifier may be."""
+"""The values that a row's verifier may have."""

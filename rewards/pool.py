@@ -1,14 +1,15 @@
-"""Worker processes for work that may hang, exhaust the memory or crash: each job ends in a result or in one Ending.
+"""Worker processes for work that may hang, exhaust memory or crash. Each job ends in a result or in an Ending.
 
-pebble runs the processes, kills a job's worker at the deadline and tells a dead worker from a failed job. What is ours:
+pebble runs the processes, kills a job's worker at the deadline, and distinguishes a dead worker from a failed job. This
+module adds:
 
-- Workers are forked from a server that has imported one module, and nothing of the program's: not its main module, not
-  a folder of the user's that is named like ours. A new worker is there within 20 ms.
-- A worker has a limited address space. A job has CPU_SHARE of the deadline as computing time: a job that uses it up is
-  to blame itself (OVER_TIME), one that meets the deadline without that is not (TIMEOUT).
-- A job that loses its worker to something else, as an out-of-memory killer, is tried once more.
-- A forked child starts processes of its own. No hook runs at forks: what a process has started is kept under its
-  process id, and a child finds nothing under its own.
+- Workers are forked from a server that has imported only one module. It does not import the program's main module, nor
+  a user's folder that has the name of one of our packages. A new worker starts within 20 ms.
+- A worker has a limited address space. A job may compute for CPU_SHARE of the deadline. A job that uses up its
+  computing time ends as OVER_TIME; a job that reaches the deadline before that ends as TIMEOUT.
+- A job that loses its worker to an outside cause, such as an out-of-memory killer, is tried once more.
+- A forked child starts its own processes. No fork hook is needed: processes are stored under the id of the process
+  that started them, and a child finds no entry under its own id.
 """
 
 import contextlib
@@ -25,21 +26,21 @@ from pathlib import Path
 from typing import Any
 
 MEMORY_BYTES = 2 << 30
-"""A worker's address space; honest comparisons need a tenth of it."""
+"""Bytes of a worker's address space; honest comparisons need a tenth of it."""
 WORN_OUT_KB = 512 << 10
-"""A worker that has once held so much makes room for a fresh one: caches must not eat a later job's share."""
+"""A worker whose peak memory exceeds this is replaced, so that its caches do not use up a later job's memory."""
 CPU_SHARE = 0.7
-"""Of the deadline; of 2 s it is 1.4 s, and the slowest honest comparison measured takes 0.93 s."""
+"""Computing time as a share of the deadline: 1.4 s of 2 s. The slowest honest comparison measured takes 0.93 s."""
 POLL_S = 0.01
-"""How often pebble looks at deadlines and dead workers."""
+"""Interval at which pebble checks deadlines and dead workers."""
 SERVER_VARIABLE = "POSTTRAIN_POOL_SERVER"
-"""Set where a module is preloaded by the server of a pool's workers."""
+"""Environment variable that is set while the server of a pool's workers preloads a module."""
 _OUT_OF_MEMORY, _WORN_OUT = 70, 71
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 class PoolError(RuntimeError):
-    """The worker processes do not start: an installation is broken, no job is to blame."""
+    """The worker processes do not start. The installation is broken; no job caused it."""
 
 
 class Ending(Enum):
@@ -52,25 +53,25 @@ class Ending(Enum):
 
 
 class Job:
-    """A job on its way."""
+    """A submitted job."""
 
     def __init__(self, argument: Any, deadline_s: float) -> None:
         self.argument, self.deadline_s = argument, deadline_s
         self.future: Future = Future()
-        """Ends in the result, an Ending or an exception."""
+        """Receives the result, an Ending or an exception."""
         self.task: Future | None = None
         self.tried = False
 
     def begun(self) -> bool:
-        """Whether a worker has it, or has had it."""
+        """Whether a worker has started the job."""
         return self.future.done() or self.tried or bool(self.task and self.task.running())
 
     def cancel(self) -> bool:
-        """Drop it if no worker has it; returns whether it is dropped."""
+        """Drop the job if no worker has started it; return whether it was dropped."""
         return not self.begun() and bool(self.task and self.task.cancel())
 
     def end(self, result: Any) -> None:
-        """Settle its future."""
+        """Resolve the future."""
         if not self.future.done():
             self.future.set_exception(result) if isinstance(
                 result, BaseException
@@ -78,13 +79,13 @@ class Job:
 
 
 class Pool:
-    """`size` worker processes for one function of one argument. They start at the first job, and again after a death.
+    """`size` worker processes for one function of one argument. They start at the first job, and restart after a death.
 
     Args:
-        function: called in a worker; importable by name, its argument and result by pickle.
-        preload: the module that the server of the workers imports before it forks.
-        size: worker processes.
-        deadline_s: seconds from the start of a job to its worker's death.
+        function: called in a worker; importable by name, with picklable argument and result.
+        preload: module that the server of the workers imports before it forks.
+        size: number of worker processes.
+        deadline_s: seconds from the start of a job until its worker is killed.
 
     Usable from any thread, and in a forked child.
     """
@@ -100,26 +101,26 @@ class Pool:
         return job
 
     def close(self) -> None:
-        """End this process's workers; the next job starts others."""
+        """End this process's workers; the next job starts new ones."""
         processes = self._by_process.pop(os.getpid(), None)
         if processes:
             processes.stop()
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers there are."""
+        """Process ids of the running workers."""
         processes = self._by_process.get(os.getpid())
         return processes.pids if processes else []
 
     def _start(self, job: Job) -> None:
-        for _ in range(3):  # a pool that breaks, or is closed meanwhile, is replaced
+        for _ in range(3):  # replace a pool that breaks, or that another thread closes
             processes = self._by_process.get(os.getpid())
             if processes is None:
                 processes = self._by_process.setdefault(os.getpid(), _Processes(self.preload, self.size))
             try:
                 arguments = (self.function, job.argument, CPU_SHARE * job.deadline_s)
                 job.task = processes.schedule(_run, arguments, job.deadline_s)
-            except RuntimeError:  # concurrent.futures' BrokenProcessPool is one
+            except RuntimeError:  # includes concurrent.futures' BrokenProcessPool
                 self._replace(processes)
                 continue
             processes.watch(job)
@@ -136,12 +137,12 @@ class Pool:
         broken.jobs.clear()
         threading.Thread(
             target=broken.stop, daemon=True
-        ).start()  # this may be one of the threads that it joins
+        ).start()  # the current thread may be one of the threads that stop() joins
         for job in waiting:
             self._again(job, lost=False)
 
     def _done(self, job: Job, task: Future) -> None:
-        """A worker has ended with a job, one way or another."""
+        """A worker has finished a job, failed at it, or died."""
         if task.cancelled():
             job.future.cancel()
             return
@@ -152,7 +153,7 @@ class Pool:
             job.end(Ending.TIMEOUT)
         elif not isinstance(error, OSError | RuntimeError):
             job.end(error)  # the function raised
-        else:  # the worker is dead, or all of them
+        else:  # this worker or all workers are dead
             code = getattr(error, "exitcode", None)
             if code == -signal.SIGPROF:
                 job.end(Ending.OVER_TIME)
@@ -172,7 +173,7 @@ class Pool:
 
 
 class _Processes:
-    """A pebble pool and the server of its workers, of one process."""
+    """The pebble pool of one process, and the server that forks its workers."""
 
     def __init__(self, preload: str, size: int) -> None:
         self._preload, self._size = preload, size
@@ -203,7 +204,7 @@ class _Processes:
         return list(self._pool._pool_manager.worker_manager.workers) if self._pool else []
 
     def stop(self) -> None:
-        """End the workers, and the jobs that they have as CRASHED."""
+        """End the workers; their running jobs end as CRASHED."""
         with self._lock:
             if self._pool is not None:
                 self._pool.stop()
@@ -213,7 +214,7 @@ class _Processes:
 
 
 class _Context(context.ForkServerContext):
-    """Starts processes from a server of its own, which knows nothing of the program's main module."""
+    """Starts processes from its own server, which does not import the program's main module."""
 
     def __init__(self, preload: str) -> None:
         super().__init__()
@@ -231,7 +232,7 @@ class _Server(forkserver.ForkServer):
     def ensure_running(self) -> None:
         if self._forkserver_pid is not None:  # type: ignore[attr-defined]
             return super().ensure_running()
-        # As `python -P`, with this package first on the path: a user's folder must not stand in for it.
+        # As `python -P`, with this package first on the path: a user's folder must not shadow it.
         ours = {
             SERVER_VARIABLE: "1",
             "PYTHONSAFEPATH": "1",
@@ -255,9 +256,9 @@ class _Process(process.BaseProcess):
         return _Popen(made)
 
     def start(self) -> None:
-        """As the base class's, but the worker does not count among this process's children.
+        """As the base class's, but the worker is not registered as a child of this process.
 
-        So a daemonic process may start it, and a forked child does not end at its exit what its parent has started.
+        So a daemonic process may start it, and a forked child does not end its parent's workers at exit.
         """
         self._popen = self._Popen(self)
         self._sentinel = self._popen.sentinel
@@ -266,7 +267,7 @@ class _Process(process.BaseProcess):
 
 class _Popen(popen_forkserver.Popen):
     def _launch(self, made: _Process) -> None:
-        """As the base class's, with our server and without the program's main module."""
+        """Launch like the base class, with our server and without the program's main module."""
         buffer = io.BytesIO()
         server = made.__dict__.pop("server")
         context.set_spawning_popen(self)  # type: ignore[attr-defined]
@@ -286,16 +287,16 @@ _done = 0
 
 
 def _prepare() -> None:
-    """Limit the worker that calls it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for the end of a long C call
+    """Set the limits of the worker process that calls this function."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would run only after a long C call ends
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):  # if the machine runs out of memory, a worker goes before a trainer
+    with contextlib.suppress(OSError):  # if the machine runs out of memory, kill a worker before a trainer
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _run(function: Callable[[Any], Any], argument: Any, cpu_s: float) -> Any:
-    """Do a job in a worker; the kernel ends the worker once the job has used its computing time."""
+    """Run a job in a worker. The kernel ends the worker after the job has used its CPU time."""
     global _done
     if _done and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > WORN_OUT_KB:
         os._exit(_WORN_OUT)

@@ -19,14 +19,14 @@ from core.model.names import EXPERTS, MODULES, Module
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
-"""Beside the adapter, written by our stages: path and weights' hash of the core that it was trained on."""
+"""File beside the adapter, written by our stages: path and weights' hash of the core that it was trained on."""
 MERGE = "posttrain core merge"
 _PREFIX = "base_model.model."
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank. Source: vllm.config.lora (0.31)."""
+"""Values that vLLM accepts for --max-lora-rank. Source: vllm.config.lora (0.31)."""
 _MAX_ALPHA = 1_000_000
 _SHOWN = 12
-"""Problems that an error lists of an adapter of another core, which may have one per layer."""
+"""Most problems that an error lists; an adapter of another core may have one per layer."""
 
 
 class AdapterError(LayoutError):
@@ -53,10 +53,10 @@ class Adapter:
         return max((self.tensors.entries[a].shape[0] for a, _ in self.pairs.values()), default=0)
 
     def scaling(self, module: str) -> float:
-        """The factor of B A: alpha / rank, or alpha / sqrt(rank) where the configuration says rslora."""
+        """The factor of B A: alpha / rank, or alpha / sqrt(rank) if the configuration sets use_rslora."""
         from peft.utils.other import get_pattern_key
 
-        # As peft finds a module's own alpha: the first pattern that matches, else the adapter's.
+        # As peft chooses a module's alpha: the first pattern that matches, else the adapter's.
         alphas: dict[str, float] = self.config.get("alpha_pattern") or {}
         with _patterns(self.folder):
             alpha: float = alphas.get(get_pattern_key(list(alphas), module), self.config["lora_alpha"])
@@ -65,8 +65,8 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in a folder. Raises AdapterError for a folder without an adapter, weights in another format than
-    safetensors, another kind than plain LoRA on linear layers, and tensors of another adapter.
+    """The adapter in a folder. Raises AdapterError for a folder without an adapter, for weights that are not
+    safetensors, for any adapter but plain LoRA on linear layers, and for tensors that do not belong to it.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -89,17 +89,17 @@ def read_adapter(folder: Path) -> Adapter:
     for name in tensors.entries:
         module, found, half = name.removeprefix(_PREFIX).rpartition(".lora_")
         if not name.startswith(_PREFIX):
-            problems.append(f"{name}: not of an adapter, whose tensors begin with {_PREFIX}")
+            problems.append(f"{name}: not an adapter's tensor; their names begin with {_PREFIX}")
         elif found and half in ("A.weight", "B.weight"):
             halves.setdefault(module, {})[half[0]] = name
         elif "lora_" in name:
-            problems.append(f"{name}: not of a linear layer's plain LoRA")
+            problems.append(f"{name}: not a tensor of plain LoRA on a linear layer")
         else:
             whole[name.removeprefix(_PREFIX)] = name
     for module, pair in halves.items():
         shapes = {half: tensors.entries[name].shape for half, name in pair.items()}
         if len(pair) < 2:
-            problems.append(f"{module}: only lora_{next(iter(pair))}, the other half is missing")
+            problems.append(f"{module}: has only lora_{next(iter(pair))}; the other half is missing")
         elif (
             any(len(shape) != 2 or 0 in shape for shape in shapes.values())
             or shapes["A"][0] != shapes["B"][1]
@@ -133,11 +133,9 @@ def _kind_problems(config: Mapping[str, Any]) -> list[str]:
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             problems.append(f"{key}={_short(value)}: a text or a list of texts is needed")
     if config.get("bias", "none") != "none":
-        problems.append(
-            f"bias={config['bias']!r}: biases that were trained along are not supported; use none"
-        )
+        problems.append(f"bias={config['bias']!r}: trained biases are not supported; use none")
     problems += [
-        f"{key}={config[key]!r}: a variant of LoRA that is not supported"
+        f"{key}={config[key]!r}: this variant of LoRA is not supported"
         for key in (
             *("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "trainable_token_indices"),
             *("target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config"),
@@ -176,18 +174,20 @@ def check_fits(adapter: Adapter, base: Tensors, core: Path) -> None:
         if there is None:
             problems.append(f"{module}: no such layer in the core")
         elif there.shape != shape:
-            problems.append(f"{module}: for a layer of shape {shape}, the core's is {there.shape}")
+            problems.append(
+                f"{module}: made for a layer of shape {shape}; the core's layer has {there.shape}"
+            )
     for name, tensor in adapter.whole.items():
         there = base.entries.get(name)
         if there is None and name == "lm_head.weight":
             problems.append(
-                f"{name}: the core ties its output layer to the embeddings, it has no weight of its own"
+                f"{name}: the core ties its output layer to the embeddings and stores no weight for it"
             )
         elif there is None:
             problems.append(f"{name}: no such parameter in the core")
         elif there.shape != adapter.tensors.entries[tensor].shape:
             problems.append(
-                f"{name}: of shape {adapter.tensors.entries[tensor].shape}, the core's is {there.shape}"
+                f"{name}: has shape {adapter.tensors.entries[tensor].shape}; the core's has {there.shape}"
             )
     with _patterns(adapter.folder):
         targets = list(_targets(adapter, base))
@@ -206,8 +206,8 @@ def check_fits(adapter: Adapter, base: Tensors, core: Path) -> None:
 
 
 def check_base(adapter: Adapter, core: Path, weights: str) -> bool:
-    """Whether the adapter says which weights it was trained on. Raises AdapterError if it says others than
-    `weights`, the `core.checkpoint.shards.weights_hash` of `core`.
+    """Whether the adapter records the weights that it was trained on. Raises AdapterError if the recorded hash
+    differs from `weights`, the `core.checkpoint.shards.weights_hash` of `core`.
     """
     expected = adapter.base.get("weights")
     if expected and expected != weights:
@@ -219,17 +219,17 @@ def check_base(adapter: Adapter, core: Path, weights: str) -> bool:
 
 
 def write_base(folder: Path, core: Path, weights: str) -> None:
-    """Write into an adapter's folder which core it was trained on: its path, and `weights_hash` of it."""
+    """Record in an adapter's folder the core that it was trained on: the core's path and its `weights_hash`."""
     write_json(folder / BASE, {"path": str(Path(core).resolve()), "weights": weights})
     config = read_object(folder / CONFIG)
     write_json(folder / CONFIG, config | {"base_model_name_or_path": str(Path(core).resolve())})
 
 
 def check_servable(folder: Path, core: Path, device: Literal["cpu", "gpu"] = "cpu") -> Adapter:
-    """The adapter, if it belongs to `core` and a vLLM server of it on `device` applies all of it.
+    """The adapter, if it belongs to `core` and a vLLM server of that core on `device` applies the whole adapter.
 
-    Raises AdapterError otherwise, with each reason and the remedy. This has to be asked before a server starts:
-    vLLM 0.31 takes an adapter with tower tensors without a word and serves the language model's half of it.
+    Raises AdapterError otherwise, with each reason and the remedy. Call it before a server starts: vLLM 0.31 accepts
+    an adapter with tower tensors without a warning, and applies only the language model's part.
     """
     adapter = read_adapter(folder)
     check_finite(folder)
@@ -252,13 +252,13 @@ def check_servable(folder: Path, core: Path, device: Literal["cpu", "gpu"] = "cp
             )
     if adapter.whole:
         names = ", ".join(sorted(adapter.whole))
-        problems.append(f"whole weights ({names}): vLLM takes low-rank pairs only")
+        problems.append(f"whole weights ({names}): vLLM accepts low-rank pairs only")
     if adapter.rank > _VLLM_RANKS[-1]:
         problems.append(f"rank {adapter.rank}: vLLM takes ranks up to {_VLLM_RANKS[-1]}")
     if device == "cpu" and text.get("model_type") == "qwen3_moe":
         problems.append(
             "the core is a mixture of experts: with LoRA enabled vLLM runs the experts by a Triton kernel, "
-            "which its CPU build has not"
+            "which its CPU build lacks"
         )
     if problems:
         raise AdapterError(
@@ -269,7 +269,7 @@ def check_servable(folder: Path, core: Path, device: Literal["cpu", "gpu"] = "cp
 
 
 def vllm_arguments(adapter: Adapter, name: str) -> list[str]:
-    """Arguments of vLLM's API server that serve the adapter under a model name of its own, beside the core."""
+    """Arguments of vLLM's API server that serve the adapter beside the core, under the model name `name`."""
     rank = next(rank for rank in _VLLM_RANKS if rank >= adapter.rank)
     return [
         *("--enable-lora", "--max-lora-rank", str(rank)),
@@ -284,12 +284,12 @@ def _targets(adapter: Adapter, base: Tensors) -> Iterator[str]:
 
     try:
         config: Any = LoraConfig.from_pretrained(str(adapter.folder))
-    except Exception as error:  # peft raises whatever its checks of the values come to
+    except Exception as error:  # peft's checks of the values raise many types
         raise AdapterError(f"{adapter.folder / CONFIG}: peft cannot read it ({error})") from None
     if not config.target_modules:
         return
     for name, entry in base.entries.items():
-        # Experts are one stacked parameter to peft, which plain LoRA leaves alone.
+        # peft sees a layer's experts as one stacked parameter; plain LoRA does not touch it.
         if name.endswith(".weight") and len(entry.shape) == 2 and EXPERTS not in name:
             module = name.removesuffix(".weight")
             if check_target_module_exists(config, module):

@@ -1,7 +1,7 @@
-"""Checks a checkpoint before anything loads it: it brings no code, and its weights are finite.
+"""Checks a checkpoint before anything loads it: it contains no code, and its weights are finite.
 
-Stages, the soup, rollout servers, export and merge all ask `check_checkpoint`. A folder is untrusted: transformers
-stops and asks whether to run the code that a configuration names, and a `y` on standard input runs it.
+Stages, the soup, rollout servers, export and merge all call `check_checkpoint`. A folder is untrusted: transformers
+prompts on the terminal whether to run the code that a configuration names, and a `y` on standard input runs it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 _CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines", "kernel_config", "transformers_weights")
-"""Keys by which transformers finds code, or other weights than the checked ones, in a checkpoint or on the hub."""
+"""Keys that make transformers load code or unchecked weights, from the checkpoint or from the hub."""
 _KERNEL_KEYS = ("attn_implementation", "experts_implementation")
-"""Ends of keys that name an implementation; `owner/name` is downloaded from the hub and run."""
+"""Suffixes of keys that name an implementation; transformers downloads `owner/name` from the hub and runs it."""
 _ADAPTER = "adapter_config.json"
 _GENERATE = "custom_generate"
 _SHOWN = 20
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0 << 48}
-"""The bits of +infinity: above them is NaN."""
+"""The bits of +infinity; larger bit patterns are NaN."""
 
 
 class ForeignCode(LayoutError):
@@ -52,16 +52,16 @@ def check_code(folder: Path) -> None:
     for path in sorted(Path(folder).glob("*config.json")):
         if path.name == _ADAPTER:
             problems.append(
-                f"{_ADAPTER}: a core with it loads another core instead; `posttrain core merge` merges it"
+                f"{_ADAPTER}: with this file transformers loads another core; merge it by `posttrain core merge`"
             )
         else:
             problems += [f"{path.name}: {found}" for found in _code_in(read_object(path))]
     if (Path(folder) / _GENERATE).exists():
-        problems.append(f"{_GENERATE}/: a generation loop of its own")
+        problems.append(f"{_GENERATE}/: a custom generation loop")
     if problems:
         raise ForeignCode(
             listed(f"{folder}: the checkpoint brings code, which is never run", problems)
-            + "\nremove these keys and files if its weights are a native core's"
+            + "\nremove these keys and files if the weights are those of a native core"
         )
 
 
@@ -74,12 +74,12 @@ def check_finite(folder: Path) -> None:
     if broken := _nonfinite(Path(folder).resolve(), files):
         raise NonFinite(
             listed(f"{folder}: weights that are not finite", shortened(broken))
-            + "\ntake the checkpoint before it; a diverged training needs a lower learning rate"
+            + "\nuse the checkpoint before it; a diverged training needs a lower learning rate"
         )
 
 
 def nonfinite_tensors(source: Tensors) -> list[str]:
-    """`name: NaN, in file` of each tensor that is not finite, in the files' order. Imports no torch."""
+    """A line `name: NaN, in file` for each tensor that is not finite, in the files' order. Imports no torch."""
     found: dict[str, str] = {}
     for name, bits in source.bits():
         what = nonfinite(source.entries[name].dtype, bits)
@@ -91,8 +91,8 @@ def nonfinite_tensors(source: Tensors) -> list[str]:
 def nonfinite(dtype: str, bits: np.ndarray) -> str:
     """ "NaN", "infinity" or "" for numbers of a safetensors type, given as unsigned integers of their width.
 
-    A float's exponent lies above its fraction, so the largest bit pattern below the sign tells. One read and no
-    temporary: 13 GB/s in memory on one core, where torch's `isfinite` does 0.4 (bfloat16) and 0.8 (float32).
+    A float's exponent bits lie above its fraction bits, so the largest bit pattern without the sign decides. One read
+    and no temporary: 13 GB/s in memory on one core; torch's `isfinite` reaches 0.4 (bfloat16) and 0.8 (float32).
     """
     if not bits.size:
         return ""
@@ -103,7 +103,7 @@ def nonfinite(dtype: str, bits: np.ndarray) -> str:
 
 
 def nonfinite_tensor(tensor: torch.Tensor) -> str:
-    """The same for a torch tensor on the CPU; "" for integers."""
+    """As `nonfinite`, for a torch tensor on the CPU; "" for integers."""
     import torch
 
     names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
@@ -115,12 +115,12 @@ def nonfinite_tensor(tensor: torch.Tensor) -> str:
 
 
 def shortened(problems: list[str]) -> list[str]:
-    """At most twenty problems, and how many more there are."""
+    """At most twenty problems, and a line with the number of further ones."""
     more = len(problems) - _SHOWN
     return [*problems[:_SHOWN], f"... and {more} more"] if more > 0 else problems
 
 
-@lru_cache(maxsize=8)  # the soup and its start are asked for several times
+@lru_cache(maxsize=8)  # the soup and its starting checkpoint are checked several times
 def _nonfinite(folder: Path, files: tuple[tuple[str, int, int, int], ...]) -> list[str]:
     return nonfinite_tensors(Tensors(folder))
 

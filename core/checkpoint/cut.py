@@ -1,4 +1,4 @@
-"""Tensors of another layout, cut from a checkpoint's own: what import and export write, one tensor at a time."""
+"""Cuts the tensors of one layout from those of another, one tensor at a time, for import and export."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to write: pieces of the source, stacked along the first axis, in their own shape."""
+    """A tensor to write: pieces of the source, stacked along the first axis; a single piece keeps its shape."""
 
     name: str
     shape: tuple[int, ...]

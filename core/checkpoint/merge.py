@@ -1,4 +1,4 @@
-"""A LoRA adapter added to the weights of its core, tensor by tensor: memory for one weight file."""
+"""Merges a LoRA adapter into the weights of its core, tensor by tensor, in memory for one weight file."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ class Merged:
 
     core: Path
     modules: dict[str, int]
-    """Linear layers that were changed, by part of the core."""
+    """Number of changed linear layers, by part of the core."""
     replaced: int
-    """Parameters that the adapter brought whole."""
+    """Number of parameters that the adapter replaces whole."""
     checked_base: bool
-    """Whether the adapter says which weights it was trained on, and these are they."""
+    """Whether the adapter records the weights that it was trained on, and they are this core's."""
 
     def text(self) -> str:
-        """The same in words."""
+        """The result as text for the terminal."""
         parts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in self.modules.items())
         lines = [
             f"merged into {self.core}: linear layers changed: {parts}; whole parameters: {self.replaced}"
         ]
         if not self.checked_base:
             lines.append(
-                "The adapter does not say which weights it was trained on: only names and shapes were compared."
+                "The adapter does not record the weights it was trained on: only names and shapes were compared."
             )
         return printable("\n".join(lines))
 
@@ -70,12 +70,12 @@ def merge_adapter(
 ) -> Merged:
     """Write the core of the adapter at `adapter`, with the adapter merged in, to the folder `dst`.
 
-    `core` is the core it was trained on; default: the one that the adapter names. The result keeps the core's
-    data type, configuration, processor, tokenizer and template, and is written whole or not at all. It equals
+    `core` is the core that the adapter was trained on; default: the core that the adapter names. The result keeps the
+    core's data type, configuration, processor, tokenizer and template, and is written whole or not at all. It equals
     peft's merge_and_unload bit for bit in float32 and bfloat16.
 
-    Raises ConfigError for a `dst` that is there, and AdapterError, with a line for everything that does not fit,
-    if the adapter belongs to another core or is of a kind that cannot be merged; NonFinite for NaN or infinity.
+    Raises ConfigError if `dst` exists; AdapterError, with a line per mismatch, if the adapter belongs to another core
+    or cannot be merged; NonFinite for NaN or infinity.
     """
     if dst.exists():
         raise ConfigError(f"{dst}: exists already; name another folder, or remove it")
@@ -114,10 +114,10 @@ def merge_weights(
     max_shard_bytes: int = SHARD_BYTES,
     progress: Progress = silent,
 ) -> None:
-    """Write the weights of a core with an adapter that fits it merged in to the folder `out`, files and index.
+    """Merge an adapter into the weights of its core and write files and index to the folder `out`.
 
-    The core's weights are taken in `dtype` (default: their own), and the sum is rounded to it once. Raises NonFinite
-    if a sum is not finite.
+    The core's weights are converted to `dtype` (default: their own), and each sum is rounded to it once. Raises
+    NonFinite if a sum is not finite.
     """
     size = None if dtype is None else dtype.itemsize
     total = sum(_nbytes(entry, size) for entry in base.entries.values())
@@ -145,7 +145,7 @@ def _merged_tensors(
                 tensor = lora.get_tensor(adapter.whole[name]).to(tensor.dtype)
             elif module in adapter.pairs:
                 a, b = (lora.get_tensor(half).float() for half in adapter.pairs[module])
-                # The product and the sum in float32, rounded once: peft's order, and so its bits.
+                # Product and sum in float32, rounded once: peft's order of operations, for the same bits.
                 wide = torch.promote_types(tensor.dtype, torch.float32)
                 tensor = tensor.to(wide).add(b @ a * adapter.scaling(module)).to(tensor.dtype)
             yield name, tensor
@@ -159,7 +159,7 @@ def _named_core(adapter: Adapter) -> Path:
     named = adapter.base.get("path") or adapter.config.get("base_model_name_or_path")
     if not named or not Path(named).is_dir():
         raise AdapterError(
-            f"{adapter.folder}: names its core as {named!r}, where there is no folder; say where it is with --core"
+            f"{adapter.folder}: names its core as {named!r}, but no such folder exists; give the core by --core"
         )
     return Path(named)
 

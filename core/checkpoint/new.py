@@ -1,4 +1,4 @@
-"""Cores of any size with random weights, made tensor by tensor: memory for one weight file, whatever the size."""
+"""Writes cores of any size with random weights, tensor by tensor, in memory for one weight file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Layout = Literal["native", "released"]
 _BYTES = {"float32": 4, "bfloat16": 2}
 _FILES_BYTES = 8 << 20
-"""Room for what lies beside the weights; the padded tokenizer is the largest, at 4 MB."""
+"""Bytes of disk space for the files beside the weights; the padded tokenizer is the largest, at 4 MB."""
 
 
 class DiskFull(RuntimeError):
@@ -44,14 +44,14 @@ class Plan:
     parameters: Parameters
     weight_bytes: int
     disk_bytes: int
-    """At the worst moment: the released layout is written from a native core beside it, which then goes."""
+    """Peak disk space: the released layout is written from a native core beside it, which is then removed."""
     free_bytes: int
 
 
 def plan_core(
     size: str, dst: Path, *, words: Sequence[str] = WORDS, dtype: str | None = None, layout: Layout = "native"
 ) -> Plan:
-    """The core that `new_core` would make, from shapes alone.
+    """The core that `new_core` would write, computed from shapes alone.
 
     Raises ConfigError for an unknown size, and for a `dst` that exists.
     """
@@ -78,14 +78,14 @@ def new_core(
 ) -> Path:
     """Write the core of a plan with random weights to the folder `dst`, whole or not at all; returns `dst`.
 
-    The distributions are those that transformers initialises with. The same plan and seed give the same weights,
-    whatever happened to torch's random state before. Raises DiskFull before anything is written.
+    The distributions are those of transformers' initialisation. The same plan and seed give the same weights, whatever
+    torch's random state was before. Raises DiskFull before anything is written.
     """
     if plan.disk_bytes > plan.free_bytes:
         raise DiskFull(
             f"{dst}: a core of size {plan.size} takes {plan.disk_bytes / 1e9:.1f} GB and "
-            f"{plan.free_bytes / 1e9:.1f} GB are free there; free some, name a folder on another disk, or take "
-            "a smaller size"
+            f"{plan.free_bytes / 1e9:.1f} GB are free there; free some space, name a folder on another disk, or "
+            "choose a smaller size"
         )
     if plan.layout == "native":
         with atomic_dir(dst) as folder:
@@ -128,10 +128,10 @@ def _write_native(plan: Plan, folder: Path, seed: int, max_shard_bytes: int, pro
 
 
 def fresh_tensors(config: SailVL2Config, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Freshly initialised weights by their names in a native checkpoint, made as they are asked for.
+    """Freshly initialised weights by their names in a native checkpoint, created lazily.
 
-    Memory: the tensors of one module (of one layer's experts, for a mixture of experts). Each module draws from a
-    generator of its own, seeded by its name.
+    Memory: the tensors of one module (of one layer's experts, for a mixture of experts). Each module has its own
+    random generator, seeded by its name.
     """
     from transformers import PreTrainedModel
 
@@ -142,7 +142,7 @@ def fresh_tensors(config: SailVL2Config, seed: int) -> Iterator[tuple[str, torch
         names = [f"{place}.{name}" for name, _ in module.named_parameters(recurse=False)]
         if not names or tied.intersection(names):
             continue
-        # Each part initialises with its own configuration: the innermost model around the module.
+        # The innermost model around a module initialises it, with that model's configuration.
         owner = models[max((at for at in models if f"{place}.".startswith(f"{at}." if at else "")), key=len)]
         for name, tensor in zip(names, _initialised(owner, module, f"{seed} {place}"), strict=True):
             yield from on_disk(name, tensor)

@@ -1,11 +1,11 @@
-"""Released SAIL-VL2 checkpoints in, native ones out, and back; every tensor bit for bit.
+"""Converts released SAIL-VL2 checkpoints to native ones and back; every tensor stays the same bit for bit.
 
     released: config.json with vision_config and llm_config, vision_model.*, mlp1.*, language_model.*, and remote code
     native:   what SailVL2ForConditionalGeneration.save_pretrained writes, read by the Auto classes and by vLLM
 
 Both are folders of safetensors files, converted file by file (shards.py). Names: released_names.py; configuration:
-released_config.py; tokenizer and templates: released_text.py; what else a release holds travels inside the native
-folder as data (released_files.py). Code that comes with a checkpoint is never run.
+released_config.py; tokenizer and templates: released_text.py. A release's other files travel inside the native folder
+as data (released_files.py). Code that comes with a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from core.model.configuration import SailVL2Config
 
 _LAYOUT = 1
-"""Increase this number when the same source gives another result."""
+"""Version of the conversion. Increase it when the same source gives a different result."""
 _VOLATILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
@@ -80,14 +80,14 @@ class Converted:
     title: str
     lines: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """Assumptions, changes and omissions."""
+    """Assumptions, changes and omissions of the conversion, one a line."""
     skipped: bool = False
-    """The folder was there already, from the same source."""
+    """Whether the folder existed already, converted from the same source."""
 
     def text(self) -> str:
         """A few lines for the terminal."""
         if self.skipped:
-            return f"{self.out}: there already, from the same files; nothing to do"
+            return f"{self.out}: exists already, from the same files; nothing to do"
         lines = [self.title, *(f"  {line}" for line in self.lines)]
         if self.notes:
             lines += ["note:", *(f"  - {note}" for note in self.notes)]
@@ -120,13 +120,13 @@ def import_released(
     """Write the released checkpoint in `src` as a native core to `dst`, whole or not at all.
 
     Args:
-        any_resolution: the release is an AnyRes model. No known released key tells them from models that cut images
-            into tiles.
+        any_resolution: the release is an AnyRes model. No known key of a release distinguishes these from models that
+            cut images into tiles.
         allow_nonfinite: import tensors with NaN or infinity too. Stages and servers refuse such a core.
 
-    Does nothing if `dst` is the result for the same files already. Raises LayoutError for everything in
-    `src` that is unknown, missing, contradictory or not supported, and for another folder at `dst`; NonFinite for
-    weights with NaN or infinity.
+    Does nothing if `dst` already holds the result for the same files. Raises LayoutError for everything in `src` that
+    is unknown, missing, contradictory or unsupported, and if another folder is at `dst`; NonFinite for weights with
+    NaN or infinity.
     """
     began = Began()
     src, dst = Path(src), Path(dst)
@@ -177,7 +177,7 @@ def _read_release(src: Path, any_resolution: bool) -> _Import:
     released = read_object(src / CONFIG)
     if "llm_config" not in released:
         raise LayoutError(
-            f"{src / CONFIG}: model_type={released.get('model_type')!r} without llm_config is no released SAIL-VL2 "
+            f"{src / CONFIG}: model_type={released.get('model_type')!r} without llm_config is not a released SAIL-VL2 "
             "layout" + (", but a native core already" if released.get("model_type") == "sailvl2" else "")
         )
     source, notes = Tensors(src), list[str]()
@@ -185,7 +185,7 @@ def _read_release(src: Path, any_resolution: bool) -> _Import:
         released = {**released, "any_resolution": True}
     elif "anyres" in src.resolve().as_posix().lower() and not released.get("any_resolution"):
         notes.append(
-            "images are cut into tiles, although its path says AnyRes; if they are to keep their size, give "
+            "images are cut into tiles, although the path contains AnyRes; if images must keep their size, give "
             "--any-resolution"
         )
     tokenizer = load_tokenizer(src)
@@ -212,7 +212,7 @@ def _check_numbers(read: _Import, allow_nonfinite: bool) -> None:
     if broken and not allow_nonfinite:
         raise NonFinite(
             listed(f"{read.source.folder}: weights that are not finite", shortened(broken))
-            + "\ndownload the files again; --allow-nonfinite imports them as they are, for a look at them"
+            + "\ndownload the files again; --allow-nonfinite imports them unchanged, to inspect them"
         )
     read.notes += [f"not finite: {problem}" for problem in shortened(broken)]
 
@@ -227,9 +227,9 @@ def export_released(
 ) -> Converted:
     """Write the native checkpoint in `src` in the released layout to `dst`, whole or not at all.
 
-    Code, tokenizer and the other files are those of the release `like` (or of its import), by default of the
-    one that `src` was imported or trained from; without a release, they are written anew and contain no code.
-    Raises LayoutError as `import_released`, and if `src` and the release are different models.
+    Code, tokenizer and the other files come from the release `like` (or from its import); default: the release from
+    which `src` was imported or trained. Without a release they are generated and contain no code. Raises LayoutError
+    as `import_released`, and if `src` and the release are different models.
     """
     began = Began()
     src, dst = Path(src), Path(dst)
@@ -241,7 +241,7 @@ def export_released(
     if like and release is None:
         raise LayoutError(f"{like}: neither a release (config.json with llm_config) nor the import of one")
     shapes = _shapes(src, config)
-    # Older code ties a nested language model or not, depending on its version: with both stored, both are right.
+    # Older code ties a nested language model or not, depending on its version. Both read a checkpoint that stores both.
     copy_head = bool(config.tie_word_embeddings) and (release is None or release.head_stored)
     targets = export_targets(links(shapes), source, copy_head=copy_head)
     home, names, written = _files_of_export(src, release, config, _entries(source, targets), notes)
@@ -281,7 +281,7 @@ def _files_of_export(
     entries: Mapping[str, Entry],
     notes: list[str],
 ) -> tuple[Path, list[str], dict[str, dict[str, Any]]]:
-    """Files beside the weights of an export: the folder they are copied from, their names, and those written anew."""
+    """Files beside the weights of an export: the folder to copy from, the names to copy, and the files to generate."""
     import core
     from core.model.processing import SailVL2Processor
 
@@ -295,7 +295,7 @@ def _files_of_export(
             files.carried(release.folder),
             _changed(release, config, images, entries, notes),
         )
-    notes.append("no release is known: files are written anew, and there is no code; give one by --like")
+    notes.append("no release is known: the files are generated and contain no code; give a release by --like")
     written = {
         CONFIG: released_config(config, images),
         PREPROCESSOR: released_preprocessor(config, images),
@@ -311,9 +311,9 @@ def _changed(
     entries: Mapping[str, Entry],
     notes: list[str],
 ) -> dict[str, dict[str, Any]]:
-    """The release's configuration files that post-training or its user changed, with their present values.
+    """The release's configuration files that post-training or its user changed, with their current values.
 
-    Raises LayoutError if the release is another model.
+    Raises LayoutError if the release is a different model.
     """
     was = release.config()
     seen = read_object(release.folder / PREPROCESSOR) if (release.folder / PREPROCESSOR).exists() else {}
@@ -331,7 +331,7 @@ def _changed(
     if keys:
         raise LayoutError(
             f"{release.folder}: the release of another model, config.json differs in {', '.join(keys)}; give the "
-            "one that this checkpoint was made from by --like"
+            "release that this checkpoint was made from by --like"
         )
     now_is, preprocessor = copy.deepcopy(was), dict(seen)
     dtype = released_config(config, images)["torch_dtype"]
@@ -340,7 +340,7 @@ def _changed(
             if part.get(key, dtype) != dtype:
                 part[key] = dtype
     if now_is != was:
-        notes.append(f"{CONFIG}: data type {dtype}, as the weights are now")
+        notes.append(f"{CONFIG}: data type {dtype}, which the weights have now")
     before = released_preprocessor(then, image_processor(was, seen, then, []))
     after = released_preprocessor(config, images)
     for key in different_keys(before, after):
@@ -364,7 +364,7 @@ def _check_same_tokenizer(src: Path, release: Path) -> None:
     if keys := different_keys(theirs, ours):
         raise LayoutError(
             f"{src / TOKENIZER}: differs from the release's ({release / TOKENIZER}) in {', '.join(keys[:5])}; released "
-            "code would read other tokens than the model was trained on"
+            "code would read tokens that the model was not trained on"
         )
 
 
@@ -390,22 +390,22 @@ def _shapes(src: Path, config: SailVL2Config) -> dict[str, Shape]:
 
 @contextmanager
 def _worded(src: Path) -> Iterator[None]:
-    """Turn any error that transformers raises for untrusted values into a LayoutError with the file's name."""
+    """Turn every error that transformers raises for untrusted values into a LayoutError with the file's name."""
     try:
         yield
     except LayoutError:
         raise
     except Exception as error:
-        raise LayoutError(f"{src / CONFIG}: describes no SAIL-VL2 model: {error}") from error
+        raise LayoutError(f"{src / CONFIG}: does not describe a SAIL-VL2 model: {error}") from error
 
 
 def _check_places(src: Path, dst: Path, what: str) -> None:
     if not src.is_dir():
         raise LayoutError(f"{src}: no such folder")
     if dst.resolve().is_relative_to(src.resolve()):
-        raise LayoutError(f"{dst}: lies in {src}; {what} to a folder of its own")
+        raise LayoutError(f"{dst}: lies in {src}; {what} to a folder outside it")
     if dst.exists() and not dst.is_dir():
-        raise LayoutError(f"{dst}: a file; give a folder that does not exist")
+        raise LayoutError(f"{dst}: is a file; give a folder that does not exist")
     if dst.exists() and Manifest.read(dst) is None and any(dst.iterdir()):
         raise LayoutError(f"{dst}: exists already and was not written by an {what}; give another folder")
 
@@ -427,11 +427,11 @@ def _check_disk(dst: Path, needed: int) -> None:
 
 
 def _check_written(folder: Path, expected: Mapping[str, Shape]) -> None:
-    """Open the written files as readers will; a difference is a bug of ours."""
+    """Open the written files as readers will; a difference is a bug of this project."""
     found = {name: entry.shape for name, entry in Tensors(folder).entries.items()}
     if found != expected:
         wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-        raise LayoutError(listed(f"{folder}: the copy is not what was planned, please report this", wrong))
+        raise LayoutError(listed(f"{folder}: the copy differs from the plan; please report this", wrong))
 
 
 def _check_loads(folder: Path) -> None:
@@ -466,7 +466,7 @@ def _write_manifest(folder: Path, what: str, fingerprint: str, inputs: dict[str,
 
 
 def _entries(source: Tensors, targets: Sequence[Target]) -> dict[str, Entry]:
-    """The tensors that an export will hold, as if it were there."""
+    """The tensors that an export will hold, as entries of its files."""
     return {
         target.name: Entry("export", source.entries[target.pieces[0].name].dtype, target.shape)
         for target in targets
@@ -476,14 +476,14 @@ def _entries(source: Tensors, targets: Sequence[Target]) -> dict[str, Entry]:
 def _what_is_left(src: Path, names: Sequence[str]) -> list[str]:
     notes = []
     if left := files.left_behind(src):
-        notes.append(f"not carried along: {', '.join(left)}")
+        notes.append(f"files that are not copied: {', '.join(left)}")
     if not any(files.legal(name) for name in names):
-        notes.append("no licence file is shipped; see the model card before you pass the core on")
+        notes.append("the release has no licence file; read the model card before you pass the core on")
     return notes
 
 
 def _parts(shapes: Mapping[str, Shape]) -> list[str]:
-    """A line per part with its parameters; the output layer has its own where it is stored."""
+    """A line per part with its parameters; a stored output layer has its own line."""
     lines = []
     for part in (*MODULES, "output layer"):
         held = [

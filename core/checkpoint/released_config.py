@@ -1,6 +1,6 @@
 """Converts a released config.json and preprocessor_config.json to a native configuration, and back.
 
-The weights have the last word where the two contradict each other, and every guess is noted for the user.
+If configuration and weights contradict each other, the weights decide. Every guess is noted for the user.
 Sources of the released keys: public ports of SAIL-VL2 and InternVL2, whose configuration it extends.
 """
 
@@ -33,7 +33,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_sailvl.SAILVLModel",
     "AutoModelForCausalLM": "modeling_sailvl.SAILVLModel",
 }
-"""Where the released code, which an export without `--like` has not, is looked for."""
+"""The file that transformers looks for the released code in; an export without `--like` does not have it."""
 _VISION: dict[str, Any] = configuration.DEFAULT_VISION
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
@@ -43,7 +43,7 @@ _WITHOUT_MEANING = {
     *("model_type", "prefix", "pruned_heads", "task_specific_params", "tf_legacy_loss"),
     *("tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "use_bfloat16"),
 }
-"""What transformers wrote into every configuration at the time of the release, beside generation parameters."""
+"""Keys that transformers wrote into every configuration at the time of the release, beside generation parameters."""
 _UNDERSTOOD_PREPROCESSOR = {
     *("any_resolution", "auto_map", "crop_size", "do_center_crop", "do_convert_rgb", "do_resize"),
     *(
@@ -69,12 +69,11 @@ class _Top(_Released):
     downsample_ratio: PositiveFloat = 0.5
     force_image_size: PositiveInt | None = None
     select_layer: int = -4
-    """Without the key, what the released configuration class says."""
+    """The default is that of the released configuration class."""
     any_resolution: bool = False
-    """Ours: exports without a release say so, and an import that was told. No released key for it is known."""
+    """Our key, written by an export without a release and set by `--any-resolution`. No released key is known."""
     ps_version: Literal["v2"]
-    """The order of InternVL's pixel shuffle; v1, which the released code takes without the key, has no native
-    counterpart."""
+    """The order of InternVL's pixel shuffle. The released code's default, v1, has no native counterpart."""
     pad2square: Literal[False] = False
     tie_word_embeddings: bool | None = None
     torch_dtype: str | None = None
@@ -109,7 +108,7 @@ class _Llm(_Released):
 
 
 class _Images(_Released):
-    """Keys that both files may have; preprocessor_config.json counts where it has them."""
+    """Keys that both files may have; preprocessor_config.json takes precedence."""
 
     min_dynamic_patch: PositiveInt = 1
     max_dynamic_patch: PositiveInt = 12
@@ -118,12 +117,13 @@ class _Images(_Released):
     image_mean: list[float] = Field(default=list(_MEAN), min_length=3, max_length=3)
     image_std: list[PositiveFloat] = Field(default=list(_STD), min_length=3, max_length=3)
     resample: Literal[3] = 3
-    """Bicubic, by Pillow's number."""
+    """Pillow's number of the resampling filter; 3 is bicubic."""
     rescale_factor: PositiveFloat = 1 / 255
     do_rescale: Literal[True] = True
     do_normalize: Literal[True] = True
     longest_edge: PositiveInt = 1792
-    """Of images of any resolution, in pixels; ours, as no released key is known. Source: the report's 1792x1792."""
+    """Longest side of an any-resolution image, in pixels; our key, as no released key is known. Source: the report's
+    1792x1792."""
     use_msac: Literal[False] = False
     """Multi-scale tiling has no native counterpart."""
 
@@ -141,9 +141,8 @@ def native_config(
 ) -> SailVL2Config:
     """The native configuration of a released checkpoint; assumptions go to `notes`.
 
-    `entries` are its tensors by their released names, `head_is_embedding` says that an output layer is
-    stored and equals the embedding. Raises LayoutError for values that contradict the weights or have no
-    native counterpart.
+    `entries` are its tensors by their released names. `head_is_embedding`: an output layer is stored and equals the
+    embedding. Raises LayoutError for values that contradict the weights or have no native counterpart.
     """
     top = _read(_Top, released, CONFIG)
     vision = _read(_Vision, top.vision_config, f"{CONFIG}: vision_config")
@@ -152,12 +151,12 @@ def native_config(
     if top.force_image_size not in (None, vision.image_size):
         raise LayoutError(
             f"{CONFIG}: force_image_size={top.force_image_size}, vision_config.image_size={vision.image_size}: a tile "
-            "has one size; set the one that fits pos_embed"
+            "has one size; set both to the size that fits pos_embed"
         )
     if vision.qkv_bias != vision.use_bias:
         raise LayoutError(
             f"{CONFIG}: vision_config.qkv_bias={vision.qkv_bias}, use_bias={vision.use_bias}: a native tower has "
-            "biases in all of its attention or in none"
+            "biases in all attention layers or in none"
         )
     dtype = top.torch_dtype or top.dtype
     if dtype is None:
@@ -185,12 +184,12 @@ def native_config(
 def image_processor(
     released: Mapping[str, Any], preprocessor: Mapping[str, Any], config: SailVL2Config, notes: list[str]
 ) -> SailVL2ImageProcessor | SailVL2AnyResImageProcessor:
-    """The native image processor of a released checkpoint; `preprocessor` is {} where none is shipped."""
+    """The native image processor of a released checkpoint; `preprocessor` is {} if the release ships none."""
     from core.model.image_patches import SailVL2AnyResImageProcessor
     from core.model.image_tiles import SailVL2ImageProcessor
 
     notes += [
-        f"{key}: {preprocessor[key]} as {PREPROCESSOR} says; {CONFIG} says {released[key]}"
+        f"{key}: {preprocessor[key]} from {PREPROCESSOR} is used; {CONFIG} has {released[key]}"
         for key in _TILING
         if key in preprocessor and key in released and preprocessor[key] != released[key]
     ]
@@ -202,14 +201,14 @@ def image_processor(
     missing = [key for key in needed if key not in given]
     if missing:
         assumed = ", ".join(f"{key}={getattr(images, key)}" for key in missing)
-        notes.append(f"the checkpoint does not say: {assumed} is assumed")
+        notes.append(f"not set by the checkpoint: {assumed} is assumed")
     if images.min_dynamic_patch > images.max_dynamic_patch:
         raise LayoutError(
             f"min_dynamic_patch={images.min_dynamic_patch} is above max_dynamic_patch={images.max_dynamic_patch}"
         )
     side = config.vision_config.image_size
     notes += [
-        f"{PREPROCESSOR} says {key}={preprocessor[key]}; tiles are {side} px, as the tower's"
+        f"{PREPROCESSOR} has {key}={preprocessor[key]}; tiles are {side} px, the size of the tower"
         for key in ("image_size", "size", "crop_size")
         if isinstance(preprocessor.get(key), int) and preprocessor[key] != side
     ]
@@ -238,7 +237,7 @@ def image_processor(
 def released_config(
     config: SailVL2Config, images: SailVL2ImageProcessor | SailVL2AnyResImageProcessor
 ) -> dict[str, Any]:
-    """The released config.json of a native core, of which `images` is the image processor.
+    """The released config.json of a native core; `images` is its image processor.
 
     Raises LayoutError for values that the released layout cannot express.
     """
@@ -312,7 +311,7 @@ def _read(model: type[Read], values: Mapping[str, Any], where: str) -> Read:
 
 
 def _agree_on_depth(vision: _Vision, llm: _Llm, entries: Mapping[str, Entry]) -> None:
-    """Refuse other numbers of layers than the weights have, before a model of that many is built."""
+    """Refuse a number of layers that differs from the weights', before a model of that size is built."""
     counts = (
         (
             "vision_config.num_hidden_layers",
@@ -330,8 +329,8 @@ def _agree_on_depth(vision: _Vision, llm: _Llm, entries: Mapping[str, Entry]) ->
         found = len({match[1] for match in map(re.compile(pattern).match, entries) if match})
         if said != found:
             raise LayoutError(
-                f"{CONFIG} says {key}={said}, the weights have {found}; download both again, they "
-                "belong to different checkpoints or are incomplete"
+                f"{CONFIG} says {key}={said}, the weights have {found}; they belong to different checkpoints or are "
+                "incomplete: download both again"
             )
 
 
@@ -346,8 +345,8 @@ def _text_config(
     label = (llm.architectures or [llm.model_type or "nothing"])[0]
     if not any(name.endswith(".self_attn.q_norm.weight") for name in entries):
         raise LayoutError(
-            f"the language model ({label} by {CONFIG}) has no q_norm, so it is no Qwen3: SAIL-VL2 is "
-            "built on Qwen3, older SAIL-VL on Qwen2.5, which is not supported"
+            f"the language model ({label} by {CONFIG}) has no q_norm, so it is not a Qwen3: SAIL-VL2 is "
+            "built on Qwen3; older SAIL-VL is built on Qwen2.5, which is not supported"
         )
     kind: Any = Qwen3MoeConfig if llm.num_experts else Qwen3Config
     expected = "Qwen3MoeForCausalLM" if llm.num_experts else "Qwen3ForCausalLM"
@@ -372,25 +371,26 @@ def _text_config(
 def _tied(
     top: _Top, llm: _Llm, entries: Mapping[str, Entry], head_is_embedding: bool, notes: list[str]
 ) -> bool:
-    """Whether the output layer is the embedding: as configured, where the weights allow it."""
+    """Whether the output layer is tied to the embedding: as configured, if the weights allow it."""
     said = llm.tie_word_embeddings if llm.tie_word_embeddings is not None else top.tie_word_embeddings
     if None not in (llm.tie_word_embeddings, top.tie_word_embeddings) and said != top.tie_word_embeddings:
         notes.append(
-            f"tie_word_embeddings: {said} as llm_config says; the top of {CONFIG} says {top.tie_word_embeddings}"
+            f"tie_word_embeddings: {said} from llm_config is used; the top level of {CONFIG} has "
+            f"{top.tie_word_embeddings}"
         )
     if RELEASED_HEAD not in entries:
         if said is None:
             notes.append(
                 f"{CONFIG} does not say whether embeddings are tied; no lm_head is stored, so they are"
             )
-        # Untied by configuration: the check of the tensors lists lm_head as missing.
+        # Untied by configuration: the check of the tensors reports lm_head as missing.
         return said is not False
     if not said:
         return False
     if not head_is_embedding:
         raise LayoutError(
             f"{CONFIG} ties the output layer to the embedding, but {RELEASED_HEAD} in "
-            f"{entries[RELEASED_HEAD].file} differs from it; set llm_config.tie_word_embeddings to what is meant"
+            f"{entries[RELEASED_HEAD].file} differs from it; correct llm_config.tie_word_embeddings"
         )
     return True
 
@@ -398,16 +398,16 @@ def _tied(
 def _feature_layer(select_layer: int, blocks: int) -> int:
     """The native index of the tower's output that the adapter reads.
 
-    The released tower collects the outputs of its blocks, transformers the inputs of the blocks and the last
-    output: from the end both count alike, from the start they are one apart. -1 is the normed output in both.
+    The released tower collects the outputs of its blocks; transformers collects the inputs of the blocks and the last
+    output. So indices from the end agree, and indices from the start differ by one. -1 is the normed output in both.
     """
     if -blocks <= select_layer < 0:
         return select_layer
     if 0 <= select_layer < blocks - 1:
         return select_layer + 1
     raise LayoutError(
-        f"{CONFIG}: select_layer={select_layer} of {blocks} blocks: from {-blocks} to -1, or from 0 to {blocks - 2} "
-        "(the last block's output without the norm after it has no native index)"
+        f"{CONFIG}: select_layer={select_layer} of {blocks} blocks: must be from {-blocks} to -1, or from 0 to "
+        f"{blocks - 2} (the last block's output without the norm after it has no native index)"
     )
 
 

@@ -16,7 +16,7 @@ from core.manifest import MANIFEST
 
 FOLDER = "released"
 RECORD = "import.json"
-"""In that folder: facts that an export needs and the files do not contain."""
+"""File in that folder with facts that an export needs and the other files do not contain."""
 _SUFFIXES = {".py", ".json", ".jinja", ".txt", ".md", ".model", ".tiktoken"}
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _MAX_BYTES = 256 << 20
@@ -28,16 +28,16 @@ class Release:
 
     folder: Path
     head_stored: bool
-    """Whether the release stores its output layer, also where that is the embedding."""
+    """Whether the release stores its output layer, even if it equals the embedding."""
 
     @classmethod
     def of(cls, folder: Path) -> Release | None:
-        """The release that a native checkpoint carries, or that the folder is; None for neither.
+        """The release in the folder, or the release that a native checkpoint there carries; None if neither.
 
         Raises LayoutError if the folder does not exist.
         """
         if not folder.is_dir():
-            raise LayoutError(f"{folder}: no folder")
+            raise LayoutError(f"{folder}: the folder does not exist")
         if (folder / FOLDER / RECORD).exists():
             own_file(folder / FOLDER / RECORD, home=folder)
             return cls(folder / FOLDER, read_object(folder / FOLDER / RECORD).get("head_stored") is True)
@@ -51,7 +51,7 @@ class Release:
 
 
 def carried(folder: Path) -> list[str]:
-    """Names of the files beside the weights that go with a release, sorted. Raises LayoutError for links outside."""
+    """Names of a release's files that a native core carries, sorted. Raises LayoutError for links outside."""
     return sorted(
         own_file(path).name
         for path in folder.iterdir()
@@ -64,7 +64,7 @@ def carried(folder: Path) -> list[str]:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Names in a release that are neither weights nor carried, sorted; hidden files do not count."""
+    """Names in a release that are neither weights nor carried, sorted; hidden files are ignored."""
     known = {*carried(folder), INDEX, MANIFEST, RECORD}
     return sorted(
         path.name + ("/" if path.is_dir() else "")
@@ -74,12 +74,12 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def legal(name: str) -> bool:
-    """Whether a file of this name holds a licence or notice."""
+    """Whether a file with this name holds a licence or notice."""
     return name.upper().startswith(_LEGAL)
 
 
 def store(source: Path, names: list[str], out: Path, *, head_stored: bool) -> None:
-    """Copy the files of a release into the native core `out`, its licence to the top as well."""
+    """Copy the files of a release into the native core `out`; licences are also copied to its top folder."""
     (out / FOLDER).mkdir()
     for name in names:
         copy_own(source / name, out / FOLDER / name)
@@ -89,7 +89,7 @@ def store(source: Path, names: list[str], out: Path, *, head_stored: bool) -> No
 
 
 def hand_on(start: Path, out: Path) -> None:
-    """Give a checkpoint the release's files and licence of the one it was made from; nothing if that has none.
+    """Copy the release's files and licences from the checkpoint `start` to `out`, which was trained from it.
 
     Raises LayoutError for links that leave `start`.
     """
@@ -103,5 +103,5 @@ def hand_on(start: Path, out: Path) -> None:
 
 
 def legal_files(folder: Path) -> list[Path]:
-    """The licences and notices at the top of a folder."""
+    """The licences and notices directly in a folder."""
     return sorted(path for path in folder.iterdir() if path.is_file() and legal(path.name))

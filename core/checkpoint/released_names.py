@@ -3,8 +3,8 @@
 Source of the released names: public ports of the checkpoints (Apple's AIMv2, InternVL's adapter, Qwen3). The
 native names and shapes are those of core/model/layout.py.
 
-Native checkpoints hold a mixture's experts one by one: transformers stacks them when it loads and takes the stack
-apart when it saves. A checkpoint saved as stacks is read as well.
+Native checkpoints hold a mixture's experts one by one: transformers stacks them when it loads and splits the stack
+when it saves. A checkpoint saved as stacks is read as well.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _HALVES = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 @dataclass(frozen=True)
 class Link:
-    """A tensor of the released layout and the native ones that hold the same numbers, stacked along the first axis."""
+    """A released tensor, and the native tensors that equal it when they are stacked along the first axis."""
 
     released: str
     released_shape: Shape
@@ -75,7 +75,7 @@ def links(shapes: dict[str, Shape]) -> list[Link]:
         parts[released_name(name)].append((name, shape))
     found = []
     for released, native in parts.items():
-        # The order of attributes in the model is k, v, q; that of rows in the released tensor is q, k, v.
+        # The model's attributes are in the order k, v, q; the rows of the released tensor are q, k, v.
         native = (
             sorted(native, key=lambda part: _ROW_ORDER.index(part[0].split(".")[-2]))
             if len(native) > 1
@@ -88,7 +88,7 @@ def links(shapes: dict[str, Shape]) -> list[Link]:
 
 
 def released_name(native: str) -> str:
-    """The released tensor that a native one is, or is a part of."""
+    """The name of the released tensor that equals a native tensor or contains it."""
     for pattern, released in _TO_RELEASED:
         if found := pattern.fullmatch(native):
             return found.expand(released)
@@ -129,14 +129,13 @@ def export_targets(found: Sequence[Link], source: Tensors, *, copy_head: bool) -
     stacks = {stack: _stack_shape(stack, native) for stack in {home.name for home in homes.values()}}
     expected = {name: shape for name, shape in native.items() if name not in homes} | stacks
     tied = HEAD not in native
-    if tied:  # transformers leaves it out, other writers may not
+    if tied:  # transformers does not store a tied head; other writers may
         expected[HEAD] = expected[EMBEDDING]
     _check(source, expected, optional={HEAD} if tied else set())
     if tied and HEAD in source and not source.equal(HEAD, EMBEDDING):
         raise LayoutError(
             f"{source.folder}: config.json ties the output layer to the embedding, but {HEAD} in "
-            f"{source.entries[HEAD].file} differs from {EMBEDDING}; set tie_word_embeddings to what "
-            "is meant"
+            f"{source.entries[HEAD].file} differs from {EMBEDDING}; correct tie_word_embeddings"
         )
     targets, problems = [], []
     for link in found:
@@ -171,7 +170,7 @@ def _check(source: Tensors, expected: dict[str, Shape], optional: set[str]) -> N
 
 
 def _stack_homes(native: dict[str, Shape]) -> dict[str, Piece]:
-    """Where each expert's tensor lies when experts are stored as stacks."""
+    """The place of each expert's tensor in a checkpoint that stores experts as stacks."""
     homes = {}
     for name, (rows, _) in ((name, shape) for name, shape in native.items() if _EXPERT.fullmatch(name)):
         expert = _EXPERT.fullmatch(name)

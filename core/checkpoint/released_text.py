@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and generation config of a released checkpoint, as a native core has them."""
+"""Converts tokenizer, chat template and generation config of a released checkpoint to those of a native core."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CHAT_TEMPLATE = "chat_template.jinja"
 _VOCABULARY = ("vocab.json", "merges.txt")
 _BESIDE = ("special_tokens_map.json", "added_tokens.json")
 _PLACEHOLDERS = (IMAGE_TOKEN, f"{IMAGE_START}{IMAGE_TOKEN}{IMAGE_END}", "<image>")
-"""What templates write for an image; the first is what the native processor expands."""
+"""Placeholders that templates write for an image; the native processor expands the first."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The released tokenizer, without its remote code: tokenizer.json as it is, else vocab.json and merges.txt.
+    """The released tokenizer without its remote code: tokenizer.json unchanged, or else vocab.json and merges.txt.
 
-    Raises LayoutError if neither is there, or a token that every core needs is missing.
+    Raises LayoutError if both forms are missing, or if a token that every core needs is missing.
     """
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -41,7 +41,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         for name in (*needed, *(name for name in _BESIDE if (folder / name).exists())):
             shutil.copyfile(own_file(folder / name), Path(scratch, name))
         described = read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
-        # The class by its name would rebuild the tokenizer from its parts; what it needs of them is in the file.
+        # The tokenizer's named class would rebuild it from its parts. The file already holds the result.
         for key in ("auto_map", "tokenizer_class", "processor_class", "chat_template"):
             described.pop(key, None)
         write_json(Path(scratch, TOKENIZER_CONFIG), described)
@@ -64,9 +64,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def native_template(folder: Path, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> str:
-    """The chat template shipped with a checkpoint, writing an image as the native processor reads it.
+    """The chat template shipped with a checkpoint, changed to write images as the native processor reads them.
 
-    Ours where none is shipped, or the shipped one writes no image; `notes` says so.
+    If the release ships no template, or one that writes no images, the result is ours; `notes` says so.
     """
     shipped = _shipped_template(folder)
     if shipped is None:
@@ -96,10 +96,10 @@ def native_template(folder: Path, tokenizer: PreTrainedTokenizerBase, notes: lis
 def native_generation_config(
     folder: Path, llm_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, notes: list[str]
 ) -> GenerationConfig:
-    """Every end-of-text id that the checkpoint names anywhere, and the padding; no sampling parameters.
+    """Every end-of-text id that the checkpoint names anywhere, and the padding id; no sampling parameters.
 
-    vLLM would make those every request's defaults, rollouts included. The shipped file stays with the other
-    released files. Raises LayoutError for an id that the vocabulary does not have.
+    vLLM would make sampling parameters the defaults of every request, rollouts included. The shipped file stays with
+    the other released files. Raises LayoutError for an id outside the vocabulary.
     """
     from transformers import GenerationConfig
 
@@ -115,7 +115,8 @@ def native_generation_config(
     for found in (*named, *pad):
         if not 0 <= found < llm_config["vocab_size"]:
             raise LayoutError(
-                f"{folder}: token id {found} ends a text or pads it, the vocabulary has {llm_config['vocab_size']} ids"
+                f"{folder}: token id {found} (end of text or padding) is outside the vocabulary of "
+                f"{llm_config['vocab_size']} ids"
             )
     dropped = sorted(shipped.keys() & {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
     if dropped:
@@ -129,13 +130,13 @@ def native_generation_config(
 def released_text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, dict[str, Any]]:
     """tokenizer_config.json and generation_config.json of a native core, as transformers 4 reads them.
 
-    tokenizer.json and the chat template of the core in `folder` go with them as they are.
+    tokenizer.json and the chat template of the core in `folder` are shipped with them unchanged.
     """
     described = read_object(folder / TOKENIZER_CONFIG)
     for key in ("backend", "processor_class"):
         described.pop(key, None)
     described["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # A list under this name is transformers 5's; 4 expects a dictionary and fails.
+    # transformers 5 writes a list under this name; transformers 4 expects a dictionary and fails.
     described["additional_special_tokens"] = described.pop("extra_special_tokens", [])
     described["chat_template"] = tokenizer.chat_template
     generation = read_object(folder / GENERATION_CONFIG)
@@ -148,7 +149,7 @@ def _shipped_template(folder: Path) -> str | None:
         return own_file(folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", TOKENIZER_CONFIG):
         found = read_object(folder / name).get("chat_template") if (folder / name).exists() else None
-        if isinstance(found, list):  # several by name, the one for chats is the default
+        if isinstance(found, list):  # several templates by name; the one named "default" is for chats
             found = next((one.get("template") for one in found if one.get("name") == "default"), None)
         if isinstance(found, str):
             return found
@@ -172,13 +173,13 @@ def _continues(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, template: str, chat: Any, **options: Any) -> str | None:
-    """A chat by an untrusted template; None if it fails. Raises LayoutError if it does not end."""
+    """A chat rendered by an untrusted template; None if it fails. Raises LayoutError if it does not end."""
     try:
         with deadline(f"the shipped chat template ({CHAT_TEMPLATE}, or chat_template in a .json)"):
             return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options))
     except TooSlow as error:
-        raise LayoutError(f"{error}; remove it, and the core gets ours") from None
-    except Exception:  # whatever the template raises, it does not write this chat
+        raise LayoutError(f"{error}; remove the template, and the core gets ours") from None
+    except Exception:  # a template may raise anything; it cannot render this chat
         return None
 
 

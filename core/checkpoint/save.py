@@ -1,4 +1,4 @@
-"""The trainer's policy as a native checkpoint on disk."""
+"""Saves the trainer's policy as a native checkpoint."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def save_checkpoint(trainer: Any, processor: Any, out: Path) -> Path:
 
     Raises NonFinite, and leaves no checkpoint, if a weight is NaN or infinity.
 
-    Every rank calls it (ZeRO-3 gathers the weights), rank 0 writes. After LoRA training the checkpoint holds
-    the merged weights, and `out/adapter` the adapter in PEFT's format, with the path and the weights' hash of
-    the checkpoint it was trained on: peft and vLLM load it there, `core.checkpoint.merge` merges it again.
+    Every rank calls it (ZeRO-3 gathers the weights); rank 0 writes. After LoRA training the checkpoint holds
+    the merged weights, and `out/adapter` holds the adapter in PEFT's format, with the path and the weights' hash of
+    the checkpoint it was trained on. peft and vLLM load the adapter from there; `core.checkpoint.merge` merges it.
 
-    The configuration is the one that the policy was loaded with: trainers edit theirs (no key/value cache,
-    other end-of-text tokens), and a server of the checkpoint would obey.
+    The configuration is the one that the policy was loaded with. Trainers edit theirs (no key/value cache, other
+    end-of-text tokens), and a server of the checkpoint would follow those edits.
     """
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model_wrapped)
@@ -45,12 +45,12 @@ def save_checkpoint(trainer: Any, processor: Any, out: Path) -> Path:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of a model's weights, of which ZeRO-3 leaves a part on this rank."""
+    """Bytes of a model's whole weights, although under ZeRO-3 this rank holds only a part of them."""
     return sum(getattr(one, "ds_numel", one.numel()) * one.element_size() for one in model.parameters())
 
 
 def _gathered(accelerator: Any, wrapped: Any, model: Any) -> dict[str, Any] | None:
-    """ZeRO-3: every weight, put together on rank 0 from the ranks' parts; None where each has them whole."""
+    """Under ZeRO-3, all weights, gathered on rank 0 from the ranks' parts; None if each rank holds them whole."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage < 3:
         return None
@@ -58,10 +58,10 @@ def _gathered(accelerator: Any, wrapped: Any, model: Any) -> dict[str, Any] | No
 
 
 def _save_adapter_and_merged(model: Any, state: dict[str, Any] | None, folder: Path) -> None:
-    """The trained adapter to `folder/adapter`, the core that it was trained on with it merged in to `folder`.
+    """Write the trained adapter to `folder/adapter`, and the core with that adapter merged in to `folder`.
 
-    Merged from the files of both: merging in place would need every shard of ZeRO-3 on every rank, and a second
-    model in memory on any.
+    The merge reads the files of both. Merging in memory would need every shard of ZeRO-3 on every rank, and in any
+    case a second copy of the model.
     """
     start = Path(model.peft_config[model.active_adapter].base_model_name_or_path)
     model.save_pretrained(folder / "adapter", state_dict=state)

@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint folder, read and written file by file: memory for one file, whatever the model's size.
+"""Reads and writes the tensors of a checkpoint folder file by file, in memory for one file.
 
-A folder is untrusted: safetensors only, nothing outside the folder is opened, and every disagreement between
-index and files is reported.
+A folder is untrusted: only safetensors files are read, no file outside the folder is opened, and every disagreement
+between index and files is reported.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from core.files import sha256_file
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 INDEX = "model.safetensors.index.json"
@@ -33,7 +32,7 @@ _PIECE_BYTES = 1 << 18
 _LFS_POINTER = b"version https://git-lfs"
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of a piece of work, the bytes done and the bytes in all."""
+"""Progress callback; its arguments are the name of the work, the bytes done and the bytes in total."""
 
 
 def silent(work: str, done: int, total: int) -> None:
@@ -41,9 +40,9 @@ def silent(work: str, done: int, total: int) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with everything that could drive a terminal written as an escape: `\\x1b[31m`, `\\u202e`.
+    """`text` with every character that could control a terminal written as an escape: `\\x1b[31m`, `\\u202e`.
 
-    File, key and tensor names of a checkpoint are untrusted text. Ends of lines stay; a tab becomes a space.
+    File, key and tensor names of a checkpoint are untrusted text. Line ends stay; a tab becomes a space.
     """
     return "".join(
         mark if mark.isprintable() or mark == "\n" else mark.encode("unicode_escape").decode()
@@ -52,7 +51,7 @@ def printable(text: str) -> str:
 
 
 class LayoutError(ValueError):
-    """A checkpoint folder is not what its layout says; the message lists everything that is wrong, printably."""
+    """A checkpoint folder breaks its layout; the message lists every problem in printable characters."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
@@ -64,21 +63,21 @@ class Entry:
 
     file: str
     dtype: str
-    """As in safetensors files: F32, BF16, ..."""
+    """Data type as safetensors names it: F32, BF16, ..."""
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk; 0 for a data type that weights cannot have."""
+        """Bytes on disk; 0 for a data type that is not allowed for weights."""
         return prod(self.shape) * BYTES.get(self.dtype, 0)
 
 
 class Tensors:
     """The tensors of a folder's safetensors files by name, in the files' order, opened but not read.
 
-    Raises LayoutError, with a line per problem, for a folder without safetensors, an index that names files
-    outside the folder or disagrees with them, unreadable headers, a name in two files, and data types other
-    than floating point.
+    Raises LayoutError, with a line per problem, for a folder without safetensors, an index that names files outside
+    the folder or disagrees with the files, unreadable headers, a name in two files, and data types other than floating
+    point.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,7 +102,7 @@ class Tensors:
         return name in self.entries
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor, file by file; a tensor is mapped from its file, which can close before it is used."""
+        """Name and tensor, file by file. Tensors are memory-mapped and stay valid after their file is closed."""
         from safetensors import safe_open
 
         for file in self.files:
@@ -112,10 +111,13 @@ class Tensors:
                     yield name, opened.get_tensor(name)
 
     def bits(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and numbers of each tensor, piece by piece, as flat unsigned integers of their width.
+        """Name and numbers of each tensor, piece by piece, as flat unsigned integers of the numbers' width.
 
-        A piece is valid until the next one. Reading into a buffer of the cache's size is twice as fast as mapping.
+        A piece is valid until the next one is read. Reading into a buffer of the cache's size is twice as fast as
+        mapping the file.
         """
+        import numpy as np
+
         buffer = np.empty(_PIECE_BYTES, "u1")
         for file in self.files:
             with (self.folder / file).open("rb", buffering=0) as opened:
@@ -151,7 +153,7 @@ class Tensors:
                 for name in (one, other)
             )
             return all(
-                # As bytes: a NaN equals itself, and zeros of different sign are different weights.
+                # Compare bytes: a NaN then equals itself, and zeros of different sign differ.
                 torch.equal(*(part[first : first + rows].view(torch.uint8) for part in (here, there)))
                 for first in range(0, entry.shape[0], rows)
             )
@@ -171,7 +173,7 @@ class Tensors:
 
 
 def listed(what: str, problems: Sequence[str]) -> str:
-    """An error's text: what is wrong, and a line for each problem; a name with a line break stays on its line."""
+    """An error's text: a summary, and a line for each problem; a line break inside a name is escaped."""
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     return f"{what}; {count}:\n" + "\n".join("  " + problem.replace("\n", "\\n") for problem in problems)
 
@@ -193,8 +195,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def own_file(path: Path, home: Path | None = None) -> Path:
     """`path`, if it is a file of the checkpoint folder `home` (default: its own folder).
 
-    Raises LayoutError for a link that leads elsewhere: copied, it would carry a private file out under a public name.
-    Folders of the Hugging Face cache are links into `blobs` beside `snapshots`; those are the folder's own.
+    Raises LayoutError for a link out of the folder: a copy of it would publish a private file. Files in the Hugging
+    Face cache are links into `blobs` beside `snapshots`; those links are allowed.
     """
     if not path.is_file():
         raise LayoutError(f"{path}: the file is missing; download the checkpoint again")
@@ -204,7 +206,7 @@ def own_file(path: Path, home: Path | None = None) -> Path:
         homes.append(folder.parent.parent / "blobs")
     if not any(target.is_relative_to(home) for home in homes):
         raise LayoutError(
-            f"{path}: a link to {target}, outside the checkpoint; replace it by the file if you trust it"
+            f"{path}: a link to {target}, outside the checkpoint; replace the link by the file if you trust it"
         )
     return path
 
@@ -212,7 +214,7 @@ def own_file(path: Path, home: Path | None = None) -> Path:
 def copy_own(path: Path, out: Path, home: Path | None = None) -> None:
     """Copy a file of the checkpoint folder `home` to the path `out`. Raises LayoutError as `own_file`.
 
-    Every file that goes from one checkpoint folder to another under a name from the first comes through here.
+    All copies from one checkpoint folder to another whose names come from the first use this function.
     """
     own_file(path, home)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +236,7 @@ def weights_hash(path: Path) -> str:
 
 
 def _read_into(file: Any, piece: np.ndarray) -> int:
-    """Fill `piece` from an unbuffered file; returns its bytes. Raises LayoutError if the file is shorter."""
+    """Fill `piece` from an unbuffered file; return the bytes read. Raises LayoutError if the file is shorter."""
     done = 0
     while done < len(piece):
         count = file.readinto(piece[done:])
@@ -246,14 +248,14 @@ def _read_into(file: Any, piece: np.ndarray) -> int:
 
 def _weight_files(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise LayoutError(f"{folder}: no folder; give one with config.json and *.safetensors")
+        raise LayoutError(f"{folder}: not a folder; give one with config.json and *.safetensors")
     present = sorted(path.name for path in folder.glob("*.safetensors"))
     if not present and not (folder / INDEX).exists():
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
             raise LayoutError(
                 f"{folder}: weights in {', '.join(pickles)}, which are pickles and run code when read; download "
-                "the safetensors files, or convert them yourself where you trust their origin: "
+                "the safetensors files, or convert them yourself if you trust their origin: "
                 "safetensors.torch.save_file(torch.load(file, weights_only=True), ...)"
             )
         raise LayoutError(f"{folder}: no *.safetensors; download the checkpoint's weights")
@@ -294,7 +296,7 @@ def _header(path: Path, problems: list[str]) -> Iterator[tuple[str, Entry]]:
         problems.append(f"{path.name}: a Git LFS pointer, not the weights; run `git lfs pull` there")
         return
     try:
-        with safe_open(path, "np") as opened:  # no torch for a look at names
+        with safe_open(path, "np") as opened:  # names do not need torch
             for name in opened.keys():  # noqa: SIM118  # no mapping
                 part = opened.get_slice(name)
                 yield name, Entry(path.name, part.get_dtype(), tuple(part.get_shape()))

@@ -1,7 +1,7 @@
-"""The one writer of weight files: named tensors, one after another, into safetensors files and their index.
+"""The only writer of weight files: it streams named tensors into safetensors files and their index.
 
-Whatever writes a checkpoint (training, soup, merge, import, export, new cores) and the weights on their way to rollout
-servers come through here, so that none of them is ever written with NaN or infinity.
+Every writer of a checkpoint (training, soup, merge, import, export, new cores) and the transfer of weights to rollout
+servers use it, so that weights with NaN or infinity are never written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 2_000_000_000
-"""Bytes of a weight file, at most, unless a single tensor is larger."""
+"""Largest weight file in bytes; a single tensor may exceed it."""
 
 
 def write_stream(
@@ -53,7 +53,7 @@ def write_stream(
     for name, tensor in tensors:
         if not allow_nonfinite and (what := nonfinite_tensor(tensor)):
             raise NonFinite(
-                f"{out}: {name} holds {what}: such weights are not written; the checkpoint before is the last good one"
+                f"{out}: {name} holds {what}: such weights are not written; use the checkpoint before it"
             )
         if held and held_bytes + tensor.nbytes > max_shard_bytes:
             flush()

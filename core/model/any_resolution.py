@@ -1,8 +1,8 @@
-"""The AIMv2 tower at any resolution: the learned positions interpolated to each image, attention within each image.
+"""The AIMv2 tower at any resolution: learned positions are interpolated to each image; attention stays within an image.
 
-N patches of all images, one after the other. An image's patches come block by block, row-major, and a block is the
-2x2 patches that become one image token (Qwen2-VL's order, which its image processor writes, and TRL and vLLM split by
-`image_grid_thw`). A block's features then lie side by side as InternVL's pixel shuffle would put them.
+Axis N holds the patches of all images, one image after the other. An image's patches come block by block, row-major;
+a block is the 2x2 patches that become one image token. This is the order of Qwen2-VL's image processor, and TRL and
+vLLM split it by `image_grid_thw`. A block's features lie side by side, as InternVL's pixel shuffle would order them.
 """
 
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ from core.model.configuration import BLOCK
 
 
 def interpolated_positions(table: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The positions (side * side, hidden) of a square grid, stretched to (rows * columns, hidden), block by block.
+    """The positions (side * side, hidden) of a square grid, resized to (rows * columns, hidden), block by block.
 
-    Bicubic in float32, corners not aligned, no antialiasing; the learned values themselves at the learned size.
+    Bicubic in float32, corners not aligned, no antialiasing. At the learned size the learned values are unchanged.
 
     Source: the report says that SAIL-ViT-AnyRes interpolates; the method is ours (as DINOv2 and transformers'
     `interpolate_pos_encoding`).
@@ -68,14 +68,14 @@ class AnyResolutionAttention(Aimv2Attention):
 
 
 class AnyResolutionTower(Aimv2VisionModel):
-    """AIMv2 with the weights, and the names of the weights, of the fixed-size tower.
+    """AIMv2 with the weights, and the weights' names, of the fixed-size tower.
 
-    All images run as one row, so that every module is called once whatever the images: under ZeRO-3 the ranks
+    All images run as one row, so every module is called exactly once per forward pass: under ZeRO-3 the ranks must
     gather weights in step.
     """
 
     def __init__(self, config: Aimv2VisionConfig) -> None:
-        # Not AIMv2's own __init__, which would build attention layers to be thrown away.
+        # Skip AIMv2's __init__, which would build attention layers that are discarded.
         super(Aimv2VisionModel, self).__init__(config)
         self.embeddings = Aimv2VisionEmbeddings(config)
         self.encoder = Aimv2Encoder(config)  # type: ignore[arg-type]  # annotated with the two towers' config
@@ -92,7 +92,7 @@ class AnyResolutionTower(Aimv2VisionModel):
         """Features (1, N, hidden) of patches (N, 3 * patch_size**2) of images of (1, rows, columns) patches each."""
         grids = checked_grids(pixel_values, image_grid_thw)
         embeddings: Any = self.embeddings
-        # A convolution of the size of one patch: the linear map, called by its module.
+        # A convolution over exactly one patch is a linear map; the module is called so that its hooks run.
         patches = pixel_values.unflatten(1, (-1, embeddings.patch_size, embeddings.patch_size))
         hidden = embeddings.rms_norm(embeddings.patch_embed(patches).flatten(1))
         table = embeddings.position_embedding(embeddings.position_ids)[0]

@@ -20,14 +20,14 @@ class SailVL2Config(InternVLConfig):
     Qwen3MoeConfig, as objects or as dictionaries with a `model_type`. Differs from InternVLConfig, which
     rebuilds any vision dictionary as an InternViT.
 
-    `image_seq_length`, the language-model tokens of one tile, and `tie_word_embeddings` follow from the
-    parts and may be left out. Given and different from the parts, they raise ValueError: a wrong token
-    count ends in a shape error far away, and two different answers to "tied?" load the wrong output layer
-    without any error (vLLM ties when either says so).
+    `image_seq_length`, the language-model tokens of one tile, and `tie_word_embeddings` are derived from the parts and
+    may be omitted. A value that contradicts the parts raises ValueError: a wrong token count causes a shape error far
+    away, and contradicting values of tie_word_embeddings load the wrong output layer without an error (vLLM ties if
+    either is true).
 
-    With `any_resolution` an image is one grid of patches of its own size instead of tiles, to which the tower's
-    positions are interpolated (core/model/any_resolution.py); `image_seq_length` is then that of an image of the size
-    for which the positions were learned.
+    With `any_resolution` an image is one grid of patches of its own size, not a set of tiles. The tower's positions
+    are interpolated to that grid (core/model/any_resolution.py). `image_seq_length` then belongs to an image of the
+    size for which the positions were learned.
     """
 
     model_type = "sailvl2"
@@ -45,13 +45,13 @@ class SailVL2Config(InternVLConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Build both parts, derive what follows from them, refuse what contradicts them."""
+        """Build both parts, derive the values that depend on them, and refuse contradictions."""
         self.vision_config = _part(self.vision_config, DEFAULT_VISION)
         self.text_config = _part(self.text_config, {"model_type": "qwen3"})
         if getattr(self.vision_config, "use_head", False):
             raise ValueError(
-                "vision_config.use_head=True: a core reads the patch features, an AIMv2 pooling head would "
-                "be dead weight; set use_head=False"
+                "vision_config.use_head=True: a core reads the patch features and never uses an AIMv2 pooling "
+                "head; set use_head=False"
             )
         if self.vision_feature_select_strategy != "full":
             raise ValueError(
@@ -71,14 +71,14 @@ class SailVL2Config(InternVLConfig):
         self.tie_word_embeddings = _agreed(
             "tie_word_embeddings", self.tie_word_embeddings, self.text_config.tie_word_embeddings
         )
-        # Trainers compare these with the tokenizer's; finding none, they rewrite the generation config.
+        # Trainers compare these ids with the tokenizer's; if they are missing, trainers rewrite the generation config.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.text_config, name, None))
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they are saved: `any_resolution` only where it is true."""
+        """The fields as they are saved; `any_resolution` is saved only if true."""
         fields = super().to_dict()
         if not self.any_resolution:
             del fields["any_resolution"]
@@ -88,7 +88,7 @@ class SailVL2Config(InternVLConfig):
 def tokens_per_tile(vision_config: PreTrainedConfig, downsample_ratio: float) -> int:
     """Language-model tokens of one tile: patches per side times the ratio, squared.
 
-    Raises ValueError if the patches cannot be shuffled together in whole groups.
+    Raises ValueError if the pixel shuffle cannot divide the patches into whole groups.
     """
     patches_per_side = vision_config.image_size // vision_config.patch_size
     side = patches_per_side * downsample_ratio
@@ -112,6 +112,6 @@ def _part(value: Any, default: dict[str, Any]) -> PreTrainedConfig:
 def _agreed(name: str, given: Any, derived: Any) -> Any:
     if given is not None and given != derived:
         raise ValueError(
-            f"{name}={given}: the parts of the model say {derived}; leave the key out, or fix the parts"
+            f"{name}={given}: the parts of the model say {derived}; remove the key, or correct the parts"
         )
     return derived

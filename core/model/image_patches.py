@@ -12,13 +12,13 @@ from core.model.pictures import as_bytes, decoded
 
 
 class SailVL2AnyResImageProcessor(Qwen2VLImageProcessorPil):
-    """Qwen2-VL's patches of a still image, resized by a rule of our own, see `fitted_size`.
+    """Qwen2-VL's patches of a still image, resized by our rule, `fitted_size`.
 
     `size["longest_edge"]` is the longest side in pixels. Source of 1792: the report's figure for
     SAIL-VL2-AnyRes, "up to 1792x1792".
 
-    Called with images it gives `pixel_values` (patches of all images, 3 * patch_size**2), `image_grid_thw`
-    (images, 3): 1, rows and columns of patches, and `num_patches` (images,).
+    A call returns `pixel_values` (patches of all images, 3 * patch_size**2), `image_grid_thw` (images, 3) with 1, rows
+    and columns of patches, and `num_patches` (images,).
     """
 
     size = {"longest_edge": 1792}  # noqa: RUF012  # transformers' own form
@@ -27,15 +27,15 @@ class SailVL2AnyResImageProcessor(Qwen2VLImageProcessorPil):
     temporal_patch_size = 1
 
     def fetch_images(self, images: Any) -> Any:
-        """The images as they are: no path is opened and no address is fetched."""
+        """The images as they are: `preprocess` opens them, by this project's one rule."""
         return images
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        """As transformers', of `core.model.pictures.Picture` too."""
+        """As transformers'; it also accepts `core.model.pictures.Picture`."""
         return super().preprocess(decoded(images), *args, **kwargs)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        """One image as an array (3, height, width) of bytes; see core.model.pictures for what is refused."""
+        """One image as an array (3, height, width) of bytes. Raises as `core.model.pictures.as_bytes`."""
         return super().process_image(as_bytes(image), *args, **kwargs)
 
     def resize(  # type: ignore[override]  # Qwen2-VL's argument, the size of a block
@@ -43,7 +43,7 @@ class SailVL2AnyResImageProcessor(Qwen2VLImageProcessorPil):
     ) -> np.ndarray:
         """The image (3, height, width) at its fitted size."""
         height, width = fitted_size(*image.shape[-2:], block=factor, longest=_longest(size))
-        # Past Qwen2-VL's resize, which would apply its own rule.
+        # Skip Qwen2-VL's resize, which would apply its own rule.
         return super(Qwen2VLImageProcessorPil, self).resize(
             image, SizeDict(height=height, width=width), resample
         )
@@ -58,7 +58,7 @@ class SailVL2AnyResImageProcessor(Qwen2VLImageProcessorPil):
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping[str, Any] | None = None
     ) -> int:
-        """Patches of an image of this size, without touching a pixel; vLLM and TRL ask for it by this name."""
+        """Number of patches of an image of this size, without its pixels; vLLM and TRL call it by this name."""
         given = images_kwargs or {}
         longest = _longest(given.get("size") or self.size)
         rows, columns = fitted_size(height, width, block=self.patch_size * self.merge_size, longest=longest)
@@ -68,9 +68,9 @@ class SailVL2AnyResImageProcessor(Qwen2VLImageProcessorPil):
 def fitted_size(height: int, width: int, *, block: int, longest: int) -> tuple[int, int]:
     """Height and width in pixels at which an image is seen: whole blocks, no side longer than `longest`.
 
-    An image with a longer side is scaled down, keeping its aspect; then each side goes to its nearest multiple
-    of `block`, at least one block. Strips of more than `longest` / `block` to 1 are thereby stretched, not
-    refused. Raises ValueError unless `longest` is a multiple of `block`.
+    An image with a longer side is scaled down with its aspect ratio kept. Then each side is rounded to the nearest
+    multiple of `block`, at least one block. So a strip longer than `longest` / `block` to 1 is stretched, not refused.
+    Raises ValueError unless `longest` is a multiple of `block`.
 
     Source: ours; the report says "up to 1792x1792".
 
@@ -90,5 +90,7 @@ def fitted_size(height: int, width: int, *, block: int, longest: int) -> tuple[i
 def _longest(size: Any) -> int:
     longest = dict(size).get("longest_edge")
     if not longest:
-        raise ValueError(f'size={dict(size)}: an image of any resolution has {{"longest_edge": pixels}}')
+        raise ValueError(
+            f'size={dict(size)}: an any-resolution image processor needs {{"longest_edge": pixels}}'
+        )
     return longest

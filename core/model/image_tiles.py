@@ -1,4 +1,4 @@
-"""From an image to tiles: InternVL's rule, by which the released SAIL-VL2 models see."""
+"""From an image to tiles, by InternVL's rule, which the released SAIL-VL2 models use."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from core.model.pictures import as_bytes, decoded
 
 
 class SailVL2ImageKwargs(GotOcr2ImageProcessorKwargs, total=False):
-    """GotOcr2's, and `use_thumbnail`: whether the whole image follows its tiles where there are several."""
+    """GotOcr2's, and `use_thumbnail`: whether a thumbnail of the image follows if it has several tiles."""
 
     use_thumbnail: bool
 
@@ -24,9 +24,9 @@ class SailVL2ImageProcessor(GotOcr2ImageProcessorPil):
     """Tiles of one image, row by row, then its thumbnail; bicubic on eight bits, then mean and deviation.
 
     The grid is the one of `min_patches` to `max_patches` tiles whose aspect ratio is closest to the image's.
-    Differs from GotOcr2ImageProcessorPil, which does the same, in three points: the thumbnail can be switched
-    off, images that eight bits of RGB cannot show are refused (core.model.pictures.as_bytes), and no torchvision
-    backend, whose resize gives other pixels, hides behind its name.
+    Differs from GotOcr2ImageProcessorPil in three points: the thumbnail can be switched off; images that eight bits of
+    RGB cannot represent are refused (core.model.pictures.as_bytes); and the name has no torchvision backend, whose
+    resize gives different pixels.
     """
 
     valid_kwargs = SailVL2ImageKwargs
@@ -37,11 +37,11 @@ class SailVL2ImageProcessor(GotOcr2ImageProcessorPil):
     use_thumbnail = True
 
     def fetch_images(self, images: Any) -> Any:
-        """The images as they are: no path is opened and no address is fetched."""
+        """The images as they are: `preprocess` opens them, by this project's one rule."""
         return images
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        """As transformers', of `core.model.pictures.Picture` too."""
+        """As transformers'; it also accepts `core.model.pictures.Picture`."""
         return super().preprocess(decoded(images), *args, **kwargs)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
@@ -64,7 +64,7 @@ class SailVL2ImageProcessor(GotOcr2ImageProcessorPil):
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: dict[str, Any] | None = None
     ) -> int:
-        """Tiles of an image of this size, its thumbnail included."""
+        """Number of tiles of an image of this size, including its thumbnail."""
         count = super().get_number_of_image_patches(height, width, images_kwargs)
         thumbnail = (images_kwargs or {}).get("use_thumbnail", self.use_thumbnail)
         return count if thumbnail or count == 1 else count - 1

@@ -39,8 +39,8 @@ def native_shapes(config: SailVL2Config) -> dict[str, Shape]:
 def stored(state: dict[str, torch.Tensor], tied: Any = ()) -> Iterator[tuple[str, torch.Tensor]]:
     """A model's tensors in memory as a checkpoint stores them, one after another, on the CPU.
 
-    Tied ones are left out. transformers stacks a layer's experts in memory, [gate; up] (experts, 2 x inner, hidden) and
-    down (experts, hidden, inner), and stores each expert by itself.
+    Tied tensors are omitted. transformers stacks a layer's experts in memory, [gate; up] (experts, 2 x inner, hidden)
+    and down (experts, hidden, inner), and stores each expert separately.
     """
     for name, tensor in state.items():
         if name not in tied:
@@ -48,7 +48,7 @@ def stored(state: dict[str, torch.Tensor], tied: Any = ()) -> Iterator[tuple[str
 
 
 def on_disk(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """One tensor under the names that it has in files."""
+    """One tensor, split into the tensors that files hold, with their names."""
     if EXPERTS not in name:
         yield name, tensor
         return

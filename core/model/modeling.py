@@ -1,8 +1,7 @@
-"""The SAIL-VL2 model as a composition of what transformers has: InternVL around an AIMv2 tower and a Qwen3.
+"""The SAIL-VL2 model, composed of transformers' parts: InternVL around an AIMv2 tower and a Qwen3.
 
-What is added to InternVL: contiguous features before the pixel shuffle, the router's output of a
-mixture-of-experts text model (for its balancing loss), several completions per row of several tiles, and images of
-any resolution.
+It adds to InternVL: contiguous features before the pixel shuffle, the router's output of a mixture-of-experts text
+model (for its balancing loss), several completions per row of several tiles, and images of any resolution.
 """
 
 from dataclasses import dataclass
@@ -26,14 +25,14 @@ from core.model.configuration import BLOCK, SailVL2Config, tokens_per_tile
 
 @dataclass
 class SailVL2ModelOutput(InternVLModelOutputWithPast):
-    """InternVL's output and, of a mixture of experts that was asked, the router's logits per layer."""
+    """InternVL's output and, for a mixture of experts on request, the router's logits per layer."""
 
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class SailVL2CausalLMOutput(InternVLCausalLMOutputWithPast):
-    """InternVL's output and, of a mixture of experts that was asked, the router's balancing loss."""
+    """InternVL's output and, for a mixture of experts on request, the router's balancing loss."""
 
     router_logits: tuple[torch.Tensor, ...] | None = None
     aux_loss: torch.Tensor | None = None
@@ -79,7 +78,7 @@ class SailVL2Model(InternVLModel):
             output_hidden_states=layer != -1,
         )
         features = seen.last_hidden_state if layer == -1 else seen.hidden_states[layer]
-        if self.config.any_resolution:  # the patches of a block are neighbours already
+        if self.config.any_resolution:  # the patches of a block are adjacent already
             return features.reshape(-1, BLOCK**2 * features.shape[-1])
         tiles, patches, hidden = features.shape
         side = int(patches**0.5)
@@ -87,10 +86,10 @@ class SailVL2Model(InternVLModel):
         return folded.reshape(tiles, -1, folded.shape[-1])
 
     def _features_of_nothing(self, nothing: torch.Tensor) -> torch.Tensor:
-        """Zero, computed by the tower and the adapter on a blank tile; `nothing` is `pixel_values` of no tile.
+        """Zero, computed by the tower and the adapter on a blank tile; `nothing` is an empty `pixel_values`.
 
-        DeepSpeed gathers weights and reduces gradients on all ranks in step: a rank without images that skipped the
-        tower would keep the others waiting.
+        DeepSpeed gathers weights and reduces gradients on all ranks in step. If a rank without images skipped the
+        tower, the other ranks would wait for it.
         """
         any_resolution = self.config.any_resolution
         blank = nothing.new_zeros((BLOCK**2 if any_resolution else 1, *nothing.shape[1:]))
@@ -98,13 +97,13 @@ class SailVL2Model(InternVLModel):
         return self.multi_modal_projector(seen).sum() * 0
 
     def _grids(self, image_grid_thw: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """The tower's second argument, which the fixed-size one does not have."""
+        """The second argument of the any-resolution tower; empty for the fixed-size tower."""
         if self.config.any_resolution != (image_grid_thw is not None):
             got = "without" if image_grid_thw is None else "with"
             raise ValueError(
                 f"any_resolution={self.config.any_resolution}, but images came {got} image_grid_thw: the core and its "
                 "image processor do not belong together; an any-resolution core reads the patches and grids of "
-                "SailVL2AnyResImageProcessor, another one tiles"
+                "SailVL2AnyResImageProcessor, any other core reads tiles"
             )
         return {} if image_grid_thw is None else {"image_grid_thw": image_grid_thw}
 
@@ -116,9 +115,9 @@ class SailVL2Model(InternVLModel):
         vision_feature_layer: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """InternVL's output, `pooler_output` (tiles, image_seq_length, hidden); of any resolution one per image.
+        """InternVL's output with `pooler_output` (tiles, image_seq_length, hidden).
 
-        As vLLM expects it of images of several sizes: a tuple of (image tokens, hidden).
+        At any resolution, `pooler_output` is a tuple with one (image tokens, hidden) per image, as vLLM expects it.
         """
         if not self.config.any_resolution and image_grid_thw is None:
             return super().get_image_features(
@@ -147,9 +146,9 @@ class SailVL2Model(InternVLModel):
     ) -> SailVL2ModelOutput:
         """Hidden states (rows, tokens, hidden) of rows in which image tokens stand for `pixel_values`.
 
-        Differs from InternVLModel: it returns `router_logits`, and it takes `pixel_values` of no tile (a micro-batch
-        of text-only rows cut from a mixed batch). Raises ValueError if the image tokens in `input_ids` and the tiles
-        disagree.
+        Differs from InternVLModel: it returns `router_logits`, and it accepts `pixel_values` of zero tiles (a
+        micro-batch of text-only rows cut from a mixed batch). Raises ValueError if the number of image tokens in
+        `input_ids` does not match the tiles.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -194,11 +193,12 @@ class SailVL2Model(InternVLModel):
 class SailVL2ForConditionalGeneration(InternVLForConditionalGeneration):
     """A SAIL-VL2 core with its output layer: the policy of every stage.
 
-    Shapes: `input_ids` (rows, tokens) where each image holds `tiles * config.image_seq_length` copies of
+    Shapes: `input_ids` (rows, tokens), in which each image takes `tiles * config.image_seq_length` copies of
     `config.image_token_id`; `pixel_values` (tiles of all rows in order, 3, image_size, image_size).
 
-    With `config.any_resolution` an image holds a quarter as many image tokens as patches; `pixel_values` (patches of
-    all images in order, 3 * patch_size**2) and `image_grid_thw` (images, 3): 1, rows and columns of patches.
+    With `config.any_resolution` an image takes a quarter as many image tokens as patches. The inputs are
+    `pixel_values` (patches of all images in order, 3 * patch_size**2) and `image_grid_thw` (images, 3) with 1, rows
+    and columns of patches.
     """
 
     config: SailVL2Config
@@ -206,7 +206,7 @@ class SailVL2ForConditionalGeneration(InternVLForConditionalGeneration):
     input_modalities = ("image", "text")  # type: ignore[assignment]  # InternVL's has a third, video
 
     def __init__(self, config: SailVL2Config):
-        # Not InternVL's own __init__: it would build an InternVLModel first, to be thrown away.
+        # Skip InternVL's __init__, which would build an InternVLModel that is discarded.
         super(InternVLForConditionalGeneration, self).__init__(config)
         self.model = SailVL2Model(config)
         text = config.text_config
@@ -228,10 +228,10 @@ class SailVL2ForConditionalGeneration(InternVLForConditionalGeneration):
         image_grid_thw: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SailVL2CausalLMOutput:
-        """Logits (rows, tokens, vocabulary), and the mean next-token loss where `labels` is not -100.
+        """Logits (rows, tokens, vocabulary), and the mean next-token loss over labels other than -100.
 
-        With `output_router_logits` (default: what the text configuration says) a mixture of experts also
-        returns its load-balancing loss, and adds it to the loss by `router_aux_loss_coef`.
+        With `output_router_logits` (default: the text configuration's) a mixture of experts also returns its
+        load-balancing loss, and adds it to the loss with weight `router_aux_loss_coef`.
         """
         text = self.config.text_config
         if output_router_logits is None:
@@ -278,8 +278,8 @@ class SailVL2ForConditionalGeneration(InternVLForConditionalGeneration):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        # Differs from transformers, which repeats tile by tile: a row of tiles a, b would be completed once
-        # from a, a and once from b, b, without an error.
+        # Differs from transformers, which repeats each tile: of a row with tiles a, b, one completion would see a, a
+        # and the other b, b, without an error.
         pixels, grids = (model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_thw"))
         if pixels is not None and input_ids is not None and expand_size > 1:
             tokens = (input_ids == self.config.image_token_id).sum(dim=1)
@@ -304,13 +304,13 @@ class SailVL2ForConditionalGeneration(InternVLForConditionalGeneration):
 
 
 def _repeated(images: torch.Tensor, lengths: torch.Tensor, times: int) -> torch.Tensor:
-    """The images of each row, of which there are `lengths`, `times` times in sequence."""
+    """The images of each row, repeated `times` times as a block; `lengths` (rows,) are the images of each row."""
     rows = images.split(lengths.tolist())
     return torch.cat([row.repeat(times, *[1] * (images.ndim - 1)) for row in rows])
 
 
 def no_images(config: SailVL2Config) -> dict[str, torch.Tensor]:
-    """The model's images where there are none: the tower and the adapter still run, on a blank one times zero."""
+    """Image inputs for a batch without images: the tower and the adapter run on a blank image, multiplied by zero."""
     vision = config.vision_config
     if config.any_resolution:
         return {

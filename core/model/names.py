@@ -13,7 +13,7 @@ MODULES: dict[Module, tuple[str, ...]] = {
 }
 """Prefixes of a native checkpoint's parameter names, by module; `adapter` is the projector between the other two."""
 EXPERTS = ".mlp.experts."
-"""In the names of a mixture's experts."""
+"""Part of the names of a mixture's expert tensors."""
 HEAD = "lm_head.weight"
 EMBEDDING = "model.language_model.embed_tokens.weight"
 """A tied output layer is not stored: it is this tensor."""
@@ -25,8 +25,8 @@ LORA_TARGETS = {
 
 
 def module_of(parameter_name: str) -> Module:
-    """The module that a native parameter belongs to. Raises ValueError for a name that is in none."""
+    """The module that a native parameter belongs to. Raises ValueError if the name belongs to none."""
     for module, prefixes in MODULES.items():
         if parameter_name.startswith(prefixes):
             return module
-    raise ValueError(f"parameter {parameter_name!r} is in none of {MODULES}: this is not a native core")
+    raise ValueError(f"parameter {parameter_name!r} belongs to none of {MODULES}: this is not a native core")

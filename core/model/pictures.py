@@ -1,14 +1,14 @@
-"""A picture as every part of the suite sees it: one rule from an encoded file to eight bits of red, green and blue.
+"""The rule that turns an encoded picture into eight bits of red, green and blue.
 
-Processor, learner, rollouts, the vLLM plug-in, evaluation, judges and reports all read pictures through this file.
+Processor, learner, rollout servers, the vLLM plug-in, evaluation, judges and reports all read pictures through it.
 
 The rule:
 
 1. A file is read in one of FORMATS. Other formats are refused: EPS, for one, would start Ghostscript.
 2. A file of more than MAX_PIXELS is refused before it is decoded.
-3. An animation shows its first frame. `Picture.animated` says that there were more.
-4. The orientation that the file's EXIF or XMP data gives is applied. Unreadable EXIF data counts as none.
-5. Transparent pixels are laid over white.
+3. An animation shows its first frame. `Picture.animated` tells that there were more.
+4. The orientation in the file's EXIF or XMP data is applied. Unreadable EXIF data is ignored.
+5. Transparent pixels are blended over white.
 6. More than eight bits are scaled to eight. The scale is the smallest of 8, 10, 12, 14, 16, ... bits that holds the
    largest value: a 12-bit scan in a 16-bit file is not black. Floats of at most 1 are scaled by 1.
 7. CMYK, YCbCr, LAB, HSV, palettes, greys and bitmaps are converted by Pillow. Colour profiles are not applied.
@@ -16,9 +16,12 @@ The rule:
 
 from __future__ import annotations
 
+import base64
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""Pillow's names of the formats that are read; MPO files, as phones write them, are JPEG here."""
+"""Pillow's names of the formats that are read; MPO files, which phones write, are read as JPEG."""
 MAX_PIXELS = 89_478_485
 """Width times height of the largest picture; Pillow's own limit (`Image.MAX_IMAGE_PIXELS`), 256 MiB of RGB."""
 _ORIENTATION = 0x0112
@@ -51,7 +54,7 @@ class Picture:
 
     @classmethod
     def of(cls, image: Any) -> Picture:
-        """The picture of a `Picture`, of a file's bytes, or of a PIL image (as a PNG of what the model sees of it).
+        """A `Picture` from a `Picture`, a file's bytes, or a PIL image (stored as a PNG of what the model sees).
 
         Raises TypeError for anything else.
         """
@@ -67,17 +70,17 @@ class Picture:
 
     @property
     def data(self) -> bytes:
-        """The encoded file, as it is stored."""
+        """The bytes of the encoded file."""
         return self._read()
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels as the model sees it, read from the file's header."""
+        """(width, height) in pixels as the model sees the picture, read from the file's header."""
         if self._size is None:
             data = self.data
             image = _opened(data)
-            # Pillow gives a TIFF's size as it is shown. It looks for a PNG's EXIF data behind its pixels, and decodes
-            # them for that: not where there is none.
+            # Pillow returns a TIFF's size with the orientation applied. It looks for a PNG's EXIF data after the
+            # pixels and decodes them to get there, so this is skipped for a PNG without EXIF data.
             known = image.format == "TIFF" or (image.format == "PNG" and not _PNG_METADATA.search(data))
             turned = not known and _orientation(image) in (5, 6, 7, 8)
             self._size = (image.height, image.width) if turned else image.size
@@ -92,7 +95,7 @@ class Picture:
         return self.size[1]
 
     def rgb(self) -> Image:
-        """The decoded picture in mode RGB. Raises ValueError for what the rule refuses, OSError for broken files."""
+        """The decoded picture in mode RGB. Raises ValueError if the rule refuses it, OSError if the file is broken."""
         data = self.data
         image = _opened(data)
         # The second view of a phone's MPO file is a thumbnail or a depth map, not a frame.
@@ -110,7 +113,7 @@ class Picture:
 
 
 class Decoded(Sequence[Any]):
-    """Pictures as PIL images in mode RGB, decoded when they are looked at."""
+    """Pictures as PIL images in mode RGB, decoded at access."""
 
     def __init__(self, pictures: Sequence[Any]) -> None:
         self.pictures = pictures
@@ -129,7 +132,7 @@ class Decoded(Sequence[Any]):
 
 
 def as_rgb(image: Image | Picture) -> Image:
-    """A `Picture` or a PIL image in mode RGB by the rule. An image that is so already comes back itself.
+    """A `Picture` or a PIL image in mode RGB by the rule. An image that is RGB already is returned unchanged.
 
     Raises ValueError for an image without pixels, and for values that cannot be scaled (negative, not finite).
     """
@@ -137,7 +140,7 @@ def as_rgb(image: Image | Picture) -> Image:
         return image.rgb()
     if not (image.width and image.height):
         raise ValueError(f"the image has {image.width}x{image.height} pixels: it shows nothing; remove it")
-    image.load()  # Pillow turns a TIFF while it loads it, and takes its tag away
+    image.load()  # Pillow applies a TIFF's orientation while it loads it, and removes the tag
     turn = _orientation(image)  # conversions drop it
     if image.mode == "F" or image.mode.startswith("I"):
         import numpy as np
@@ -150,9 +153,9 @@ def as_rgb(image: Image | Picture) -> Image:
 
 
 def as_bytes(image: Any) -> Any:
-    """A PIL image in mode RGB by the rule, an array as it is.
+    """A PIL image in mode RGB by the rule; an array unchanged.
 
-    Raises ValueError for what `as_rgb` refuses, and for arrays of another type than uint8.
+    Raises ValueError as `as_rgb`, and for arrays of another type than uint8.
     """
     if isinstance(image, Picture) or hasattr(image, "getextrema"):
         return as_rgb(image)
@@ -164,10 +167,26 @@ def as_bytes(image: Any) -> Any:
     return image
 
 
+def named(source: str) -> Picture:
+    """The picture of a file's path, a data URL or base64 text. Raises ValueError for an address on the network."""
+    if re.match(r"[a-z][a-z0-9+.-]+://", source):
+        raise ValueError(
+            f"{source[:80]!r}: no picture is fetched from an address; download it and give its path"
+        )
+    if not source.startswith("data:") and os.path.isfile(source):
+        return Picture(Path(source).read_bytes())
+    try:
+        return Picture(base64.b64decode(source.partition("base64,")[2] or source, validate=True))
+    except ValueError:
+        raise ValueError(f"{source[:80]!r}: neither a file nor a picture in base64") from None
+
+
 def decoded(images: Any) -> Any:
-    """The images of any nesting of lists, each `Picture` decoded and everything else as it is."""
+    """The images of any nesting of lists: each `Picture`, path and data URL decoded, everything else as it is."""
     if isinstance(images, list | tuple):
         return [decoded(image) for image in images]
+    if isinstance(images, str):
+        images = named(images)
     return images.rgb() if isinstance(images, Picture) else images
 
 
@@ -180,7 +199,7 @@ def _opened(data: bytes) -> Any:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"the file is broken or in no format that is read: {', '.join(FORMATS)}") from None
+        raise ValueError(f"the file is broken, or its format is not one of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"at most {MAX_PIXELS} pixels are decoded; scale it down ({error})") from None
     if image.width * image.height > MAX_PIXELS:
@@ -192,12 +211,12 @@ def _opened(data: bytes) -> Any:
 def _orientation(image: Any) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # whatever Pillow raises at broken EXIF data
+    except Exception:  # Pillow raises many types for broken EXIF data
         return 1
 
 
 def _turned(image: Any, orientation: int) -> Any:
-    """The image turned and mirrored as its orientation (EXIF, 1 to 8) says."""
+    """The image rotated and mirrored by its orientation (EXIF, 1 to 8)."""
     from PIL.Image import Transpose
 
     turns = {
@@ -217,10 +236,12 @@ def _turned(image: Any, orientation: int) -> Any:
 
 
 def _over_white(image: Any) -> Any:
-    """The image in mode RGB, laid over white. As vLLM does it, so that a stock server shows the same pixels."""
+    """The image in mode RGB, blended over white as vLLM does it, so that a stock server shows the same pixels."""
     from PIL import Image
 
-    plain = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)  # premultiplied; Pillow converts them to these alone
+    plain = {"La": "LA", "RGBa": "RGBA"}.get(
+        image.mode
+    )  # premultiplied modes; Pillow converts them only to these
     image = (image.convert(plain) if plain else image).convert("RGBA")
     white = Image.new("RGB", image.size, (255, 255, 255))
     white.paste(image, mask=image.getchannel("A"))
@@ -246,7 +267,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _sixteen_bits(data: bytes) -> Any:
-    """A file with 16 bits in each of several channels, which Pillow would cut to eight, in mode RGB."""
+    """A file with several channels of 16 bits, in mode RGB; Pillow would truncate the channels to eight bits."""
     import cv2
     import numpy as np
     from PIL import Image

@@ -17,12 +17,11 @@ from core.model.tokenizer import IMAGE_END, IMAGE_START, IMAGE_TOKEN, token_id
 class SailVL2Processor(ProcessorMixin):
     """Image processor and tokenizer of a core in one call.
 
-    `image_seq_length` is the number of language-model tokens per tile (`config.image_seq_length`). Images are
-    cut into tiles by InternVL's rule (core/model/image_tiles.py), by Pillow everywhere: the same pixels on a machine
-    with torchvision and on one without, in the trainer and in vLLM.
+    `image_seq_length` is the number of language-model tokens per tile (`config.image_seq_length`). Images are cut into
+    tiles by InternVL's rule (core/model/image_tiles.py). Pillow always does the resizing, so the pixels are the same
+    with and without torchvision, in the trainer and in vLLM.
 
-    With a SailVL2AnyResImageProcessor an image is one grid of patches of its own size instead, four of which make a
-    token.
+    With a SailVL2AnyResImageProcessor an image is one grid of patches of its own size, four of which make a token.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class SailVL2Processor(ProcessorMixin):
         self.image_seq_length = image_seq_length
         self.any_resolution = isinstance(image_processor, SailVL2AnyResImageProcessor)
         self.image_token, self.image_token_id = IMAGE_TOKEN, token_id(tokenizer, IMAGE_TOKEN)
-        # Of an expanded image, marked in `mm_token_type_ids`.
+        # Ids of the tokens of an expanded image, which `mm_token_type_ids` marks.
         self.image_token_ids = [
             self.image_token_id,
             *(token_id(tokenizer, token) for token in (IMAGE_START, IMAGE_END)),
@@ -52,13 +51,13 @@ class SailVL2Processor(ProcessorMixin):
         audio: None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """`input_ids` and `attention_mask` (rows, tokens), and `pixel_values` (tiles, 3, size, size) if any.
+        """`input_ids` and `attention_mask` (rows, tokens), and `pixel_values` (tiles, 3, size, size) of any images.
 
-        Of any resolution: `pixel_values` (patches, 3 * patch_size**2) and `image_grid_thw` (images, 3).
+        At any resolution: `pixel_values` (patches, 3 * patch_size**2) and `image_grid_thw` (images, 3).
 
-        `images` is one list per row of `text` (rows without images hold an empty list or None), or a flat
-        list in reading order. Each `<IMG_CONTEXT>` in a row becomes `<img>`, one token per tile and position,
-        and `</img>`; the tiles of all rows follow one another in order.
+        `images` is one list per row of `text` (an empty list or None for a row without images), or a flat list in
+        reading order. Each `<IMG_CONTEXT>` in a row becomes `<img>`, the image tokens of its tiles, and `</img>`. The
+        tiles of all rows are concatenated in order.
 
         Raises ValueError if a row's placeholders and images differ in number, or there is no text.
         """
@@ -90,35 +89,35 @@ class SailVL2Processor(ProcessorMixin):
             return super().apply_chat_template(*arguments, **options)
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **_: Any) -> str:
-        """What one placeholder becomes, for the image at `image_idx` of the call."""
+        """The text that replaces the placeholder of the image at `image_idx` of the call."""
         tokens = self._image_tokens(int(image_inputs["num_patches"][image_idx]))
         return f"{IMAGE_START}{IMAGE_TOKEN * tokens}{IMAGE_END}"
 
     def _image_tokens(self, count: int) -> int:
-        """Image tokens of an image with `count` tiles, or `count` patches at any resolution."""
+        """Image tokens of an image with `count` tiles, or at any resolution with `count` patches."""
         return count // BLOCK**2 if self.any_resolution else count * self.image_seq_length
 
     @property
     def unused_input_names(self) -> list[str]:
-        """Tiles, or patches, per image serve the expansion; the model has no use for them."""
+        """The counts of tiles or patches per image: only the expansion uses them, not the model."""
         return ["num_patches"]
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Tokens and tiles (or patches) of images of the given (height, width), no pixel touched, for vLLM."""
+        """Counts of tokens and tiles (or patches) of images of the given (height, width), for vLLM."""
         if image_sizes is None:
             return MultiModalData()
         counts = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes]
-        # Two more than the image tokens: <img> and </img>.
+        # Besides the image tokens there are <img> and </img>.
         return MultiModalData(
             num_image_tokens=[2 + self._image_tokens(count) for count in counts], num_image_patches=counts
         )
 
     def costliest_image(self) -> tuple[int, int]:
-        """(height, width) of an image with the most tokens, and of such images one with few pixels."""
+        """(height, width) of an image with the most tokens; among those, of one with few pixels."""
         size, most = dict(self.image_processor.size), getattr(self.image_processor, "max_patches", 1)
-        side = size.get("longest_edge") or size["height"]  # the longest is of an image that is not cut
+        side = size.get("longest_edge") or size["height"]  # longest_edge is set at any resolution
         grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
         sizes = [(side * rows, side * columns) for rows, columns in grids]
         tokens = dict(zip(sizes, self._get_num_multimodal_tokens(sizes)["num_image_tokens"], strict=True))
@@ -140,7 +139,7 @@ class SailVL2Processor(ProcessorMixin):
 
 
 def _checked(images: Any, rows: Sequence[str]) -> list[Any] | None:
-    """The images in reading order, or None; raises ValueError where they and the placeholders disagree."""
+    """The images in reading order, or None. Raises ValueError if their number differs from the placeholders'."""
     placeholders = [row.count(IMAGE_TOKEN) for row in rows]
     if images is not None and not isinstance(images, list | tuple):
         images = [images]
@@ -169,11 +168,11 @@ def _refer_to_given_text(
 ) -> None:
     """Rewrite character offsets, in place, from the expanded rows to the rows the caller passed.
 
-    The tokens of an expansion point at their placeholder. Padding on the right points behind the last
-    character, so starts never decrease: transformers finds the assistant's tokens by bisection.
+    The tokens of an expansion point at their placeholder. Padding on the right points past the last character, so
+    that starts never decrease: transformers finds the assistant's tokens by bisection.
 
-    Differs from transformers 5.17, where offsets count in the expanded text, which no caller has seen, and
-    `return_assistant_tokens_mask` is therefore shifted by the length of every image.
+    Differs from transformers 5.17, whose offsets refer to the expanded text. Callers never see that text, so
+    `return_assistant_tokens_mask` is shifted by the length of every image there.
     """
     for row, (spans, text) in enumerate(zip(expansions, rows, strict=True)):
         seen_text = False

@@ -1,10 +1,10 @@
 r"""Prompts and targets as chat messages, by the model card's prompt contract.
 
 The rule is the same in every stage and in evaluation. The user's turn is the images, then the question; in thinking
-mode a newline and the contract follow. A question that holds `<image>` once for each image has them in those places.
-Differs from the model card, which joins question and contract without a separator ("describe the imageYou FIRST
-..."): there the last word of the question and the first of the contract would share a token in some tokenizers, and
-the two modes would then disagree about how the question itself is read.
+mode a newline and the contract follow. If a question contains `<image>` once per image, the images stand at those
+places. Differs from the model card, which joins question and contract without a separator ("describe the imageYou
+FIRST ..."): some tokenizers would merge the question's last word and the contract's first into one token, so the
+question's tokens would differ between the modes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ def target_text(record: Mapping[str, Any]) -> str:
     >>> target_text({"mode": "direct", "answer": "4"})
     '4'
 
-    Raises ValueError for a thinking row with neither chain nor response: it is a prompt, not a lesson.
+    Raises ValueError for a thinking row with neither chain nor response: SFT cannot train on it.
     """
     if record.get("response"):
         return record["response"]
@@ -54,17 +54,17 @@ def target_text(record: Mapping[str, Any]) -> str:
         return record["answer"]
     if not record.get("chain"):
         raise ValueError(
-            f"row {record.get('id')!r}: a think row needs a chain (or a response) to be trained on; "
-            "add one, or keep the row for the RL stages"
+            f"row {record.get('id')!r}: SFT needs a chain (or a response) in a think row; "
+            "add one, or use the row in the RL stages only"
         )
     return f"<think>{record['chain']}</think>\\boxed{{{record['answer']}}}"
 
 
 def messages(record: Mapping[str, Any], with_target: bool = False) -> list[Message]:
-    """The chat of one record: a user turn of image parts and a text part, and the assistant's turn if asked.
+    """The chat of one record: a user turn of image parts and a text part, and the assistant's turn `with_target`.
 
-    An image part carries its picture under "image". Text is always a list of parts, never a bare string, so
-    that templates of vision-language models and TRL read it alike.
+    An image part holds its picture under "image". The content of a turn is always a list of parts, never a bare
+    string, so that templates of vision-language models and TRL read it alike.
     """
     parts = user_parts(user_text(record["question"], record["mode"]), record.get("images") or ())
     chat = [{"role": "user", "content": parts}]
@@ -74,19 +74,19 @@ def messages(record: Mapping[str, Any], with_target: bool = False) -> list[Messa
 
 
 def user_parts(text: str, images: Sequence[Any]) -> list[Message]:
-    """The images and the text of a user's turn as parts: images first, or where the text has `<image>` for each.
+    """The images and the text of a user's turn as parts: images first, or at the places that `<image>` marks.
 
     >>> [part["type"] for part in user_parts("Is <image> like <image>?", [1, 2])]
     ['text', 'image', 'text', 'image', 'text']
 
-    Raises ValueError if the text marks another number of places than there are images.
+    Raises ValueError if the number of marks differs from the number of images.
     """
     marks = text.count(IMAGE)
     if not marks:
         return [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
     if marks != len(images):
         raise ValueError(
-            f"{marks} {IMAGE} in the question for {len(images)} images: write one for each, or none"
+            f"{marks} {IMAGE} in the question for {len(images)} images: write one per image, or none"
         )
     first, *others = text.split(IMAGE)
     parts: list[Message] = [{"type": "text", "text": first}]

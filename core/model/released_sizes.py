@@ -1,4 +1,4 @@
-"""The shapes of SAIL-VL2's own three cores, as configurations of transformers. Imports neither it nor torch."""
+"""The shapes of SAIL-VL2's three cores, as transformers configurations. Imports neither transformers nor torch."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The shape of a core and how many parameters that makes: arithmetic over its configuration, without torch."""
+"""The shape of a core and its number of parameters: arithmetic over its configuration, without torch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BF16 = 2
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of a core. The language model's are counted as Qwen3's authors do: with and without embeddings."""
+    """Parameters of a core. As Qwen3's authors do, the language model is counted with and without embeddings."""
 
     tower: int
     adapter: int
     language_model: int
     """Without the embeddings and the output layer."""
     embeddings: int
-    """Input embeddings and, where it is not tied to them, the output layer."""
+    """Input embeddings, plus the output layer if it is not tied to them."""
     idle_experts: int
     """Parameters of the experts that a token does not visit; 0 for a dense model."""
 
@@ -48,7 +48,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class CoreShape:
-    """The sizes that decide what a core takes; from its config.json."""
+    """The sizes of a core that determine its memory; read from its config.json."""
 
     image_px: int
     patch_px: int
@@ -68,7 +68,7 @@ class CoreShape:
     experts_per_token: int = 0
     expert_mlp: int = 0
     vision_bias: bool = False
-    """Whether the tower's attention has biases; `vision_mlp_bias` says it of its feed-forward part."""
+    """Whether the tower's attention has biases; `vision_mlp_bias`: whether its feed-forward part has."""
     vision_mlp_bias: bool = False
     text_bias: bool = False
     """Whether the language model's attention has biases."""
@@ -80,7 +80,7 @@ class CoreShape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> CoreShape:
-        """The shape in a native core's config.json. Raises KeyError naming what is missing."""
+        """The shape in a native core's config.json. Raises KeyError that names a missing key."""
         vision, text = config["vision_config"], config["text_config"]
         return cls(
             image_px=vision["image_size"],
@@ -125,7 +125,7 @@ class CoreShape:
 
     @property
     def embedding(self) -> int:
-        """Parameters of the input embedding; an output layer of its own has as many."""
+        """Parameters of the input embedding; an untied output layer has as many."""
         return self.vocabulary * self.hidden
 
     def count(self) -> Parameters:
@@ -161,9 +161,9 @@ class CoreShape:
         }
 
     def adapter_parameters(self, rank: int, everywhere: bool) -> int:
-        """Parameters of LoRA adapters of this rank on the language model's linear layers, or on all.
+        """Parameters of LoRA adapters of this rank on the linear layers of the language model, or `everywhere`.
 
-        A mixture of experts keeps its experts in one tensor per layer, which gets no adapter.
+        A mixture of experts stores a layer's experts as one tensor, which gets no adapter.
         """
         t = self.hidden
         pairs = 2 * (t + self.query) + 2 * (t + self.key)

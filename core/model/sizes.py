@@ -1,4 +1,4 @@
-"""The sizes of core that there are: SAIL-VL2's own three and two small ones, as configurations without weights."""
+"""The available sizes of core, as configurations without weights: SAIL-VL2's three and two small ones."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ SMALL = {
 """`tiny` is the demo's architecture; `mid` has 18M parameters and real tiles: 448 px, 256 tokens each."""
 
 MAX_TILES = 10
-"""Tiles that the released image processor cuts from an image, at most (a thumbnail comes on top)."""
+"""Most tiles that the released image processor cuts from an image, without the thumbnail."""
 WORDS = ("compute", "A", "B", "plus", "minus", "digit", "cell", "question", "read", "image", "yes", "no")
-"""Words of the word-level tokenizer, unless the user names others."""
+"""Default words of the word-level tokenizer."""
 
 SIZES = (*SMALL, *TEXT)
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All of a core but its weights."""
+    """A core without its weights."""
 
     config: SailVL2Config
     tokenizer: PreTrainedTokenizerBase
@@ -71,10 +71,10 @@ def core_config(size: str) -> SailVL2Config:
 def blueprint(size: str, *, words: Sequence[str] = WORDS, dtype: str | None = None) -> Blueprint:
     """Configuration, tokenizer and processor of a size.
 
-    The released vocabulary is not available, so every size gets a word-level tokenizer of `words`; the real sizes' is
-    padded to the released vocabulary, with the chat tokens at their released ids. `dtype` is float32 or bfloat16;
-    default: float32 for tiny and mid, bfloat16 for the others. Raises ConfigError for another size and for invalid
-    words.
+    The released vocabulary is not available, so every size gets a word-level tokenizer of `words`. For the real sizes
+    it is padded to the size of the released vocabulary, with the chat tokens at their released ids. `dtype` is float32
+    or bfloat16; default: float32 for tiny and mid, bfloat16 for the others. Raises ConfigError for an unknown size and
+    for invalid words.
     """
     if size not in SIZES:
         raise ConfigError(f"size {size!r}: {nearest(size, SIZES)}")

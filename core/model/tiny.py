@@ -20,19 +20,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class TinySize(Strict):
-    """The size of a tiny core; the defaults are the demo's 763,000 parameters (with its vocabulary)."""
+    """The size of a tiny core; the defaults give the demo's 763,000 parameters (with its vocabulary)."""
 
     vision_hidden: PositiveInt = 96
     vision_layers: PositiveInt = 2
     vision_heads: PositiveInt = 4
     vision_mlp: PositiveInt = 192
     image_px: PositiveInt = 56
-    """Side of a tile, and of the whole image: tiny cores do not cut images into tiles."""
+    """Side in pixels of the only tile, which is the whole image: tiny cores do not cut images into tiles."""
     patch_px: PositiveInt = 14
     any_resolution: bool = False
     """Images keep their size, as in SAIL-VL2-AnyRes; `image_px` is then the size of the learned positions."""
     max_image_px: PositiveInt = 224
-    """Longest side of an image of any resolution."""
+    """Longest side in pixels of an any-resolution image."""
     text_hidden: PositiveInt = 128
     text_layers: PositiveInt = 3
     text_heads: PositiveInt = 4
@@ -42,7 +42,7 @@ class TinySize(Strict):
     max_tokens: PositiveInt = 2048
     """Longest sequence, prompt and completion together."""
     initializer_range: float = Field(default=0.06, gt=0)
-    """Standard deviation of the initial weights, tower and text; at 0.02 digits stayed at chance."""
+    """Standard deviation of the initial weights of tower and text model; at 0.02, reading digits stayed at chance."""
     tie_embeddings: bool = True
     experts: int = Field(default=0, ge=0)
     """Experts per layer of a mixture-of-experts text model (Qwen3-MoE); 0 is the dense Qwen3."""
@@ -70,7 +70,7 @@ class TinySize(Strict):
             )
         if self.experts and self.experts_per_token > self.experts:
             raise ValueError(
-                f"experts_per_token={self.experts_per_token} of experts={self.experts}: use at most all"
+                f"experts_per_token={self.experts_per_token} exceeds experts={self.experts}: use at most that many"
             )
         return self
 
@@ -78,8 +78,8 @@ class TinySize(Strict):
 def build_tiny(path: Path, *, words: Sequence[str], seed: int, size: TinySize | None = None) -> Path:
     """Write a randomly initialised core (float32), its processor and tokenizer to the folder `path`.
 
-    `words` are the words of the task; chat tokens, digits, symbols and role names come with the tokenizer.
-    The same words, seed and size give the same bytes, whatever happened to torch's random state before.
+    `words` are the words of the task; the tokenizer adds chat tokens, digits, symbols and role names.
+    The same words, seed and size give the same bytes, whatever torch's random state was before.
     """
     import torch
 

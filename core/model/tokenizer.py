@@ -1,9 +1,9 @@
 r"""The chat tokens of a SAIL-VL2 core, its chat template, and the word-level tokenizer of the tiny cores.
 
-The word-level tokenizer drops white space and decodes without it ("C=9;9+7=16"), so encoding a decoded text
-gives the same ids, with one exception: two words side by side decode to one ("read A" -> "readA"). (Symbols
-given as words can make another: "<", "think" and ">" side by side spell a tag.) What a tiny core is taught to
-write has a symbol, a digit or a tag between any two words; questions have not, and are never re-encoded.
+The word-level tokenizer drops white space and decodes without it ("C=9;9+7=16"). So encoding a decoded text gives the
+same ids, except that two adjacent words decode to one ("read A" -> "readA") and that symbols given as words can spell
+a tag ("<", "think", ">"). The texts that a tiny core learns to write have a symbol, a digit or a tag between any two
+words. Questions do not, but they are never re-encoded.
 """
 
 import re
@@ -27,16 +27,16 @@ IMAGE_TOKEN = "<IMG_CONTEXT>"
 UNKNOWN = "[UNK]"
 
 SPECIAL_TOKENS = (PAD, TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_TOKEN, UNKNOWN)
-"""Dropped by `skip_special_tokens=True`."""
+"""Special tokens, which `skip_special_tokens=True` drops."""
 MARKUP_TOKENS = ("<think>", "</think>", r"\boxed{", "}", THINK_CONTRACT)
 """Single tokens that are part of the text: `skip_special_tokens=True` keeps them, so rewards see them."""
 RELEASED_IDS = {
     **{PAD: 151643, TURN_START: 151644, TURN_END: 151645, "<think>": 151667, "</think>": 151668},
     **{IMAGE_START: 151669, IMAGE_END: 151670, IMAGE_TOKEN: 151671},
 }
-"""Where the released vocabulary has the tokens that every core needs."""
+"""Ids in the released vocabulary of the tokens that every core needs."""
 RELEASED_VOCABULARY = 151936
-"""Rows of the released embeddings, which are more than the tokens. Source: Qwen3's config.json."""
+"""Rows of the released embeddings; there are more rows than tokens. Source: Qwen3's config.json."""
 SYMBOLS = tuple("+-*/=.,;:?!()")
 ROLES = ("system", "user", "assistant")
 
@@ -44,14 +44,14 @@ _PIECE = r"[A-Za-z]+|[^A-Za-z\s]"
 
 
 def chat_template() -> str:
-    """The Jinja source every native core is saved with."""
+    """The Jinja source of the chat template that every native core is saved with."""
     return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 
 def generation_config(tokenizer: "PreTrainedTokenizerBase") -> "GenerationConfig":
-    """What `generate` and vLLM stop at (the end of the turn and of the text) and pad with (the latter).
+    """The ids at which `generate` and vLLM stop (end of turn, end of text) and the padding id (end of text).
 
-    Holds no sampling parameters on purpose: vLLM would make them every request's defaults. Raises ValueError
+    It holds no sampling parameters on purpose: vLLM would make them the defaults of every request. Raises ValueError
     if the tokenizer lacks one of the two tokens.
     """
     from transformers import GenerationConfig
@@ -61,7 +61,7 @@ def generation_config(tokenizer: "PreTrainedTokenizerBase") -> "GenerationConfig
 
 
 def token_id(tokenizer: "PreTrainedTokenizerBase", token: str) -> int:
-    """The id of a token that every SAIL-VL2 tokenizer has; raises ValueError if this one has not."""
+    """The id of a token that every SAIL-VL2 tokenizer needs. Raises ValueError if this tokenizer lacks it."""
     found = tokenizer.convert_tokens_to_ids(token)
     if not isinstance(found, int) or found == tokenizer.unk_token_id:
         raise ValueError(f"the tokenizer has no token {token}: it is not the tokenizer of a SAIL-VL2 core")
@@ -71,18 +71,18 @@ def token_id(tokenizer: "PreTrainedTokenizerBase", token: str) -> int:
 def build_word_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerBase":
     """A tokenizer with one token per word, digit and symbol, and the chat tokens of the real one.
 
-    Ids depend on the order of `words` alone. A word is letters only, or one symbol; repeated words count
-    once. Raises ValueError for anything else, as the pre-tokenizer would cut it and never find it again.
+    Ids depend only on the order of `words`. A word is letters only, or one symbol; repeated words count once. Raises
+    ValueError for anything else, because the pre-tokenizer would split it and never match it.
     """
     return _tokenizer({word: i for i, word in enumerate(_vocabulary(words))})
 
 
 def build_padded_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerBase":
-    """The word-level tokenizer in the shape of the released one: `RELEASED_VOCABULARY` tokens, chat tokens at
-    their released ids, and words that no text holds ("unusedaaaa") at the ids in between.
+    """The word-level tokenizer with the size of the released one: `RELEASED_VOCABULARY` tokens, chat tokens at
+    their released ids, and placeholder words ("unusedaaaa") at the ids in between.
 
-    For cores of the real sizes with random weights: whatever id such a core samples is one word, and every id
-    that a configuration names means what it means in a release. Raises ValueError as `build_word_tokenizer`.
+    It serves cores of the real sizes with random weights: every id that such a core samples is one word, and every id
+    that a configuration names has its released meaning. Raises ValueError as `build_word_tokenizer`.
     """
     vocabulary = [word for word in _vocabulary(words) if word not in RELEASED_IDS]
     fillers = (f"unused{''.join(letters)}" for letters in product(ascii_lowercase, repeat=4))

@@ -2,9 +2,9 @@
 
 vLLM calls it in every process it starts (API server, engine core, workers), before it reads the model's
 configuration. vLLM's transformers backend then finds the classes through the Auto classes and as attributes
-of the `transformers` module. The plug-in also changes four things: which image vLLM takes as the costliest, which token
-stands for an image that has only one, how pictures of requests are decoded (by core/model/pictures.py, as in the
-learner), and that a checkpoint passes core/checkpoint/check.py before it is served.
+of the `transformers` module. The plug-in also changes four things: the image that vLLM takes as the costliest, the
+token that stands for an image of one token, the decoding of pictures in requests (by core/model/pictures.py, as in the
+learner), and the check of a checkpoint by core/checkpoint/check.py before it is served.
 """
 
 from functools import wraps
@@ -24,7 +24,7 @@ def register() -> None:
 
 
 def _refuse_what_is_no_sound_checkpoint() -> None:
-    """Let vLLM check a native core as stages do, before it reads it: no code of its own, only finite weights."""
+    """Let vLLM check a native core before it loads it, as stages do: no foreign code, only finite weights."""
     import vllm.config.model as models
 
     from core.checkpoint.check import check_checkpoint
@@ -44,11 +44,12 @@ def _refuse_what_is_no_sound_checkpoint() -> None:
 
 
 def _measure_with_the_costliest_image() -> None:
-    """Let vLLM size its encoder cache and its memory by the image of a core with the most tokens.
+    """Let vLLM size its encoder cache and its memory by the image with the most tokens for this core.
 
-    vLLM 0.31 takes a square of 10,000 pixels for that image and refuses what has more tokens where a step takes
-    few of them (2,048, its default on A100s, GPUs below 70 GB and CPUs). Of up to twelve tiles a square gets nine and a
-    thumbnail, 2,562 tokens, a 4:3 image thirteen, 3,330. Resizing the square also takes ten seconds of each start.
+    vLLM 0.31 assumes that this is a square with a side of 10,000 pixels. It refuses images with more tokens if a step
+    takes few tokens (2,048, its default on A100s, GPUs below 70 GB and CPUs). With up to twelve tiles, a square gets
+    nine and a thumbnail (2,562 tokens); a 4:3 image gets thirteen (3,330 tokens). Resizing the square also takes ten
+    seconds of each start.
     """
     from vllm.model_executor.models.transformers.multimodal import MultiModalProcessingInfo
     from vllm.multimodal.parse import ImageSize
@@ -73,8 +74,9 @@ def _measure_with_the_costliest_image() -> None:
 def _find_the_token_of_an_image_of_one() -> None:
     """Let vLLM put the features of an image of one token in that token's place.
 
-    vLLM 0.31 takes the most frequent of the tokens that an image becomes, which here are `<img>`, its tokens and
-    `</img>`. Where it has one token (of any resolution, up to 41 pixels a side) none is: the least id would win.
+    vLLM 0.31 takes the most frequent token of an image's expansion, which is `<img>`, the image tokens and `</img>`.
+    If there is one image token (at any resolution, up to 41 pixels a side), all three occur once, and vLLM would take
+    the lowest id.
     """
     from vllm.model_executor.models.transformers import multimodal
 
@@ -93,9 +95,9 @@ def _find_the_token_of_an_image_of_one() -> None:
 def _decode_pictures_as_the_learner_does() -> None:
     """Let vLLM read the pictures of requests by our rule.
 
-    vLLM 0.31 applies EXIF orientation and lays alpha over white as we do, but reads every format of Pillow's (EPS
-    through Ghostscript) and cuts 16 bits per channel to eight. Other modes than RGB and other backgrounds than white,
-    if asked for on its command line, stay vLLM's.
+    vLLM 0.31 applies EXIF orientation and blends alpha over white as we do, but it reads every format of Pillow's (EPS
+    through Ghostscript) and truncates 16 bits per channel to eight. If its command line asks for a mode other than RGB
+    or a background other than white, vLLM's own decoding stays.
     """
     from vllm.multimodal.media.base import MediaWithBytes
     from vllm.multimodal.media.image import ImageMediaIO
@@ -114,7 +116,7 @@ def _decode_pictures_as_the_learner_does() -> None:
             image = Picture(data).rgb()
         except (
             Exception
-        ) as error:  # whatever a broken file makes Pillow raise; vLLM answers 400 to a ValueError
+        ) as error:  # the types that Pillow raises for broken files; vLLM answers 400 to a ValueError
             raise ValueError(f"Failed to load image: {error}") from error
         return MediaWithBytes(image, data, {"image_mode": "RGB", "rule": "core.model.pictures"})
 

@@ -1,4 +1,4 @@
-"""The configuration of a learner, whatever the stage: optimizer, ranks, DeepSpeed, freezing, LoRA. Imports no torch."""
+"""The configuration of a learner of any stage: optimizer, ranks, DeepSpeed, freezing, LoRA. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from core.strict import Strict
 
 
 class Optim(Strict):
-    """AdamW and its schedule. An SFT phase sets its length and global batch here; an RL stage elsewhere."""
+    """AdamW and its schedule. An SFT phase sets its length and global batch here; an RL stage has other keys."""
 
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """After the warm-up: constant, or falling to 0 along a cosine or a line."""
+    """Learning rate after the warm-up: constant, or falling to 0 as a cosine or linearly."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the steps over which the rate rises linearly from 0."""
+    """Share of the steps over which the learning rate rises linearly from 0."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data; give this or max_steps."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -67,11 +67,11 @@ class DeepSpeedConfig(Strict):
     """DeepSpeed ZeRO. The report trains on ZeRO-2, for MoE with CPU offload (section 5)."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """Split over the ranks: 1 optimizer states, 2 also gradients, 3 also weights; 0 nothing."""
+    """ZeRO stage: ranks share at 1 the optimizer states, at 2 also gradients, at 3 also weights; at 0 nothing."""
     offload: Literal["none", "cpu"] = "none"
-    """Where optimizer states (and at stage 3 the weights) live."""
+    """Where optimizer states (and at stage 3 the weights) are stored."""
     bucket_elements: int = Field(default=500_000_000, ge=1)
-    """Gradients that travel together; two buckets of them lie on every GPU. Fewer save memory and cost speed."""
+    """Elements of a gradient bucket; two buckets lie on every GPU. Smaller buckets save memory and cost speed."""
 
     @property
     def offloads(self) -> bool:
@@ -100,7 +100,7 @@ class DeepSpeedConfig(Strict):
             zero["stage3_gather_16bit_weights_on_model_save"] = True
         return {
             "zero_optimization": zero,
-            # torch's AdamW on every device: with true, DeepSpeed insists on compiling its own for offload.
+            # torch's AdamW on every device: with true, DeepSpeed compiles its own optimizer for offload.
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
             "train_batch_size": "auto",
@@ -130,23 +130,22 @@ class LoRAConfig(Strict):
 
 
 class LearnerConfig(Strict):
-    """The machine side of training: ranks, precision, memory, and which weights move."""
+    """Ranks, precision and memory of training, and which weights are trained."""
 
     processes: int = Field(default=1, ge=1, le=65536)
-    """Ranks, of all hosts together; `posttrain run` starts them."""
+    """Number of ranks on all hosts together; `posttrain run` starts them."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of each rank."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations; bfloat16 keeps float32 master weights in the optimizer under DeepSpeed."""
     deepspeed: DeepSpeedConfig | None = DeepSpeedConfig()
-    """None: plain PyTorch (DDP when there are several ranks)."""
+    """DeepSpeed's settings. None: plain PyTorch (DDP if there are several ranks)."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Whether to recompute activations in the backward pass: less memory, a third more time."""
     freeze: tuple[Module, ...] = ()
-    """Modules whose weights stay as they are: tower, adapter (the projector), language_model."""
+    """Modules whose weights are not trained: tower, adapter (the projector), language_model."""
     lora: LoRAConfig | None = None
-    """Train adapters and merge them at the end; the checkpoint keeps them in adapter/. None trains the weights
-    themselves."""
+    """Train LoRA adapters and merge them at the end; the checkpoint keeps them in adapter/. None: train the weights."""
 
     @property
     def half(self) -> bool:
@@ -159,7 +158,7 @@ class LearnerConfig(Strict):
         return self
 
     def check_freeze(self, freeze: Sequence[Module]) -> None:
-        """Raise ValueError if, with these modules frozen, nothing would train or LoRA were contradicted."""
+        """Raise ValueError if freezing these modules leaves nothing to train, or contradicts LoRA."""
         if len(set(freeze)) != len(freeze):
             raise ValueError(f"freeze={list(freeze)}: name each module once")
         if len(freeze) == 3:
@@ -169,5 +168,5 @@ class LearnerConfig(Strict):
         if self.lora and freeze:
             raise ValueError(
                 f"freeze={list(freeze)} with lora: LoRA freezes every base weight already; "
-                "choose the layers by lora.targets and leave freeze empty"
+                "choose the layers by lora.targets and remove freeze"
             )

@@ -1,8 +1,8 @@
 """Ends a training that diverges: losses and gradients that are not finite are logged, counted and not applied.
 
-transformers logs a NaN loss as 0.0 and lets plain PyTorch write NaN into every weight; DeepSpeed skips such updates
-without a word. With `watch_finite` both skip the update, the log shows the loss as it is, and after a few such updates
-in a row the training raises `Diverged`.
+transformers logs a NaN loss as 0.0, and plain PyTorch then writes NaN into every weight. DeepSpeed skips such updates
+silently. With `watch_finite` both skip the update, the log shows the true loss, and after a few such updates in a row
+the training raises `Diverged`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 log = logging.getLogger(__name__)
 
 IN_A_ROW = 3
-"""Updates in a row without finite loss and gradients that end a training: one bad batch may pass."""
+"""Number of updates in a row with non-finite loss or gradients that end a training; one bad batch may pass."""
 COUNT = "nonfinite_updates"
-"""Key in the logs, from the first such update on: how many there were so far."""
+"""Log key of the number of such updates so far; it is logged from the first one on."""
 
 
 class Diverged(RuntimeError):
@@ -27,18 +27,18 @@ class Diverged(RuntimeError):
 
 
 def watch_finite(trainer: Any, in_a_row: int = IN_A_ROW) -> None:
-    """Let `trainer` (a transformers.Trainer) skip, count and finally refuse updates that are not finite.
+    """Let `trainer` (a transformers.Trainer) skip and count updates that are not finite, and finally end the training.
 
-    Call it once, before `trainer.train()`. Works on plain PyTorch, DDP and DeepSpeed; all ranks decide alike, as
-    gradients and the logged loss are reduced over them.
+    Call it once, before `trainer.train()`. Works on plain PyTorch, DDP and DeepSpeed; all ranks decide alike, because
+    gradients and the logged loss are reduced over the ranks.
     """
     trainer.args.logging_nan_inf_filter = False
-    # First: callbacks that write the logs then see the count.
+    # Insert it first, so that callbacks that write the logs see the count.
     trainer.callback_handler.callbacks.insert(0, _FiniteGuard(trainer, in_a_row))
 
 
 class _FiniteGuard(TrainerCallback):
-    """Raises where the next update would begin, so that the logs of the bad ones are written."""
+    """Raises at the start of the next update, so that the logs of the bad updates are written first."""
 
     def __init__(self, trainer: Any, in_a_row: int) -> None:
         self.trainer, self.in_a_row = trainer, in_a_row
@@ -58,7 +58,7 @@ class _FiniteGuard(TrainerCallback):
             self.trainer.model.zero_grad(set_to_none=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count the update. `optimizer_step_was_skipped` is DeepSpeed's word for an overflow."""
+        """Count the update. DeepSpeed sets `optimizer_step_was_skipped` after an overflow."""
         self.bad = self.bad or bool(self.trainer.accelerator.optimizer_step_was_skipped)
         self.run_before = self.run
         self.run = self.run + 1 if self.bad else 0
@@ -69,16 +69,16 @@ class _FiniteGuard(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Add the count to the logs and remember what they say."""
+        """Add the count to the logs and remember the loss and the gradient norm."""
         if logs is None or "loss" not in logs:
             return
         loss, norm = float(logs["loss"]), float(logs.get("grad_norm") or 0.0)
         finite = math.isfinite(loss)
         if not finite:
-            # transformers subtracts the sum of losses from itself, and NaN - NaN is NaN for ever.
+            # transformers resets the sum of losses by subtracting it from itself, and NaN - NaN stays NaN.
             self.trainer._tr_loss.zero_()
         if not (finite and math.isfinite(norm)) and not self.bad:
-            # A norm that overflows scales finite gradients to 0: the update was next to nothing, but it counts.
+            # An overflowing norm scales finite gradients to 0: the update changed almost nothing, but it is bad.
             self.run, self.total = self.run_before + 1, self.total + 1
         if self.run:
             rate = logs.get("learning_rate", math.nan)
@@ -100,7 +100,7 @@ class _FiniteGuard(TrainerCallback):
         if self.run < min(self.in_a_row, max(1, state.max_steps)):
             return
         before = (
-            "no loss before was finite"
+            "no earlier loss was finite"
             if self.last_finite is None
             else f"the last finite loss was {self.last_finite[1]:g} at step {self.last_finite[0]}"
         )

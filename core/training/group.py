@@ -1,8 +1,8 @@
-"""The process group over which the ranks of a learner exchange gradients, without a door for the neighbours.
+"""The process group over which the ranks of a learner exchange gradients, closed to other users of the machine.
 
-PyTorch's default rendezvous is a TCP store that anybody may read and overwrite who reaches its port, on every
-interface. Ranks on one host meet in a file instead, which only their user can open, and gloo and NCCL listen on
-loopback. Ranks of several hosts need the TCP store: it listens on the leader's address alone (docs/security.md).
+PyTorch's default rendezvous is a TCP store on every interface. Anyone who reaches its port can read and overwrite it.
+So ranks on one host meet in a file that only their user can open, and gloo and NCCL listen on loopback. Ranks of
+several hosts need the TCP store: it listens only on the leader's address (docs/security.md).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from urllib.parse import urlsplit
 from core.processes import LOOPBACK
 
 MEETING = "POSTTRAIN_MEETING"
-"""Environment variable: the file, or `tcp://ADDRESS:PORT`, where the ranks meet. Whoever starts them sets it."""
+"""Environment variable with the file, or `tcp://ADDRESS:PORT`, where the ranks meet. Their launcher sets it."""
 TIMEOUT = "POSTTRAIN_RANK_TIMEOUT_S"
-"""Environment variable: a rank that waits for another for this many seconds fails, so that a hung rank ends the stage.
-The rollouts of one batch have to take less."""
+"""Environment variable with the seconds after which a rank that waits for another fails, so that a hung rank ends the
+stage. The rollouts of one batch must take less."""
 TIMEOUT_S = 3600.0
-"""Where the variable is not set."""
+"""Seconds if the variable is not set."""
 
 
 def form_group() -> None:
     """Join the ranks that the environment names (RANK, WORLD_SIZE and MEETING), or form a group of one.
 
-    Ranks that torchrun or accelerate started, without MEETING, meet where these say. Does nothing if there is a group.
+    Ranks of torchrun or accelerate, without MEETING, use the launcher's rendezvous. Does nothing if a group exists.
     """
     import torch
 
@@ -40,7 +40,7 @@ def form_group() -> None:
     where = {"store": store, "rank": rank, "world_size": ranks} if store is not None else {}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=timeout, **where)
-    if backend == "gloo":  # its threads abort a process that ends with the group (seen once in ten)
+    if backend == "gloo":  # its threads can abort a process that exits while the group exists
         atexit.register(_leave)
 
 
@@ -52,11 +52,11 @@ def _leave() -> None:
 
 
 def _store(distributed: Any, ranks: int, rank: int, timeout: timedelta) -> Any:
-    """Where the ranks tell each other their addresses; None: where the launcher's variables say."""
+    """The store in which the ranks exchange addresses; None if the launcher's variables name one."""
     place = os.environ.get(MEETING, "")
     if place.startswith("tcp://"):
         host, port = urlsplit(place).hostname or "", urlsplit(place).port or 0
-        # PyTorch would listen on every interface; a socket that listens already it takes as it is.
+        # PyTorch would listen on every interface, but it accepts a socket that already listens.
         listener = socket.create_server((host, port), backlog=ranks) if rank == 0 else None
         return distributed.TCPStore(
             host,

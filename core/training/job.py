@@ -1,4 +1,4 @@
-"""The job of a stage's process, beside its configuration. Imports no torch."""
+"""The inputs of a stage's process beside its configuration. Imports no torch."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ class Job(Strict):
     stage: str
     """The stage's name."""
     model: Path | None = None
-    """Checkpoint folder that the stage starts from; None for the core and for data."""
+    """Checkpoint folder that the stage starts from; None for jobs that make the core or data."""
     out: Path
-    """Folder to fill: checkpoint/, metrics.jsonl, ..."""
+    """Output folder of the stage: checkpoint/, metrics.jsonl, ..."""
     seed: int = 0
     """The chain's seed."""
     sets: dict[str, Path] = Field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Learners score few of a packed row's positions: only their hidden states reach the output layer."""
+"""Restricts the output layer to the few positions of a packed row that a learner scores."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def take_keep(core: Any) -> None:
-    """Let the backbone of `core` take `keep` (positions,): of its hidden states (1, tokens, hidden) those come back.
+    """Let the backbone of `core` accept `keep` (positions,); it then returns hidden states (1, positions, hidden).
 
-    The argument travels through the wrappers (DDP, DeepSpeed, PEFT, TRL's fused head) to the backbone, whose forward
-    is replaced on the instance, as TRL does with the core's own. Calls without it stay as they are.
+    The argument passes through the wrappers (DDP, DeepSpeed, PEFT, TRL's fused head) to the backbone. The backbone's
+    forward is replaced on the instance, as TRL replaces the core's. Calls without `keep` are unchanged.
     """
     plain = core.model.forward
 

@@ -1,4 +1,4 @@
-"""How much memory a rank needs to train a core: arithmetic over shapes, without torch.
+"""The memory that a rank needs to train a core: arithmetic over shapes, without torch. All figures are bytes.
 
 The counts follow the source of transformers, TRL and DeepSpeed tensor by tensor, in the pinned versions.
 tests/core/test_memory.py compares them with the tensors that autograd keeps and with measured peaks.
@@ -14,11 +14,11 @@ from core.training.config import LearnerConfig
 
 GIB = 2**30
 LIVE = 1_000_000_000
-"""DeepSpeed's stage3_max_live_parameters: weights that ZeRO-3 holds whole at a time, in elements."""
+"""DeepSpeed's stage3_max_live_parameters: the number of gathered weights that ZeRO-3 holds at a time."""
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
-"""The tile of logits that TRL's fused output layer computes at a time: the whole matrix never exists."""
+"""Size of the tile of logits that TRL's fused output layer computes at a time; it never builds the whole matrix."""
 HEAD_COPIES = {"cpu": 7, "gpu": 0}
-"""float32 copies of that tile that its backward pass makes: torch's operations on a CPU, one Triton kernel on a GPU."""
+"""float32 copies of a tile in its backward pass: several torch operations on a CPU, one Triton kernel on a GPU."""
 FP32 = 4
 
 
@@ -27,57 +27,57 @@ class Work:
     """The largest forward-backward pass of one rank."""
 
     tokens: int
-    """In the packed row."""
+    """Tokens in the packed row."""
     tiles: int = 0
     scored: int | None = None
-    """Positions that reach the output layer; None: all."""
+    """Positions that the output layer scores; None: all."""
     attended: int | None = None
-    """Keys and values that attention keeps, in tokens: those of a prompt once per completion where attention reads
-    copies of them (shared prefix on a GPU); None: each once."""
+    """Tokens whose keys and values attention keeps. A prompt's count once per completion if attention copies them
+    (shared prefix on a GPU). None: each token once."""
     repeats_heads: bool = False
-    """Whether keys and values are repeated for every query head before attention (shared prefix)."""
+    """Whether keys and values are copied for every query head before attention (shared prefix)."""
     accumulates: bool = True
-    """Whether gradients of earlier passes wait while this one runs: several passes per update."""
+    """Whether gradients of earlier passes are kept during this pass: several passes per update."""
     reference: bool = False
-    """Whether a frozen copy of the policy is held (the KL term of full-parameter training)."""
+    """Whether a frozen copy of the policy is loaded (the KL term of full-parameter training)."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """One rank's bytes on its device, by what they are, and on the host."""
+    """One rank's bytes on its device, by purpose, and on the host."""
 
     weights: int
     optimizer: int
     """Master weights and AdamW's moments."""
     gradients: int
     activations: int
-    """Kept by the forward pass for the backward pass."""
+    """Activations that the forward pass keeps for the backward pass."""
     recomputed: int
-    """Of one layer while it is recomputed; 0 without gradient checkpointing."""
+    """Activations of one layer while it is recomputed; 0 without gradient checkpointing."""
     head: int
     """The output layer's tile of logits and its gradient in float32."""
     buffers: int
-    """Communication buckets, and copies that hold while they are filled."""
+    """Communication buckets, and the copies from which they are filled."""
     step: int
     """Temporary copies in the optimizer step."""
     accumulates: bool
     host: int
     """Offloaded states, gradients included."""
     head_gradient: int
-    """Of the output layer's weight, from the beginning of the backward pass on."""
+    """Gradient of the output layer's weight, which exists from the start of the backward pass."""
     tied: bool
-    """Whether the embedding's gradient joins it at the end: both, and for a moment their sum."""
+    """Whether the embedding's gradient is added to it at the end: both gradients and their sum then exist together."""
 
     @property
     def resident(self) -> int:
-        """Bytes that stay between two updates, beside a server that shares the GPU."""
+        """Bytes that stay allocated between two updates, beside a server that shares the GPU."""
         return self.weights + self.optimizer
 
     @property
     def peak(self) -> int:
-        """The most at any time: at the turn from forward to backward, at the end of backward, or in the step."""
+        """Peak bytes: at the start of the backward pass, at its end, or in the optimizer step."""
         waiting = self.gradients if self.accumulates else 0
-        # The output layer's backward pass is over when the last layer is computed again; its gradient stays.
+        # The output layer's backward pass ends before the last layer is recomputed; its gradient stays.
         turn = (
             waiting + self.activations + max(self.head, self.recomputed + self.head_gradient) + self.buffers
         )
@@ -99,9 +99,9 @@ def estimate(
         shape: the core.
         learner: precision, ZeRO, LoRA, checkpointing.
         work: the pass.
-        frozen: modules that stay as they are; None: the learner's.
-        gpu: on a CPU, offloaded states stay in the same memory, AdamW goes tensor by tensor, and the output layer
-            works on whole tiles.
+        frozen: modules that are not trained; None: the learner's.
+        gpu: False: offloaded states stay in the same memory, AdamW works tensor by tensor, and the output layer
+            computes whole tiles.
     """
     parameters = shape.parameters()
     frozen = learner.freeze if frozen is None else frozen
@@ -139,9 +139,9 @@ class _Widths:
     weight: int
     compute: int
     stream: int
-    """The residual stream: float32 where weights are, even when layers compute in bfloat16."""
+    """Width of the residual stream: float32 if the weights are, even if layers compute in bfloat16."""
     adapter: int
-    """LoRA adapters; peft keeps them in float32 unless DeepSpeed casts them."""
+    """Width of LoRA adapters; peft keeps them in float32 unless DeepSpeed casts them."""
 
     @property
     def autocast(self) -> bool:
@@ -173,7 +173,7 @@ def _states(
     if work.reference and not learner.lora:
         weights += frozen * widths.weight + trained * widths.weight
     if deepspeed is None or deepspeed.zero_stage == 0:
-        master = FP32 * trained if deepspeed else 0  # DeepSpeed keeps masters even of float32 weights
+        master = FP32 * trained if deepspeed else 0  # DeepSpeed keeps master weights even for float32 weights
         gradients = own * trained
         buffers = widths.compute * total if widths.autocast else 0  # autocast's copies of the weights
         buffers += gradients if ranks > 1 else 0  # DDP's buckets
@@ -183,7 +183,7 @@ def _states(
             "optimizer": master + 2 * FP32 * trained,
             "gradients": gradients + (FP32 * trained if deepspeed else 0),
             "buffers": buffers,
-            # AdamW makes one copy of what it works on: of all tensors at once on a GPU, else of one at a time.
+            # AdamW copies the tensors of a step: all tensors at once on a GPU, one at a time on a CPU.
             "step": FP32 * trained if gpu else 2 * FP32 * min(largest, trained),
             "host": 0,
         }
@@ -195,13 +195,13 @@ def _states(
     gradients = own * (trained if stage == 1 else part)
     bucket = deepspeed.bucket_elements if gpu else min(deepspeed.bucket_elements, trained)
     largest = min(trained, _largest(shape) if learner.lora else max(shape.embedding, _largest(shape)))
-    # Two buckets of gradients on their way, and the gradient that just came; offload copies that one once more.
+    # Two buckets of gradients in transit, and the newest gradient, which offload copies once more.
     buckets = own * ((2 if stage >= 2 else 1) * bucket + largest * (2 if offload else 1))
     step = FP32 * part * (2 if gpu else 3)  # gradients in float32, and AdamW's copies
     device = {"weights": weights, "gradients": gradients, "buffers": buckets}
     if not offload:
         return {**device, "optimizer": optimizer, "step": step, "host": 0}
-    # Gradients wait on the host in float32 for their own part, and whole where passes accumulate.
+    # The host keeps this rank's part of the gradients in float32, and whole gradients if passes accumulate.
     host = optimizer + FP32 * part + 2 * FP32 * part
     host += own * trained if work.accumulates else 0
     if stage == 3:
@@ -221,7 +221,7 @@ def _largest(shape: CoreShape) -> int:
 def _activations(
     shape: CoreShape, learner: LearnerConfig, work: Work, moving: set[Module], widths: _Widths
 ) -> tuple[int, int]:
-    """Bytes that the forward pass keeps, and those of one recomputed layer."""
+    """Bytes that the forward pass keeps, and bytes of one recomputed layer."""
     text_layer = _text_layer(
         shape, learner, work, widths, full="language_model" in moving and not learner.lora
     )
@@ -229,7 +229,7 @@ def _activations(
     lora = learner.lora is not None
     patches = work.tiles * shape.patches
     vision_layer = _vision_layer(shape, patches, widths, full=sees and not lora) if sees else 0
-    # Below the language model nothing is kept unless something there moves.
+    # Below the language model, activations are kept only if a module there is trained.
     between = _adapter(shape, work.tiles * shape.tile_tokens, widths) if moving & {"tower", "adapter"} else 0
     between += patches * shape.vision_hidden * (widths.stream + FP32) if sees else 0
     stream = work.tokens * shape.hidden * widths.stream
@@ -238,7 +238,7 @@ def _activations(
         return shape.layers * text_layer + shape.vision_layers * vision_layer + between + last, 0
     inputs = shape.layers * stream
     inputs += shape.vision_layers * patches * shape.vision_hidden * widths.stream if sees else 0
-    # One layer is computed again at a time; its gradients are made while its activations are there.
+    # One layer is recomputed at a time; its gradients are computed while its activations exist.
     wide = shape.experts_per_token * shape.expert_mlp if shape.experts else shape.mlp
     again = text_layer + _in_flight(work.tokens, wide, shape.hidden, widths)
     if sees:
@@ -248,17 +248,17 @@ def _activations(
 
 
 def _in_flight(positions: int, wide: int, hidden: int, widths: _Widths) -> int:
-    """Gradients of a layer's activations that exist together during its backward pass."""
+    """Bytes of a layer's activation gradients that exist at once during its backward pass."""
     return positions * 2 * (widths.compute * wide + widths.stream * hidden)
 
 
 def _norm(width: int, widths: _Widths, full: bool) -> int:
-    """An RMS norm of one position: its input in float32, and what its weight is multiplied with."""
+    """An RMS norm of one position: its input in float32, and the normalised input that its weight scales."""
     return FP32 * width + (widths.stream * width if full else 0)
 
 
 def _text_layer(shape: CoreShape, learner: LearnerConfig, work: Work, widths: _Widths, *, full: bool) -> int:
-    """One layer of the language model; `full` where its own weights move, not adapters beside them."""
+    """One layer of the language model; `full` if its weights are trained and not adapters."""
     c, h, q, k = widths.compute, shape.hidden, shape.query, shape.key
     lora = learner.lora is not None
     linear = full or lora  # a linear layer keeps its input for the weight's gradient
@@ -267,7 +267,7 @@ def _text_layer(shape: CoreShape, learner: LearnerConfig, work: Work, widths: _W
     token += c * (q + q) + FP32 * shape.heads  # rotated queries, attention's output, its log-sum-exp
     token += (
         0 if work.repeats_heads else (c * q if linear else 0)
-    )  # packed rows are put together: a second output
+    )  # packed rows concatenate their segments' outputs: a second copy
     if shape.experts:
         token += 3 * FP32 * shape.experts
         token += shape.experts_per_token * c * (3 * h + 4 * shape.expert_mlp)
@@ -296,7 +296,7 @@ def _adapter(shape: CoreShape, tokens: int, widths: _Widths) -> int:
 
 
 def _head(shape: CoreShape, work: Work, widths: _Widths, gpu: bool, *, weight: bool) -> int:
-    """The output layer's backward pass: a tile of logits, gradients of hidden states and of the weight in float32."""
+    """The output layer's backward pass: a tile of logits, and float32 gradients of hidden states and of the weight."""
     scored = work.tokens if work.scored is None else work.scored
     tile = min(scored, HEAD_TOKENS) * min(shape.vocabulary, HEAD_VOCABULARY)
     copies = FP32 * HEAD_COPIES["gpu" if gpu else "cpu"]

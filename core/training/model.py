@@ -1,4 +1,4 @@
-"""A native core made ready to train: loaded after its checks, frozen in part, or with LoRA adapters."""
+"""Loads a native core for training: checks it, freezes modules, configures LoRA adapters."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 def load_model(path: Path, cfg: LearnerConfig) -> Any:
     """The native core at `path`, ready to train on the CPU or a GPU of this process.
 
-    Plain PyTorch keeps float32 weights whatever `dtype` says and computes in bfloat16 under autocast: updates
-    of 1e-6 vanish in bfloat16 weights. DeepSpeed keeps float32 masters itself, and under LoRA these weights do not
-    move (peft's adapters are float32), so there they take `dtype`.
+    Plain PyTorch always keeps float32 weights, because updates of 1e-6 vanish in bfloat16 weights; it computes in
+    bfloat16 under autocast. DeepSpeed keeps float32 master weights itself, and under LoRA the core's weights are not
+    trained (peft's adapters are float32). In these two cases the weights have `dtype`.
 
     Raises LayoutError for a checkpoint that brings code or holds NaN or infinity (core/checkpoint/check.py).
     """
@@ -67,9 +67,9 @@ def opens_thought(path: Path) -> bool:
 
 
 def apply_freeze(model: Any, freeze: Sequence[Module]) -> dict[str, int]:
-    """Freeze modules of a native core; returns the trainable parameters of each module, which it also logs.
+    """Freeze modules of a native core; log and return the number of trainable parameters of each module.
 
-    Raises ValueError for an unknown module, and when nothing would train.
+    Raises ValueError for an unknown module, and if no parameter would train.
     """
     for name in freeze:
         if name not in MODULES:

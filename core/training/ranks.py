@@ -13,7 +13,7 @@ from core.training.group import form_group
 def training_arguments(optim: Optim, learner: LearnerConfig, *, seed: int) -> dict[str, Any]:
     """Arguments for transformers' TrainingArguments that SFT and RL share; each stage adds batch size and length.
 
-    Call `join_process_group` first: DeepSpeed looks for its peers while the arguments are built.
+    Call `join_process_group` first: building the arguments makes DeepSpeed look for its peers.
     """
     import torch
 
@@ -21,7 +21,7 @@ def training_arguments(optim: Optim, learner: LearnerConfig, *, seed: int) -> di
     return {
         "learning_rate": optim.learning_rate,
         "lr_scheduler_type": "constant_with_warmup" if optim.schedule == "constant" else optim.schedule,
-        "warmup_steps": optim.warmup_ratio,  # below 1 it is a share of all steps
+        "warmup_steps": optim.warmup_ratio,  # a value below 1 is a share of all steps
         "weight_decay": optim.weight_decay,
         "adam_beta1": optim.betas[0],
         "adam_beta2": optim.betas[1],
@@ -43,10 +43,10 @@ def training_arguments(optim: Optim, learner: LearnerConfig, *, seed: int) -> di
 
 
 def join_process_group(cfg: LearnerConfig) -> None:
-    """Make this process a rank: of the launcher's group, or under DeepSpeed of a group of its own.
+    """Make this process a rank of the launcher's group, or under DeepSpeed of a group of one.
 
-    Plain PyTorch needs no group for one rank. Call it before building training arguments, as often as you like.
-    Raises ValueError if another number of ranks was started than the configuration says.
+    Plain PyTorch needs no group for one rank. Call it before building training arguments; repeated calls do nothing.
+    Raises ValueError if the number of started ranks differs from the configuration.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks != cfg.processes:
@@ -54,13 +54,13 @@ def join_process_group(cfg: LearnerConfig) -> None:
             f"learner.processes={cfg.processes}, but {ranks} ranks were started; "
             f"`posttrain run` starts {cfg.processes}"
         )
-    os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))  # else accelerate takes every core
+    os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))  # the default of accelerate is every core
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left by an earlier trainer; the configuration decides
     if ranks == 1 and cfg.deepspeed is None:
         return
-    # Accelerate takes a process for a rank by these.
+    # These variables make accelerate treat a process as a rank.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    # Nothing listens there: DeepSpeed names its buffers in shared memory by it, so each job has its own.
+    # No process listens on this port. DeepSpeed derives names in shared memory from it, so each job needs its own.
     alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
@@ -74,5 +74,5 @@ def join_process_group(cfg: LearnerConfig) -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # imports would load the compiler: two seconds
     import deepspeed
 
-    # On CPU accelerate opens torch's group only; ZeRO-3, loading a model, would take itself for one rank.
+    # On a CPU accelerate initialises only torch's group; ZeRO-3 would then load a model as if there were one rank.
     deepspeed.init_distributed(verbose=False)

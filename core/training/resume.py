@@ -1,9 +1,9 @@
 """Resuming an interrupted training from transformers' own checkpoints (weights, optimizer, schedule, random states).
 
-This file adds four rules. A checkpoint counts once it is whole; the one before is removed only then. Only the same
-training may resume from it. What the interrupted run logged after it is dropped, as those updates are made again. A log
-line is written with each checkpoint, so that every average begins and ends between two checkpoints and a resumed run
-logs what an unbroken one does.
+This file adds four rules. A checkpoint counts once it is whole; only then is the previous one removed. Only the same
+training may resume from it. Log lines of the interrupted run after the checkpoint are dropped, because those updates
+are repeated. A log line is written with each checkpoint, so no logged average spans a checkpoint, and a resumed run
+logs the same values as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLDER = "unfinished"
-"""In a stage's folder: the checkpoints of a training that is under way."""
+"""Folder in a stage's folder with the checkpoints of an unfinished training."""
 MARK = "whole.json"
-"""Written last: a checkpoint without it was being written when its process ended."""
+"""File that is written last: a checkpoint without it is incomplete."""
 
 
 def identity(**facts: Any) -> str:
-    """A hash of what two trainings must share for one to resume from the other's checkpoints."""
+    """A hash of the facts that two trainings must share if one resumes from the other's checkpoints."""
     return hash_config(facts)[:16]
 
 
 class Unfinished:
-    """A training's checkpoints: the last whole one, if there is one, and the training's progress at that point.
+    """The checkpoints of an unfinished training: the last whole one, if any, and the progress at that point.
 
     Args:
-        folder: the folder that holds them.
-        count: the unit that is counted beside `updates`.
+        folder: the folder of the checkpoints.
+        count: the unit of progress that is counted beside `updates`.
     """
 
     def __init__(self, folder: Path, count: str) -> None:
@@ -55,7 +55,7 @@ class Unfinished:
                 self.checkpoint, self.done = mark.parent, facts
 
     def train(self, trainer: Any) -> None:
-        """Train, from the checkpoint if there is one."""
+        """Train, starting from the checkpoint if there is one."""
         if self.checkpoint is None:
             trainer.train()
             return
@@ -65,7 +65,7 @@ class Unfinished:
 
 
 def forget(out: Path) -> None:
-    """Remove the checkpoints of a stage in `out` that has finished."""
+    """Remove the checkpoints in `out` of a finished stage."""
     if (out / FOLDER).exists():
         shutil.rmtree(out / FOLDER)
 
@@ -74,15 +74,15 @@ def checkpoint_bytes(weights: int, moved: int, *, deepspeed: bool) -> int:
     """Bytes of one checkpoint with optimizer states.
 
     Args:
-        weights: bytes of the weights that it holds.
-        moved: parameters that are trained, each with AdamW's two moments in float32.
-        deepspeed: it has float32 master weights as well, and writes the weights once more.
+        weights: bytes of the saved weights.
+        moved: number of trained parameters, each with AdamW's two moments in float32.
+        deepspeed: whether float32 master weights and a second copy of the weights are saved as well.
     """
     return 2 * weights + moved * 12 if deepspeed else weights + moved * 8
 
 
 def _needed(model: Any, *, deepspeed: bool) -> int:
-    """`checkpoint_bytes` of a model in training; of adapters, which are saved alone, theirs."""
+    """`checkpoint_bytes` of a model in training; under LoRA only the adapters count, as only they are saved."""
     adapters = hasattr(model, "peft_config")
     sizes = [(one, getattr(one, "ds_numel", one.numel())) for one in model.parameters()]
     weights = sum(size * one.element_size() for one, size in sizes if one.requires_grad or not adapters)
@@ -93,10 +93,10 @@ def _needed(model: Any, *, deepspeed: bool) -> int:
 def marker(
     facts: Callable[[], Mapping[str, int]], add: Callable[[Path], None] | None = None
 ) -> TrainerCallback:
-    """A callback that marks each checkpoint as whole, with its `facts`, and removes the one before.
+    """A callback that marks each checkpoint as whole, with its `facts`, and removes the previous one.
 
-    `add` writes into the checkpoint's folder, on rank 0, what the trainer does not save. Raises NonFinite instead of
-    marking a checkpoint whose weights hold NaN or infinity.
+    `add` writes further state into the checkpoint's folder on rank 0. The callback raises NonFinite and does not mark
+    the checkpoint if the weights hold NaN or infinity.
     """
     from transformers import TrainerCallback
 
@@ -130,19 +130,19 @@ def marker(
 
 
 def _refuse_nonfinite(model: Any, step: int) -> None:
-    """Raise NonFinite for NaN or infinity among the weights that this rank holds, wherever they lie."""
+    """Raise NonFinite for NaN or infinity among the weights that this rank holds, on any device."""
     import torch
 
     for name, parameter in model.named_parameters():
         if parameter.numel() and not all(end.isfinite() for end in torch.aminmax(parameter.detach())):
             raise NonFinite(
-                f"{name} is not finite after update {step}: no checkpoint is kept of it; lower optim.learning_rate"
+                f"{name} is not finite after update {step}: its checkpoint is not kept; lower optim.learning_rate"
             )
 
 
-@lru_cache(maxsize=1)  # torch takes no second entry of one priority
+@lru_cache(maxsize=1)  # torch rejects a second entry of the same priority
 def _allow_numbered_cpus() -> None:
-    """Let torch load states for `cpu:0`: transformers sends them there if ranks are CPUs without DeepSpeed."""
+    """Let torch load states to `cpu:0`, the device that transformers uses for CPU ranks without DeepSpeed."""
     import torch
 
     torch.serialization.register_package(
@@ -153,7 +153,7 @@ def _allow_numbered_cpus() -> None:
 def drop_lines_after(path: Path, key: str, last: int) -> None:
     """Keep the lines of a JSONL file whose `key` is at most `last`.
 
-    The interrupted run may have written a part of the file's last line; such a part is dropped too.
+    A torn last line of the interrupted run is dropped too.
     """
     if not path.exists():
         return

@@ -2,11 +2,11 @@ r"""Exact values of everyday expressions, without computer algebra: microseconds
 
 The fragment: rational numbers, variables, π, e, i, square roots of rationals, + - * / \frac, whole powers,
 parentheses. Its members are quotients of polynomials over the rationals whose unknowns are the variables and the
-square roots of primes (of -1 for i). Square roots of different primes are independent over the rationals and π and
-e are taken for variables, so two members are equal exactly if their canonical forms are: both answers of `same`
-are proofs. A function or another power of members, as \sin(2x) or e^{x}, is taken whole, for a variable; of values
-that hold such only the equality is proved. Whatever is not surely in the fragment has no value here;
-rewards.answers.compare then asks sympy.
+square roots of primes (of -1 for i). Square roots of different primes are independent over the rationals, and π and
+e are treated as variables. So two members are equal exactly if their canonical forms are, and both answers of `same`
+are proofs. A function or another power of members, such as \sin(2x) or e^{x}, is treated as one variable. `same` can
+prove that values with such variables are equal, but not that they differ. An expression that may lie outside the
+fragment has no value here; rewards.answers.compare then asks sympy.
 """
 
 import decimal
@@ -30,7 +30,7 @@ Polynomial = dict[Monomial, Fraction]
 _ONE: Polynomial = {(): Fraction(1)}
 _ROOT = "√"
 _WHOLE = "ƒ"
-"""Begins the name of a function taken whole."""
+"""First character of a variable that stands for a whole function."""
 _I = "√-1"
 _CONSTANTS = frozenset(("pi", "e"))
 _DIGITS_OF = {
@@ -53,25 +53,25 @@ _TOKEN = re.compile(
     r"|(?P<letter>[A-Za-z](?:_(?:[A-Za-z0-9](?![0-9])|\{[A-Za-z0-9]{1,8}\}))?)|(?P<mark>[-+*/^(){}])|(?P<space> +)"
 )
 _APPLIED = frozenset("fghFGHPE")
-"""Letters that before a parenthesis name a function."""
+"""Letters that name a function when a parenthesis follows."""
 
 
 class Value(NamedTuple):
-    """A quotient of two polynomials, the lower one not zero."""
+    """A quotient of two polynomials; the denominator is not zero."""
 
     top: Polynomial
     bottom: Polynomial
 
     @property
     def rational(self) -> Fraction | None:
-        """The number, if it is a rational one."""
+        """The value as a rational number; None if it is not rational."""
         if any(self.top.keys() - {()}) or any(self.bottom.keys() - {()}):
             return None
         return self.top.get((), Fraction(0)) / self.bottom[()]
 
     @property
     def is_constant(self) -> bool:
-        """Whether there is no variable in it; e is none."""
+        """Whether the value holds no variable; e and π do not count as variables here."""
         return not any(
             name not in _CONSTANTS and not name.startswith(_ROOT)
             for side in self
@@ -81,7 +81,7 @@ class Value(NamedTuple):
 
     @property
     def has_functions(self) -> bool:
-        """Whether a function or a power is taken whole in it: then other forms may be equal to it."""
+        """Whether a variable of the value stands for a function or power; another form may then be equal to it."""
         return any(name.startswith(_WHOLE) for side in self for term in side for name, _ in term)
 
 
@@ -110,7 +110,7 @@ def value(text: str) -> Value | None:
 
 
 def same(one: Value, other: Value) -> bool | None:
-    r"""Whether two values are equal; None if that is too expensive, or beyond this module, to find out.
+    r"""Whether two values are equal; None if this module cannot decide it within its budget.
 
     >>> same(value(r"2\sqrt{3}"), value(r"\sqrt{12}")), same(value("(x-1)(x+1)"), value("x^2+1"))
     (True, False)
@@ -128,7 +128,7 @@ def same(one: Value, other: Value) -> bool | None:
 
 
 def approximate(one: Value) -> Fraction | None:
-    r"""A real constant to 50 digits; None if it is no real constant, or holds a function.
+    r"""A real constant to 50 digits; None if the value is not a real constant, or holds a function.
 
     >>> float(approximate(value(r"\sqrt{2}")))
     1.4142135623730951
@@ -167,7 +167,7 @@ def constant(number: Fraction) -> Value:
 
 
 def same_equation(one: Value, other: Value) -> bool:
-    """Whether one = 0 says the same as other = 0: numerators that are multiples of each other, and not 0.
+    """Whether one = 0 and other = 0 are the same equation: the numerators are nonzero multiples of each other.
 
     >>> same_equation(value("2x-2y"), value("y-x")), same_equation(value("x-x"), value("y-y"))
     (True, False)
@@ -213,7 +213,7 @@ class _Work:
         if not other.top:
             raise _OutsideError
         rational = other.rational
-        if rational:  # the usual case: keep the lower polynomial 1
+        if rational:  # the usual case: keep the denominator 1
             return self.multiplied(one, _number(1 / rational))
         return self.multiplied(one, Value(other.bottom, other.top))
 
@@ -253,7 +253,7 @@ def _add_term(polynomial: Polynomial, term: Monomial, factor: Fraction) -> None:
 
 
 def _joined(one: Monomial, other: Monomial) -> tuple[int, Monomial]:
-    """The product of two monomials: what squares of roots leave, and the rest."""
+    """The product of two monomials: the integer factor from squared roots, and the remaining monomial."""
     if not one or not other:
         return 1, one or other
     powers, whole = dict(one), 1
@@ -276,7 +276,7 @@ def _negative(one: Value) -> Value:
 
 
 def _whole(name: str, *arguments: Value) -> Value:
-    """A function of values as a variable of its own, the same for equal polynomials."""
+    """The variable that stands for a function of values; equal polynomials give the same variable."""
     if any(argument.bottom != _ONE or len(argument.top) > 20 for argument in arguments):
         raise _OutsideError
     spelled = ";".join(repr(sorted(argument.top.items())) for argument in arguments)
@@ -284,7 +284,7 @@ def _whole(name: str, *arguments: Value) -> Value:
 
 
 def _root(square: Fraction) -> Value:
-    """The square root of a rational number; of a negative one i times its amount's."""
+    """The square root of a rational number; for a negative number, i times the root of its absolute value."""
     radicand = abs(square.numerator) * square.denominator
     if radicand > MAX_RADICAND:
         raise _OutsideError
@@ -428,7 +428,7 @@ class _Parser:
             return self._work.divided(top, self._argument())
         if name == "sqrt":
             if self._peek().kind == "number" and len(self._peek().text) > 1:
-                raise _OutsideError  # \sqrt12 is for LaTeX the root of 1
+                raise _OutsideError  # LaTeX reads \sqrt12 as the root of 1, times 2
             square = self._argument().rational
             if square is None:
                 raise _OutsideError
@@ -474,7 +474,7 @@ class _Parser:
         return self._work.power(_whole(name, argument), power)
 
     def _argument(self) -> Value:
-        """What is in the braces, or else the next digit or letter."""
+        """The expression in the braces, or the next digit or letter if there are no braces."""
         if self._peek() == _Token("mark", "{"):
             return self._base()
         token = self._next()
@@ -485,13 +485,13 @@ class _Parser:
         if len(token.text) > 1:
             before = self._tokens[self._at - 2]
             if before.text == "^":
-                raise _OutsideError  # 2^10 is for LaTeX 2^1 0
+                raise _OutsideError  # LaTeX reads 2^10 as 2^1 0
             self._at -= 1
             self._tokens[self._at] = _Token("number", token.text[1:])
         return _number(Fraction(int(token.text[0])))
 
     def _mixed(self, whole: Fraction) -> Value:
-        r"""A number; with the fraction after it, as in 3\frac{1}{2}, their sum."""
+        r"""A number, plus the fraction that follows it, as in 3\frac{1}{2}."""
         if self._peek() != _Token("command", "frac"):
             return _number(whole)
         start = self._at

@@ -25,7 +25,7 @@ _BARE = re.compile(r"[-+0-9.,() \[\]]+")
 
 
 class Box(NamedTuple):
-    """A rectangle; `label` is "" if it has none."""
+    """A rectangle in the gold's coordinates; `label` is "" if it has none."""
 
     x1: Fraction
     y1: Fraction
@@ -39,7 +39,7 @@ class Box(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A place; `label` is "" if it has none."""
+    """A point in the gold's coordinates; `label` is "" if it has none."""
 
     x: Fraction
     y: Fraction
@@ -47,12 +47,12 @@ class Point(NamedTuple):
 
 
 def read_boxes(text: str) -> list[Box]:
-    """The boxes that a text is; [] if it is anything else, or one of them is empty or inside out.
+    """The boxes that a text spells; [] if it spells anything else, or if a box is empty or has its corners swapped.
 
     >>> [len(read_boxes(text)) for text in ("[1,2,3,4]", "(1,2),(3,4)", "[[1,2,3,4],[5,6,7,8]]", "[3,2,1,4]")]
     [1, 1, 2, 0]
 
-    Raises JsonLimitError for what breaks a cap.
+    Raises JsonLimitError if the text breaks a cap.
     """
     value = _read(text)
     shapes = [_box(value)] if _is_box(value) else [_box(one) for one in _sequence(value)]
@@ -61,7 +61,7 @@ def read_boxes(text: str) -> list[Box]:
 
 
 def read_points(text: str) -> list[Point]:
-    """The points that a text is; [] if it is anything else. Raises JsonLimitError for what breaks a cap.
+    """The points that a text spells; [] if it spells anything else. Raises JsonLimitError if it breaks a cap.
 
     >>> [len(read_points(text)) for text in ("(1, 2)", '{"x": 1, "y": 2}', "[[1,2],[3,4]]", "[1,2,3]")]
     [1, 1, 2, 0]
@@ -87,14 +87,14 @@ def iou(one: Box, other: Box) -> Fraction:
 
 
 def boxes_match(gold: Sequence[Box], given: Sequence[Box], threshold: Fraction) -> bool:
-    """Whether there are as many boxes, and each gold one overlaps one of its own by the threshold or more."""
+    """Whether gold and given boxes pair one to one, each pair with an IoU of at least the threshold."""
     return len(gold) == len(given) and matches_all(
         len(gold), len(given), lambda want, give: _overlap(gold[want], given[give]) >= threshold
     )
 
 
 def overlap(gold: Sequence[Box], given: Sequence[Box]) -> Fraction:
-    """Mean IoU in [0, 1] of pairs, the best ones first; a box without partner counts as 0.
+    """Mean IoU in [0, 1] of pairs, matched greedily from the highest IoU; a box without a partner counts as 0.
 
     >>> box = Box(0, 0, 2, 2)
     >>> overlap([box], [box, Box(5, 5, 6, 6)])
@@ -115,7 +115,7 @@ def overlap(gold: Sequence[Box], given: Sequence[Box]) -> Fraction:
 
 
 def points_match(gold: Sequence[Point | Box], given: Sequence[Point], distance: Fraction) -> bool:
-    """Whether there are as many points, and each gold has one of its own: near the point, or in the box."""
+    """Whether gold and given points pair one to one: each given point is near its gold point or in its gold box."""
     return len(gold) == len(given) and matches_all(
         len(gold), len(given), lambda want, give: _hits(gold[want], given[give], distance)
     )
@@ -190,7 +190,7 @@ def _point(value: Any) -> Point | None:
 
 
 def _numbers(value: Any, count: int) -> list[Fraction]:
-    """So many coordinates; [] if it is anything else."""
+    """A list of `count` coordinates; [] if the value is anything else."""
     if not isinstance(value, list) or len(value) != count:
         return []
     fits = all(isinstance(one, Fraction) and abs(one) <= MAX_COORDINATE for one in value)

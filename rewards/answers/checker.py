@@ -1,8 +1,8 @@
 """Settles open comparisons in worker processes, so that no answer can hang, bloat or crash this process.
 
-math-verify's own timeouts are SIGALRM: useless off the main thread, deaf inside long C calls. Here a job that outlives
-its deadline costs its worker's life and nothing else (rewards.pool). Whatever is known is not computed again: outcomes
-are remembered, and equal questions asked at the same time are one.
+math-verify's own timeouts use SIGALRM, which fails off the main thread and inside long C calls. Here a job that
+exceeds its deadline loses its worker and nothing else (rewards.pool). Outcomes are cached, and equal questions asked
+at the same time are computed once.
 """
 
 import os
@@ -28,7 +28,7 @@ _NOT_SETTLED = (Outcome.TIMEOUT, Outcome.CRASHED)
 
 
 class _State:
-    """What one process has asked; a forked child begins with a fresh one."""
+    """The questions and outcomes of one process; a forked child starts with an empty state."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -37,14 +37,14 @@ class _State:
 
 
 class _Question:
-    """What has been asked and not answered, by one caller or by many at once."""
+    """A question that has no outcome yet; several callers may wait for it."""
 
     def __init__(self, result: Result, job: Job) -> None:
         self.result, self.job, self.askers = result, job, 1
 
 
 class MathChecker:
-    """Up to `workers` processes that settle comparisons; they start at the first open one.
+    """Up to `workers` processes that settle comparisons; they start at the first open comparison.
 
     Args:
         deadline_s: seconds that one comparison may take, from its start in a worker; a call ends at most 0.1 s later.
@@ -68,7 +68,7 @@ class MathChecker:
         weakref.finalize(self, self._pool.close)  # at the latest at the end of the program
 
     def settle(self, result: Result) -> Outcome:
-        """The outcome of a comparison. TIMEOUT and CRASHED say that it was not found out.
+        """The outcome of a comparison; TIMEOUT and CRASHED mean that it is unknown.
 
         Raises rewards.pool.PoolError if the processes do not start.
         """
@@ -81,8 +81,8 @@ class MathChecker:
     def compare_many(self, pairs: Iterable[tuple[str, str]], timeout_s: float | None = None) -> list[Outcome]:
         """How the (gold, answer) pairs compare, in order, with all workers busy. Raises as `settle`.
 
-        Pairs that no worker has begun within `timeout_s` are TIMEOUT. By default that is `queue_s` and the time in
-        which all of them could be hostile.
+        A pair that no worker has started within `timeout_s` ends as TIMEOUT. The default is `queue_s` plus the time
+        that the pairs take if every one of them runs to its deadline.
         """
         asked = [self._ask(decide(*pair)) for pair in pairs]
         if timeout_s is None:
@@ -90,11 +90,11 @@ class MathChecker:
         return self._settle(asked, timeout_s)
 
     def readable(self, gold: str) -> Outcome:
-        """EQUAL if the gold answer parses, else BAD_GOLD or what became of parsing it. Raises as `settle`."""
+        """EQUAL if the gold answer parses, else BAD_GOLD, TIMEOUT or CRASHED. Raises as `settle`."""
         return self.settle(readable(gold))
 
     def close(self) -> None:
-        """End the processes; the next question starts others."""
+        """End the processes; the next question starts new ones."""
         self._pool.close()
 
     @property
@@ -113,7 +113,7 @@ class MathChecker:
 
     @property
     def worker_pids(self) -> list[int]:
-        """Process ids of the workers there are."""
+        """Process ids of the running workers."""
         return self._pool.pids
 
     @property
@@ -121,7 +121,7 @@ class MathChecker:
         return self._states.setdefault(os.getpid(), _State())
 
     def _ask(self, result: Result) -> Outcome | _Question:
-        """The outcome if it is known, else the question, in a worker or on its way to one."""
+        """The outcome if it is known, else the question, which is submitted to a worker."""
         if isinstance(result, Outcome):
             return result
         state = self._state
@@ -141,7 +141,7 @@ class MathChecker:
         return question
 
     def _settle(self, asked: Sequence[Outcome | _Question], timeout_s: float) -> list[Outcome]:
-        """The outcomes; TIMEOUT for questions that are not begun in time."""
+        """The outcomes; TIMEOUT for a question that no worker starts in time."""
         questions = [one for one in asked if isinstance(one, _Question)]
         try:
             wait([question.job.future for question in questions], timeout_s)
@@ -159,7 +159,7 @@ class MathChecker:
         ]
 
     def _leave(self, question: _Question) -> None:
-        """Stop asking; what nobody asks any more is not begun."""
+        """Withdraw one caller; a question without callers is cancelled if no worker has started it."""
         state = self._state
         with state.lock:
             question.askers -= 1

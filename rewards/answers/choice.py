@@ -25,13 +25,13 @@ def options_of(choices: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
 
 
 def option_letter(text: str, options: Mapping[str, str]) -> str | None:
-    r"""The one option that the text names, by letter, by the option's text or by both; else None.
+    r"""The letter of the one option that the text names by letter, by text or by both; else None.
 
     >>> options = {"A": "red", "B": "blue"}
     >>> [option_letter(t, options) for t in ("b", "(B)", "Blue", "B. blue", "B. red", "A, B")]
     ['B', 'B', 'B', 'B', None, None]
 
-    Without options any single letter will do.
+    Without options, any single letter names an option.
     """
     words = _SAID.sub("", plain_text(text))
     letter = _LETTER.fullmatch(words)

@@ -1,4 +1,4 @@
-"""The kinds `set` and `list`: elements in any order or in theirs, each compared as mathematics."""
+"""The kinds `set` (elements in any order) and `list` (in the gold's order); elements are compared as mathematics."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ _ORDERED, _UNORDERED = ("()", "[]"), ("{}", "[]")
 
 
 def read(text: str, ordered: bool) -> list[str] | None:
-    r"""The elements of a list; None if its brackets say that their order is of the other kind.
+    r"""The elements of a text; None if its brackets belong to the other kind (a set's for `ordered`, and vice versa).
 
     >>> read(r"\{1, \frac{1}{2}\}", ordered=False), read('["a, b", 2]', ordered=True)
     (['1', '\\frac{1}{2}'], ['a, b', '2'])
@@ -32,7 +32,7 @@ def read(text: str, ordered: bool) -> list[str] | None:
 
 
 def _parts(text: str) -> tuple[str, list[str]]:
-    r"""Brackets and elements, without one name in front and with both signs of a \pm."""
+    r"""Brackets and elements; a leading name is dropped, and a \pm becomes two elements."""
     name, values = named(text)
     if name and len(values) == 1:
         text = values[0]

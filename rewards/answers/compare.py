@@ -1,9 +1,9 @@
 r"""Two values compared by their types.
 
-What the types
-cannot decide is left open for sympy (rewards.answers.outcome). The rules that go beyond math-verify
-(huggingface/Math-Verify 0.9) refuse what it credits too kindly: chained relations, anagrams of letters, other units,
-other bases, an ordered list against an unordered one, the question restated, a negligible term.
+If the types cannot decide, the comparison stays open for sympy (rewards.answers.outcome). Some rules are stricter
+than math-verify (huggingface/Math-Verify 0.9), which accepts wrong answers of these forms: chained relations, anagrams
+of letters, other units, other bases, an ordered list against an unordered one, the question restated, a negligible
+term.
 """
 
 import re
@@ -29,9 +29,9 @@ from rewards.answers.region import Interval, Region, as_region
 from rewards.answers.values import Answer, Chain, Collection, Matrix, Named, Relation, Term, Words, parse
 
 MAX_CHARS = 4000
-"""A longer text is compared as it stands."""
+"""Largest length of a text that is parsed; a longer text must equal the gold character by character."""
 MAX_UNORDERED = 64
-"""Elements of a list that are matched with each other. Longer lists must be written alike."""
+"""Most elements of a list that are matched with each other. Longer lists must be written alike."""
 _BASED = re.compile(r"\(?([0-9A-Za-z]+)\)? ?_ ?(?:\{ ?\(?([0-9]{1,2})\)? ?\}|([0-9]))")
 _FREE_SPACE = re.compile(r" (?![0-9])|(?<![0-9]) ")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
@@ -57,14 +57,14 @@ _COMMANDS = (
         )
     )
 )
-"""What an answer may use; beyond it only what its gold uses. A parser may skip what it does not know."""
+"""Symbols that any answer may use; others must occur in the gold, because a parser may skip unknown symbols."""
 _UNDONE = re.compile(
     r"\\(?:i{1,3}nt|oint|sum|prod|lim|limsup|liminf|sup|gcd|lcm|max|min|det|[bp]?mod)(?![A-Za-z])"
     r"|\\(?:operatorname|text)\{ ?(?:lim|gcd|lcm|max|min|det|mod|sum) ?\}|\\begin\{vmatrix\}"
     r"|(?<![A-Za-z\\])(?:gcd|lcm|max|min|mod|lim)(?![A-Za-z])"
     r"|\\frac\{(?:d|\\partial|\\text\{d\})[^{}]{0,20}\}\{(?:d|\\partial|\\text\{d\})"
 )
-"""What is still to be worked out."""
+"""Matches expressions that still have to be evaluated."""
 _ARITHMETIC = re.compile(
     r"(?<=[0-9)}\]!%])[-+*]|\\(?:times|cdot|div|lfloor|lceil|l?vert)(?![A-Za-z])|[0-9)}]\(|\||[0-9)] ?/ ?[0-9(].*/"
 )
@@ -95,10 +95,10 @@ def _as_tuples(gold: str) -> str:
 
 
 def _decimal_comma(gold: str, answer: str) -> Outcome | None:
-    """How two numbers compare of which one has a decimal comma; None if that is not so.
+    """How two numbers compare if one has a decimal comma; None if neither has.
 
-    In an answer a comma between digits is a decimal one if the gold is a number with a point, in a gold if three or
-    more digits follow a leading zero: 0,5 may be a list of two.
+    An answer's comma between digits is a decimal comma if the gold is a number with a point. A gold's comma is one if
+    three or more digits follow a leading zero, since 0,5 may be a list of two.
     """
     if "," not in gold + answer:
         return None
@@ -226,7 +226,7 @@ def _as_relation(one: Relation | Named) -> Relation:
 
 
 def _compare_chain(gold: Answer, given: Chain | Relation, question: str) -> Result:
-    """A chain is worth its last member, if that is worked out and every step to it is true."""
+    """Compare a chain's last member, if that member is evaluated and every step of the chain is true."""
     members = given.members if isinstance(given, Chain) else tuple(parse(member) for member in given.members)
     last = compare(gold, members[-1], question)
     if isinstance(last, Outcome) and last != Outcome.EQUAL:
@@ -244,7 +244,7 @@ def _compare_chain(gold: Answer, given: Chain | Relation, question: str) -> Resu
 
 
 def _step(one: Answer, other: Answer) -> Result:
-    """Whether two members of a chain are equal; here either may be an expression that is not worked out."""
+    """Whether two members of a chain are equal; here either may be an unevaluated expression."""
     if strange(one.text) or {found[1] for found in _COMMAND.finditer(one.text)} - _COMMANDS - _WORKED_OUT:
         return Outcome.DIFFERENT
     if isinstance(one, Term) and isinstance(other, Term):
@@ -254,7 +254,7 @@ def _step(one: Answer, other: Answer) -> Result:
 
 
 _WORKED_OUT = frozenset("int sum prod lim to gcd lcm max min det mod bmod pmod".split())
-"""Commands of expressions that a chain may work out."""
+"""Commands that the members of a chain may contain before its last one."""
 
 
 def _compare_terms(gold: str, given: str, question: str) -> Result:
@@ -290,7 +290,7 @@ def _compare_terms(gold: str, given: str, question: str) -> Result:
 
 
 def _without_nouns(gold: str, given: str, question: str, has_unit: bool) -> tuple[str, str, str]:
-    """Both without the nouns that they count; third "another" for another noun, "unknown" for an unexpected one."""
+    """Both texts without the nouns that they count, and "another" for a different noun or "unknown" for a new one."""
     (wanted, noun), (found, other) = split_noun(gold), split_noun(given)
     if noun and other:
         return wanted, found, "" if noun == other else "another"
@@ -304,7 +304,7 @@ def _without_nouns(gold: str, given: str, question: str, has_unit: bool) -> tupl
 
 
 def _compare_texts(gold: str, given: str) -> Outcome | None:
-    """How two texts compare of which one is words; None if neither is."""
+    """How two texts compare if either is words; None if neither is."""
     if not is_words(gold) and not is_words(given):
         return None
     based, other = _BASED.fullmatch(unwrapped(gold)), _BASED.fullmatch(unwrapped(given))
@@ -320,7 +320,7 @@ def _compare_texts(gold: str, given: str) -> Outcome | None:
 
 
 def _is_symbols(text: str) -> bool:
-    """Whether letters are symbols and not a word: of two letters, both of them capitals."""
+    """Whether letters are symbols and not a word; two letters are symbols if both are capitals."""
     bare = unwrapped(text)
     return len(bare) == 2 and bare.isupper() and bare.casefold() not in ("no", "ok")
 
@@ -330,13 +330,13 @@ def _in_base(found: re.Match[str]) -> tuple[str, int]:
 
 
 def _formula(text: str) -> str:
-    """A chemical formula without its typography; "" if the text is none."""
+    """A chemical formula without its typography; "" if the text is not a formula."""
     bare = unwrapped(text).replace("_", "").replace("{", "").replace("}", "")
     return bare if _FORMULA.fullmatch(bare) and any(map(str.isdigit, bare)) else ""
 
 
 def _unsuited(gold: str, given: str) -> Outcome | None:
-    """What keeps an answer from being compared as mathematics, whatever it is worth."""
+    """The outcome for an answer that must not be compared as mathematics; None if it may be."""
     if strange(given) or given.count("'") > gold.count("'") or "?" in given or ";" in given:
         return Outcome.UNPARSEABLE
     unknown = {found[1] for found in _COMMAND.finditer(given)} - _COMMANDS
@@ -352,7 +352,7 @@ def _unsuited(gold: str, given: str) -> Outcome | None:
 
 
 def _compare_values(gold: str, given: str) -> Outcome | None:
-    """How two expressions compare by exact algebra, or as a number and its rounded decimal; None if that is open."""
+    """How two expressions compare by exact algebra, or as a number and its rounded decimal; None if undecided."""
     wanted, found = exact_value(gold), exact_value(given)
     if wanted is None or found is None:
         return None
@@ -363,7 +363,7 @@ def _compare_values(gold: str, given: str) -> Outcome | None:
 
 
 def _one_decimal(gold: str, given: str) -> bool:
-    """Whether just one of two is a decimal number, and nothing but that."""
+    """Whether exactly one of two texts is a bare decimal number."""
     numbers = plain_number(gold), plain_number(given)
     return sum(number is not None and number.step is not None for number in numbers) == 1 and None in numbers
 
@@ -408,7 +408,7 @@ def _gap(left: str, right: str) -> Value | None:
 
 
 def _compare_regions(gold: Answer, given: Answer) -> Result | None:
-    """How two sets of numbers compare; None unless one of them is sure to be one."""
+    """How two sets of numbers compare; None unless one text can only be a set of numbers."""
     if not isinstance(gold, Region) and not isinstance(given, Region):
         return None
     wanted, found = as_region(gold.text), as_region(given.text)
@@ -438,7 +438,7 @@ def _compare_matrices(gold: Matrix, given: Matrix, question: str) -> Result:
 
 
 def _compare_collections(gold: Answer, given: Answer, question: str) -> Result:
-    """In order within parentheses and brackets, in any order within braces or none."""
+    """Compare in order within parentheses and brackets, in any order within braces or without brackets."""
     if not isinstance(gold, Collection) or not isinstance(given, Collection):
         return Outcome.DIFFERENT
     if gold.brackets and given.brackets and gold.brackets != given.brackets:
@@ -459,7 +459,7 @@ def _compare_collections(gold: Answer, given: Answer, question: str) -> Result:
 def compare_parts(
     gold: tuple[Answer, ...], given: tuple[Answer, ...], ordered: bool, question: str = ""
 ) -> Result:
-    """Elements in order, or one to one."""
+    """Compare elements in order, or match them one to one."""
     if len(gold) != len(given):
         return Outcome.DIFFERENT
     if ordered:

@@ -1,7 +1,7 @@
-"""Expressions compared by math-verify over sympy: what a worker process runs, and nothing else does.
+"""Expressions compared by math-verify over sympy. Only worker processes run this module.
 
 Source: math-verify 0.9 (huggingface/Math-Verify). It may hang, exhaust the memory or crash on a hostile answer. No
-expression is ever turned into text: sympy's printer can hang too.
+expression is ever printed as text, because sympy's printer can hang too.
 """
 
 import logging
@@ -41,7 +41,7 @@ WARM_UP = (
 
 
 def settled(result: Result) -> Outcome:
-    """The outcome of an open comparison. Raises MemoryError where the memory does not suffice."""
+    """The outcome of an open comparison. Raises MemoryError if the worker's memory does not suffice."""
     try:
         return settle(result, compare)
     except MemoryError:
@@ -67,13 +67,13 @@ def compare(gold: str, given: str | None) -> Outcome:
         return Outcome.EQUAL if rounded else Outcome.DIFFERENT
     if not verify([wanted], [found], timeout_seconds=None):
         return Outcome.DIFFERENT
-    # "50%" is equal to 50 as well as to 0.5, so its value says nothing here.
+    # math-verify makes "50%" equal to both 50 and 0.5, so its value decides nothing here.
     close = "%" in gold + given or _same_value(wanted, found)
     return Outcome.EQUAL if close else Outcome.DIFFERENT
 
 
 def _rounded(gold: str, given: str, wanted: Any, found: Any) -> bool | None:
-    """Whether a decimal is the other side rounded (rewards.answers.number); None if no side is a decimal alone."""
+    """Whether a decimal is the other side rounded (rewards.answers.number); None if neither side is a bare decimal."""
     from sympy import Expr, Float, Rational
 
     for decimal, exact in ((plain_number(given), wanted), (plain_number(gold), found)):
@@ -124,7 +124,7 @@ def _agree(gold: Any, given: Any, digits: int) -> bool:
 
 
 def _evaluated(one: Any, digits: int) -> Any:
-    """A constant to so many digits; what latex2sympy left to be done, as Mod(17, 5), is done."""
+    """A constant to `digits` digits; operations left by latex2sympy, such as Mod(17, 5), are evaluated."""
     from sympy import Float, Integer
 
     number = one.evalf(digits)
@@ -146,14 +146,14 @@ def _parse(text: str) -> Any:
         return found if real or not isinstance(found, Expr) else found.subs(Symbol("i", real=False), I)
     except MemoryError:
         raise
-    except Exception:  # antlr, sympy and mpmath raise whatever they stumble over: it is no mathematics
+    except Exception:  # antlr, sympy and mpmath raise many types; the text is not mathematics
         return None
 
 
 def warm_up() -> None:
     """Import the algebra and compare some pairs, in the process from which the workers are forked."""
     logging.disable(logging.WARNING)  # math-verify warns that its timeouts are off; the pool has its own
-    # Whatever is installed beside sympy: numbers of gmpy2 and flint abort the process where Python's raise.
+    # Numbers of gmpy2 and flint abort the process where Python's raise, so sympy and mpmath must not use them.
     os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")
     for pair in WARM_UP:
         compare(*pair)

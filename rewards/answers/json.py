@@ -22,15 +22,15 @@ _EXPONENT = re.compile(r"[eE][-+]?0*([0-9]+)")
 
 
 class JsonError(ValueError):
-    """A text is no JSON that we take."""
+    """A text is not JSON of the accepted form."""
 
 
 class JsonLimitError(JsonError):
-    """It is too deep, or a number in it too long."""
+    """The JSON is nested too deeply, or a number in it is too long."""
 
 
 def read_json(text: str) -> Any:
-    r"""The JSON value that a text is, perhaps fenced as code or with LaTeX's escapes; numbers are fractions.
+    r"""The JSON value of a text, which may be fenced as code or have LaTeX's escapes; numbers are fractions.
 
     >>> read_json(r'\{"a": [1, 2.50]\}')
     {'a': [Fraction(1, 1), Fraction(5, 2)]}
@@ -38,7 +38,7 @@ def read_json(text: str) -> Any:
     Traceback (most recent call last):
     rewards.answers.json.JsonError: the key 'a' is there twice
 
-    Raises JsonError, for what breaks a cap JsonLimitError.
+    Raises JsonError, and JsonLimitError if the text breaks a cap.
     """
     text = text.strip()
     fenced = _FENCE.fullmatch(text)
@@ -58,13 +58,13 @@ def read_json(text: str) -> Any:
 
 
 def json_equal(gold: Any, other: Any, close: Callable[[Fraction, Fraction], bool]) -> bool:
-    """Whether two values of `read_json` are equal: keys in any order, lists in theirs, text but for case and spaces.
+    """Whether two values of `read_json` are equal: keys in any order, lists in order, text up to case and spaces.
 
     >>> a, b = read_json('{"n": 1, "t": ["Red"]}'), read_json('{"t": ["red"], "n": 1.0}')
     >>> json_equal(a, b, lambda one, other: one == other)
     True
 
-    Text is never a number, nor true 1.
+    A text never equals a number, and true never equals 1.
     """
     if type(gold) is not type(other):
         return False
@@ -80,7 +80,7 @@ def json_equal(gold: Any, other: Any, close: Callable[[Fraction, Fraction], bool
 
 
 def texts(text: str) -> list[str] | None:
-    """Elements of a JSON list with a string in it, whose commas separate nothing; None for anything else."""
+    """Elements of a JSON list with a string in it, whose own commas do not separate; None for anything else."""
     if '"' not in text:
         return None
     try:

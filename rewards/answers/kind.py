@@ -1,4 +1,4 @@
-"""What a kind of answer is: how its gold is checked, and how an answer is compared with it."""
+"""The interface of a kind of answer: check the gold, and compare an answer with it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Limits(Protocol):
         """Whether a `box` earns its mean overlap."""
 
     def limit(self, name: str, example: Example) -> Fraction:
-        """The number of that name, from the row's meta or else from the reward."""
+        """The number of that name: the row's meta overrides the reward's parameter."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Kind:
     judge: Callable[[str, Example, Limits], Verdict]
     """The verdict on an answer whose gold has no problem."""
     capped: bool = True
-    """Whether gold and answer must keep the caps on length and digits."""
+    """Whether the caps on length and digits apply to gold and answer."""
 
     def gold_problem(self, example: Example) -> str:
         """What is wrong with a row's gold under this kind, with a remedy; "" if nothing is."""

@@ -1,12 +1,11 @@
-r"""LaTeX to sympy: latex2sympy's grammar and conversion, with predictions that are worked out once.
+r"""LaTeX to sympy: latex2sympy's grammar and conversion, with cached predictions.
 
-Source: latex2sympy2_extended 1.11 over antlr4 4.13. ANTLR remembers what it has worked out about a decision
-unless the decision depends on the rules it is in; with this grammar that is so at every power, and most of the
-time of parsing goes into working out the same again. `_Simulator` remembers those too. The result is ANTLR's
-own, for it depends on nothing but what the memory is keyed by: the decision, the stack of rules, the
-precedence (the grammar's only predicates) and the tokens looked at.
+Source: latex2sympy2_extended 1.11 over antlr4 4.13. ANTLR caches its prediction for a decision unless the prediction
+depends on the stack of rules. In this grammar it does at every power, and repeated predictions take most of the
+parsing time. `_Simulator` caches those too. The result equals ANTLR's, because a prediction depends only on the
+cache's key: the decision, the stack of rules, the precedence (the grammar's only predicates) and the tokens read.
 
-A number written in digits becomes sympy's without sympy's parser, which executes `from sympy import *` for it.
+A number written in digits is converted without sympy's parser, which executes `from sympy import *` each time.
 """
 
 import re
@@ -14,7 +13,7 @@ from functools import cache
 from typing import Any
 
 MAX_REMEMBERED = 1 << 16
-"""Decisions; a hostile text makes many that never come again."""
+"""Most cached decisions; a hostile text makes many that never recur."""
 _INTEGER = re.compile(r"[0-9]+")
 _DECIMAL = re.compile(r"[0-9]+\.[0-9]+")
 
@@ -30,7 +29,7 @@ def to_sympy(latex: str, real: bool) -> Any:
 
 @cache
 def _converter() -> Any:
-    """latex2sympy's converter with our simulator; made late, for its imports take a second."""
+    """latex2sympy's converter with our simulator; created at first use, because its imports take a second."""
     from antlr4.atn.ParserATNSimulator import ParserATNSimulator
     from antlr4.Parser import Parser
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy

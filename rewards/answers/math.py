@@ -14,12 +14,12 @@ from rewards.verdict import Verdict
 
 
 def restates(question: str, gold: str, answer: str) -> bool:
-    r"""Whether an answer is an expression of the question's that is left to be worked out.
+    r"""Whether an answer copies an expression that the question asks to evaluate.
 
     >>> restates(r"Expand $(x-1)(x+1)$.", "x^2-1", "(x-1)(x+1)"), restates("Factor x^2-1.", "x^2-1", "x^2-1")
     (True, False)
 
-    What the question offers, as in "which of x+1 and x-1 ...", its gold is part of as well.
+    An expression is an offered option, not a copy, if the gold also occurs in the question: "which of x+1 and x-1 ...".
     """
     asked, given = _dense(question), _dense(answer)
     if len(given) < 2 or given not in asked or _dense(gold) in asked:

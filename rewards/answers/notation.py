@@ -53,7 +53,7 @@ ARITHMETIC_WORDS = frozenset(
         "zero one two three four five six seven eight nine ten eleven twelve twenty"
     ).split()
 )
-"""Words that change a number. They are never a noun behind it."""
+"""Words that change a number. They are never the noun that it counts."""
 _COUNTED = re.compile(r"(?<=[0-9}).%]) ?(?:\\text\{ ?([A-Za-z][A-Za-z .-]*)\}|(?<= )([A-Za-z][A-Za-z .-]*))$")
 MAX_COUNTED_CHARS = 120
 
@@ -65,7 +65,7 @@ class Elements(NamedTuple):
     """Two characters, or "" for none."""
     parts: list[str]
     connectives: frozenset[str]
-    """Of ",", "and" and "or": what stands between the parts."""
+    """The separators that occur between the parts: ",", "and", "or"."""
 
 
 def joined(text: str) -> str:
@@ -77,7 +77,7 @@ def joined(text: str) -> str:
 
 @lru_cache(maxsize=8192)
 def elements(text: str) -> Elements:
-    r"""Brackets around a list, and what its commas and its "and" and "or" separate.
+    r"""Brackets around a list, its parts, and the separators between them (commas, "and", "or").
 
     >>> elements(r"\{1,2\}")[:2], elements("(1,f(2,3)]")[:2], elements(r"1 \text{ or } 2").connectives
     (('{}', ['1', '2']), ('(]', ['1', 'f(2,3)']), frozenset({'or'}))
@@ -126,7 +126,7 @@ def _encloses(text: str) -> bool:
 
 @lru_cache(maxsize=8192)
 def relation(text: str) -> tuple[list[str], list[str]]:
-    r"""Members of a chain of relations, and the signs between them in one spelling.
+    r"""Members of a chain of relations, and the signs between them, each in its canonical spelling.
 
     >>> relation(r"1\leq x<2"), relation(r"\sum_{k=1}^3 k = 6")
     ((['1', 'x', '2'], ['\\le', '<']), (['\\sum_{k=1}^3 k', '6'], ['=']))
@@ -148,7 +148,7 @@ def has_relation(text: str) -> bool:
 
 
 def is_name(text: str, values: list[str]) -> bool:
-    r"""Whether a text names what has the values: a designation whose symbol is absent from them.
+    r"""Whether a text is a name for the values: a designation whose symbol does not occur in them.
 
     >>> is_name("x", ["4"]), is_name("x", ["x^2+1"]), is_name(r"\pi", ["3"]), is_name("x^2", ["2"])
     (True, False, False, False)
@@ -170,13 +170,13 @@ def is_name(text: str, values: list[str]) -> bool:
 
 
 def names_in(text: str) -> list[str]:
-    """The names in a tuple of names; the name itself if it is no tuple."""
+    """The names in a tuple of names; the name itself if it is not a tuple."""
     return text[1:-1].split(",") if text.startswith("(") else [text]
 
 
 @lru_cache(maxsize=8192)
 def symbols_of(text: str) -> frozenset[str]:
-    r"""The letters, words and Greek letters of a text; of a function its own name alone.
+    r"""The letters, words and Greek letters of a text; for a function, its name alone.
 
     >>> sorted(symbols_of(r"2xy+\alpha")), sorted(symbols_of("f(x)"))
     (['\\alpha', 'x', 'y'], ['f'])
@@ -193,7 +193,7 @@ def symbols_of(text: str) -> frozenset[str]:
 
 
 def named(part: str) -> tuple[str, list[str]]:
-    """Name and values of one equation or chain of them; "" and the members if it has no name."""
+    """Name and values of an equation or chain of equations; "" and the members if it has no name."""
     members, signs = relation(part)
     if not signs or any(sign not in ("=", r"\in") for sign in signs) or r"\in" in signs[1:]:
         return "", [part]
@@ -211,7 +211,7 @@ def named(part: str) -> tuple[str, list[str]]:
 
 @lru_cache(maxsize=8192)
 def is_words(text: str) -> bool:
-    """Whether only the letters as they stand can be compared: words, numbers in another base, ratios, times.
+    """Whether a text must be compared letter by letter: words, numbers in another base, ratios, times.
 
     math-verify reads words as products of letters, where "elbow" is "below", and 101_2 as 101.
     """
@@ -225,12 +225,12 @@ def is_words(text: str) -> bool:
         if len(in_text.strip()) > 1:
             return True
         words = words or len(word) > 2 or (len(word) == 2 and word.isupper())
-    # 6xyz is a product of variables, xyz alone a word.
+    # 6xyz is a product of variables; xyz alone is a word.
     return words and (" " in text or not re.search(r"[0-9+*/^=]", text) or value(text) is None)
 
 
 def split_noun(text: str) -> tuple[str, str]:
-    r"""A number's text and the noun phrase behind it, in the singular; the text and "" if there is none.
+    r"""A number's text and the noun phrase after it, in the singular; the text and "" if there is no noun.
 
     >>> split_noun(r"3\text{ red apples}"), split_noun("10 less three"), split_noun("42")
     (('3', 'red apple'), ('10 less three', ''), ('42', ''))
@@ -246,7 +246,7 @@ def split_noun(text: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=4096)
 def speaks_of(question: str, phrase: str) -> bool:
-    """Whether a question holds a phrase of `split_noun`, word by word but for plurals.
+    """Whether a question contains a phrase of `split_noun`, word by word, in singular or plural.
 
     >>> speaks_of("How many red apples are there?", "red apple"), speaks_of("How many?", "apple")
     (True, False)

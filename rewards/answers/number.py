@@ -50,7 +50,7 @@ class Number(NamedTuple):
 
     @property
     def share(self) -> Fraction:
-        """The value; of a percentage the hundredth part."""
+        """The value; for a percentage, a hundredth of it."""
         return self.value / 100 if self.percent else self.value
 
     @property
@@ -59,7 +59,7 @@ class Number(NamedTuple):
         return len(str(abs(self.value) // self.step)) if self.step and self.value else 0
 
     def equals(self, other: "Number") -> bool:
-        """Whether two numbers are equal. A percent sign that only one of them has may be left out."""
+        """Whether two numbers are equal. If only one has a percent sign, the sign is ignored."""
         if self.percent == other.percent:
             return same_number(self, other)
         return same_number(self, other._replace(percent=False)) or same_number(
@@ -74,7 +74,7 @@ class Number(NamedTuple):
 
 
 def same_number(one: Number, other: Number) -> bool:
-    """Whether two numbers are the same, a percentage as its share, or one is the other rounded by the rule."""
+    """Whether two numbers are equal (percentages as shares), or one is the other rounded by the rule."""
     if one.share == other.share:
         return True
     return (one.rounds(other.share) and not _is_finite(other)) or (
@@ -83,7 +83,7 @@ def same_number(one: Number, other: Number) -> bool:
 
 
 def _is_finite(number: Number) -> bool:
-    """Whether a finite decimal equals it."""
+    """Whether some finite decimal equals the number."""
     rest = number.share.denominator
     for prime in (2, 5):
         while rest % prime == 0:
@@ -92,10 +92,10 @@ def _is_finite(number: Number) -> bool:
 
 
 def exact_number(text: str) -> Number | None:
-    r"""The number that the whole text is, exactly; None if it is anything else.
+    r"""The exact number that the whole text spells; None if it spells anything else.
 
-    Takes integers and decimals with thousands separators, a/b, \frac, mixed numbers, scientific notation, repeating
-    decimals, a percent sign, a degree sign, a currency sign, "million" and its like.
+    Reads integers and decimals with thousands separators, a/b, \frac, mixed numbers, scientific notation, repeating
+    decimals, a percent sign, a degree sign, a currency sign, and words such as "million".
 
     >>> [exact_number(n).value for n in ("-1,234.50", r"1\frac{1}{2}", r"3 \times 10^{2}", "2 million")]
     [Fraction(-2469, 2), Fraction(3, 2), Fraction(300, 1), Fraction(2000000, 1)]
@@ -108,7 +108,7 @@ def exact_number(text: str) -> Number | None:
 
 
 def plain_number(text: str) -> Number | None:
-    """As `exact_number`, of a text that is plain LaTeX already."""
+    """As `exact_number`, for a text that is already plain LaTeX."""
     if len(text) > 2 * MAX_DIGITS or not any(map(str.isdigit, text)) or not text.isprintable():
         return None
     whole = _TEXT.fullmatch(text)
@@ -138,7 +138,7 @@ def plain_number(text: str) -> Number | None:
 
 
 def comma_number(text: str) -> Number | None:
-    """A number with a decimal comma, as 0,5 or 3,14; None for anything else, as 1,000 and the list 3, 14."""
+    """A number with a decimal comma, such as 0,5 or 3,14; None for anything else, such as 1,000 or the list 3, 14."""
     plain = plain_latex(text) if re.search(r"[0-9],[0-9]", text) else ""
     return plain_number(plain.replace(",", ".")) if _COMMA_DECIMAL.fullmatch(plain) else None
 
@@ -190,7 +190,7 @@ def _repeating(text: str) -> Number | None:
 
 
 def _number_of(text: str, example: Example) -> Number | None:
-    """The number that a text is, without a name in front and without a noun that the row speaks of."""
+    """The number that a text spells, after a leading name and a noun from the question are dropped."""
     name, values = named(joined(text))
     bare = values[0] if len(values) == 1 else joined(text)
     number = plain_number(bare) or comma_number(text)
@@ -222,7 +222,7 @@ def _number(answer: str, example: Example, limits: Limits) -> Verdict:
         return unparseable(answer, "number")
     right = within(gold, given, example, limits)
     if gold.percent != given.percent and (gold.percent or _PERCENT_ASKED.search(example.question)):
-        # The row itself speaks of percent, so that a number with the sign and without it mean the same.
+        # The question asks for percent, so a number means the same with and without the sign.
         right = right or within(gold._replace(percent=True), given._replace(percent=True), example, limits)
     return decided(right, answer)
 

@@ -1,7 +1,7 @@
-"""What a comparison ends in, and the comparisons that only computer algebra can settle.
+"""Outcomes of comparisons, and open comparisons that only computer algebra can settle.
 
-A comparison by type returns an Outcome where the types decide, and otherwise an open formula: pairs of expressions
-under "all of them" and "one to one". A worker settles the formula; it repeats nothing that was decided before.
+A comparison by type returns an Outcome if the types decide. Otherwise it returns an open formula: pairs of expressions
+under "all of them" and "one to one". A worker settles the formula without repeating decided parts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,20 +10,20 @@ from typing import NamedTuple
 
 
 class Outcome(StrEnum):
-    """What the comparison of an answer with its gold ended in."""
+    """The outcome of comparing an answer with its gold."""
 
     EQUAL = "equal"
     DIFFERENT = "different"
     UNPARSEABLE = "unparseable"
-    """The answer is not of the kind that the gold is of."""
+    """The answer is not of the gold's kind."""
     BAD_GOLD = "bad_gold"
-    """The gold answer is not of its kind."""
+    """The gold answer is not of the kind that the row declares."""
     OVER_TIME = "over_time"
     """The answer used up its computing time. Honest answers do not."""
     OVER_MEMORY = "over_memory"
     """The answer used up the memory of a worker. Honest answers do not."""
     TIMEOUT = "timeout"
-    """Not settled in time, for a reason that is not the answer's."""
+    """Not settled in time, and not because of the answer."""
     CRASHED = "crashed"
     """Not settled: the worker died."""
 
@@ -42,7 +42,7 @@ class All(NamedTuple):
 
 
 class Matching(NamedTuple):
-    """Equal if each row has a column of its own with an equal cell. Axes: gold elements, given elements."""
+    """Equal if each row can be assigned a different column with an equal cell. Axes: gold elements, given elements."""
 
     rows: tuple[tuple["Open | Outcome", ...], ...]
 
@@ -64,7 +64,7 @@ def all_of(results: Iterable[Result]) -> Result:
 
 
 def one_to_one(gold: Sequence, given: Sequence, compare: Callable[..., Result]) -> Result:
-    """Whether each gold element equals a given one of its own. `compare` takes one of each.
+    """Whether gold and given elements pair one to one as equals. `compare` takes a gold and a given element.
 
     >>> one_to_one([1, 2], [2, 1], lambda one, two: Outcome.EQUAL if one == two else Outcome.DIFFERENT)
     <Outcome.EQUAL: 'equal'>
@@ -107,7 +107,7 @@ def settle(result: Result, decide: Decide) -> Outcome:
 
 
 def matches_all(wanted: int, given: int, fits: Callable[[int, int], bool]) -> bool:
-    """Whether the wanted things, by number, fit given ones of their own. Exact, by augmenting paths.
+    """Whether each wanted index can be assigned a different given index that fits. Exact, by augmenting paths.
 
     >>> matches_all(2, 2, lambda want, give: (want, give) in {(0, 0), (0, 1), (1, 0)})
     True
@@ -123,7 +123,7 @@ def matches_all(wanted: int, given: int, fits: Callable[[int, int], bool]) -> bo
         return known[want, give]
 
     def place(want: int, tried: set[int]) -> bool:
-        # The same place first: an answer in the gold's order costs one comparison an element.
+        # The same position first: an answer in the gold's order costs one comparison per element.
         for give in sorted(range(given), key=lambda other: other != want):
             if give not in tried and edge(want, give):
                 tried.add(give)

@@ -1,4 +1,4 @@
-r"""Answers in plain form: text without its looks, and LaTeX without its typography."""
+r"""Answers in plain form: text without formatting, and LaTeX without typography."""
 
 import re
 import unicodedata
@@ -34,9 +34,9 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _ROOT_OF_NUMBER = re.compile(r"√\s?([0-9]+)")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff\ufe0e\ufe0f]")
-"""Soft hyphen, zero-width spaces and joiners, direction marks, variation selectors: a reader sees nothing."""
+"""Invisible characters: soft hyphen, zero-width spaces and joiners, direction marks, variation selectors."""
 _READ_AS = ("<wide>", "<narrow>", "<font>", "<compat>", "<noBreak>")
-"""Unicode's kinds of letters that are other letters in another font; not superscripts, circles or fractions."""
+"""Unicode's compatibility kinds for letters in another font; superscripts, circles and fractions are excluded."""
 _TYPOGRAPHY = re.compile(
     r"(?P<keep>\\\\)|\\(?:left|right|[bB]ig+[lr]?|displaystyle|textstyle|limits|quad|qquad)(?![A-Za-z])|\\[ ,;:>]|~|\$"
     r"|(?P<dollar>\\\$)|(?P<degree>\^ ?\{? ?\\circ ?\}?|\\degree(?![A-Za-z])|\{\^ ?\\circ ?\})"
@@ -58,12 +58,12 @@ _WRAPPED = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt|up)?|mathrm|mathbf|mathit|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*+)\}"
 )
 _SPACE = re.compile(r"\s+")
-# Spaces but for those between two letters or digits, and the one that tells "100, 200" from 100,200.
+# All spaces except those between two letters or digits, and the one that distinguishes "100, 200" from 100,200.
 _LOOSE_SPACE = re.compile(r"(?<![A-Za-z0-9])(?<![0-9],) | (?![A-Za-z0-9])|(?<=[0-9],) (?![0-9]{3}(?![0-9]))")
 
 
 def cleaned(text: str) -> str:
-    r"""The text as a reader sees it: no invisible characters, letters and digits of other fonts and widths as usual.
+    r"""The text as a reader sees it: no invisible characters; letters and digits in the usual font and width.
 
     >>> cleaned("４\u200b２ = 𝟒𝟐 = ٤٢"), cleaned("x²")
     ('42 = 42 = 42', 'x²')
@@ -88,7 +88,7 @@ def _usual(letter: str) -> str:
 
 
 def strange(text: str) -> bool:
-    r"""Whether a text holds what no mathematical answer does: control and override characters, marks, symbols.
+    r"""Whether a text holds characters that mathematical answers never contain: controls, overrides, marks, symbols.
 
     >>> strange("\u202e24"), strange("4\u03382"), strange("42 ☺"), strange("42€ é 度")
     (True, True, True, False)
@@ -118,12 +118,12 @@ def unwrapped(text: str) -> str:
 
 
 def plain_latex(text: str) -> str:
-    r"""LaTeX without what only changes its looks; two answers equal in this form are equal.
+    r"""LaTeX without commands that change only its appearance; two answers equal in this form are equal.
 
     >>> plain_latex(r"$\left( \dfrac{1}{2} ,\, 3 \right)$."), plain_latex(r"x² = 90^{\circ}")
     ('(\\frac{1}{2},3)', 'x^2=90°')
 
-    A dollar sign that is money stays.
+    A dollar sign that means money stays.
     """
     text = cleaned(text)
     if not text.isascii():

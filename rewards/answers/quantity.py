@@ -1,6 +1,6 @@
 r"""Numbers with units: 1.5 km is 1500 m; 5 cm is neither 5 km nor 5 cm^2. The kind `quantity`.
 
-pint knows how large a unit is, exactly, and what it measures. Which spellings are units is listed here: pint alone
+pint knows the exact size and the dimension of a unit. This module lists the accepted spellings, because pint alone
 takes 219 of 3,364 words of technical English for units ("chain", "link", "has", "exact", "fifths"). A word that is not
 listed is never a unit.
 """
@@ -27,7 +27,7 @@ class Unit(NamedTuple):
     dimension: tuple[tuple[str, int], ...]
     """Base units with their exponents, sorted."""
     factor: Fraction = Fraction(1)
-    """So many of the base units, times π to the power `pi`."""
+    """Size in base units, to be multiplied by π to the power `pi`."""
     offset: Fraction = Fraction(0)
     """Zero of the scale in base units: 273.15 for degrees Celsius."""
     pi: int = 0
@@ -45,14 +45,14 @@ _PREFIXES = {
     "p": "pico", "n": "nano", "u": "micro", "μ": "micro", "m": "milli", "c": "centi", "d": "deci", "h": "hecto",
     "k": "kilo", "M": "mega", "G": "giga", "T": "tera",
 }  # fmt: skip
-_SYMBOLS = {  # these take the prefixes above; names are pint's
+_SYMBOLS = {  # these accept the prefixes above; names are pint's
     "m": "meter", "g": "gram", "s": "second", "A": "ampere", "K": "kelvin", "mol": "mole", "cd": "candela",
     "Hz": "hertz", "N": "newton", "Pa": "pascal", "J": "joule", "W": "watt", "C": "coulomb", "V": "volt", "F": "farad",
     "Ω": "ohm", "S": "siemens", "Wb": "weber", "T": "tesla", "H": "henry", "L": "liter", "l": "liter",
     "eV": "electron_volt", "bar": "bar", "cal": "calorie", "Wh": "watt_hour", "B": "byte", "bit": "bit",
     "t": "metric_ton",
 }  # fmt: skip
-_NAMES = {  # these take the prefixes' names
+_NAMES = {  # these accept the prefixes' names
     **{name: name for name in (
         "meter gram second ampere kelvin mole candela hertz newton pascal joule watt coulomb volt farad ohm siemens "
         "weber tesla henry liter calorie byte bit bar"
@@ -60,7 +60,7 @@ _NAMES = {  # these take the prefixes' names
     "metre": "meter", "gramme": "gram", "sec": "second", "amp": "ampere", "litre": "liter", "siemen": "siemens",
     "electronvolt": "electron_volt", "tonne": "metric_ton",
 }  # fmt: skip
-_PLAIN = {  # these take no prefix
+_PLAIN = {  # these accept no prefix
     **{name: name for name in (
         "minute hour day week foot yard mile micron angstrom acre hectare gallon quart pint cup tablespoon teaspoon "
         "pound ounce stone ton knot atmosphere psi lbf hp cc mph kph floz mmHg atm light_year dyne erg gauss"
@@ -73,7 +73,7 @@ _PLAIN = {  # these take no prefix
     "lightyear": "light_year", "dyn": "dyne", "G": "gauss",
 }  # fmt: skip
 _OWN: dict[str, Unit] = {}
-for _base, _words in {  # what pint has no dimension for, or another size
+for _base, _words in {  # units for which pint has no dimension, or a different size
     "deg": {"° degree deg": "1", "arcmin": "1/60", "arcsec": "1/3600", "revolution rev": "360"},
     "usd": {"$ usd dollar": "1", "cent ¢": "1/100"}, "eur": {"€ eur euro": "1"}, "gbp": {"£ gbp": "1"},
     "jpy": {"¥ jpy yen": "1"}, "month": {"month": "1", "year yr": "12", "decade": "120", "century": "1200"},
@@ -88,7 +88,7 @@ _SCALES: dict[str, tuple[Fraction, Fraction]] = {  # kelvin = number * factor + 
     "°F": (Fraction(5, 9), Fraction(45967, 180)), "fahrenheit": (Fraction(5, 9), Fraction(45967, 180)),
 }  # fmt: skip
 _NO_PLURALS = frozenset(("has", "ins"))
-"""Words that would be plurals of symbols."""
+"""Words that would otherwise be read as plurals of symbols."""
 _CLOCK = frozenset(("am", "pm", "a.m", "p.m"))
 _BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
@@ -115,7 +115,7 @@ _ANOTHER_NUMBER = re.compile(r"(?<=[A-Za-z}]) ?(?=[0-9])")
 
 
 def read(text: str) -> Quantity | None:
-    r"""A number with its unit, or parts of it that add up; None if the text is no quantity.
+    r"""A number with its unit, or a sum of such parts (5 ft 6 in); None if the text is not a quantity.
 
     >>> [format(read(text).unit.factor) for text in (r"1.5\text{ km}", "5 miles", "3 m/s^2", r"2\,\mathrm{cm}^{2}")]
     ['1000', '201168/125', '1', '1/10000']
@@ -129,7 +129,7 @@ def read(text: str) -> Quantity | None:
 def equal(gold: Quantity, other: Quantity, tolerance: Fraction, relative: Fraction) -> bool:
     """Whether two quantities are equal, within a tolerance in the gold's unit or a share of the gold.
 
-    A gold without unit leaves the unit open; a unit or a noun that the gold has is needed.
+    If the gold has a unit or a noun, the other quantity must have one too. If it has none, any unit is accepted.
     """
     if gold.noun or other.noun:
         return gold.noun == other.noun and close(gold.number, other.number, tolerance, relative)
@@ -152,7 +152,7 @@ def close(gold: Value, other: Value, tolerance: Fraction, relative: Fraction) ->
 
 
 def same_unit_value(gold: str, gold_unit: Unit, other: str, unit: Unit) -> bool | None:
-    """Whether two numbers with units of one dimension are equal; None if algebra does not tell."""
+    """Whether two numbers with units of one dimension are equal; None if algebra cannot decide."""
     wanted, given = _constant(gold), _constant(other)
     if wanted is None or given is None:
         return None
@@ -190,7 +190,7 @@ def split(text: str, loose: bool = False) -> tuple[str, Unit | None]:
 
 
 def _surely(rest: str) -> bool:
-    """Whether bare letters behind a number are a unit and not variables."""
+    """Whether bare letters after a number can only be a unit, and not variables."""
     word = re.match(r"[A-Za-zμΩÅ¢]+", rest.lstrip())
     return word is not None and (len(word[0]) > 1 or (rest.startswith(" ") and "/" in rest))
 
@@ -254,7 +254,7 @@ def _sum_of(text: str) -> Quantity | None:
 
 
 def exact_value(text: str) -> Value | None:
-    """The value of plain LaTeX, a plain number (a percentage as its share) or an expression; None if neither."""
+    """The value of plain LaTeX: of a number (a percentage as its share) or of an expression; None if it is neither."""
     number = plain_number(text)
     return constant(number.share) if number else value(text)
 
@@ -265,7 +265,7 @@ def _constant(text: str) -> Value | None:
 
 
 def converted(number: Value, unit: Unit, to: Unit) -> Value | None:
-    """A number in one unit as a number in another of the same dimension."""
+    """A number in one unit, converted to another unit of the same dimension."""
     if unit.offset or to.offset:
         rational = number.rational
         return (
@@ -277,9 +277,9 @@ def converted(number: Value, unit: Unit, to: Unit) -> Value | None:
 
 
 class _Units:
-    """Reads a product of units: a term is a word and perhaps its power; a slash divides by the one next term.
+    """Reads a product of units: a term is a word with an optional power; a slash divides by the next term only.
 
-    Behind a slash a dot multiplies below, as in J/mol·K; a mere space may mean either, and is refused.
+    After a slash, a dot multiplies in the denominator, as in J/mol·K. A bare space there is ambiguous and is refused.
     """
 
     def __init__(self, text: str) -> None:
@@ -359,7 +359,7 @@ def _times(one: Unit, other: Unit, power: int) -> Unit:
 
 @lru_cache(maxsize=4096)
 def _word(word: str) -> Unit | None:
-    """The unit that one word or symbol is; None if it is not listed."""
+    """The unit that a word or symbol spells; None if it is not listed."""
     lower = word.lower()
     singular = lower.removesuffix("s") if len(lower) > 2 and lower not in _NO_PLURALS else lower
     if word in _SCALES:
@@ -385,7 +385,7 @@ def _word(word: str) -> Unit | None:
 
 @cache
 def _registry() -> Any:
-    """pint's registry with exact fractions; made late, for it takes 0.4 s."""
+    """pint's registry with exact fractions; created at first use, because that takes 0.4 s."""
     import pint
 
     return pint.UnitRegistry(non_int_type=Fraction, cache_folder=None)

@@ -1,8 +1,8 @@
 r"""Sets of real numbers: intervals, unions of them, and inequalities in one variable.
 
-A region is kept as disjoint intervals in order wherever its ends can be put in order, so that `x>2 and x<5` is
-`2<x<5`. "and" intersects and "or" unites. A comma between inequalities says either: it is read as "and" unless nothing
-would be left.
+A region is stored as disjoint intervals in order if its ends can be ordered, so that `x>2 and x<5` is `2<x<5`. "and"
+intersects and "or" unites. A comma between inequalities may mean either: it is read as "and" unless the intersection
+is empty.
 """
 
 import re
@@ -41,18 +41,18 @@ class Interval(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A union of intervals, of a variable if it is written with one."""
+    """A union of intervals, with the name of the variable if the text has one."""
 
     text: str
     name: str
     pieces: tuple[Interval, ...]
     connective: str = ""
-    """Empty for disjoint intervals in order; else "and", "or" or ",", where the ends have no known order."""
+    """Empty if the intervals are disjoint and in order; "and", "or" or "," if the order of the ends is unknown."""
 
 
 @lru_cache(maxsize=4096)
 def region(text: str) -> Region | None:
-    r"""The region that plain LaTeX says with inequalities, a union or the set of all numbers; None if it says none.
+    r"""The region that plain LaTeX writes as inequalities, a union or the set of all numbers; None for other texts.
 
     >>> region("x>2 and x<5").pieces, region(r"(1,2]\cup(3,4)").pieces[1].low, region("(1,2)")
     ((Interval(low='2', high='5', closed=(False, False)),), '3', None)
@@ -75,7 +75,7 @@ def region(text: str) -> Region | None:
 
 
 def as_region(text: str) -> Region | None:
-    """As `region`, but a lone interval is one as well."""
+    """As `region`, but a single interval counts as a region as well."""
     name, rest = _membership(text)
     piece = _interval(rest)
     return Region(text, name, (piece,)) if piece else region(text)
@@ -146,7 +146,7 @@ def _infinite(text: str) -> str:
 
 
 def _ordered(text: str, name: str, pieces: list[Interval], connective: str) -> Region:
-    """The pieces joined, where the order of all ends is known."""
+    """The pieces joined, if the order of all ends is known."""
     sized = [(_size(piece.low), _size(piece.high)) for piece in pieces]
     if any(low is None or high is None for low, high in sized):
         return Region(text, name, tuple(pieces), connective if len(pieces) > 1 else "")
@@ -158,7 +158,7 @@ def _ordered(text: str, name: str, pieces: list[Interval], connective: str) -> R
 
 
 def _intersection(pieces: list[Interval]) -> Interval | None:
-    """What all pieces hold; None if that is nothing."""
+    """The intersection of all pieces; None if it is empty."""
     lowest = max(pieces, key=lambda piece: (_known(piece.low), not piece.closed[0]))
     highest = min(pieces, key=lambda piece: (_known(piece.high), piece.closed[1]))
     found = Interval(lowest.low, highest.high, (lowest.closed[0], highest.closed[1]))
@@ -167,7 +167,7 @@ def _intersection(pieces: list[Interval]) -> Interval | None:
 
 
 def _united(pieces: list[Interval]) -> list[Interval]:
-    """Disjoint intervals in order; two that touch in a point of either are one."""
+    """Disjoint intervals in order; two that meet in a point that either contains become one."""
     united: list[Interval] = []
     for piece in sorted(pieces, key=lambda piece: (_known(piece.low), not piece.closed[0])):
         if not united:
@@ -184,7 +184,7 @@ def _united(pieces: list[Interval]) -> list[Interval]:
 
 
 def _size(end: str) -> Fraction | None:
-    """An end as a number, for its place in the order; None if it is not known."""
+    """An end as a number, to order it among others; None if its value is unknown."""
     if end in (r"\infty", r"-\infty"):
         return _HIGH if end == r"\infty" else _LOW
     exact = exact_value(end)

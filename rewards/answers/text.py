@@ -1,4 +1,4 @@
-"""The kind `exact`: the same text but for case, spaces and a full stop."""
+"""The kind `exact`: the same text up to case, spaces and a full stop."""
 
 from rewards.answers.kind import Kind, Limits, decided
 from rewards.answers.plain import plain_text

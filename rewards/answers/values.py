@@ -1,4 +1,4 @@
-r"""The values that an answer may be, and how a text is read into one.
+r"""The types of value that an answer may have, and the parser from text to value.
 
 | value | written as | is equal to |
 |---|---|---|
@@ -40,7 +40,7 @@ class Words(NamedTuple):
 
 
 class Named(NamedTuple):
-    """A value with the name of what it is the value of."""
+    """A value with its name, as in x = 4."""
 
     text: str
     name: str
@@ -48,14 +48,14 @@ class Named(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Values that are said to be equal, from left to right."""
+    """Values that the text states to be equal, from left to right."""
 
     text: str
     members: tuple["Answer", ...]
 
 
 class Relation(NamedTuple):
-    """Members and the signs between them."""
+    """Members of a relation and the signs between them."""
 
     text: str
     members: tuple[str, ...]
@@ -83,7 +83,7 @@ Answer = Term | Words | Named | Chain | Relation | Collection | Matrix | Region
 
 @lru_cache(maxsize=8192)
 def parse(text: str, depth: int = 0) -> Answer:
-    r"""The value that a text in `notation.joined` form says. It never fails: the last resort is a Term.
+    r"""The value of a text in `notation.joined` form. It never fails: a text of no other type is a Term.
 
     >>> [type(parse(text)).__name__ for text in ("x = 4", "(1,2)", "1<x<2", "dark blue", "x^2")]
     ['Named', 'Collection', 'Region', 'Words', 'Term']
@@ -96,7 +96,7 @@ def parse(text: str, depth: int = 0) -> Answer:
         return matrix
     if depth >= MAX_DEPTH:
         return Term(text)
-    # First: the comma of 1,000 separates nothing.
+    # Numbers come first, because the comma of 1,000 is not a separator.
     if plain_number(text) or (text.count("=") == 1 and plain_number(text.partition("=")[2])):
         return _related(text, depth)
     listed = elements(text)

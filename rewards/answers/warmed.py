@@ -1,4 +1,4 @@
-"""What the server of the workers preloads before it forks them: the algebra, warmed up. Elsewhere it does nothing."""
+"""The workers' fork server preloads this module to warm up the algebra. In any other process it does nothing."""
 
 import os
 
@@ -13,4 +13,4 @@ if os.environ.get(SERVER_VARIABLE):
 
     warm_up()
     gc.collect()
-    gc.freeze()  # collections in the workers leave these pages alone, and so shared
+    gc.freeze()  # garbage collection in the workers then does not touch these pages, so they stay shared

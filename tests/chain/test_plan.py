@@ -72,7 +72,7 @@ def test_the_soup_names_its_variants(toy):
     )
     recipe, plans = planned(toy, soup)
     assert plans[2].parent == "basic_sft"
-    assert "2 more runs of basic_sft's phase only (learning rate: same, 0.1), uniform merge of 3" in text(
+    assert "2 further runs of basic_sft's phase only (learning rate: same, 0.1), uniform merge of 3" in text(
         recipe, plans
     )
 
@@ -119,7 +119,7 @@ def test_a_reward_of_another_library_is_looked_for_behind_its_prefix(toy, tmp_pa
         recipe = load_recipe(toy.recipe_dir, [f"rlvr.rewards.0.use={use}"])
         check(recipe)
         assert recipe.rlvr.rewards[0].use == use
-    with pytest.raises(ConfigError, match=r"'verl:gone.py:compute_score': no such module or file"):
+    with pytest.raises(ConfigError, match=r"'verl:gone.py:compute_score': there is no such module or file"):
         check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=verl:gone.py:compute_score"]))
 
 
@@ -157,9 +157,11 @@ def test_a_reward_that_cannot_be_loaded_is_refused_before_anything_runs(toy, tmp
 
 def test_missing_sets_are_an_error_unless_they_may_be_missing(toy):
     recipe = load_recipe(toy.recipe_dir, ["data.sets.more=nowhere.parquet"])
-    with pytest.raises(ConfigError, match=r"data\.sets\.more = 'nowhere\.parquet': no such file"):
+    with pytest.raises(ConfigError, match=r"data\.sets\.more = 'nowhere\.parquet': there is no such file"):
         check(recipe)
-    assert check(recipe, allow_missing=True) == ["data.sets.more = 'nowhere.parquet': no such file or folder"]
+    assert check(recipe, allow_missing=True) == [
+        "data.sets.more = 'nowhere.parquet': there is no such file or folder"
+    ]
 
 
 @pytest.mark.parametrize(

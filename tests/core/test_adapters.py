@@ -101,7 +101,7 @@ def test_what_vllm_cannot_serve_is_refused_with_the_reason_and_the_remedy(adapte
 def test_lora_on_a_mixture_of_experts_is_refused_on_a_cpu_alone(adapters, cores):
     from core.checkpoint.adapters import AdapterError, check_servable
 
-    with pytest.raises(AdapterError, match="which its CPU build has not"):
+    with pytest.raises(AdapterError, match="which its CPU build lacks"):
         check_servable(adapters["experts"], cores["moe"], "cpu")
     check_servable(adapters["experts"], cores["moe"], "gpu")
 
@@ -116,7 +116,7 @@ def test_an_adapter_of_another_core_is_not_served(adapters, cores):
 def test_variants_of_lora_are_refused(adapters):
     from core.checkpoint.adapters import AdapterError, read_adapter
 
-    with pytest.raises(AdapterError, match="use_dora=True: a variant of LoRA that is not supported"):
+    with pytest.raises(AdapterError, match="use_dora=True: this variant of LoRA is not supported"):
         read_adapter(adapters["dora"])
 
 
@@ -143,7 +143,7 @@ def test_a_pickled_adapter_is_not_read(adapters, tmp_path):
     ("pool", "reason"),
     [
         ({"engine": "hf"}, r"servers\.engine=hf"),
-        ({"urls": ["http://127.0.0.1:1"]}, r"servers\.urls names servers that run already"),
+        ({"urls": ["http://127.0.0.1:1"]}, r"servers\.urls names running servers"),
     ],
 )
 def test_a_rollout_server_that_takes_no_adapter_says_so(adapters, cores, pool, reason):

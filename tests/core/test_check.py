@@ -190,7 +190,7 @@ def test_an_attention_kernel_by_its_name_on_the_hub_is_refused(folder, tmp_path,
 
 def test_an_adapter_in_a_cores_folder_which_would_load_another_core_is_refused(folder, tmp_path):
     edit(folder / "adapter_config.json", peft_type="LORA", base_model_name_or_path="someone/else")
-    refused_by_every_load(folder, r"adapter_config.json: a core with it loads another", tmp_path)
+    refused_by_every_load(folder, r"adapter_config.json: with this file transformers loads another", tmp_path)
 
 
 def test_the_same_core_without_any_of_it_passes(folder):

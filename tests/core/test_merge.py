@@ -120,7 +120,8 @@ def test_an_adapter_of_another_core_is_refused_with_what_does_not_fit(cores, tmp
     adapter = train_none(cores["dense"], tmp_path / "adapter")
     wide = build(tmp_path / "wide", text_mlp=64)
     with pytest.raises(
-        AdapterError, match=r"mlp\.up_proj: for a layer of shape \(32, 32\), the core's is \(64, 32\)"
+        AdapterError,
+        match=r"mlp\.up_proj: made for a layer of shape \(32, 32\); the core's layer has \(64, 32\)",
     ):
         merge_adapter(adapter, tmp_path / "merged", core=wide)
     shallow = build(tmp_path / "shallow", text_layers=1)
@@ -172,6 +173,6 @@ def test_a_folder_that_is_there_and_a_core_that_is_not_are_refused(cores, tmp_pa
         json.dumps(config | {"base_model_name_or_path": "some/model"})
     )
     with pytest.raises(
-        AdapterError, match=r"names its core as 'some/model', where there is no folder.*--core"
+        AdapterError, match=r"names its core as 'some/model', but no such folder exists.*--core"
     ):
         merge_adapter(adapter, tmp_path / "merged")

@@ -164,7 +164,7 @@ def test_no_program_is_started_for_a_format(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
-    with pytest.raises(ValueError, match="in no format that is read: PNG, JPEG"):
+    with pytest.raises(ValueError, match="its format is not one of PNG, JPEG"):
         Picture(eps).rgb()
 
 
@@ -260,5 +260,5 @@ def test_vllm_refuses_what_the_learner_refuses() -> None:
     from core.model.vllm_plugin import _decode_pictures_as_the_learner_does
 
     _decode_pictures_as_the_learner_does()
-    with pytest.raises(ValueError, match=r"Failed to load image: .*in no format that is read"):
+    with pytest.raises(ValueError, match=r"Failed to load image: .*its format is not one of"):
         ImageMediaIO().load_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")

@@ -65,7 +65,7 @@ TIES = {
         False,
         True,
         False,
-        "False as llm_config says; the top of config.json says True",
+        "False from llm_config is used; the top level of config.json has True",
     ),
 }
 
@@ -109,9 +109,9 @@ def test_images_follow_the_preprocessor_then_the_configuration_then_a_guess_that
     assert images.size["height"] == 56
     text = done.text()
     assert "1 to 6 tiles of 56 px, 4 tokens each, without a thumbnail" in text
-    assert "max_dynamic_patch: 6 as preprocessor_config.json says; config.json says 12" in text
+    assert "max_dynamic_patch: 6 from preprocessor_config.json is used; config.json has 12" in text
     assert "dynamic_image_size=True, image_std=[0.229, 0.224, 0.225] is assumed" in text
-    assert "preprocessor_config.json says image_size=448; tiles are 56 px" in text
+    assert "preprocessor_config.json has image_size=448; tiles are 56 px" in text
     assert "keys that are not used: pad_input" in text
 
 
@@ -198,8 +198,8 @@ def test_files_beside_the_weights_travel_along_and_others_are_named(tmp_path: Pa
     (there / "model.onnx").write_bytes(b"")
     (there / ".gitattributes").write_text("")
     done = import_released(there, tmp_path / "native")
-    assert "not carried along: assets/, model.onnx" in done.notes
-    assert any("no licence file is shipped" in note for note in done.notes)
+    assert "files that are not copied: assets/, model.onnx" in done.notes
+    assert any("the release has no licence file" in note for note in done.notes)
     carried = {path.name for path in (tmp_path / "native" / "released").iterdir()}
     assert carried >= {"modeling_sailvl.py", "README.md", "tokenizer.json"}
     assert not {"model.onnx", ".gitattributes", "assets"} & carried

@@ -180,7 +180,7 @@ def test_links_that_lead_out_of_the_folder_are_refused_and_those_of_the_hub_cach
     (there / "NOTICE").unlink()
     (there / "model.safetensors").rename(tmp_path / "weights")
     (there / "model.safetensors").symlink_to(tmp_path / "weights")
-    refused(there, "outside the checkpoint; replace it by the file if you trust it")
+    refused(there, "outside the checkpoint; replace the link by the file if you trust it")
     (there / "model.safetensors").unlink()
     (tmp_path / "weights").rename(there / "model.safetensors")
 
@@ -252,8 +252,12 @@ WRONG_PARTS = {
     "more layers than the weights": ("llm_config", {"num_hidden_layers": 10**9}, "the weights have 3"),
     "fewer blocks than the weights": ("vision_config", {"num_hidden_layers": 4}, "the weights have 5"),
     "experts of a dense model": ("llm_config", {"num_experts": 128}, "llm_config.num_experts=128"),
-    "wider than memory": ("llm_config", {"hidden_size": 2**62}, "describes no SAIL-VL2 model"),
-    "no number of heads": ("llm_config", {"num_attention_heads": "four"}, "describes no SAIL-VL2 model"),
+    "wider than memory": ("llm_config", {"hidden_size": 2**62}, "does not describe a SAIL-VL2 model"),
+    "no number of heads": (
+        "llm_config",
+        {"num_attention_heads": "four"},
+        "does not describe a SAIL-VL2 model",
+    ),
     "biases in half of the attention": ("vision_config", {"qkv_bias": True}, "qkv_bias=True, use_bias=False"),
     "other heads": ("llm_config", {"head_dim": 16}, "[128, 64] in model.safetensors, [64, 64] is expected"),
     "fewer rows than the tokenizer": ("llm_config", {"vocab_size": 200}, "the embedding 200 rows"),
@@ -279,7 +283,10 @@ def test_a_real_qwen2_is_refused(tmp_path: Path) -> None:
 
     rewrite(there / "model.safetensors", change)
     refused(
-        there, "Qwen2ForCausalLM by config.json", "no q_norm, so it is no Qwen3", "older SAIL-VL on Qwen2.5"
+        there,
+        "Qwen2ForCausalLM by config.json",
+        "no q_norm, so it is not a Qwen3",
+        "older SAIL-VL is built on Qwen2.5",
     )
 
 
@@ -318,7 +325,11 @@ WRONG_FILES = {
         '{"eos_token_id": ["</s>"]}',
         "token ids are whole numbers",
     ),
-    "ends beyond the vocabulary": ("generation_config.json", '{"eos_token_id": 151645}', "has 320 ids"),
+    "ends beyond the vocabulary": (
+        "generation_config.json",
+        '{"eos_token_id": 151645}',
+        "outside the vocabulary of 320 ids",
+    ),
     "a mean of two": ("preprocessor_config.json", '{"image_mean": [0.5, 0.5]}', "image_mean"),
     "a deviation of 0": ("preprocessor_config.json", '{"image_std": [0.0, 0.5, 0.5]}', "image_std[0] = 0.0"),
     "tiles at two scales": ("preprocessor_config.json", '{"use_msac": true}', "use_msac = True"),
@@ -384,7 +395,7 @@ def test_names_from_files_reach_the_terminal_escaped(tmp_path: Path) -> None:
     (there / f"notes{red}.bin").write_bytes(b"")
     text = import_released(there, tmp_path / "native").text()
     assert "llm_config keys without a meaning" in text
-    assert "not carried along: notes\\x1b]0;owned\\x07\\u202e.bin" in text
+    assert "files that are not copied: notes\\x1b]0;owned\\x07\\u202e.bin" in text
     rewrite(there / "model.safetensors", lambda tensors: tensors.update({f"bad\n{red}": torch.zeros(1)}))
     shutil.rmtree(tmp_path / "native")
     refusal = refused(there, "bad\\n\\x1b]0;owned\\x07\\u202e: unknown")

@@ -108,7 +108,7 @@ def test_a_word_the_pre_tokenizer_would_cut_is_refused(word: str) -> None:
         ({"image_px": 60}, "image_px=60 is not a multiple of 2 x patch_px=14"),
         ({"vision_heads": 5}, "vision_hidden=96 is not a multiple of vision_heads=5"),
         ({"text_kv_heads": 3}, "text_heads=4 is not a multiple of text_kv_heads=3"),
-        ({"experts": 1}, "experts_per_token=2 of experts=1"),
+        ({"experts": 1}, "experts_per_token=2 exceeds experts=1"),
         ({"text_hiden": 64}, "did you mean text_hidden"),
     ],
 )

@@ -124,7 +124,7 @@ def test_a_checkpoint_with_a_weight_that_is_no_number_is_not_kept(run, tmp_path,
         check(model, step)
 
     monkeypatch.setattr(resume, "_refuse_nonfinite", broken)
-    with pytest.raises(NonFinite, match=r"is not finite after update 2: no checkpoint is kept"):
+    with pytest.raises(NonFinite, match=r"is not finite after update 2: its checkpoint is not kept"):
         run(stage())
     (folder,) = (tmp_path / "out" / FOLDER).iterdir()
     assert Unfinished(folder, "tokens").checkpoint is None
