@@ -1,4 +1,4 @@
-"""Whether a stage's rewards do on its own rows what rewards must. Asked before training."""
+"""Tests a stage's rewards on the stage's own rows before training."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class RewardsFail(RuntimeError):
 def check_rewards(mixture: Mixture, records: Sequence[Record], rows: int, seed: int) -> None:
     """Refuse rewards that cannot be trained on.
 
-    Every row needs a reward, a judge must resist its canaries, and on a sample of `rows` a gold answer must earn
-    enough and a corrupted one little (rewards.selftest). Raises ValueError, rewards.judge.canaries.JudgeRefused or
+    Every row needs a reward, and a judge must resist its canaries. On a sample of `rows` rows, gold answers must score
+    high and corrupted ones low (rewards.selftest). Raises ValueError, rewards.judge.canaries.JudgeRefused or
     RewardsFail.
     """
     examples = [example_of(record) for record in records]

@@ -325,7 +325,11 @@ WRONG_FILES = {
         '{"eos_token_id": ["</s>"]}',
         "token ids are whole numbers",
     ),
-    "ends beyond the vocabulary": ("generation_config.json", '{"eos_token_id": 151645}', "outside the vocabulary of 320 ids"),
+    "ends beyond the vocabulary": (
+        "generation_config.json",
+        '{"eos_token_id": 151645}',
+        "the vocabulary of 320 ids",
+    ),
     "a mean of two": ("preprocessor_config.json", '{"image_mean": [0.5, 0.5]}', "image_mean"),
     "a deviation of 0": ("preprocessor_config.json", '{"image_std": [0.0, 0.5, 0.5]}', "image_std[0] = 0.0"),
     "tiles at two scales": ("preprocessor_config.json", '{"use_msac": true}', "use_msac = True"),
