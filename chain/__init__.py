@@ -1,1 +1,1 @@
-"""One recipe, run: the command and the orchestrator."""
+"""Runs one recipe: the command `posttrain` and the orchestrator of the stages."""

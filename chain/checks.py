@@ -1,4 +1,4 @@
-"""What `run` and `plan` refuse, by the same code: what is missing, rewards that fail, rows that cannot be asked."""
+"""The checks that `run` and `plan` share: missing files and code, failing rewards, rows beyond the servers' limits."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ from rl.limits import FOUND, Asked, Limits
 from rl.limits import check as hold_against_limits
 
 CHECKED = ".checked.jsonl"
-"""In the run's folder: what was found in rows that have been checked, by a hash of all that was read."""
+"""Cache file in the run's folder: the results of row checks, keyed by a hash of all inputs."""
 
 
-def check(recipe: Recipe, *, online: bool = False, allow_missing: bool = False) -> list[str]:
+def check(
+    recipe: Recipe, *, model: Path | None = None, online: bool = False, allow_missing: bool = False
+) -> list[str]:
     """Raise one ConfigError for everything that the recipe names and does not exist; return what may be missing.
 
-    Rewards are loaded with their parameters. Hub ids are not looked up. `online`: judges are asked whether they
-    answer, and their canaries tried.
+    Rewards are loaded with their parameters, and held against the chat template of the core at `model`. Hub ids
+    are not looked up. `online`: judges are asked whether they answer, and their canaries tried.
     """
     missing = [*_missing_data(recipe)]
-    problems = [*_missing_code(recipe), *_reward_problems(recipe, online)]
+    problems = [*_missing_code(recipe), *_reward_problems(recipe, online, _thought_open(model))]
     if not allow_missing:
         problems += missing
     if problems:
@@ -43,9 +45,9 @@ def check(recipe: Recipe, *, online: bool = False, allow_missing: bool = False) 
 
 
 def check_shares(ranks: Mapping[str, int], nodes: int) -> None:
-    """Refuse hosts among which a stage's ranks cannot be shared out, or for which no stage has any."""
+    """Raise ConfigError if a stage's ranks do not divide evenly among the hosts, or if every stage has one rank."""
     problems = [
-        f"{name}: learner.processes={count} is not a multiple of the {nodes} hosts; it counts the ranks of all of them"
+        f"{name}: learner.processes={count} is not a multiple of the {nodes} hosts; it counts the ranks of all hosts"
         for name, count in ranks.items()
         if count > 1 and count % nodes
     ]
@@ -66,11 +68,11 @@ def check_rows(
     say: Callable[[str], None],
     only: str = "",
 ) -> None:
-    """Hold every row that servers will be asked against their limits, as far as it exists already.
+    """Check the existing rows that the servers will sample from against the servers' limits.
 
-    Without `model`, a checkpoint folder with the tokenizer, pictures alone are counted. What was found is remembered
-    in an existing `run_dir`. `only` is the first key of the sets to check, such as `eval`. Raises ConfigError with a
-    line per set: file, row and key.
+    `model` is a checkpoint folder with the tokenizer; without it, only pictures are counted. Results are cached in
+    `run_dir` if that folder exists. `only` is the first key of the sets to check, such as `eval`. Raises ConfigError
+    with one line per set: file, row and key.
     """
     limits = _limits(recipe, sets, only)
     if limits is None or not limits.asked:
@@ -84,7 +86,7 @@ def check_rows(
 
 
 def asked(recipe: Recipe) -> Iterator[tuple[KeyPath, DataSource, int, int | None]]:
-    """Every source whose rows the servers are asked: its key path, longest completion, and seed of its draw."""
+    """Every source whose rows become prompts for the servers: key path, source, longest completion, sampling seed."""
     for name in STAGE_NAMES:
         config = recipe.stage(name)
         if isinstance(config, SFTStage | RLConfig):
@@ -105,14 +107,14 @@ def asked(recipe: Recipe) -> Iterator[tuple[KeyPath, DataSource, int, int | None
 
 
 def room_for(recipe: Recipe, stage: str, run_dir: Path) -> None:
-    """Raise NoRoom unless the disk has room for what the plan says that the stage will save."""
+    """Raise NoRoom unless the disk has room for the bytes that the plan expects the stage to save."""
     from chain.plan.resources import resources
 
     require_room(run_dir, resources(recipe, run_dir.parent).saved_by(stage), f"what {stage} saves")
 
 
 def _limits(recipe: Recipe, sets: Mapping[str, str], only: str) -> Limits | None:
-    """The servers' limits and the sets on this machine that are held against them."""
+    """The servers' limits, and the sets on this machine to check against them."""
     if recipe.servers is None:
         return None
     made = {name for stage in STAGE_NAMES for name in made_between(recipe.stage(stage))}
@@ -151,7 +153,7 @@ def _remembered(limits: Limits, sets: Mapping[str, str], model: Path | None, run
 
 
 def _look(limits: Limits, sets: Mapping[str, str], model: Path | None) -> dict[str, Any]:
-    """Check the rows: in a child where a tokenizer is needed, as transformers brings torch with it."""
+    """Check the rows. A check with a tokenizer runs in a child process, because transformers imports torch."""
     from chain.job import Task
     from chain.launch import run_job
 
@@ -171,7 +173,7 @@ def _missing_code(recipe: Recipe) -> Iterator[str]:
     generate = recipe.data.generate
     for key, name in (("data.generate.by", generate and generate.by), ("core.build", recipe.core.build)):
         if name and code_file(name) is None:
-            yield f"{key} = {name!r}: no such module; is its package installed, or on PYTHONPATH?"
+            yield f"{key} = {name!r}: there is no such module; install its package or put its folder on PYTHONPATH"
 
 
 def _missing_data(recipe: Recipe) -> Iterator[str]:
@@ -184,10 +186,10 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             except ConfigError as error:
                 yield f"data.sets.{name}: {error}"
         elif not is_hub_id(place) and not Path(place).expanduser().exists():
-            yield f"data.sets.{name} = {place!r}: no such file or folder"
+            yield f"data.sets.{name} = {place!r}: there is no such file or folder"
     path = recipe.core.path
     if path is not None and not (Path(path).expanduser() / "config.json").is_file():
-        yield f"core.path = {path!r}: no checkpoint folder: config.json is missing"
+        yield f"core.path = {path!r}: this is not a checkpoint folder: config.json is missing"
     elif path is not None:
         try:
             check_code(Path(path).expanduser())
@@ -195,24 +197,36 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             yield f"core.path: {error}"
 
 
-def _reward_problems(recipe: Recipe, online: bool) -> Iterator[str]:
+def _thought_open(model: Path | None) -> bool | None:
+    """Whether the core's chat template opens the thought; None if there is no core yet."""
+    from core.training.model import opens_thought
+
+    try:
+        return None if model is None else opens_thought(model)
+    except ForeignCode:  # `_missing_data` says so
+        return None
+
+
+def _reward_problems(recipe: Recipe, online: bool, thought_open: bool | None) -> Iterator[str]:
     for stage in STAGE_NAMES:
         config = recipe.stage(stage)
         if not isinstance(config, RLConfig):
             continue
         for index, term in enumerate(config.rewards):
-            problem = _reward_problem(term.use, term.params, online, partial(_examples, recipe, config.data))
+            expected = thought_open if "think" in term.modes else None
+            rows = partial(_examples, recipe, config.data)
+            problem = _reward_problem(term.use, term.params, online, expected, rows)
             if problem:
                 yield f"{stage}.rewards[{index}].use = {term.use!r}: {problem}"
         watch = config.watch
         if watch.second_verifier and (
-            problem := _reward_problem(watch.second_verifier, watch.second_params, online)
+            problem := _reward_problem(watch.second_verifier, watch.second_params, online, thought_open)
         ):
             yield f"{stage}.watch.second_verifier = {watch.second_verifier!r}: {problem}"
 
 
 def _examples(recipe: Recipe, data: Sequence[DataSource]) -> list[Example] | None:
-    """The rows of these sources without their pictures; None if some of them are not there yet."""
+    """The rows of these sources without their pictures; None if a source does not exist yet."""
     places = [recipe.data.sets.get(source.set) for source in data]
     there = [place for place in places if isinstance(place, str) and Path(place).expanduser().exists()]
     if len(there) < len(places):
@@ -228,19 +242,22 @@ def _reward_problem(
     use: str,
     params: Mapping[str, Any],
     online: bool,
+    thought_open: bool | None,
     examples: Callable[[], Sequence[Example] | None] = lambda: None,
 ) -> str | None:
-    """What is wrong with a reward, in one line. A user's own reward is loaded in a process of its own.
+    """A one-line error of a reward, or None. A user's own reward is loaded in a separate process.
 
-    `examples`: the rows that it will grade, for a reward that needs columns of their meta.
+    `thought_open`: whether the chat template opens the thought, if that is known. `examples`: the rows that it will
+    grade, for a reward that needs columns of their meta.
     """
     from rewards.adapters import check_columns
     from rewards.isolation import Isolated, load_limited
     from rewards.judge.canaries import JudgeRefused
     from rewards.judge.judges import Judge
+    from rewards.selftest import thought_problem
 
     if ":" in use and code_file(use) is None:
-        return "no such module or file; is its package installed, or on PYTHONPATH?"
+        return "there is no such module or file; install its package or put its folder on PYTHONPATH"
     try:
         reward = load_limited(use, params, [Path.cwd()])
         rows = examples() if getattr(reward, "needs", ()) else None
@@ -250,6 +267,8 @@ def _reward_problem(
         return " ".join(str(error).split())
     if isinstance(reward, Isolated):
         reward.close()
+    if thought_open is not None and (problem := thought_problem(reward, thought_open)):
+        return problem
     if online and isinstance(reward, Judge):
         try:
             report = reward.check_canaries()

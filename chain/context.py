@@ -1,4 +1,4 @@
-"""The part of a run that a stage's preparation and evaluation see."""
+"""The part of a run that a stage's preparation and evaluation can access."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ Scores = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Context:
-    """The part of a run that one stage sees."""
+    """The part of a run that one stage can access."""
 
     recipe: Recipe
     stage: str
     config: Strict
-    """The stage's own part of the recipe."""
+    """The stage's config."""
     model: Path | None
-    """Checkpoint folder: before training the one that the stage starts from, after it the stage's own."""
+    """Checkpoint folder: for `prepare` the stage's initial checkpoint, for `evaluate` the trained checkpoint."""
     out: Path
-    """Folder to write to: for `prepare` the sets' folder, for `evaluate` the finished stage's."""
+    """Output folder: for `prepare` the folder of the sets, for `evaluate` the folder of the finished stage."""
     sets: Mapping[str, str]
     """Data set name -> Parquet file, folder or hub id."""
     folders: Mapping[str, Path]
-    """Folders of the stages before this one."""
+    """Stage name -> folder, for the stages before this one."""
     pool: Pool
     progress: Progress = lambda text: None
-    """Takes a short progress text; cheap to call often."""
+    """Shows a short progress text. Frequent calls are cheap."""
 
     def askable(self, max_completion_tokens: int) -> Callable[[DataSource, Records], Records]:
-        """Leaves out the rows of a source that the servers cannot be asked; see rl.limits."""
+        """A function that drops the rows of a source that exceed the servers' limits; see rl.limits."""
         pool = self.recipe.servers
         assert pool, "Recipe checks it"
         return lambda source, records: askable(records, source, pool, self.policy, max_completion_tokens)
@@ -48,5 +48,7 @@ class Context:
     def policy(self) -> Path:
         """The checkpoint folder to sample from. Raises ConfigError if there is none."""
         if self.model is None:
-            raise ConfigError(f"{self.stage} starts from no checkpoint, so there is no policy to sample from")
+            raise ConfigError(
+                f"{self.stage} does not start from a checkpoint, so it has no policy to sample from"
+            )
         return self.model

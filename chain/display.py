@@ -1,4 +1,4 @@
-"""What the terminal shows while a chain runs: one live line on a terminal, plain lines in a file or in CI."""
+"""Progress output while a chain runs: one live line on a terminal, plain lines in a file or in CI."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from core.console import new_console
 log = logging.getLogger(__name__)
 
 PLAIN_EVERY_S = 10
-"""Without a terminal, seconds between two lines of progress, at least."""
+"""Shortest time between two lines of progress without a terminal, seconds."""
 
 
 class Tail:
     """The records added to a JSONL file since the last look.
 
-    A line without its end waits for the next look. A file that was replaced or rewritten is read again from its start;
-    of its lines those that were read before and are unchanged are left out. A line that is not JSON is left out with a
-    warning: whoever only watches must not end a run.
+    An incomplete last line waits for the next look. A replaced or rewritten file is read again from its start, and the
+    leading lines that were read before and are unchanged are skipped. A line that is not JSON is skipped with a
+    warning, because an observer must not end a run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +38,7 @@ class Tail:
         self._last = b""
 
     def new(self) -> list[dict[str, Any]]:
-        """Records in the order they were written; [] while there is no file."""
+        """New records in file order; [] while the file does not exist."""
         start = self._offset - len(self._last)
         try:
             with self.path.open("rb") as file:
@@ -52,7 +52,7 @@ class Tail:
         return self._take(chunk[len(self._last) :])
 
     def _again(self, content: bytes) -> list[dict[str, Any]]:
-        """Read a rewritten file: the lines after those that it shares with the old one."""
+        """Read a rewritten file: the lines after the prefix that it shares with the old file."""
         shared = 0
         for digest, line in zip(self._read, _whole(content), strict=False):
             if digest != _digest(line):
@@ -76,12 +76,12 @@ class Tail:
             if isinstance(record, dict):
                 records.append(record)
             else:
-                log.warning("%s:%d: not a JSON record; left out", self.path, len(self._read))
+                log.warning("%s:%d: not a JSON record; skipped", self.path, len(self._read))
         return records
 
 
 def _whole(content: bytes) -> list[bytes]:
-    """The lines that have an end, with it."""
+    """The complete lines, each with its line break."""
     return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
@@ -90,7 +90,7 @@ def _digest(line: bytes) -> bytes:
 
 
 class Display:
-    """Prints lines that stay, and one live line that the next one replaces."""
+    """Prints permanent lines, and one live line that each update replaces."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or new_console()
@@ -99,12 +99,12 @@ class Display:
         self._last_plain, self._last_text = 0.0, ""
 
     def line(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def step(self, label: str) -> Iterator[None]:
-        """Show `label`, what `passing` says, and the time since, until the block ends."""
+        """Show `label`, the latest text of `passing`, and the elapsed time until the block ends."""
         self._label, self._started = label, time.monotonic()
         self._last_plain, self._last_text = self._started, ""
         if not self.console.is_terminal:
@@ -117,10 +117,10 @@ class Display:
                 self._status = None
 
     def passing(self, text: str, *, elapsed: bool = True) -> None:
-        """Show what is going on now, with the time since the step began unless `elapsed` is off.
+        """Show the current progress, with the time since the step began unless `elapsed` is false.
 
-        On a terminal the next call replaces the line. Elsewhere it is printed at most every PLAIN_EVERY_S seconds, and
-        only if the text is new.
+        On a terminal the next call replaces the line. Elsewhere a line is printed at most every PLAIN_EVERY_S seconds,
+        and only if the text is new.
         """
         now = time.monotonic()
         line = " · ".join([self._label, text, *([duration(now - self._started)] if elapsed else [])])

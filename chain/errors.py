@@ -1,4 +1,4 @@
-"""Errors that are meant for the user: one clear line, from the runner and from its children alike."""
+"""Error messages for the user: one clear line, both from the runner and from its child processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from core.files import read_json, write_json
 
 OURS = ("chain", "core", "corpus", "recipes", "rewards", "rl", "sft")
 ERROR = "error.json"
-"""In a stage's folder: what ended its process, as the rank that failed first saw it."""
+"""File in a stage's folder: the error of the rank that failed first."""
 FULL_BYTES = 32 * 2**20
-"""A disk with less room is full: the smallest checkpoint with optimizer states is larger."""
+"""A disk with less free space counts as full. The smallest checkpoint with optimizer states is larger."""
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def words_of(error: BaseException) -> str | None:
-    """The message of an error that our code raised for the user; None for anything else, which is a bug.
+    """The message of an error that our code raised for the user; None for any other error, which is a bug.
 
-    Our own classes always are. A ValueError or OSError is if one of our modules raised it itself.
+    Our own exception classes are for the user. A ValueError or OSError is for the user if one of our modules raised it.
     """
     if type(error).__module__.partition(".")[0] in OURS:
         return str(error)
@@ -31,10 +31,10 @@ def words_of(error: BaseException) -> str | None:
 
 
 def leave(error: BaseException, folder: Path) -> None:
-    """Write down in `folder`, for the runner, what ends this process, unless another rank has."""
+    """Write the error that ends this process to `folder` for the runner, unless another rank has written one."""
     words = words_of(error)
     text = words or " ".join(traceback.format_exception_only(error)[-1].split())
-    # On a full disk nothing can be written; the runner finds that out by itself (`disk_is_full`).
+    # Writing fails on a full disk. The runner detects a full disk itself (`disk_is_full`).
     if not (folder / ERROR).exists():
         found = {"text": text, "bug": words is None, "rank": os.environ.get("RANK", "0")}
         with suppress(OSError):
@@ -42,7 +42,7 @@ def leave(error: BaseException, folder: Path) -> None:
 
 
 def disk_is_full(folder: Path) -> str | None:
-    """A line about the disk of `folder` if it is full: serializers name their own trouble then, not the disk."""
+    """A message if the disk of `folder` is full, else None. On a full disk, serializers raise misleading errors."""
     free = shutil.disk_usage(folder).free
     if free >= FULL_BYTES:
         return None

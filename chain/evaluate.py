@@ -1,4 +1,4 @@
-"""Scoring a checkpoint on the held-out sets, inside a run and outside."""
+"""Scores a checkpoint on the held-out sets, inside and outside a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from core.strict import ConfigError
 
 
 def evaluate(context: Context, model: Path | None = None, keep_samples: bool = True) -> Scores:
-    """Score a checkpoint, the context's unless given, on the held-out sets.
+    """Score a checkpoint (by default the context's) on the held-out sets.
 
-    Leaves held_out.jsonl and samples.jsonl in `context.out` if asked to keep samples.
+    With `keep_samples`, writes held_out.jsonl and samples.jsonl to `context.out`.
     """
     from rl.evaluate import evaluate as score
 
@@ -41,7 +41,7 @@ def evaluate(context: Context, model: Path | None = None, keep_samples: bool = T
 def write_samples(folder: Path, rows: Sequence[tuple[dict[str, Any], Sequence[Any]]], count: int) -> None:
     """Write judged rows (each with its images) to held_out.jsonl, and `count` of them to samples.jsonl.
 
-    A sample's first image is saved beside it, and named by its key `image`.
+    The first image of a sample is saved beside samples.jsonl; the key `image` holds its file name.
     """
     images = folder / "images"
     shutil.rmtree(images, ignore_errors=True)
@@ -59,9 +59,9 @@ def write_samples(folder: Path, rows: Sequence[tuple[dict[str, Any], Sequence[An
 
 
 def spread(modes: Sequence[str], count: int) -> list[int]:
-    """`count` indices, shared out over the modes and evenly spaced within each.
+    """`count` indices, distributed over the modes and evenly spaced within each mode.
 
-    They depend on the modes alone, so that every stage's samples are of the same rows and can be compared.
+    The indices depend only on the modes, so that the samples of all stages show the same rows.
     """
     kinds = list(dict.fromkeys(modes))
     chosen: list[int] = []

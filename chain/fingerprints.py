@@ -1,8 +1,8 @@
-"""Whether a finished folder is still what its recipe asks for.
+"""Fingerprints: they show whether a finished folder still matches its recipe.
 
-A fingerprint is a hash of a resolved config, the chain's seed, the content of the input sets and of the code
-that the config names, and the manifest of the parent stage. A manifest holds the time of its run. So when a
-stage runs again, every later stage gets a new fingerprint.
+A fingerprint hashes a resolved config, the chain's seed, the contents of the input sets, the code that the config
+names, and the manifest of the parent stage. A manifest contains its run time. So after a stage runs again, every later
+stage has a new fingerprint.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 
 class Fingerprints:
-    """Hashes of what a run's steps read.
+    """Hashes of the inputs of a run's steps.
 
     Args:
-        seed: the chain's.
+        seed: the chain's seed.
         sets: data set name -> Parquet file, folder or hub id.
-        memory: file that remembers content hashes.
+        memory: cache file of content hashes.
     """
 
     def __init__(self, seed: int, sets: Mapping[str, str], memory: Path) -> None:
@@ -39,17 +39,17 @@ class Fingerprints:
         self.hashes = Hashes(memory)
 
     def fingerprint(self, name: str, config: BaseModel, inputs: Mapping[str, str]) -> str:
-        """One hash of everything that determines what a step makes."""
+        """One hash of everything that determines a step's result."""
         dump = config.model_dump(mode="json")
         return hash_config({"name": name, "config": dump, "seed": self.seed, "inputs": inputs})
 
     def of_sources(self, config: BaseModel, without: Collection[str] = ()) -> dict[str, str]:
-        """Content hash of every set that a config reads; `without` the ones that follow from the rest."""
+        """Content hash of every set that a config reads, except the sets in `without`, which other inputs determine."""
         names = {source.set for _, source in sources(config)} - set(without)
         return {f"set:{name}": self.hashes.of(self.sets[name]) for name in sorted(names)}
 
     def of_files(self, config: BaseModel) -> dict[str, str]:
-        """Hash of the core that a config names by path, and of the source files it names by import string."""
+        """Hash of the core that a config names by path, and of the source files that it names by import string."""
         names: list[str | None] = []
         if isinstance(config, CoreConfig):
             names.append(config.build)
@@ -63,7 +63,7 @@ class Fingerprints:
         return found
 
     def of_code(self, import_string: str) -> str:
-        """Hash of the source that an import string names: its file, in a package its neighbours as well."""
+        """Hash of the source file that an import string names and, in a package, of the files beside it."""
         file = code_file(import_string)
         if file is None:
             return "missing"
@@ -73,18 +73,18 @@ class Fingerprints:
 
 
 def identity(manifest: Manifest) -> str:
-    """A hash of one execution of a stage: a second execution has another."""
+    """A hash of one execution of a stage. Another execution has a different hash."""
     return hash_config(manifest.model_dump(mode="json"))
 
 
 def is_current(folder: Path, fingerprint: str) -> bool:
-    """Whether the folder is finished and was made from just these inputs."""
+    """Whether the folder is finished and was made from exactly these inputs."""
     manifest = Manifest.read(folder)
     return manifest is not None and manifest.fingerprint == fingerprint
 
 
 def read_cache(file: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file that only saves work. Lines torn by a kill or a full disk are dropped, and said."""
+    """The records of a JSONL cache. Lines torn by a kill or a full disk are dropped with a warning."""
     if not file.exists():
         return []
     found, torn = [], 0
@@ -94,16 +94,16 @@ def read_cache(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             torn += 1
     if torn:
-        log.warning("%s: dropped %d torn lines; what they held is computed again", file, torn)
+        log.warning("%s: dropped %d torn lines; their contents are computed again", file, torn)
         file.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
     return found
 
 
 @dataclass
 class Hashes:
-    """Content hashes of files and folders, remembered beside the run by path, size and time of change.
+    """Content hashes of files and folders, cached in the run's folder by path, size and modification time.
 
-    A run's data may be hundreds of gigabytes: it is read once, not at every start.
+    A run's data may have hundreds of gigabytes, so each file is read once and not at every start.
     """
 
     memory: Path
@@ -113,7 +113,7 @@ class Hashes:
         self.known = {line["state"]: line["hash"] for line in read_cache(self.memory)}
 
     def of(self, place: str) -> str:
-        """The hash of what lies at `place`; a hub id stands for itself, a missing file is `missing`."""
+        """The content hash of `place`. The result is the id itself for a hub id, and `missing` for a missing file."""
         if is_hub_id(place):
             return f"hub:{place}"
         path = Path(place)

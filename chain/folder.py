@@ -1,7 +1,8 @@
-"""A run's folder: the lock, and for every step the folder that is either finished or not there.
+"""A run's folder: the lock, and one folder per finished step.
 
-A step writes to `<name>.partial`, which takes its name when everything is on disk. Its manifest has a fingerprint of
-all that determines the result (chain/fingerprints.py); a finished folder whose fingerprint is still right is current.
+A step writes to `<name>.partial`. That folder is renamed to `<name>` when all files are on disk. The step's manifest
+has a fingerprint of everything that determines the result (chain/fingerprints.py). A finished folder is current if its
+manifest's fingerprint equals the step's fingerprint.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DATA = "data"
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that a run makes, in a folder of its own: data, a stage's sets, or a stage's checkpoint."""
+    """One product of a run in its own folder: data, a stage's sets, or a stage's checkpoint."""
 
     name: str
     folder: Path
@@ -42,24 +43,24 @@ class Step:
     """Content hash of each input, by name."""
     fingerprint: str
     parent: str | None = None
-    """The stage whose checkpoint it starts from."""
+    """The stage whose checkpoint this step starts from."""
     saves: bool = False
-    """Whether an interrupted attempt can be continued."""
+    """Whether an interrupted attempt can be resumed."""
 
     @property
     def manifest(self) -> Manifest | None:
-        """What made the finished folder; None if it is not finished."""
+        """The manifest of the finished folder; None if the step is not finished."""
         return Manifest.read(self.folder)
 
     @property
     def current(self) -> bool:
-        """Whether the folder is finished and was made from just these inputs."""
+        """Whether the folder is finished and was made from exactly these inputs."""
         manifest = self.manifest
         return manifest is not None and manifest.fingerprint == self.fingerprint
 
     @property
     def partial(self) -> Path:
-        """The folder while it is being filled."""
+        """The folder that the step writes to until it is finished."""
         return self.folder.with_name(self.folder.name + PARTIAL)
 
 
@@ -84,7 +85,7 @@ class RunFolder:
 
     @property
     def id(self) -> str:
-        """The id under which W&B groups this run's stages, made once."""
+        """The id under which W&B groups this run's stages. It is created once."""
         file = self.path / "chain.json"
         if not file.exists():
             write_json(file, {"id": f"{self.recipe.name}-{uuid4().hex[:8]}", "started": now()})
@@ -92,20 +93,20 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder: two chains in one folder would take each other's stages for their own."""
+        """Lock the folder. Two chains in one folder would mistake each other's stages for their own."""
         with (self.path / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"{self.path} is in use by another posttrain; wait for it, or choose --name"
+                    f"{self.path} is in use by another posttrain process; wait for it to end, or choose --name"
                 ) from None
             yield
 
     # Stages
 
     def stage(self, name: str) -> Path:
-        """Where a stage's results are, once it is finished."""
+        """The folder of a stage's results after the stage is finished."""
         return self.path / name
 
     def before(self, name: str) -> dict[str, Path]:
@@ -113,12 +114,12 @@ class RunFolder:
         return {one: self.stage(one) for one in self.stages[: self.stages.index(name)]}
 
     def parent(self, name: str) -> str | None:
-        """The stage whose checkpoint this one starts from."""
+        """The stage whose checkpoint this stage starts from."""
         place = self.stages.index(name)
         return self.stages[place - 1] if place else None
 
     def start(self, name: str) -> Path | None:
-        """The checkpoint folder that the stage starts from; None for the first one."""
+        """The checkpoint folder that the stage starts from; None for the first stage."""
         parent = self.parent(name)
         return self.stage(parent) / "checkpoint" if parent else None
 
@@ -132,11 +133,11 @@ class RunFolder:
         """The manifest of a finished stage. Raises ConfigError if it is not finished."""
         manifest = Manifest.read(self.stage(name))
         if manifest is None:
-            raise ConfigError(f"{name} is not finished: no manifest in {self.stage(name)}")
+            raise ConfigError(f"{name} is not finished: {self.stage(name)} has no manifest")
         return manifest
 
     def require_finished(self, before: tuple[str, ...], first: str) -> None:
-        """Refuse to start at a stage whose predecessors are not finished; say which of them are out of date."""
+        """Raise ConfigError if a stage before `first` is not finished; report the stages that are out of date."""
         missing = [name for name in before if Manifest.read(self.stage(name)) is None]
         if missing:
             raise ConfigError(
@@ -146,13 +147,13 @@ class RunFolder:
         for name in before:
             if not self.training(name).current:
                 self.say(
-                    f"{name}: its config or inputs have changed since it ran; --from {first} takes it as it is"
+                    f"{name}: its config or inputs have changed since it ran; --from {first} uses it unchanged"
                 )
 
     # Steps
 
     def data(self) -> Step | None:
-        """The recipe's own data sets; None if it generates none."""
+        """The step that generates the recipe's data sets; None without `data.generate`."""
         config = self.recipe.data.generate
         if config is None:
             return None
@@ -172,7 +173,7 @@ class RunFolder:
         return steps
 
     def preparation(self, name: str) -> Step | None:
-        """The sets that a stage makes with the policy it starts from; None if it makes none."""
+        """The step that makes a stage's sets with its initial policy; None if the stage has no such sets."""
         config = self.config(name)
         if self.parent(name) is None or not made_between(config):
             return None
@@ -182,7 +183,7 @@ class RunFolder:
         return Step(name, prepared_folder(self.path, name), part, inputs, fingerprint, self.parent(name))
 
     def training(self, name: str, saves: bool = False) -> Step:
-        """A stage's training."""
+        """The step that trains a stage."""
         config = self.config(name)
         inputs = self._inputs(name, config)
         fingerprint = self.prints.fingerprint(name, config, inputs)
@@ -198,19 +199,19 @@ class RunFolder:
 
     @contextmanager
     def making(self, step: Step, seconds_before: float = 0.0) -> Iterator[Path]:
-        """The folder to fill, with the step's config and, at the end, its manifest; then it takes its final name.
+        """Yield the partial folder to fill; afterwards write the manifest and rename the folder to its final name.
 
-        Files of an interrupted attempt stay if the fingerprint is the same and the step either saves on its way or
-        had done all its work. `seconds_before` is added to the manifest's wall time.
+        Files of an interrupted attempt stay if the fingerprint is equal and the step either saves intermediate
+        checkpoints or had finished its work. `seconds_before` is added to the manifest's wall time.
         """
         began, dump = Began(), step.config.model_dump(mode="json")
         if not step.saves and not (step.partial / DONE).exists():
             shutil.rmtree(step.partial, ignore_errors=True)
         with atomic_dir(step.folder, same=step.fingerprint) as partial:
             if (partial / DONE).exists():
-                self.say(f"{step.name}: its work was done before the interruption")
+                self.say(f"{step.name}: the interrupted run had finished its work")
             elif (partial / "config.json").exists():
-                self.say(f"{step.name}: continues where an interrupted run stopped")
+                self.say(f"{step.name}: resumes where an interrupted run stopped")
             write_json(partial / "config.json", dump)
             yield partial
             (partial / ERROR).unlink(missing_ok=True)
@@ -228,7 +229,7 @@ class RunFolder:
         self.say(f"{step.folder.relative_to(self.path)}: done in {duration(made.seconds)}")
 
     def _inputs(self, name: str, config: BaseModel) -> dict[str, str]:
-        """Hash of everything that a stage, or one part of its config, reads, by name."""
+        """Name -> hash of each input that a stage, or one part of its config, reads."""
         found = self.prints.of_sources(config, without=made_between(self.config(name)))
         if parent := self.parent(name):
             found[f"stage:{parent}"] = identity(self.manifest(parent))
@@ -236,7 +237,7 @@ class RunFolder:
 
 
 def facts(recipe: Recipe, run_dir: Path, nodes: int) -> dict[str, Any]:
-    """Facts that all hosts of one run must share before they take part."""
+    """Facts that must be equal on all hosts of one run."""
     return {
         "--nnodes": nodes,
         "the run's folder": str(run_dir),

@@ -1,11 +1,11 @@
-"""Several hosts of one run: the leader decides what runs, the others start their share of a stage's ranks.
+"""Several hosts of one run: the leader runs the loop, and the followers start their share of a stage's ranks.
 
 Every host runs `posttrain run`. The leader writes a secret, its address and its port into the run's folder, which all
-hosts share; the others find them there, connect, and prove that they know the secret, as the leader does. Then they
-wait: "start" has them start ranks, "stop" end them, "end" leave the run. A host whose connection closes, or is silent
-for a minute, is lost.
+hosts share. The followers read that file and connect. Both sides prove that they know the secret. Then the followers
+obey the leader's messages: "start" starts ranks, "stop" ends them, "end" leaves the run. A host is lost when its
+connection closes or stays silent for a minute.
 
-The secret travels in no message (multiprocessing.connection's challenge); messages are JSON, nothing is unpickled.
+The secret itself is never sent (multiprocessing.connection's challenge). Messages are JSON; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from core.processes import GRACE_S, free_port
 from core.strict import ConfigError
 
 TICKET = ".hosts.json"
-"""In the run's folder while it runs: the leader's address and the secret."""
+"""File in the run's folder during the run: the leader's address, port and secret."""
 JOIN_S = 600.0
-"""How long the hosts wait for one another at the start."""
+"""Seconds that hosts wait for each other at the start."""
 PROVES_S = 10.0
-"""A connection has this time to prove that it knows the secret: a port scanner, or a program that took over the port
-in an old ticket, may stay silent."""
+"""Seconds within which a connection must prove that it knows the secret. A port scanner, or a program that now uses the
+port of an old ticket, may stay silent."""
 BEAT_S = 5.0
 SILENCE_S = 60.0
-"""A host that is silent for this long is lost."""
+"""A host that stays silent for this long is lost."""
 SHOWS_S = 30.0
 """Network file systems show a file to the other hosts within this time."""
 WAKE_S = 0.2
 LARGEST = 2**20
-"""Of a message, bytes."""
+"""Largest message, bytes."""
 
 
 _UNPROVEN = (multiprocessing.AuthenticationError, AssertionError, EOFError, OSError, ValueError)
-"""Errors of a connection to a program that is not a host of this run; AssertionError: it sent no challenge."""
+"""Errors of a connection to a program that is not a host of this run. AssertionError: it did not send a challenge."""
 
 
 class HostLost(RuntimeError):
-    """A host of the run is gone, or was told to stop."""
+    """A host of the run has disconnected, or was interrupted."""
 
 
 class LeaderEnded(RuntimeError):
-    """The leader has ended without finishing, and with it the run."""
+    """The leader has ended before the run was finished."""
 
 
 class Link:
-    """Messages over one connection, and whether the other side still lives."""
+    """Messages and liveness of one connection."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -69,13 +69,13 @@ class Link:
         self._heard = self._spoke = time.monotonic()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Raises OSError if the other side is gone."""
+        """Send a message. Raises OSError if the peer has disconnected."""
         with self._lock:
             self._spoke = time.monotonic()
             self.connection.send_bytes(json.dumps(message).encode())
 
     def receive(self, wait_s: float) -> dict[str, Any] | None:
-        """The next message; None if none came in time. Raises EOFError or OSError if the other side is gone."""
+        """The next message; None after `wait_s` of silence. Raises EOFError or OSError if the peer has disconnected."""
         if time.monotonic() - self._spoke > BEAT_S:
             self.send({"do": "beat"})
         if not self.connection.poll(wait_s):
@@ -92,17 +92,17 @@ class Link:
 
 @dataclass
 class Follower:
-    """A host that follows, as the leader knows it."""
+    """The leader's record of one following host."""
 
     node: int
     host: str
     link: Link
     running: bool = False
-    """It has been told to start ranks and has not yet said that they ended."""
+    """Whether the leader has requested ranks whose end the host has not yet reported."""
     failure: str | None = None
-    """How the last ones failed."""
+    """How the latest ranks failed."""
     lost: str = ""
-    """Why it is gone."""
+    """Why the host is lost; "" if it is connected."""
 
     def __str__(self) -> str:
         return f"node {self.node} ({self.host})"
@@ -115,7 +115,7 @@ class Cluster:
         place: the leader's.
         run_dir: the run's folder, under the same path on every host.
         facts: what must be equal on every host; names and values.
-        display: tells who has joined.
+        display: shows which hosts have joined.
     """
 
     def __init__(self, place: Placement, run_dir: Path, facts: Mapping[str, Any], display: Display) -> None:
@@ -154,9 +154,9 @@ class Cluster:
         self._end(error)
 
     def start(self, job_file: Path, ranks: int, threads: int) -> Meeting:
-        """Have every other host start `ranks` ranks on the job; return where they and the leader's meet.
+        """Tell every follower to start `ranks` ranks of the job; return the rendezvous of all ranks.
 
-        Raises HostLost if a host is gone.
+        Raises HostLost if a host is lost.
         """
         self.check()
         port = free_port(self._address)
@@ -177,7 +177,7 @@ class Cluster:
         return meeting
 
     def check(self) -> None:
-        """Raise HostLost if a host is gone."""
+        """Raise HostLost if a host is lost."""
         for follower in self.followers.values():
             if follower.lost:
                 raise HostLost(
@@ -189,7 +189,7 @@ class Cluster:
         return any(follower.failure for follower in self.followers.values())
 
     def wait(self, patience_s: float | None) -> None:
-        """Return when the ranks of every host have ended or the host is lost; at the latest after `patience_s`."""
+        """Wait until every follower's ranks have ended or the follower is lost, but at most `patience_s` seconds."""
         deadline = None if patience_s is None else time.monotonic() + patience_s
         with self._changed:
             while any(follower.running and not follower.lost for follower in self.followers.values()):
@@ -198,14 +198,14 @@ class Cluster:
                 self._changed.wait(WAKE_S)
 
     def stop(self) -> None:
-        """Have every host end its ranks; return when they have, or when a host has taken too long."""
+        """Tell every host to end its ranks; return when all have ended or after a time limit."""
         for follower in self.followers.values():
             if follower.running:
                 self._tell(follower, {"do": "stop"})
         self.wait(2 * GRACE_S)
 
     def failures(self) -> list[str]:
-        """A text per host whose ranks have failed: its name, and how they failed."""
+        """One message per host whose ranks have failed."""
         return [
             f"on {follower}: {follower.failure}" for follower in self.followers.values() if follower.failure
         ]
@@ -213,7 +213,7 @@ class Cluster:
     def _wait_for_all(self) -> None:
         others = set(range(1, self.nodes))
         self.display.line(
-            f"node 0 of {self.nodes} leads: waiting for the others at {self._address}:{self._port}"
+            f"node 0 of {self.nodes} leads: waiting for the other nodes at {self._address}:{self._port}"
         )
         deadline = time.monotonic() + JOIN_S
         with self._changed:
@@ -222,8 +222,8 @@ class Cluster:
                     raise ConfigError(self._refused[0])
                 if time.monotonic() > deadline:
                     raise ConfigError(
-                        f"node {', '.join(map(str, missing))} did not join within {JOIN_S:g} s: was `posttrain run` "
-                        f"started there, and does it see {self.run_dir}? The run's folder must be on a file system "
+                        f"node {', '.join(map(str, missing))} did not join within {JOIN_S:g} s: start `posttrain run` "
+                        f"there, and check that it sees {self.run_dir}. The run's folder must be on a file system "
                         "that all hosts share, under the same path (--runs-dir)"
                     )
                 self._changed.wait(WAKE_S)
@@ -232,7 +232,7 @@ class Cluster:
     def _accept(self, token: bytes) -> None:
         while not self._over.is_set():
             with contextlib.suppress(OSError):
-                # A thread each: a silent connection keeps no other out.
+                # Each connection has its own thread, so that a silent connection does not block the others.
                 threading.Thread(
                     target=self._admit, args=(self._listener.accept(), token), daemon=True
                 ).start()
@@ -245,7 +245,7 @@ class Cluster:
                 hello = json.loads(connection.recv_bytes(LARGEST))
             self._welcome(Link(connection), hello)
         except _UNPROVEN:
-            connection.close()  # a port scanner, or a host with the secret of an earlier run, which will read again
+            connection.close()  # a port scanner, or a host with an old secret, which will read the ticket again
 
     def _welcome(self, link: Link, hello: Mapping[str, Any]) -> None:
         follower = Follower(hello["node"], hello["host"], link)
@@ -267,10 +267,14 @@ class Cluster:
         self._listening.append(thread)
 
     def _problem(self, follower: Follower, hello: Mapping[str, Any]) -> str | None:
-        """Why this host cannot take part."""
+        """The reason why this host may not join; None if it may."""
         node = follower.node
         if not 0 < node < self.nodes or node in self.followers:
-            known = f"it is {self.followers[node]}" if node in self.followers else f"there are {self.nodes}"
+            known = (
+                f"{self.followers[node]} has that number"
+                if node in self.followers
+                else f"there are {self.nodes} hosts"
+            )
             return f"{follower} joins a run where {known}: number the hosts 0 to {self.nodes - 1}, each once"
         for name, ours in self.facts.items():
             if hello["facts"].get(name) != ours:
@@ -279,7 +283,7 @@ class Cluster:
         return None
 
     def _listen(self, follower: Follower) -> None:
-        """Take what a host says until it or the run ends."""
+        """Process a host's messages until the connection or the run ends."""
         try:
             while not self._over.is_set():
                 message = follower.link.receive(WAKE_S)
@@ -303,7 +307,7 @@ class Cluster:
             follower.lost = follower.lost or f"it cannot be reached ({error})"
 
     def _end(self, error: BaseException | None) -> None:
-        """Send everybody home and stop listening."""
+        """Tell all followers that the run has ended, and stop listening."""
         self._over.set()
         (self.run_dir / TICKET).unlink(missing_ok=True)
         text = ""
@@ -312,7 +316,7 @@ class Cluster:
             text = "it was interrupted" if interrupted else f"{type(error).__name__}: {error}"
         for follower in self.followers.values():
             self._tell(follower, {"do": "end", "ok": error is None, "text": text})
-        with contextlib.suppress(OSError):  # wakes the thread that waits for one more host
+        with contextlib.suppress(OSError):  # wakes the thread that waits for further hosts
             socket.create_connection((self._address, self._port), timeout=1).close()
         for thread in (self._accepting, *self._listening):
             thread.join(BEAT_S)
@@ -322,9 +326,10 @@ class Cluster:
 
 
 def follow(place: Placement, run_dir: Path, facts: Mapping[str, Any], display: Display) -> None:
-    """Be one of the other hosts: start and end ranks as the leader says, until it has finished.
+    """Follow the leader: start and end ranks on its request until the run ends.
 
-    Raises ConfigError if the leader cannot be found or refuses, LeaderEnded if it fails, is interrupted or is gone.
+    Raises ConfigError if the leader cannot be found or refuses this host, and LeaderEnded if the leader fails, is
+    interrupted or disconnects.
     The ranks of this host never outlive this function.
     """
     display.line(f"node {place.node} of {place.nodes}: waiting for the leader, in {run_dir}")
@@ -336,16 +341,16 @@ def follow(place: Placement, run_dir: Path, facts: Mapping[str, Any], display: D
             if ranks is not None and ranks.ended(0):
                 failure, ranks = ranks.failure(), None
                 link.send({"do": "ended", "failure": failure})
-                display.line("the ranks here have " + ("failed" if failure else "ended"))
+                display.line("the ranks on this host have " + ("failed" if failure else "ended"))
             message = link.receive(WAKE_S)
             if message is None:
                 continue
             if message["do"] == "welcome":
-                display.line("joined; what runs is shown on the leader")
+                display.line("joined; the leader shows the progress")
             elif message["do"] == "start":
                 ranks = _start(message, place)
                 stage = Path(message["job"]).parent.name.removesuffix(".partial")
-                display.line(f"{stage}: ranks here: {message['ranks']}")
+                display.line(f"{stage}: ranks on this host: {message['ranks']}")
             elif message["do"] == "stop" and ranks is not None:
                 ranks.stop()
             elif message["do"] == "end":
@@ -354,7 +359,7 @@ def follow(place: Placement, run_dir: Path, facts: Mapping[str, Any], display: D
                 display.line("the leader has finished")
                 return
     except (EOFError, OSError) as error:
-        raise LeaderEnded(f"the leader is gone: its connection ended ({error or 'closed'})") from None
+        raise LeaderEnded(f"the leader is lost: its connection ended ({error or 'closed'})") from None
     except (KeyboardInterrupt, ConfigError) as error:
         text = "posttrain was interrupted there" if isinstance(error, KeyboardInterrupt) else str(error)
         with contextlib.suppress(OSError):
@@ -367,10 +372,10 @@ def follow(place: Placement, run_dir: Path, facts: Mapping[str, Any], display: D
 
 
 def own_address(name: str) -> str:
-    """The IPv4 address of this host's interface that a name or an address names, to listen there and nowhere else.
+    """The IPv4 address of the local interface that `name` (a host name or address) refers to.
 
-    A host's own name may resolve to loopback on itself; then it is the address of the only other interface.
-    Raises ConfigError where there is no such interface or more than one.
+    A host may resolve its own name to loopback. Then the result is the address of the only other interface. Raises
+    ConfigError if the interface does not exist or is ambiguous.
     """
     import psutil
 
@@ -392,18 +397,19 @@ def own_address(name: str) -> str:
     elif loopback or named in found:
         return named
     raise ConfigError(
-        f"--master {name}: it is {named} here, which {'no other host reaches' if loopback else 'no interface has'}; "
+        f"--master {name}: it resolves to {named} here, "
+        f"{'which other hosts cannot reach' if loopback else 'which is not an address of this host'}; "
         f"give the address where the leader listens, one of {', '.join(sorted(found))}"
     )
 
 
 def _start(message: Mapping[str, Any], place: Placement) -> Ranks:
-    """This host's ranks. Raises ConfigError if the leader's job does not appear here, or they cannot be started."""
+    """Start this host's ranks. Raises ConfigError if the job file does not appear or the ranks cannot start."""
     job_file, deadline = Path(message["job"]), time.monotonic() + SHOWS_S
     while not job_file.exists():
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"{job_file}, which the leader has written, has not appeared here within {SHOWS_S:g} s"
+                f"{job_file}: the leader has written this file, but it did not appear here within {SHOWS_S:g} s"
             )
         time.sleep(WAKE_S)
     meeting = Meeting(message["place"], place.nodes, place.node)
@@ -414,16 +420,16 @@ def _start(message: Mapping[str, Any], place: Placement) -> Ranks:
 
 
 def _join(place: Placement, run_dir: Path) -> Connection:
-    """A connection to the leader, both sides sure of each other."""
-    deadline, tried = time.monotonic() + JOIN_S, "it has not been there yet"
+    """A mutually authenticated connection to the leader."""
+    deadline, tried = time.monotonic() + JOIN_S, "no attempt was made"
     while time.monotonic() < deadline:
         try:
             ticket = read_json(run_dir / TICKET)
             connection = Client((ticket["address"], ticket["port"]))
         except FileNotFoundError:
-            tried = f"there is no {run_dir / TICKET}"
+            tried = f"{run_dir / TICKET} does not exist"
         except OSError as error:
-            tried = f"it does not answer at {ticket['address']}:{ticket['port']} ({error})"
+            tried = f"the leader does not answer at {ticket['address']}:{ticket['port']} ({error})"
         else:
             try:
                 with _at_most(PROVES_S, connection):
@@ -433,20 +439,20 @@ def _join(place: Placement, run_dir: Path) -> Connection:
             except _UNPROVEN:
                 connection.close()
                 tried = (
-                    f"who answers at {ticket['address']}:{ticket['port']} does not know the secret in "
-                    f"{run_dir / TICKET}: it may be an earlier run's"
+                    f"the program at {ticket['address']}:{ticket['port']} does not know the secret in "
+                    f"{run_dir / TICKET}: the file may be left from an earlier run"
                 )
         time.sleep(WAKE_S)
     raise ConfigError(
-        f"no leader within {JOIN_S:g} s: {tried}. Node 0 writes this file as it starts: is `posttrain run` with the "
-        f"same recipe and name started there, and is {run_dir} on a file system that all hosts share, "
-        "under the same path? --runs-dir names another place"
+        f"found no leader within {JOIN_S:g} s: {tried}. Node 0 writes {TICKET} when it starts: start `posttrain run` "
+        f"there with the same recipe and name. {run_dir} must be on a file system that all hosts share, under the same "
+        "path (--runs-dir)"
     )
 
 
 @contextlib.contextmanager
 def _at_most(seconds: float, connection: Connection) -> Iterator[None]:
-    """A connection that is not done with the block by then is shut down: reading from it raises EOFError."""
+    """Shut the connection down unless the block ends within `seconds`. Reading from it then raises EOFError."""
 
     def shut() -> None:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:
@@ -462,7 +468,7 @@ def _at_most(seconds: float, connection: Connection) -> Iterator[None]:
 
 
 def _write_private(path: Path, values: Mapping[str, Any]) -> None:
-    """A JSON file that only its owner can read, whole or not at all."""
+    """Write a JSON file atomically, readable by its owner alone."""
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
     os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

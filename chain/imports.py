@@ -1,4 +1,4 @@
-"""Sets in other formats than records: imported for a run or a user, and described."""
+"""Imports sets of foreign formats as records, for a run or for the command, and describes the result."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from corpus.importing import Summary, import_set
 
 
 def imported(given: ForeignSet, destination: Path, rows: int | None = None) -> list[str]:
-    """Import a set into a Parquet file; lines that say what came of it.
+    """Import a set into a Parquet file; return lines that describe the result.
 
     Args:
-        given: what and how.
+        given: the set and its import options.
         destination: the Parquet file; rejected rows go to a .rejected.jsonl beside it.
-        rows: only the first so many.
+        rows: number of leading rows to import; None: all.
 
     Raises ConfigError and RecordError as `corpus.importing.import_set` does.
     """
@@ -31,7 +31,7 @@ def imported(given: ForeignSet, destination: Path, rows: int | None = None) -> l
 
 
 def lines(summary: Summary) -> list[str]:
-    """What an import did: format, mapping, three rows as the model sees them, counts of kinds and of every reason."""
+    """Describe an import: format, mapping, three rows as the model sees them, counts of kinds and of reject reasons."""
     from core.model.prompts import user_text
     from rewards.offline.rows import printable
 
@@ -60,7 +60,7 @@ def lines(summary: Summary) -> list[str]:
 
 
 def _golds(path: Path) -> str:
-    """How many gold answers of a sample can be graded against, as the RL stages will find them."""
+    """A line with the share of sampled gold answers that the RL stages' verifier can use."""
     from corpus.records import load_records
     from rewards.answer import gold_problem
     from rl.data import example_of
@@ -70,5 +70,5 @@ def _golds(path: Path) -> str:
         row for row in records[:: max(1, len(records) // 200)] if row["verifier"] not in ("none", "judge")
     ]
     bad = [f"{row['id']}: {problem}" for row in sample if (problem := gold_problem(example_of(row)))]
-    first = f"; the first of the others: {bad[0]}" if bad else ""
-    return f"{len(sample) - len(bad)} of {len(sample)} sampled gold answers can be graded against{first}"
+    first = f"; the first unusable one: {bad[0]}" if bad else ""
+    return f"{len(sample) - len(bad)} of {len(sample)} sampled gold answers are usable for grading{first}"

@@ -1,4 +1,4 @@
-"""The places of what a recipe names: data sets, and the source files of import strings."""
+"""Locates the inputs that a recipe names: data sets, and the source files of import strings."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def data_folder(run: Path) -> Path:
-    """Where a run keeps the sets it generates."""
+    """The folder of the sets that a run generates."""
     return run / "data"
 
 
 def prepared_folder(run: Path, stage: str) -> Path:
-    """Where a run keeps the sets that it made before a stage, with the policy that the stage starts from."""
+    """The folder of the sets that a run makes before a stage with the stage's initial policy."""
     return run / "prepared" / stage
 
 
 def imported_folder(run: Path, name: str) -> Path:
-    """Where a run keeps a set that it imports from another format."""
+    """The folder of a set that a run imports from another format."""
     return run / "imported" / name
 
 
@@ -45,7 +45,7 @@ def locate_sets(recipe: Recipe, run: Path) -> dict[str, str]:
 
 
 def rows_of(place: str) -> int | None:
-    """Rows of a local set, read from its Parquet files' footers; None if it is not there."""
+    """Rows of a local set, from the footers of its Parquet files; None if the set does not exist."""
     path = Path(place)
     if not path.exists():
         return None
@@ -56,14 +56,14 @@ def rows_of(place: str) -> int | None:
 
 
 def phase_rows(phase: Phase, rows: Callable[[str], int | None]) -> int | None:
-    """Rows of an SFT phase's sets together; None if one is not there yet. `rows` maps a set's name to its rows."""
+    """Total rows of an SFT phase's sets; None if a set does not exist yet. `rows` maps a set's name to its rows."""
     counts = [source.rows if source.rows is not None else rows(source.set) for source in phase.data]
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
 def phase_updates(phase: Phase, rows: Callable[[str], int | None]) -> int | None:
-    """Optimizer updates of an SFT phase; None if they go by tokens or a set is not there yet."""
+    """Optimizer updates of an SFT phase; None if updates are counted by tokens or a set does not exist yet."""
     optim, count = phase.optim, phase_rows(phase, rows)
     if optim.max_steps:
         return optim.max_steps
@@ -73,13 +73,13 @@ def phase_updates(phase: Phase, rows: Callable[[str], int | None]) -> int | None
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a set's place is an `owner/name` on the hub; what exists or ends in .parquet is local."""
+    """Whether a set's place is an `owner/name` on the hub. An existing path, or one that ends in .parquet, is local."""
     is_path = text.startswith(".") or text.endswith(".parquet") or Path(text).exists()
     return not is_path and _HUB_ID.fullmatch(text) is not None
 
 
 def code_file(import_string: str) -> Path | None:
-    """The source file of a `package.module:name`, found without importing it; None if it does not exist."""
+    """The source file of `package.module:name`, located without an import; None if it does not exist."""
     module, _ = split_import(split_adapter(import_string)[1])
     if module.endswith(".py"):
         return Path(module) if Path(module).is_file() else None

@@ -1,4 +1,4 @@
-"""A stage's work as a file: which function does it, its configuration and its job, each with the type it had."""
+"""A stage's work as a file: the function to call, its configuration and its job, each stored with its type."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from core.strict import ConfigError, Strict, parse
 from core.training.job import Job
 
 DONE = ".done"
-"""In a step's folder: its process has done all its work. What is missing is the folder's final name."""
+"""Marker in a step's folder: the process has finished its work, and the folder only needs its final name."""
 
 
 class Typed(Strict):
-    """A configuration that can be read back without knowing its type."""
+    """A configuration stored with the name of its type, from which `read` restores it."""
 
     type: str
     """`package.module:Class`."""
@@ -23,7 +23,7 @@ class Typed(Strict):
 
     @classmethod
     def of(cls, config: Strict) -> Typed:
-        """The configuration with its type's name. Defaults stay out: some keys may not be given at all."""
+        """The configuration with its type's name. Defaults are not stored, because some keys must not be given."""
         kind = type(config)
         return cls(
             type=f"{kind.__module__}:{kind.__qualname__}",
@@ -58,7 +58,7 @@ class Task(Strict):
 
 
 def load(import_string: str) -> Callable[..., Any]:
-    """The object a `package.module:name` names. Raises ConfigError naming what is missing, and the remedy."""
+    """Import the object that `package.module:name` names. Raises ConfigError naming the missing part and the remedy."""
     module_name, _, attribute = import_string.partition(":")
     try:
         module = importlib.import_module(module_name)

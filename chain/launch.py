@@ -1,7 +1,7 @@
-"""One stage's work in child processes: its ranks are started, followed, and stopped whatever happens.
+"""Runs one stage's work in child processes: starts its ranks, watches them, and stops them in every case.
 
-Training lives in children so that the runner stays light, one stage's memory is gone before the next begins,
-and no stage shares a process with another's patches of transformers.
+Training runs in child processes for three reasons: the runner stays small, a stage's memory is freed before the next
+stage begins, and no stage shares a process with another stage's patches of transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from core.processes import held_folder
 
 
 class StageFailed(RuntimeError):
-    """A stage's process ended without finishing its work. The message has the end of its log and its path."""
+    """A stage's process ended without finishing its work. The message has the end and the path of its log."""
 
 
 def run_job(
@@ -34,10 +34,9 @@ def run_job(
     """Run `chain.worker` on a task; return when it has succeeded.
 
     The task is written to `folder/job.json`, rank 0's output to `folder/log.txt`, another rank's to
-    `folder/log-rank<N>.txt`. Where there are several hosts, each has its share of the ranks. `on_poll` is called a few
-    times per second.
-    Raises StageFailed if a rank fails, HostLost if a host is gone; on any exception, Ctrl-C included, all ranks and
-    their descendants are stopped first, here and on the other hosts.
+    `folder/log-rank<N>.txt`. Several hosts share the ranks equally. `on_poll` is called a few times per second.
+    Raises StageFailed if a rank fails and HostLost if a host is lost. Before any exception leaves this function, Ctrl-C
+    included, all ranks and their descendants are stopped on all hosts.
     """
     job_file = folder / "job.json"
     write_json(job_file, task)
@@ -68,7 +67,7 @@ def run_job(
 
 
 def _meeting(ranks: int, stack: ExitStack) -> Meeting | None:
-    """Where the ranks of one host meet: a file that only this user can open."""
+    """The rendezvous of the ranks of one host: a file that only this user can open."""
     if ranks == 1:
         return None
     folder = stack.enter_context(held_folder(Path(tempfile.gettempdir())))

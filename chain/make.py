@@ -1,4 +1,4 @@
-"""The two steps before training: the recipe's own data, and the core. Both call a function that the recipe names."""
+"""The two steps before training: generating data and building the core. Both call a function that the recipe names."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def generate(cfg: GenerateConfig, job: Job) -> Path:
 
 
 def core(cfg: CoreConfig, job: Job) -> Path:
-    """Build the core, or link to the one that the recipe names; return its checkpoint folder.
+    """Build the core, or link to the core that the recipe names; return its checkpoint folder.
 
-    Raises LayoutError for a core that brings code or holds NaN or infinity.
+    Raises LayoutError for a core that contains code, NaN or infinity.
     """
     checkpoint = job.out / "checkpoint"
     if cfg.path is not None:
         check_checkpoint(Path(cfg.path))
-        # A link, not a copy: a released core is gigabytes, and no stage writes to the one it starts from.
+        # A link instead of a copy: a released core has gigabytes, and stages never write to their initial checkpoint.
         checkpoint.symlink_to(Path(cfg.path).resolve())
     else:
         assert cfg.build, "CoreConfig has one of the two"

@@ -1,4 +1,4 @@
-"""Which of a run's hosts this is: from the command line, else from what torchrun, accelerate or SLURM set."""
+"""This host's place among a run's hosts: from the command line, else from torchrun's or SLURM's variables."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from core.strict import ConfigError
 
 @dataclass(frozen=True)
 class Placement:
-    """One host's place among those that a run was started on."""
+    """One host's place among the hosts of a run."""
 
     nodes: int
-    """Hosts, at least two."""
+    """Number of hosts, at least two."""
     node: int
-    """This one's number; 0 leads."""
+    """This host's number; 0 is the leader."""
     address: str
-    """Name or address under which the others reach the leader; of use on the leader alone, which tells them."""
+    """Name or address under which followers reach the leader. Only the leader uses it, and tells the followers."""
     port: int | None = None
-    """Port on which the leader listens; None takes a free one."""
+    """Port on which the leader listens; None: a free port."""
 
 
 def placement(
@@ -30,10 +30,10 @@ def placement(
     node: int | None = None,
     master: str | None = None,
 ) -> Placement | None:
-    """This host's place; None if it is the only one.
+    """This host's place; None for a run on one host.
 
-    `nodes`, `node` and `master` (HOST or HOST:PORT) are the command line's and win over the environment.
-    Raises ConfigError where `posttrain run` was started more than once per host, with the right command.
+    `nodes`, `node` and `master` (HOST or HOST:PORT) come from the command line and override the environment.
+    Raises ConfigError with the right command if `posttrain run` was started more than once per host.
     """
     _check_once_per_host(environment)
     if nodes is None and (node is not None or master is not None):
@@ -52,12 +52,12 @@ def _explicit(nodes: int | None, node: int | None) -> tuple[int, int, str | None
     if nodes > 1 and node is None:
         raise ConfigError(f"--nnodes {nodes} needs --node-rank: 0 on the host that leads, up to {nodes - 1}")
     if not 0 <= (node or 0) < nodes:
-        raise ConfigError(f"--node-rank {node}: with --nnodes {nodes} it lies between 0 and {nodes - 1}")
+        raise ConfigError(f"--node-rank {node}: with --nnodes {nodes} it must be between 0 and {nodes - 1}")
     return nodes, node or 0, None
 
 
 def _torchrun(environment: Mapping[str, str]) -> tuple[int, int, str | None] | None:
-    """torchrun's variables, which accelerate sets as well: one process per host, so a rank is a host."""
+    """The place from torchrun's variables, which accelerate also sets. One process per host: the rank is the host."""
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return None
     return _number(environment, "WORLD_SIZE"), _number(environment, "RANK"), environment.get("MASTER_ADDR")
@@ -70,8 +70,8 @@ def _slurm(environment: Mapping[str, str]) -> tuple[int, int, str | None] | None
         nodes = _number(environment, "SLURM_NNODES", 1)
         if nodes > 1:
             raise ConfigError(
-                f"this SLURM job has {nodes} nodes, but posttrain was started on one of them: start it on each, "
-                "`srun --ntasks-per-node=1 posttrain run ...`, or use this one alone with --nnodes 1"
+                f"this SLURM job has {nodes} nodes, but posttrain was started on one of them: start it on each with "
+                "`srun --ntasks-per-node=1 posttrain run ...`, or use this node alone with --nnodes 1"
             )
         return None
     return (
@@ -82,7 +82,7 @@ def _slurm(environment: Mapping[str, str]) -> tuple[int, int, str | None] | None
 
 
 def _in_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process; a batch script's own processes are in no step."""
+    """Whether srun started this process. A batch script's own processes do not belong to a job step."""
     return "SLURM_STEP_ID" in environment or "SLURM_STEPID" in environment
 
 
@@ -96,17 +96,19 @@ def _check_once_per_host(environment: Mapping[str, str]) -> None:
             else f"torchrun --nnodes {nodes} --nproc-per-node 1 ... --no-python posttrain run ..."
         )
         raise ConfigError(
-            f"{max(local, 2)} processes were started on this host: start `posttrain run` once per host, it starts the "
+            f"{max(local, 2)} processes were started on this host: start `posttrain run` once per host; it starts the "
             f"ranks itself (learner.processes). "
             + (command if nodes > 1 else "On one host: posttrain run ...")
         )
-    if not _in_step(environment) or "RANK" in environment:  # torchrun under srun has said enough
+    if (
+        not _in_step(environment) or "RANK" in environment
+    ):  # under srun, torchrun's variables determine the place
         return
     nodes = _step_nodes(environment)
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", nodes))
     if tasks > nodes or _number(environment, "SLURM_LOCALID", 0) > 0:
         raise ConfigError(
-            f"srun started {tasks} tasks on {nodes} nodes: start `posttrain run` once per node, it starts the ranks "
+            f"srun started {tasks} tasks on {nodes} nodes: start `posttrain run` once per node; it starts the ranks "
             f"itself (learner.processes): srun --nodes={nodes} --ntasks-per-node=1 posttrain run ..."
         )
 
@@ -116,7 +118,7 @@ def _step_nodes(environment: Mapping[str, str]) -> int:
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """A launcher's variable; `default` where it is not set or empty."""
+    """A launcher's variable as an integer; `default` if it is unset or empty."""
     text = environment.get(name) or str(default)
     if not text.isdecimal():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The chain's one rollout pool: started when a stage first needs it, handed new weights after that."""
+"""The chain's single rollout pool: it starts when a stage first needs it, and then receives new weights."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from core.strict import ConfigError
 from rl.rollout.config import PoolConfig
 
 OpenPool = Callable[[PoolConfig, Path, Path], AbstractContextManager[Callable[[], list[str]]]]
-"""(configuration, model, log folder) -> context of a function that waits for the servers and gives their URLs, as
-rl.rollout.server.starting_pool."""
+"""(configuration, model, log folder) -> context manager that yields a function. That function waits for the servers and
+returns their URLs. rl.rollout.server.starting_pool has this type."""
 
 TOKEN_FILE = "servers.token"
-"""In a run's folder: the token of servers that `posttrain rollout-server` started for it."""
+"""File in a run's folder: the token of servers that `posttrain rollout-server` started for the run."""
 
 
 class Pool:
-    """Rollout servers that start late and serve one checkpoint after another.
+    """Rollout servers that start on first use and serve one checkpoint after another.
 
     Args:
-        cfg: the recipe's `servers`, or None for a recipe that needs no servers.
+        cfg: the recipe's `servers`; None for a recipe without servers.
         logs: folder for the servers' output.
-        open_pool: starts the servers; the real one unless a test brings its own.
+        open_pool: starts the servers; default: rl.rollout.server.starting_pool. Tests pass a substitute.
     """
 
     def __init__(self, cfg: PoolConfig | None, logs: Path, open_pool: OpenPool | None = None) -> None:
@@ -34,7 +34,7 @@ class Pool:
         self._wait: Callable[[], list[str]] | None = None
         self._client: Any = None
         self._started_with: Path | None = None
-        """The checkpoint that our servers have read, until somebody changes their weights."""
+        """The checkpoint that the servers have loaded; None after their weights were changed."""
 
     @property
     def share_gpus(self) -> bool:
@@ -48,7 +48,7 @@ class Pool:
         self._stack.close()
 
     def start(self, model: Path) -> None:
-        """Start the servers with `model` unless they have been started; does not wait for them."""
+        """Start the servers with `model` unless they have been started. Does not wait for them."""
         if self.cfg is None:
             raise ConfigError("servers is missing from the recipe: this step needs rollout servers")
         if self._wait is not None:
@@ -61,18 +61,18 @@ class Pool:
         if self.cfg.urls and self.cfg.token_file is None and shared.exists():
             self.cfg = self.cfg.model_copy(update={"token_file": str(shared)})
         self._wait = self._stack.enter_context(self._open(self.cfg, model, self.logs))
-        # Servers that ran before us hold unknown weights.
+        # Servers that were started elsewhere hold unknown weights.
         self._started_with = None if self.cfg.urls else model.resolve()
 
     def urls(self, model: Path) -> list[str]:
-        """The URLs of the servers, once they are up. The first call starts them with `model`; they may serve other
-        weights since."""
+        """Wait for the servers and return their URLs. The first call starts them with `model`. Later they may serve
+        other weights."""
         self.start(model)
         assert self._wait is not None
         return self._wait()
 
     def serve(self, model: Path) -> Any:
-        """A RolloutClient of the pool, which now serves the weights of the checkpoint folder `model`.
+        """Load the checkpoint folder `model` into the servers and return a RolloutClient.
 
         Raises ForeignCode or NonFinite for a checkpoint that must not be served.
         """
@@ -83,9 +83,9 @@ class Pool:
         return client
 
     def rest(self, model: Path | None) -> None:
-        """Before a learner starts: put servers that share its GPUs to sleep, until the next `serve`.
+        """Put servers that share the learner's GPUs to sleep until the next `serve`. Called before a learner starts.
 
-        `model` is the checkpoint that the learner starts from, or None. Servers that have not been started stay so.
+        `model` is the learner's initial checkpoint, or None. Servers that have not been started are not started.
         """
         if not self.share_gpus or model is None:
             return
@@ -95,7 +95,7 @@ class Pool:
         self._connected(model).sleep()
 
     def _connected(self, model: Path) -> Any:
-        """The client of the servers, which have been started with `model` at the latest now."""
+        """The client of the servers. Starts the servers with `model` if they have not been started."""
         urls = self.urls(model)
         if self._client is None:
             from rl.rollout.client import RolloutClient
@@ -107,7 +107,7 @@ class Pool:
         return self._client
 
     def weights_changed(self) -> None:
-        """Someone else updated the servers (an RL stage did): the next `serve` loads its checkpoint."""
+        """Record that an RL stage has updated the servers' weights. The next `serve` loads its checkpoint."""
         self._started_with = None
         if self._client is not None:
             self._client.served.forget()

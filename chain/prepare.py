@@ -1,4 +1,4 @@
-"""Data that a stage makes with the policy it starts from, before it trains."""
+"""Data that a stage makes with its initial policy before training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rl.config import Prepare, RLConfig
 
 
 def prepare_nothing(context: Context) -> dict[str, Any]:
-    """For stages that make no data of their own."""
+    """The `prepare` of stages that do not make data."""
     return {}
 
 
 def prepare(context: Context) -> dict[str, Any]:
-    """Make the sets of the stage's `prepare`; per filter, what it kept and dropped and why."""
+    """Make the sets of the stage's `prepare`; return per filter the counts of kept and dropped rows, with reasons."""
     parts: Prepare = context.config.prepare  # type: ignore[attr-defined]
     from rl import curate
     from rl.data import load_rows

@@ -1,4 +1,4 @@
-"""What the terminal and the trackers get of a running stage: its step, its figures, and the time that is left."""
+"""Progress of a running stage for the terminal and the trackers: step, metrics, and remaining time."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SHOWN = ("reward", "rollout/correct", "mean_token_accuracy")
 
 
 class Outlook:
-    """How long a chain still takes, from the paces seen in its run's folder.
+    """Estimates the remaining time of a chain from the paces of earlier stages in its run's folder.
 
     Args:
         recipe: the recipe.
         run_dir: the run's folder.
-        names: the stages that the recipe has, in order.
+        names: names of the recipe's stages, in order.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, names: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ class Outlook:
         return f"stage {self.names.index(stage) + 1}/{len(self.names)} {stage}"
 
     def updates(self, stage: str) -> int | None:
-        """Optimizer updates of a stage; None while its data is not there, and for stages without any."""
+        """Optimizer updates of a stage; None if its data do not exist yet or the stage has no updates."""
         config = self.recipe.stage(stage)
         if isinstance(config, RLConfig):
             return config.max_steps
@@ -64,10 +64,10 @@ class Outlook:
             return None
 
     def later(self, stage: str, pace: float | None) -> float | None:
-        """Seconds that the stages after this one take, all evaluations included; None if one cannot be told.
+        """Estimated seconds of the later stages and all evaluations; None if a stage has no estimate.
 
-        A stage takes as long as its last run in this folder. Without one, it goes at the pace of the last stage of
-        its kind; `pace` is that of this stage, in seconds per update.
+        The estimate of a stage is the duration of its last run in this folder. Without such a run, it uses the pace of
+        the last stage of the same kind. `pace` is this stage's pace in seconds per update.
         """
         paces = self._paces() | ({self._kind(stage): pace} if pace else {})
         left = self._evaluation() * (len(self.names) - self.names.index(stage))
@@ -96,14 +96,14 @@ class Outlook:
         return found
 
     def _evaluation(self) -> float:
-        """Mean seconds of a stage's evaluation so far."""
+        """Mean seconds of the evaluations so far."""
         files = [self.run_dir / name / "eval.json" for name in self.names]
         seconds = [read_json(file)["seconds"] for file in files if file.exists()]
         return sum(seconds) / len(seconds) if seconds else 0.0
 
 
 class Follower:
-    """Follows a running stage's files: what is new goes to the trackers, and a line of it to the terminal."""
+    """Reads a running stage's files, and passes new records to the trackers and a summary line to the terminal."""
 
     def __init__(
         self, stage: str, out: Path, display: Display, track: StageTrack, outlook: Outlook | None = None
@@ -116,7 +116,7 @@ class Follower:
         self._text = "starting"
 
     def look(self) -> None:
-        """Pass on what was written since the last look."""
+        """Pass on the records that were written since the last call."""
         records = self._metrics.new()
         for record in records:
             self.track.log(record)
@@ -129,7 +129,7 @@ class Follower:
         self.display.passing(self._text, elapsed="left" not in self._text)
 
     def _left(self, record: Mapping[str, Any]) -> list[str]:
-        """`1m12s left` and `chain 6m05s left`, as far as they are known."""
+        """`1m12s left` and `chain 6m05s left`, each only if it is known."""
         step, now = record.get("step"), time.monotonic()
         if step is None:
             return []
@@ -146,7 +146,7 @@ class Follower:
 
 
 def metrics_text(record: Mapping[str, Any], total: int | None = None) -> str:
-    """One metrics line in few words: `phase general · step 12/80 · reward .85 · correct .91`."""
+    """A summary of one metrics line: `phase general · step 12/80 · reward .85 · correct .91`."""
     words = [f"phase {record['phase']}"] if record.get("phase") else []
     if "step" in record:
         words.append(f"step {record['step']}" + (f"/{total}" if total else ""))

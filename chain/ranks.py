@@ -1,7 +1,7 @@
-"""The ranks of one job on this host: started as children, watched, stopped together.
+"""The ranks of one job on this host: started as child processes, watched, and stopped together.
 
-Several ranks are started as one is, without torchrun: its rendezvous store takes pickles from anybody who reaches its
-port.
+Several ranks are started like a single rank, without torchrun: torchrun's rendezvous store unpickles data from any
+client that reaches its port.
 """
 
 from __future__ import annotations
@@ -18,41 +18,42 @@ from core.training.group import MEETING
 
 POLL_S = 0.2
 GRACE_S = 5.0
-"""After the first rank has failed, the others have this time to fail by themselves; a rank that does not hangs."""
+"""After the first failure, the other ranks have this time to end by themselves. A rank that does not end hangs."""
 TRACE_S = 1.0
-"""A hung rank has this time to write where it is."""
+"""Time that a hung rank has to write its stack trace."""
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """How the ranks of a job find each other."""
+    """The rendezvous of a job's ranks."""
 
     place: str
-    """A file in a folder of mode 0700, or `tcp://ADDRESS:PORT` of the leader where there are several hosts."""
+    """One host: a file in a folder of mode 0700. Several hosts: the leader's `tcp://ADDRESS:PORT`."""
     nodes: int = 1
     node: int = 0
 
 
 class Ranks:
-    """The ranks of one job on this host. When one has failed, the others have GRACE_S to end, and are then stopped.
+    """The ranks of one job on this host. After one rank fails, the others have GRACE_S to end and are then stopped.
 
     Args:
-        job_file: what each rank is told.
-        count: ranks on this host.
-        threads: CPU threads of each.
-        meeting: where the ranks meet; None for a single one.
+        job_file: the task file, which every rank reads.
+        count: number of ranks on this host.
+        threads: CPU threads per rank.
+        meeting: the rendezvous of the ranks; None for a single rank.
     """
 
     def __init__(self, job_file: Path, count: int, threads: int, meeting: Meeting | None) -> None:
         self._processes: dict[int, Any] = {}
         self._logs: dict[int, Path] = {}
         self._failed: dict[int, str] = {}
-        """How each rank failed."""
+        """Rank -> how the rank failed."""
         self._hung: list[int] = []
         self._failed_at = 0.0
         first = count * meeting.node if meeting else 0
-        # Nothing listens there: DeepSpeed names its ranks' buffers in shared memory by it, so each job has its own.
+        # No process listens on this port. DeepSpeed derives the names of its buffers in shared memory from the port, so
+        # each job has its own.
         names_of_buffers = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port())}
         try:
             for local in range(count):
@@ -77,7 +78,7 @@ class Ranks:
             raise
 
     def ended(self, patience_s: float) -> bool:
-        """Whether all ranks end within the time, or one has failed and the others have been stopped."""
+        """Whether, within `patience_s`, all ranks have ended, or one has failed and the others have been stopped."""
         deadline = time.monotonic() + patience_s
         while True:
             for rank, process in self._processes.items():
@@ -95,11 +96,11 @@ class Ranks:
             processes.ended(self._processes[running[0]], min(POLL_S, deadline - time.monotonic()))
 
     def failure(self) -> str | None:
-        """Which ranks failed and how, with the end of the log of the one that explains most; None if none did."""
+        """The failed ranks and how they failed, with the end of the most informative log; None if no rank failed."""
         if not self._failed:
             return None
-        # A rank that a signal killed makes the others fail, whose connections to it close; so does the first that
-        # wrote why it fails.
+        # A rank that a signal killed makes the other ranks fail, as their connections to it close. The same holds for
+        # the first rank that wrote its error.
         first = min(
             self._failed,
             key=lambda rank: ("killed" not in self._failed[rank], self._logs[rank].stat().st_mtime_ns),
@@ -113,13 +114,13 @@ class Ranks:
         text += f"; last lines of {self._logs[first]}:\n{processes.last_lines(self._logs[first])}"
         for rank in self._hung:
             text += (
-                f"\nrank {rank} had not ended {GRACE_S:g} s later and was stopped: it hangs, or waited for another. "
-                f"Where it was, from {self._logs[rank]}:\n{processes.last_lines(self._logs[rank])}"
+                f"\nrank {rank} had not ended {GRACE_S:g} s later and was stopped: it hung or waited for another rank. "
+                f"Its stack, from {self._logs[rank]}:\n{processes.last_lines(self._logs[rank])}"
             )
         return text
 
     def stop(self) -> None:
-        """End every rank and what it started."""
+        """End every rank and all its descendants."""
         processes.stop(*self._processes.values())
 
     def _stop_hung(self, running: list[int]) -> None:
@@ -131,13 +132,13 @@ class Ranks:
 
 
 def command(job_file: Path) -> list[str]:
-    """A rank's command line. -P: a folder `core` or `rl` where the user stands must not become ours."""
+    """A rank's command line. -P prevents the import of a folder `core` or `rl` in the working directory."""
     return [sys.executable, "-P", "-m", "chain.worker", str(job_file)]
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The ranks' environment: this one without what a launcher of ours left there, thread counts, and our packages
-    before others of their names."""
+    """The ranks' environment: this process's environment without an outer launcher's variables, with thread counts, and
+    with our packages before other packages of the same names."""
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     return {

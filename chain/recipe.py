@@ -1,7 +1,7 @@
 """The recipe: one typed object over a folder of YAML files. Imports no torch.
 
-A stage that a recipe leaves out (or sets to null over an extended recipe) is not run; the next one starts
-from the nearest stage before it.
+A recipe may leave a stage out, or set a stage of an extended recipe to null. Such a stage is not run, and the next
+stage starts from the nearest stage before it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHORT = {
 }
 """Short names of stages."""
 ALIASES = {word: name for name, short in SHORT.items() for word in (short, name.replace("_", "-"))}
-"""Other names of stages, on the command line and as the first key of an override -> the stage."""
+"""Alias -> stage name. Aliases are accepted on the command line and as the first key of an override."""
 
 
 class CoreConfig(Strict):
@@ -49,9 +49,9 @@ class CoreConfig(Strict):
     @model_validator(mode="after")
     def _one_origin(self) -> CoreConfig:
         if (self.build is None) == (self.path is None):
-            raise ValueError(f"build={self.build!r}, path={self.path!r}: give one of the two, not both")
+            raise ValueError(f"build={self.build!r}, path={self.path!r}: give exactly one of the two")
         if self.path is not None and self.params:
-            raise ValueError("params are arguments of build; with path there is nothing to pass them to")
+            raise ValueError("params are arguments of build; remove them, or replace path by build")
         return self
 
 
@@ -61,7 +61,7 @@ class GenerateConfig(Strict):
     by: str = Field(pattern=IMPORT_STRING)
     """`package.module:function`, called `function(out, seed=..., **params)`; writes `<set>.parquet` files."""
     sets: tuple[Name, ...] = Field(min_length=1)
-    """Names of the sets that it writes: a stage that names another is refused before anything runs."""
+    """Names of the sets that `by` writes. A stage that names an unknown set is refused before anything runs."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `by`."""
     threads: int = Field(default=1, ge=1, le=1024)
@@ -69,29 +69,29 @@ class GenerateConfig(Strict):
 
 
 class ForeignSet(Strict):
-    """A set in another format than records; the run imports it into `<run>/imported`."""
+    """A set whose format is not the record format. The run imports the set into `<run>/imported`."""
 
     path: str = Field(min_length=1)
-    """A .json, .jsonl, .csv, .tsv, .parquet or .tar file, or a folder of one kind of them."""
+    """A .json, .jsonl, .csv, .tsv, .parquet or .tar file, or a folder whose files all have one of these types."""
     format: str = "auto"
     """Name of a format (corpus.formats.table), or auto."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Field of a record -> column of the file, where names do not tell."""
+    """Field of a record -> column of the file, for columns whose names do not match a field."""
     images: str | None = None
-    """Folder of the pictures; None is the file's own. No file name leads out of it."""
+    """Folder of the pictures; None: the folder of the file. A picture path that leaves this folder is refused."""
     system: Literal["strip", "keep", "refuse"] = "strip"
-    """What becomes of system messages: dropped, put before the question, or their rows rejected."""
+    """strip: drop system messages; keep: put them before the question; refuse: reject rows that have one."""
     turns: Literal["refuse", "first", "split"] = "refuse"
-    """What becomes of conversations of several exchanges: rejected, cut, or a row for each exchange."""
+    """Conversations of several exchanges. refuse: reject; first: keep the first exchange; split: a row per exchange."""
     strict: bool = False
-    """Stop at the first row that does not fit, instead of listing it in `<set>.rejected.jsonl`."""
+    """Stop at the first row that cannot be imported. Otherwise such rows go to `<set>.rejected.jsonl`."""
 
 
 class DataConfig(Strict):
     """Where the stages' named sets come from."""
 
     generate: GenerateConfig | None = None
-    """Sets that the run makes itself."""
+    """Sets that the run generates."""
     sets: dict[Name, str | ForeignSet] = Field(default_factory=dict)
     """Set name -> Parquet file or folder (relative to the working directory), hub id `owner/name`, or a set in another
     format, which the run imports."""
@@ -100,7 +100,7 @@ class DataConfig(Strict):
     def _one_origin_per_set(self) -> DataConfig:
         twice = sorted(set(self.sets) & set(self.generate.sets if self.generate else ()))
         if twice:
-            raise ValueError(f"both generated and in sets: {', '.join(twice)}; rename one")
+            raise ValueError(f"both in generate.sets and in sets: {', '.join(twice)}; rename one of the two")
         return self
 
 
@@ -108,20 +108,20 @@ TrackerName = Literal["wandb", "tensorboard", "mlflow"]
 
 
 class WandbConfig(Strict):
-    """Weights & Biases. WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE and WANDB_DIR in the environment win."""
+    """Weights & Biases. WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE and WANDB_DIR in the environment take precedence."""
 
     project: str = "sailvl2-posttrain"
     entity: str | None = None
     """Team or user; None is the account's default."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online with an API key (environment or netrc), else offline. Never asks."""
+    """auto: online if there is an API key (environment or netrc), else offline. W&B never prompts for a key."""
     tags: tuple[str, ...] = ()
     table_rows: int = Field(default=64, ge=0)
-    """Completions with pictures and verdicts in one table, at most; for all trackers."""
+    """Most completions, with pictures and verdicts, in one table. Applies to every tracker."""
 
 
 class HardwareConfig(Strict):
-    """The machines that a recipe is written for. `plan` compares the recipe with them where it finds no GPU."""
+    """The machines that a recipe is written for. `plan` uses these figures if the local machine has no GPU."""
 
     gpu_gib: float | None = Field(default=None, gt=0)
     """Memory of one GPU; None: the recipe trains on CPUs."""
@@ -132,17 +132,17 @@ class HardwareConfig(Strict):
     disk_gib: float | None = Field(default=None, gt=0)
     """Room for the run's folder; None: not checked."""
     image_share: float = Field(default=0.75, ge=0, le=1)
-    """Largest share of image tokens in a pass: the tower computes those alone."""
+    """Largest share of image tokens in a pass. Only image tokens pass through the vision tower."""
 
 
 class SFTStage(SFTConfig):
-    """An SFT stage that may first make data with the policy it starts from (think-fusion's harvest)."""
+    """An SFT stage that may first make data with its initial policy (think-fusion's harvest)."""
 
     prepare: Prepare = Prepare()
 
 
 class Stages(Strict):
-    """The stages in the chain's order. None: the recipe leaves the stage out."""
+    """The stages in the chain's order. None means that the recipe leaves the stage out."""
 
     core: CoreConfig
     basic_sft: SFTStage | None = None
@@ -162,18 +162,18 @@ class Recipe(Stages):
     renamed: ClassVar[dict[str, str]] = {"rollout": "servers"}
 
     name: Name
-    """Names the run's folder, `runs/<name>`."""
+    """Name of the run's folder, `runs/<name>`."""
     about: str = ""
     """One line for `plan` and the report."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data, the core and every stage."""
     data: DataConfig = DataConfig()
     servers: PoolConfig | None = None
-    """Rollout servers, for RL, for data made between the stages and for evaluation."""
+    """Rollout servers for RL, for data made between the stages, and for evaluation."""
     eval: EvalConfig | None = None
-    """Held-out evaluation after each stage; null leaves it out."""
+    """Held-out evaluation after each stage; null turns evaluation off."""
     tracking: tuple[TrackerName, ...] = ("wandb",)
-    """Experiment trackers that get curves and completions; `[]` for none."""
+    """Experiment trackers that receive curves and completions; `[]` turns tracking off."""
     wandb: WandbConfig = WandbConfig()
     hardware: HardwareConfig = HardwareConfig()
 
@@ -202,7 +202,7 @@ class Recipe(Stages):
             if limit is not None and length >= limit:
                 raise ValueError(
                     f"{key}.max_completion_tokens={length} leaves no room for a prompt in "
-                    f"servers.max_model_tokens={limit}; lower the one or raise the other"
+                    f"servers.max_model_tokens={limit}; lower the former or raise the latter"
                 )
         return self
 
@@ -228,7 +228,7 @@ class Recipe(Stages):
             if self.servers and self.servers.share_gpus and stage and stage.rollout.overlap:
                 raise ValueError(
                     f"{name}.rollout.overlap with servers.share_gpus: the servers sleep while the learner trains, so "
-                    "nothing can be sampled meanwhile; turn one of the two off"
+                    "they cannot sample at the same time; turn one of the two off"
                 )
         return self
 
@@ -236,7 +236,7 @@ class Recipe(Stages):
     def _soup_has_something_to_vary(self) -> Recipe:
         if self.soup is not None and self.basic_sft is None:
             raise ValueError(
-                "soup merges fine-tunings of basic_sft, which this recipe leaves out; set soup: null"
+                "soup merges fine-tuned checkpoints of basic_sft, which this recipe leaves out; set soup: null"
             )
         if self.soup is not None and (self.eval is None or self.servers is None):
             raise ValueError("soup scores its ingredients by generating: it needs servers and eval")
@@ -248,7 +248,7 @@ def load_recipe(
 ) -> Recipe:
     """The recipe in a folder, with `a.b.c=value` overrides applied in order.
 
-    Another seed than the recipe's own makes another run: the name gains `-seed<N>`, unless `name` gives one.
+    A seed that differs from the recipe's seed makes a separate run: the name gains `-seed<N>`, unless `name` is given.
     Raises ConfigError with a line per problem: file, key path, value, rule.
     """
     folder = read_folder(Path(path))
@@ -265,7 +265,7 @@ def load_recipe(
 
 
 def sources(config: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, DataSource]]:
-    """Every data source in a configuration, however deep, with its key path."""
+    """Every data source at any depth of a configuration, with its key path."""
     for name in type(config).model_fields:
         value = getattr(config, name)
         items = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
@@ -278,7 +278,7 @@ def sources(config: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Da
 
 
 def made_between(config: BaseModel | None) -> tuple[str, ...]:
-    """Names of the sets that a stage makes with the policy it starts from, before it trains."""
+    """Names of the sets that a stage makes with its initial policy before training."""
     if not isinstance(config, SFTStage | RLConfig):
         return ()
     parts = (config.prepare.pass_at_k, config.prepare.harvest, config.prepare.hard_cases)
@@ -286,9 +286,9 @@ def made_between(config: BaseModel | None) -> tuple[str, ...]:
 
 
 def check_sets(recipe: Recipe, where: Callable[[KeyPath], str] = lambda path: "") -> None:
-    """Raise one ConfigError for sets that do not exist and for held-out sets that a stage trains on.
+    """Raise one ConfigError for all unknown sets and for all held-out sets that a stage trains on.
 
-    A set is provided by `data.generate.sets`, by `data.sets`, or by `prepare` of this stage or one before it.
+    `data.generate.sets`, `data.sets`, and `prepare` of this stage or an earlier stage define the known sets.
     """
     generated = recipe.data.generate.sets if recipe.data.generate else ()
     known = {*generated, *recipe.data.sets}
@@ -317,7 +317,7 @@ def check_sets(recipe: Recipe, where: Callable[[KeyPath], str] = lambda path: ""
 
 
 def split_import(text: str) -> tuple[str, str]:
-    """`package.module:name` in its two parts. Raises ConfigError otherwise."""
+    """Split `package.module:name` into module and attribute. Raises ConfigError for any other text."""
     module, colon, attribute = text.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"{text!r} is not an import string; write package.module:name")

@@ -1,4 +1,4 @@
-"""Every key of a recipe, read from the pydantic models: for `posttrain explain`, the docs' page and editors."""
+"""Every key of a recipe, from the pydantic models, for `posttrain explain`, the docs' reference page and editors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNITS = {
     "_ratio": "share, 0 to 1",
     "_rows": "rows",
 }
-"""The unit that the end of a key's name tells."""
+"""Suffix of a key's name -> unit."""
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -37,25 +37,24 @@ class Key:
     name: str
     kind: str
     default: str
-    """As YAML, or `required`."""
+    """The default as YAML, or `required`."""
     unit: str
-    """`` if the name tells none."""
+    """"" if the name has no suffix of a unit."""
     text: str
     """The docstring under the field, on one line."""
     models: tuple[type[BaseModel], ...]
-    """Models of the mapping, or of the mappings in the list, under this key."""
+    """Models of the mapping, or of the list's mappings, under this key."""
     named: bool
-    """Whether the key holds a mapping from free names to them."""
+    """Whether the key holds a mapping from free names to such models."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """One model: the keys of one kind of mapping."""
+    """The keys of one model, which is one kind of mapping."""
 
     model: type[BaseModel]
     places: tuple[str, ...]
-    """Key paths at which a recipe holds this mapping; `[]` is any item of a list, `NAME` any name, `` the recipe
-    itself."""
+    """Key paths of this mapping in a recipe. `[]` is any item of a list, `NAME` any name, and "" the recipe itself."""
     keys: tuple[Key, ...]
 
     @property
@@ -85,20 +84,20 @@ def sections() -> list[Section]:
 
 
 def keys_of(model: type[BaseModel]) -> tuple[Key, ...]:
-    """The keys of one model, in its own order."""
+    """The keys of one model, in order of definition."""
     return tuple(_key(name, field) for name, field in model.model_fields.items())
 
 
 def explain(path: str | None = None) -> str:
     """The text of `posttrain explain`: of all sections, of one section, or of one key.
 
-    `path` is a key path (`rlvr.rollout.group_size`; a stage's short name is known, list indices are left out) or
-    the last part of one. Raises ConfigError naming the nearest keys.
+    `path` is a key path (`rlvr.rollout.group_size`) or the last part of a key path. Short names of stages are accepted,
+    list indices are ignored. Raises ConfigError naming the nearest keys.
     """
     known = sections()
     if path is None:
         return "\n".join(_summary(section) for section in known) + (
-            "\n\nposttrain explain KEY shows one of them, e.g. rlvr.rollout or group_size"
+            "\n\nposttrain explain KEY shows one section or key, e.g. rlvr.rollout or group_size"
         )
     wanted = re.sub(r"\[\d*\]|\.\d+(?=\.|$)", "", path)
     first, dot, rest = wanted.partition(".")
@@ -111,20 +110,20 @@ def explain(path: str | None = None) -> str:
     ]
     if not matches:
         names = {name for full in keys for name in (full, full.rpartition(".")[2])}
-        raise ConfigError(f"explain {path}: no such key; {_hint(path, names)}")
+        raise ConfigError(f"explain {path}: there is no such key; {_hint(path, names)}")
     texts = dict.fromkeys(_key_text(keys[full][1], keys[full][0], matches) for full in matches)
     return "\n\n".join(texts)
 
 
 def markdown() -> str:
-    """The docs' page: a heading and a table per section."""
+    """The docs' reference page: a heading and a table per section."""
     parts = [
         "# Recipe reference",
         "Made from the configuration models; `posttrain explain [KEY]` prints the same. A recipe is a folder of YAML "
         f"files that are merged; `{PIPELINE}` may name a folder to start from (`extends: ../demo`). Lists are replaced "
         "whole. Every key can be set on the command line: `--set rlvr.rollout.group_size=16`.",
-        "For completion and checks in an editor that speaks YAML language server, write "
-        "`posttrain explain --schema > recipe.schema.json` once and put this line on top of a recipe's file:",
+        "For completion and checks in an editor with a YAML language server, run "
+        "`posttrain explain --schema > recipe.schema.json` once, and put this line at the top of a recipe's file:",
         "```yaml\n# yaml-language-server: $schema=recipe.schema.json\n```",
     ]
     for section in sections():
@@ -144,9 +143,12 @@ def markdown() -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema for one file of a recipe folder: nothing is required, as the folder's files are merged."""
+    """JSON schema for one file of a recipe folder. No key is required, because the folder's files are merged."""
     found = Recipe.model_json_schema()
-    found["properties"]["extends"] = {"type": "string", "description": "A recipe folder to start from."}
+    found["properties"]["extends"] = {
+        "type": "string",
+        "description": "Recipe folder that this recipe extends.",
+    }
     for part in (found, *found.get("$defs", {}).values()):
         part.pop("required", None)
     # The validator takes the word as well, for null.
@@ -163,7 +165,7 @@ def _walk(model: type[BaseModel], place: str) -> Iterator[tuple[str, type[BaseMo
 
 
 def _models(annotation: Any, below: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    """Models that a type holds, each with `[]` if it is an item of a list and `.NAME` if it is under a free name."""
+    """Models inside a type annotation, each with `[]` for a list's item and `.NAME` for a value under a free name."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, below
     for inner in get_args(annotation):
@@ -235,7 +237,7 @@ def _keys_by_path(known: list[Section]) -> dict[str, tuple[Section, Key]]:
 
 
 def _hint(path: str, names: set[str]) -> str:
-    """The nearest key; the whole list of some hundred would help nobody."""
+    """A hint that names the nearest key. The whole list has several hundred keys and would not help."""
     return nearest(path, names).partition("Known: ")[0].strip() or "posttrain explain lists the sections"
 
 
@@ -277,5 +279,5 @@ def _key_text(key: Key, section: Section, matches: list[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text in a table's cell or a paragraph: no pipe, no HTML."""
+    """Escape pipes and HTML for a table cell or a paragraph."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

@@ -1,7 +1,7 @@
-"""The run's loop: every stage of a recipe in order, each trained and evaluated unless that is done already.
+"""The run's loop: trains and evaluates the stages of a recipe in order, and skips stages that are up to date.
 
-A finished stage is evaluated in a thread while the next one trains, unless that one needs the rollout servers too:
-training and evaluation use different processors. Work that needs the servers waits for the evaluation first (`settle`).
+A background thread evaluates a finished stage while the next stage trains, as training and evaluation use different
+processors. Work that needs the rollout servers first waits for the evaluation to end (`settle`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from chain.imports import imported
 from chain.job import DONE, Task
 from chain.launch import POLL_S, StageFailed, run_job
 from chain.placement import Placement
+from chain.plan.resources import core_folder
 from chain.pool import OpenPool, Pool
 from chain.progress import Follower, Outlook
 from chain.recipe import ForeignSet, Recipe, made_between
@@ -41,7 +42,7 @@ from rl.rollout.weights import weights_folder
 
 
 class StageIncomplete(RuntimeError):
-    """A stage's process succeeded but did not leave what the next stage needs."""
+    """A stage's process exited with success, but a file that the next stage needs is missing."""
 
 
 def run(
@@ -58,13 +59,13 @@ def run(
 ) -> Path:
     """Bring every stage of the recipe from `from_` to `until` up to date; return the run's folder.
 
-    Finished stages whose inputs and config are unchanged are skipped, unless `force`. Stages before `from_`
-    must be finished. With a `place` among several hosts, node 0 does all this, and the others start their share
-    of each stage's ranks when it says so (chain/hosts.py).
-    Raises ConfigError before anything runs, StageFailed when a stage's process fails, HostLost or LeaderEnded
-    when another host is gone.
+    Finished stages whose inputs and config are unchanged are skipped, unless `force`. Stages before `from_` must be
+    finished. On several hosts (`place`), node 0 runs this loop, and the other nodes start their share of each stage's
+    ranks on its request (chain/hosts.py).
+    Raises ConfigError before anything runs, StageFailed when a stage's process fails, and HostLost or LeaderEnded when
+    another host is lost.
     """
-    check(recipe)
+    check(recipe, model=core_folder(recipe, (runs_dir / recipe.name).resolve()))
     display = display or Display()
     chain = [stage for stage in stages if stage.config(recipe) is not None]
     first, last = _selection(chain, from_, until)
@@ -77,7 +78,7 @@ def run(
         if place.node > 0:
             follow(place, folder.path, agreed, display)
             return folder.path
-    # On a failure the servers stop first: an evaluation still under way then ends, and can be waited for.
+    # After a failure the servers stop first. A running evaluation then ends, so that `background` can wait for it.
     with (
         folder.locked(),
         Cluster(place, folder.path, agreed, display) if place else nullcontext() as cluster,
@@ -102,7 +103,7 @@ def run(
 def data(
     recipe: Recipe, *, runs_dir: Path = Path("runs"), force: bool = False, display: Display | None = None
 ) -> Path:
-    """Generate the recipe's data, if it is not there yet; return the folder of its sets."""
+    """Generate the recipe's data unless they are up to date; return the folder of the sets."""
     display = display or Display()
     folder = RunFolder(recipe, runs_dir, (), display.line)
     with folder.locked(), Background(display) as background, Pool(None, folder.path) as pool:
@@ -111,7 +112,7 @@ def data(
 
 
 def in_child(task: Task, out: Path, **options: Any) -> None:
-    """`run_job` with the child's own words first in StageFailed; only a bug is followed by the end of its log."""
+    """`run_job`, with the child's own error message first in StageFailed. Only a bug adds the end of the log."""
     (out / ERROR).unlink(missing_ok=True)
     try:
         run_job(task, out, **options)
@@ -127,7 +128,7 @@ def in_child(task: Task, out: Path, **options: Any) -> None:
 
 
 class Background:
-    """The evaluation of the stage before, in a thread of its own."""
+    """Runs the previous stage's evaluation in a thread."""
 
     def __init__(self, display: Display) -> None:
         self.display = display
@@ -142,16 +143,16 @@ class Background:
         self._thread.shutdown()
 
     def start(self, work: Callable[..., None], *args: Any) -> None:
-        """Begin; what began before must have been settled."""
+        """Start work in the thread. Earlier work must have been settled."""
         assert self._work is None, "settle first"
         self._work = self._thread.submit(work, *args)
 
     def progress(self, text: str) -> None:
-        """Takes how far the evaluation is; shown while somebody waits for it."""
+        """Set the progress text of the evaluation. `settle` shows it while it waits."""
         self._text = text
 
     def settle(self) -> None:
-        """Wait until the evaluation is done; raise what it raised."""
+        """Wait for the evaluation to end, and re-raise its exception."""
         if self._work is None:
             return
         with self.display.step("evaluation"):
@@ -163,7 +164,7 @@ class Background:
 
 @dataclass
 class Loop:
-    """What is done with one stage after another."""
+    """Brings one stage after another up to date."""
 
     recipe: Recipe
     folder: RunFolder
@@ -171,7 +172,7 @@ class Loop:
     display: Display
     background: Background
     cluster: Cluster | None = None
-    """The other hosts, where there are any."""
+    """The other hosts; None on a single host."""
 
     def __post_init__(self) -> None:
         folder = self.folder
@@ -181,10 +182,10 @@ class Loop:
         self.tracker = Tracker(recipe.tracking, recipe.wandb, folder.id, folder.path, folder.sets, say)
 
     def data(self, force: bool = False) -> None:
-        """Import and generate the recipe's own sets, unless they are there and unchanged."""
+        """Import and generate the recipe's own sets, unless they exist and are unchanged."""
         for step in self.folder.imports():
             if step.current and not force:
-                self.display.line(f"import {step.name}: there already, unchanged — skipped")
+                self.display.line(f"import {step.name}: exists, unchanged — skipped")
                 continue
             with self.folder.making(step) as partial, self.display.step(f"import {step.name}"):
                 for line in imported(cast(ForeignSet, step.config), partial / f"{step.name}.parquet"):
@@ -193,14 +194,16 @@ class Loop:
         if made is None or config is None:
             return
         if made.current and not force:
-            self.display.line(f"{DATA}: there already, unchanged — skipped")
+            self.display.line(f"{DATA}: exists, unchanged — skipped")
             return
         with self.folder.making(made) as partial, self.display.step(DATA):
             job = Job(stage=DATA, out=partial, seed=self.recipe.seed)
             in_child(Task.of("chain.make:generate", config, job, vllm=True), partial, threads=config.threads)
             missing = [name for name in config.sets if not (partial / f"{name}.parquet").exists()]
             if missing:
-                raise StageIncomplete(f"data.generate: {config.by} wrote no set {', '.join(missing)}")
+                raise StageIncomplete(
+                    f"data.generate: {config.by} did not write the sets {', '.join(missing)}"
+                )
 
     def stage(self, stage: Stage, force: bool = False) -> None:
         """Bring one stage up to date: prepare its data, train it, start its evaluation."""
@@ -228,21 +231,21 @@ class Loop:
             self.background.start(self._finish, stage, evaluation, track, tracking.pop_all())
 
     def check_rows(self, model: Path | None) -> None:
-        """Refuse rows that the servers cannot be asked, once a checkpoint with the tokenizer is there."""
+        """Refuse rows beyond the servers' limits, as soon as a checkpoint with the tokenizer exists."""
         if model is None or self._rows_are_checked:
             return
         check_rows(self.recipe, self.folder.sets, model, self.folder.path, self.display.line)
         self._rows_are_checked = True
 
     def prepare(self, stage: Stage) -> Preparation:
-        """Make the sets that the stage filters or harvests with its start's policy, unless they are there."""
+        """Make the sets that the stage filters or harvests with its initial policy, unless they are up to date."""
         step = self.folder.preparation(stage.name)
         if step is None:
             return Preparation({}, 0.0)
         if not step.current:
             self.background.settle()
             with self.folder.making(step) as partial, self.display.step(f"{stage.name}: data"):
-                # One filter's set may be the next one's source: until they are all made, they lie here.
+                # One filter may read the set of the filter before it. Until all sets are made, they are in `partial`.
                 made = {name: str(partial / f"{name}.parquet") for name in made_between(self._config(stage))}
                 model = self.folder.start(stage.name)
                 context = self.context(stage, model, partial, self.display.passing, made)
@@ -254,7 +257,7 @@ class Loop:
         return Preparation(kept, manifest.seconds if manifest else 0.0)
 
     def train(self, stage: Stage, track: StageTrack) -> None:
-        """Run the stage's training in a child; its folder appears only when everything is in it."""
+        """Run the stage's training in a child process. The stage's folder appears only after it is complete."""
         preparation = self.prepare(stage)
         if stage.needs_pool or self.pool.share_gpus:
             self.background.settle()
@@ -273,7 +276,7 @@ class Loop:
                 )
             if not (partial / "checkpoint" / "config.json").exists():
                 raise StageIncomplete(
-                    f"{stage.name}: its process left no checkpoint in {partial / 'checkpoint'}"
+                    f"{stage.name}: its process did not write a checkpoint to {partial / 'checkpoint'}"
                 )
         if stage.needs_pool:
             self.pool.weights_changed()
@@ -295,9 +298,10 @@ class Loop:
 
     @contextmanager
     def task(self, stage: Stage, out: Path) -> Iterator[Task]:
-        """The call that the stage's process makes.
+        """The function call that the stage's process makes.
 
-        The folder for weights on their way to the servers is made and removed here, as a learner may be killed.
+        The runner creates and removes the folder for weights in transit to the servers, because a killed learner could
+        not remove it.
         """
         model, pool = self.folder.start(stage.name), self.recipe.servers
         sets = {name: Path(place) for name, place in self.folder.sets.items()}
@@ -320,7 +324,7 @@ class Loop:
             yield Task.of(stage.train, work, served, vllm)
 
     def evaluate(self, stage: Stage, fingerprint: str) -> dict[str, Any]:
-        """Held-out scores of a finished stage, measured unless they are there; {} without `eval`."""
+        """Held-out scores of a finished stage, measured unless eval.json is up to date; {} without `eval`."""
         if self.recipe.eval is None:
             return {}
         folder = self.folder.stage(stage.name)
@@ -379,7 +383,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Data made before a stage: per filter what it kept and dropped, and how long it took."""
+    """Data made before a stage: counts of kept and dropped rows per filter, and the seconds that the work took."""
 
     kept: dict[str, Any]
     seconds: float
@@ -394,7 +398,7 @@ def counts_text(counts: dict[str, Any]) -> str:
 
 
 def _selection(stages: Sequence[Stage], from_: str | None, until: str | None) -> tuple[int, int]:
-    """Places of the first and the last stage to run."""
+    """Indices of the first and the last stage to run."""
     first = stages.index(stage_named(from_, stages)) if from_ else 0
     last = stages.index(stage_named(until, stages)) if until else len(stages) - 1
     if first > last:

@@ -24,7 +24,7 @@ from rl.rollout.access import TOKEN
 from rl.rollout.config import MODEL_NAME, PoolConfig
 
 ADAPTER_NAME = "adapter"
-"""The name under which a server serves the core with a LoRA adapter applied."""
+"""Name of the served model that is the checkpoint with a LoRA adapter applied."""
 
 
 def evaluate_checkpoint(
@@ -37,11 +37,11 @@ def evaluate_checkpoint(
 ) -> dict[str, dict[str, Any]]:
     """Score the checkpoint folder `model` in both modes; eval.json and the samples go to `out`.
 
-    The recipe's own sets are generated first if its run has none. Raises ConfigError if it has no eval.
+    The recipe's own sets are generated first if they do not exist. Raises ConfigError if the recipe has no `eval`.
     """
     cfg = recipe.eval
     if cfg is None:
-        raise ConfigError(f"recipe {recipe.name} has no eval: it names the held-out sets")
+        raise ConfigError(f"recipe {recipe.name} has no eval, which names the held-out sets; add it")
     _require_checkpoint(model)
     display = Display()
     runner.data(recipe, runs_dir=runs_dir, display=display)
@@ -76,15 +76,15 @@ def serve(
     port: int | None = None,
     adapter: Path | None = None,
 ) -> None:
-    """Start the recipe's rollout servers on a checkpoint, print their URLs, keep them until interrupted.
+    """Start the recipe's rollout servers on a checkpoint, print their URLs, and keep them running until interrupted.
 
-    They are started here even if the recipe names `servers.urls`. `host` and `port` take the place of its
-    `servers.host` and `servers.first_port`. With a LoRA `adapter` the servers have a second model by the name
-    `adapter`: the checkpoint with it applied. Raises ServerFailed when the servers have ended once too often.
+    The servers start here even if the recipe names `servers.urls`. `host` and `port` override the recipe's
+    `servers.host` and `servers.first_port`. With a LoRA `adapter`, the servers also serve a model named `adapter`: the
+    checkpoint with the adapter applied. Raises ServerFailed when the servers have ended too often.
     """
     _require_checkpoint(model)
     if recipe.servers is None:
-        raise ConfigError(f"recipe {recipe.name} has no servers: it says how servers are started")
+        raise ConfigError(f"recipe {recipe.name} has no servers, which says how servers are started; add it")
     own = {"urls": (), "host": host or recipe.servers.host, "first_port": port or recipe.servers.first_port}
     cfg = recipe.servers.model_copy(update=own)
     display = Display()
@@ -108,10 +108,10 @@ def serve(
                 "The token crosses the network unencrypted: let only this cluster reach these ports."
             )
         display.line(
-            f"A request needs `Authorization: Bearer TOKEN`: {TOKEN} where it is set, else {token_file}"
+            f"A request needs `Authorization: Bearer TOKEN`: {TOKEN} if that is set, else the content of {token_file}"
         )
         display.line(
-            "Ctrl-C stops them. A recipe uses them with --set 'servers.urls=["
+            "Ctrl-C stops the servers. A recipe uses them with --set 'servers.urls=["
             + ", ".join(urls)
             + f"]' --set servers.token_file={token_file}"
         )
@@ -123,16 +123,16 @@ def serve(
 
 
 def with_adapter(cfg: PoolConfig, model: Path, adapter: Path) -> PoolConfig:
-    """The pool's configuration with a LoRA adapter of `model` served beside it.
+    """The pool's configuration, extended to serve a LoRA adapter of `model` as a second model.
 
-    Raises ConfigError where no vLLM server is started, AdapterError for what vLLM cannot serve.
+    Raises ConfigError if no vLLM server is started, and AdapterError for an adapter that vLLM cannot serve.
     """
     from core.checkpoint.adapters import MERGE, check_servable, vllm_arguments
 
     if cfg.urls or cfg.engine != "vllm":
-        why = "servers.urls names servers that run already" if cfg.urls else f"servers.engine={cfg.engine}"
+        why = "servers.urls names running servers" if cfg.urls else f"servers.engine={cfg.engine}"
         raise ConfigError(
-            f"--adapter: {why}, only vLLM servers that we start take one; merge it: {MERGE} {adapter} DST"
+            f"--adapter: {why}, but only vLLM servers that we start take an adapter; merge it: {MERGE} {adapter} DST"
         )
     arguments = vllm_arguments(check_servable(adapter, model, cfg.device), ADAPTER_NAME)
     return cfg.model_copy(update={"extra_args": (*cfg.extra_args, *arguments)})
@@ -140,10 +140,10 @@ def with_adapter(cfg: PoolConfig, model: Path, adapter: Path) -> PoolConfig:
 
 def _require_checkpoint(model: Path) -> None:
     if not (model / "config.json").is_file():
-        raise ConfigError(f"{model}: no checkpoint folder: config.json is missing")
+        raise ConfigError(f"{model}: this is not a checkpoint folder: config.json is missing")
     kind = read_json(model / "config.json").get("model_type")
     if kind != "sailvl2":
         raise ConfigError(
-            f"{model}: model_type={kind!r}, a core has sailvl2; `posttrain core import` makes one"
+            f"{model}: model_type={kind!r}, but a core has sailvl2; convert it with `posttrain core import`"
         )
     check_checkpoint(model)

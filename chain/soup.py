@@ -1,7 +1,7 @@
-"""The soup stage: train the further fine-tunings, score every ingredient on the validation split, merge.
+"""The soup stage: trains the variants, scores every ingredient on the validation split, and merges.
 
-sft/soup.py merges and measures; this file brings it what a chain has: basic SFT's last phase and its start,
-and the rollout pool, which scores a checkpoint by its greedy answers.
+sft/soup.py merges and measures. This file supplies its inputs from the chain: basic SFT's last phase and initial
+checkpoint, and the rollout pool, which scores a checkpoint by its greedy answers.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from rl.job import ServedJob
 from sft.config import SFTConfig, SoupConfig
 
 RECORD = "soup.json"
-"""In the stage's folder: what sft.soup.soup measured, each ingredient with its name."""
+"""File in the stage's folder: the measurements of sft.soup.soup, with the names of the ingredients."""
 HELD_OUT = "ingredients_eval.json"
-"""In the stage's folder: the ingredients' held-out scores, for the report alone."""
+"""File in the stage's folder: the ingredients' held-out scores, which only the report uses."""
 
 
 class SoupWork(Strict):
-    """The soup's configuration with what it takes from other parts of the recipe."""
+    """The soup's configuration with its inputs from other parts of the recipe."""
 
     soup: SoupConfig
     basic_sft: SFTConfig
-    """Its last phase is trained again for each variant."""
+    """Configuration of basic SFT, whose last phase is trained again for each variant."""
     basic_sft_folder: Path
-    """The finished stage; its checkpoint is the first ingredient."""
+    """Folder of the finished basic SFT; its checkpoint is the first ingredient."""
     core: Path
-    """The checkpoint that basic SFT started from."""
+    """The initial checkpoint of basic SFT."""
     max_completion_tokens: int
-    """Longest greedy answer when an ingredient is scored."""
+    """Longest greedy answer for the score of an ingredient, tokens."""
 
 
 def work(recipe: Recipe, folders: Mapping[str, Path]) -> SoupWork:
-    """The soup of a recipe; `folders` are those of the stages before it."""
+    """The soup of a recipe. `folders` maps the stages before the soup to their folders."""
     assert recipe.soup, "a recipe without a soup has no such stage"
     assert recipe.basic_sft, "Recipe checks it"
     assert recipe.eval, "Recipe checks it"
@@ -56,7 +56,7 @@ def work(recipe: Recipe, folders: Mapping[str, Path]) -> SoupWork:
 
 
 def train(cfg: SoupWork, job: ServedJob) -> Path:
-    """Train the variants, score and merge; leaves checkpoint/, variants/<number>/ and soup.json in `job.out`."""
+    """Train the variants, score and merge; writes checkpoint/, variants/<number>/ and soup.json to `job.out`."""
     from sft.soup import soup
     from sft.train import train as fine_tune
     from sft.train import variant_of, variant_start
@@ -72,7 +72,7 @@ def train(cfg: SoupWork, job: ServedJob) -> Path:
     score = _scorer(cfg, job, start)
     record = soup(cfg.soup, list(named.values()), out / "checkpoint", score=score, start=start)
     record["ingredients"] = [
-        # Paths in a folder that is still being written would be wrong in a minute; names stay.
+        # The partial folder is renamed later, which invalidates paths. Names stay valid.
         {"name": name, **{key: value for key, value in ingredient.items() if key != "path"}}
         for name, ingredient in zip(named, record["ingredients"], strict=True)
     ]
@@ -81,7 +81,7 @@ def train(cfg: SoupWork, job: ServedJob) -> Path:
 
 
 def evaluate_with_ingredients(context: Context) -> Scores:
-    """Held-out scores of the merge; those of its ingredients go to a file of their own."""
+    """Held-out scores of the merge. The scores of its ingredients go to a separate file."""
     scores = evaluate(context)
     basic = context.folders["basic_sft"]
     found: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def record(folder: Path) -> dict[str, Any] | None:
 
 
 def _scorer(cfg: SoupWork, job: ServedJob, start: Path) -> Callable[[Path], float]:
-    """A function from a checkpoint folder to the share of validation rows that it answers right, greedily."""
+    """A function from a checkpoint folder to its greedy accuracy on the validation rows, in [0, 1]."""
     from corpus.records import load_records
     from rl.evaluate import accuracy
     from rl.limits import askable

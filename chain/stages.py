@@ -1,10 +1,10 @@
-"""The table of stages: what trains each, what happens around its training.
+"""The table of stages: the function that trains each stage, and the work before and after training.
 
     core -> basic_sft -> soup -> longcot_sft -> rlvr -> think_fusion -> mixed_rl
 
-A recipe may leave stages out; the next one then starts from the nearest stage before it. `prepare` and `evaluate` run
-in the runner's process, which imports no torch; training runs in a child (chain/worker.py). A new kind of stage is a
-row here and the module that its `train` names.
+A recipe may leave stages out; the next stage then starts from the nearest stage before it. `prepare` and `evaluate` run
+in the runner's process, which does not import torch. Training runs in a child process (chain/worker.py). To add a kind
+of stage, add a row here and the module that its `train` names.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ class Stage:
     """`package.module:function`, called `train(cfg, job)` in the stage's process; returns the checkpoint folder."""
     title: str
     needs_pool: bool = False
-    """Whether training itself samples from the rollout servers: its job is then a rl.job.ServedJob."""
+    """Whether training samples from the rollout servers. The stage's job is then a rl.job.ServedJob."""
     trained_as: str = ""
-    """Name of the stage whose learner it uses; "": its own."""
+    """Name of the stage whose learner settings this stage uses; "": its own settings."""
     work: Callable[[Recipe, Mapping[str, Path]], Strict] | None = None
-    """Makes the `cfg` of `train` from the recipe and the folders of the stages before; None: its part of the recipe."""
+    """Builds the `cfg` of `train` from a recipe and the earlier stages' folders; None: `cfg` is the stage's config."""
     imports_vllm: Callable[[Recipe], bool] = lambda recipe: False
-    """Whether its process may import vLLM."""
+    """Whether the stage's process may import vLLM."""
     prepare: Callable[[Context], dict[str, Any]] = prepare_nothing
     evaluate: Callable[[Context], Scores] = evaluate
 
     def config(self, recipe: Recipe) -> Strict | None:
-        """Its part of a recipe; None if the recipe leaves it out."""
+        """The stage's config in a recipe; None if the recipe leaves the stage out."""
         return recipe.stage(self.name)
 
     def learner(self, recipe: Recipe) -> tuple[int, int]:
-        """Processes that train it, and CPU threads of each."""
+        """Number of training processes, and CPU threads per process."""
         config = self._trained(recipe)
         if isinstance(config, SFTConfig | RLConfig):
             return config.learner.processes, config.learner.threads
         return 1, config.threads if isinstance(config, CoreConfig) else 1
 
     def saves(self, recipe: Recipe) -> bool:
-        """Whether it saves checkpoints on its way, from which it continues after an interruption."""
+        """Whether the stage saves intermediate checkpoints, from which it resumes after an interruption."""
         config = self._trained(recipe)
         return isinstance(config, SFTConfig | RLConfig) and config.save_every is not None
 
@@ -64,7 +64,7 @@ class Stage:
 
 
 def nccl(recipe: Recipe) -> bool:
-    """Whether a learner sends weights over vLLM's own communicator."""
+    """Whether the learner sends weights through vLLM's NCCL communicator."""
     return recipe.servers is not None and not recipe.servers.sends_files
 
 
@@ -89,9 +89,11 @@ STAGES = (
 
 
 def stage_named(word: str, stages: Sequence[Stage] = STAGES) -> Stage:
-    """The stage of a name or a short name (`fusion`). Raises ConfigError naming the nearest ones."""
+    """The stage with this name or short name (`fusion`). Raises ConfigError naming the nearest names."""
     name = ALIASES.get(word, word)
     for stage in stages:
         if stage.name == name:
             return stage
-    raise ConfigError(f"stage {word!r}: no such stage; {nearest(word, [stage.name for stage in stages])}")
+    raise ConfigError(
+        f"stage {word!r}: there is no such stage; {nearest(word, [stage.name for stage in stages])}"
+    )

@@ -1,4 +1,4 @@
-"""The child process of one stage: `python -P -m chain.worker job.json`, the file being a chain.job.Task."""
+"""The child process of one stage: `python -P -m chain.worker job.json`. The file holds a chain.job.Task."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from core.files import read_json, sync_tree, write_text
 from core.strict import parse
 
 THREADS_END_S = 30.0
-"""What threads have to end when the work is done."""
+"""Time that other threads have to end after the work is done."""
 
 
 def main(arguments: list[str]) -> int:
-    """Do the task in the file that the only argument names; returns 0."""
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # chain.ranks asks a hung rank where it is
+    """Run the task in the file that the only argument names; returns 0."""
+    faulthandler.register(
+        signal.SIGUSR1, all_threads=True
+    )  # chain.ranks requests a stack trace of a hung rank
     task = parse(Task, read_json(Path(arguments[0])), arguments[0])
     if not task.vllm:
         keep_engine_out()
-    # One cache of the judges' replies for the whole run: a stage that starts again pays for nothing twice.
+    # The whole run shares one cache of judge replies, so that a restarted stage does not repeat requests.
     out = Path(task.job.values["out"])
     os.environ.setdefault("POSTTRAIN_JUDGE_CACHE", str(out.parent / "judge.sqlite3"))
     try:
@@ -40,13 +42,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _end_in_time() -> None:
-    """End this process although threads go on, such as one that a user's reward has started: the work is done."""
+    """End this process even if other threads are still running, such as a thread that a user's reward has started."""
 
     def end() -> None:
         left = [
             one.name for one in threading.enumerate() if one is not threading.main_thread() and not one.daemon
         ]
-        print(f"ended with threads that did not end: {', '.join(left)}", file=sys.stderr, flush=True)
+        print(f"exited although these threads were running: {', '.join(left)}", file=sys.stderr, flush=True)
         os._exit(0)
 
     timer = threading.Timer(THREADS_END_S, end)
@@ -57,8 +59,8 @@ def _end_in_time() -> None:
 def keep_engine_out() -> None:
     """Make `import vllm` fail in this process.
 
-    TRL imports it wherever it is installed: three CPU-seconds, and vLLM changes classes of transformers that we are
-    about to train with.
+    TRL imports vLLM if it is installed. The import takes three CPU-seconds, and vLLM patches transformers classes that
+    training uses.
     """
     sys.modules.setdefault("vllm", None)  # type: ignore[arg-type]
 

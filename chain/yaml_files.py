@@ -1,7 +1,7 @@
-"""Recipe folders as one mapping that remembers which file each key came from.
+"""Merges a recipe folder into one mapping and records the source file of each key.
 
-The YAML here is the core schema of YAML 1.2, not PyYAML's 1.1: `1e-6` is a number, `off` and `no` are words,
-and a key written twice is an error instead of the last one winning.
+The files use the core schema of YAML 1.2, while PyYAML implements YAML 1.1. Here `1e-6` is a number, `off` and `no` are
+strings, and a repeated key is an error; PyYAML would keep the last value.
 """
 
 import re
@@ -17,9 +17,9 @@ from core.strict import ConfigError, KeyPath, key_path
 PIPELINE = "pipeline.yaml"
 OVERRIDE = "SET"
 MAX_CHARACTERS = 1_000_000
-"""Of one recipe file."""
+"""Most characters in one recipe file."""
 MAX_VALUES, MAX_DEPTH, MAX_DIGITS = 100_000, 50, 40
-"""Of one recipe file with its aliases written out: keys and values, levels, characters of a number."""
+"""Limits of one recipe file after its aliases are expanded: keys and values, levels, characters of a number."""
 _SOURCE = re.compile(r"#\s*(?:report\b[^:]*:\s*\S|differs:\s*\S|ours(?::\s*\S|\s*$))")
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
@@ -32,11 +32,11 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be a word, not a list or a mapping", key.start_mark
+                    None, None, "a key must be a string, not a list or a mapping", key.start_mark
                 )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} is there twice", key.start_mark
+                    None, None, f"key {key.value!r} is repeated", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -59,7 +59,7 @@ _resolve("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", "-+.")
 
 
 def read_value(text: str) -> Any:
-    """One YAML value, bounded in size, depth and digits. Raises ValueError in one line."""
+    """Parse one YAML value within limits on size, depth and digits. Raises ValueError with a one-line message."""
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{len(text)} characters, at most {MAX_CHARACTERS} are read")
     try:
@@ -73,9 +73,9 @@ def read_value(text: str) -> Any:
 
 
 def read_file(file: Path) -> str:
-    """The text of a recipe's file. Raises ValueError unless it is a regular file of UTF-8."""
+    """The text of a recipe's file. Raises ValueError unless the file is a regular UTF-8 file."""
     if not file.is_file():
-        raise ValueError("this is not a regular file; a recipe is made of YAML files")
+        raise ValueError("this is not a regular file; a recipe consists of YAML files")
     if file.stat().st_size > 4 * MAX_CHARACTERS:
         raise ValueError(f"{file.stat().st_size} bytes, at most {4 * MAX_CHARACTERS} are read")
     try:
@@ -85,16 +85,16 @@ def read_file(file: Path) -> str:
 
 
 def _check_bounds(root: yaml.Node | None) -> None:
-    """Refuse a tree that is too deep or too large once its aliases are written out, before anything is built of it.
+    """Raise ValueError for a tree that is too deep or too large after alias expansion, before any value is constructed.
 
-    Anchors may multiply: nine levels of nine aliases are 400 million values. Sizes are added up node by node,
-    so a shared node is visited once. Raises ValueError.
+    Aliases multiply: nine levels of nine aliases expand to 400 million values. The sum over nodes visits a shared node
+    once.
     """
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, depth: int, above: frozenset[int]) -> int:
         if id(node) in above:
-            raise ValueError(f"line {node.start_mark.line + 1}: an anchor that contains itself")
+            raise ValueError(f"line {node.start_mark.line + 1}: an anchor contains itself")
         if depth > MAX_DEPTH:
             raise ValueError(f"line {node.start_mark.line + 1}: nested more than {MAX_DEPTH} levels deep")
         if id(node) in sizes:
@@ -116,7 +116,7 @@ def _check_bounds(root: yaml.Node | None) -> None:
             total = 1 + sum(size(child, depth + 1, inside) for child in children)
         if total > MAX_VALUES:
             raise ValueError(
-                f"line {node.start_mark.line + 1}: more than {MAX_VALUES} values once its aliases are written out"
+                f"line {node.start_mark.line + 1}: more than {MAX_VALUES} values after its aliases are expanded"
             )
         sizes[id(node)] = total
         return total
@@ -127,28 +127,28 @@ def _check_bounds(root: yaml.Node | None) -> None:
 
 @dataclass
 class Folder:
-    """A recipe as merged from its files: the values, and the file every key came from."""
+    """The merged values of a recipe, and the source file of every key."""
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
-        """The file that wrote the key, or the nearest key above it."""
+        """The file that set this key, or else the nearest enclosing key."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
         return str(self.path)
 
     def merge(self, values: Mapping[str, Any], file: str) -> None:
-        """Lay `values` over these: mappings key by key, everything else replaced whole."""
+        """Merge `values` into this recipe. Mappings are merged key by key; every other value is replaced."""
         _merge(self.values, values, (), file, self.origins)
 
     def override(self, assignment: str, aliases: Mapping[str, str]) -> None:
-        """Apply one `a.b.0.c=value`; the value is YAML, a number indexes a list.
+        """Apply one assignment `a.b.0.c=value`. The value is YAML; a number in the path indexes a list.
 
-        `aliases` are short names for the first key (`fusion` for `think_fusion`). Raises ConfigError when
-        the text is not an assignment or the path runs through a value. Validation finds unknown keys later.
+        `aliases` are short names for the first key (`fusion` for `think_fusion`). Raises ConfigError if the text is not
+        an assignment, or if the path passes through a scalar value. Validation finds unknown keys later.
         """
         path_text, equals, value_text = assignment.partition("=")
         path = path_text.strip().split(".")
@@ -164,14 +164,14 @@ class Folder:
 
 
 def read_folder(path: Path, _below: tuple[Path, ...] = ()) -> Folder:
-    """The merged files of a recipe folder, over the folder its pipeline.yaml `extends`, if any.
+    """Merge the files of a recipe folder over the recipe that its pipeline.yaml `extends`, if any.
 
-    Two files of one folder never hold the same top-level key. The name is the folder's unless pipeline.yaml
-    gives one; it is not inherited. Raises ConfigError naming the file.
+    Two files of one folder may not share a top-level key. The recipe's name is the folder's name unless pipeline.yaml
+    gives a name. A name is not inherited. Raises ConfigError naming the file.
     """
     path = Path(path)
     if not (path / PIPELINE).is_file():
-        raise ConfigError(f"{path}: no recipe here: {PIPELINE} is missing")
+        raise ConfigError(f"{path}: this is not a recipe folder: {PIPELINE} is missing")
     resolved = path.resolve()
     if resolved in _below:
         raise ConfigError(f"{path / PIPELINE}: extends: recipes extend each other in a circle")
@@ -189,12 +189,12 @@ def read_folder(path: Path, _below: tuple[Path, ...] = ()) -> Folder:
 
 
 def check_sources(recipe_dir: Path) -> list[str]:
-    """The numbers of a recipe's files that do not say where they come from, each as `file:line: key = value`.
+    """List the numbers in a recipe's files that lack a source, each as `file:line: key = value`.
 
-    A number's source is a comment `# report...: its words`, `# differs: why` or `# ours[: why]` at the end of
-    its line, or of the line of the key that encloses it (for a block of numbers with one source).
+    A source is a comment `# report...: quotation`, `# differs: reason` or `# ours[: reason]`. It stands at the end of
+    the number's line, or at the end of the enclosing key's line for a block of numbers with one source.
     """
-    problems: dict[str, None] = {}  # in order, and once: an alias repeats the numbers of its anchor
+    problems: dict[str, None] = {}  # ordered and unique: an alias repeats the numbers of its anchor
     for file in sorted(Path(recipe_dir).glob("*.yaml")):
         text = file.read_text(encoding="utf-8")
         lines = text.splitlines()
@@ -220,12 +220,14 @@ def _own_files(path: Path) -> dict[Path, dict[str, Any]]:
             raise ConfigError(f"{file}: not YAML: {error}") from None
         if not isinstance(values, dict | None):
             raise ConfigError(
-                f"{file}: a recipe file holds keys and values, this one a {type(values).__name__}"
+                f"{file}: a recipe file must hold a mapping; this file holds a {type(values).__name__}"
             )
         own[file] = values or {}
         for key in own[file]:
             if key in owner:
-                raise ConfigError(f"{file}: {key} is also in {owner[key]}; one file holds it")
+                raise ConfigError(
+                    f"{file}: {key} is also in {owner[key]}; remove it from one of the two files"
+                )
             owner[key] = file
     return own
 
@@ -242,21 +244,21 @@ def _merge(target: dict, values: Mapping, path: KeyPath, file: str, origins: dic
 
 
 def _copy(value: Any) -> Any:
-    """A copy that shares nothing: a YAML alias must not make one override change two places."""
+    """A deep copy. Values shared through a YAML alias would let one override change two places."""
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def _record(path: KeyPath, file: str, origins: dict[KeyPath, str]) -> None:
-    """Note where a whole sub-tree came from, forgetting what was there before."""
+    """Record the origin of a whole subtree, and drop the earlier records below it."""
     for old in [known for known in origins if known[: len(path)] == path]:
         del origins[old]
     origins[path] = file
 
 
 def _assign(values: dict[str, Any], path: list[str], value: Any, assignment: str) -> KeyPath:
-    """Set the value at `path`, making missing mappings on the way; its path with list indices as numbers."""
+    """Set the value at `path` and create missing mappings. Returns the path with list indices as integers."""
     at: Any = values
     keys: list[str | int] = []
     for depth, part in enumerate(path):
@@ -270,7 +272,7 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, assignment: str
         at = at[key]
         if not last and not isinstance(at, dict | list):
             raise ConfigError(
-                f"{OVERRIDE}: {assignment}: {key_path(tuple(keys))} is the value {at!r}, no mapping"
+                f"{OVERRIDE}: {assignment}: {key_path(tuple(keys))} is the value {at!r}, not a mapping"
             )
     return tuple(keys)
 
@@ -278,8 +280,8 @@ def _assign(values: dict[str, Any], path: list[str], value: Any, assignment: str
 def _index(items: list, part: str, assignment: str, keys: list[str | int]) -> int:
     if not part.isdigit() or int(part) >= len(items):
         raise ConfigError(
-            f"{OVERRIDE}: {assignment}: {key_path(tuple(keys))} is a list of {len(items)}; "
-            f"{part!r} is not an index of it (they count from 0)"
+            f"{OVERRIDE}: {assignment}: {key_path(tuple(keys))} is a list of {len(items)} items; "
+            f"{part!r} is not a valid index (indices start at 0)"
         )
     return int(part)
 

@@ -117,6 +117,14 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends, however it ends."""
+    parent = os.getppid()
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def ask_for_trace(process: subprocess.Popen) -> None:
     """Make a child that registered SIGUSR1 with faulthandler write the stacks of its threads to its log."""
     with contextlib.suppress(ProcessLookupError):

@@ -1,7 +1,7 @@
-"""Reward functions of other libraries as rewards of ours, unchanged, and ours as theirs.
+"""Adapters: use unchanged reward functions of TRL and verl as rewards here, and rewards of this package in TRL.
 
-In a recipe: `use: "trl:package.module:fn"` or `use: "verl:file.py:compute_score"`. They see a row as their own
-trainer would show it:
+In a recipe: `use: "trl:package.module:fn"` or `use: "verl:file.py:compute_score"`. The functions receive a row as in
+their own trainer:
 
 | row | TRL, keyword arguments | verl |
 |---|---|---|
@@ -30,11 +30,11 @@ from rewards.names import nearest
 from rewards.verdict import Status, Verdict
 
 ROUNDING = 1e-6
-"""A score may miss its range by so much of the range's width."""
+"""Tolerance for a score outside its range, as a share of the range's width."""
 _ROW_FIELDS = ("id", "question", "answer", "mode", "verifier", "images", "chain", "source")
 _GOLD_FIELDS = ("answer", "solution", "ground_truth")
 TRL_COLUMNS = frozenset(("prompts", "completions", "log_extra", "log_metric", *_ROW_FIELDS, *_GOLD_FIELDS))
-"""Arguments that every TRL reward function can have here; keys of meta come to them."""
+"""Arguments that every TRL reward function may take here, in addition to the keys of meta."""
 _SHOWN_CHARS = 200
 
 
@@ -42,16 +42,16 @@ def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str)
     """A TRL reward function `fn(prompts, completions, **columns) -> list[float | None]` as a batched reward.
 
     Args:
-        function: plain or async. A class is made an object of, with the parameters.
-        params: `scale`: [low, high] of its scores; `conversational`: false passes prompts and completions as
-            plain text, not as messages; every other one goes to the function.
-        name: for messages.
+        function: plain or async. A class is instantiated with the parameters.
+        params: `scale`: [low, high], the range of the scores; `conversational`: false passes prompts and completions as
+            plain text, not as messages. All other parameters are passed to the function.
+        name: name of the reward in messages.
 
     TRL's `log_extra` and `log_metric` are accepted and do nothing. Token ids and the trainer's state are not
-    available. An argument without a default that is none of TRL_COLUMNS is a key of the rows' meta: `check_columns`
-    says whether the rows have it.
+    available. An argument that has no default and is not in TRL_COLUMNS is a key of the rows' meta. `check_columns`
+    checks that the rows have it.
 
-    Raises ValueError for unknown parameters, TypeError if the function needs what is not available.
+    Raises ValueError for unknown parameters, and TypeError if the function requires an unavailable argument.
     """
     own, rest = _own_params(params, name, ("scale", "conversational"))
     read, chat = _Scale.of(own.get("scale"), name, nan_is_none=True), own.get("conversational", True)
@@ -60,7 +60,7 @@ def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str)
     for argument in ("completion_ids", "trainer_state"):
         if named.get(argument):
             raise TypeError(
-                f"reward {name!r} needs {argument}, which rewards do not see here; "
+                f"reward {name!r} needs {argument}, which is not available to rewards here; "
                 "a penalty for length is the stage's `overlong`"
             )
 
@@ -83,7 +83,7 @@ def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str)
             key: value for key, value in columns.items() if (wants_all or key in named) and key not in rest
         }
 
-    # The parameters' names make both a batched reward.
+    # `form_of` recognises both functions as batched by their parameters' names.
     if form_of(bound).is_async:
 
         async def later(completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
@@ -100,7 +100,7 @@ def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str)
 
 
 def check_columns(reward: Reward, name: str, examples: Sequence[Example]) -> None:
-    """Raise ValueError if a reward needs a column of meta that none of the rows has; it names the columns there are.
+    """Raise ValueError if a reward needs a column of meta that all rows lack. The message names the known columns.
 
     >>> def graded(completions, difficulty): return [1.0] * len(completions)
     >>> row = Example("a", "q", "4", "think", meta={"level": 3})
@@ -120,11 +120,11 @@ def from_verl(function: Callable[..., Any], params: Mapping[str, Any], name: str
     """verl's `compute_score(data_source, solution_str, ground_truth, extra_info)` as a reward.
 
     Args:
-        function: plain or async; returns a number, a dict with "score", or a sequence that begins with it. It
-            may leave out some of the four arguments. "pred" of the dict becomes the verdict's answer, the rest
-            its reason.
-        params: `scale`: [low, high] of its scores; every other one goes to the function.
-        name: for messages.
+        function: plain or async; returns a number, a dict with "score", or a sequence that begins with the score. It
+            may omit some of the four arguments. "pred" of the dict becomes the verdict's answer, and the other keys
+            become its reason.
+        params: `scale`: [low, high], the range of the scores. All other parameters are passed to the function.
+        name: name of the reward in messages.
 
     Raises ValueError for unknown parameters, TypeError if the function takes no solution_str.
     """
@@ -157,17 +157,17 @@ def from_verl(function: Callable[..., Any], params: Mapping[str, Any], name: str
 
 
 def as_trl(reward: Reward, name: str = "", mode: str = "think", verifier: str = "math") -> Callable[..., Any]:
-    """A reward of ours as a TRL reward function, for `GRPOTrainer(reward_funcs=[...])`.
+    """A reward of this package as a TRL reward function, for `GRPOTrainer(reward_funcs=[...])`.
 
-    The data set's columns become the row: `answer`, or else `solution` or `ground_truth`, is the gold answer,
-    the last user message the question; `id`, `mode`, `verifier`, `images`, `chain`, `source` and `meta` (a
-    mapping, or JSON text) are themselves.
+    The data set's columns become the row. `answer`, or else `solution` or `ground_truth`, is the gold answer. The last
+    user message is the question. `id`, `mode`, `verifier`, `images`, `chain`, `source` and `meta` (a mapping, or JSON
+    text) keep their names.
 
     Args:
-        reward: in any form of rewards.calls.
-        name: of the function, as TRL's metrics show it; "" takes the reward's own.
-        mode: of rows without a column `mode`.
-        verifier: of rows without a column `verifier`.
+        reward: a reward in any form of rewards.calls.
+        name: name of the function in TRL's metrics; "": the reward's own name.
+        mode: mode of rows without a column `mode`.
+        verifier: verifier of rows without a column `verifier`.
 
     >>> from rewards.answer import AnswerReward
     >>> score = as_trl(AnswerReward(), "answer", mode="direct")
@@ -230,7 +230,10 @@ class _Scale:
         return [self.one(value) for value in values]
 
     def one(self, value: Any) -> Verdict:
-        """A number, a mapping with "score", or a sequence that begins with the score. None, and TRL's NaN: unscored."""
+        """The verdict of a number, a mapping with "score", or a sequence that begins with the score.
+
+        None, and NaN of a TRL function, are unscored.
+        """
         answer, reason = None, ""
         if isinstance(value, Mapping):
             if "score" not in value:
@@ -248,7 +251,7 @@ class _Scale:
             raise TypeError(f"it returned {value!r:.80} as a score, not a number")
         score = (float(value) - self.low) / (self.high - self.low)
         if not -ROUNDING <= score <= 1 + ROUNDING:
-            remedy = "correct scale" if self.given else "say its range with params: {scale: [low, high]}"
+            remedy = "correct scale" if self.given else "give its range with params: {scale: [low, high]}"
             raise ValueError(f"its score {float(value):g} is outside [{self.low:g}, {self.high:g}]; {remedy}")
         score = min(max(score, 0.0), 1.0)
         return Verdict(score, Status.CORRECT if score == 1 else Status.WRONG, answer, reason)
@@ -264,7 +267,7 @@ def _own_params(
 
 
 def _bound(function: Any, params: dict[str, Any], name: str, needed: str) -> Any:
-    """The function with its parameters in place; it must take what is needed."""
+    """The function with its parameters bound. Raises TypeError if it does not take the argument `needed`."""
     if not callable(function):
         raise TypeError(f"reward {name!r} is a {type(function).__name__}, not a function")
     if inspect.isclass(function):
@@ -274,7 +277,7 @@ def _bound(function: Any, params: dict[str, Any], name: str, needed: str) -> Any
             raise ValueError(f"reward {name!r}: {error}") from None
     else:
         named, _ = _arguments(function)
-        for key in params:  # **kwargs is there for columns, no reason to let a typo through
+        for key in params:  # **kwargs takes columns; a misspelt parameter is still refused
             if key not in named:
                 known = ["scale", *(word for word in named if word != needed)]
                 raise ValueError(f"reward {name!r}: unknown parameter {key!r}; {nearest(key, known)}")
@@ -282,13 +285,13 @@ def _bound(function: Any, params: dict[str, Any], name: str, needed: str) -> Any
     named, wants_all = _arguments(bound)
     if needed not in named and not wants_all:
         raise TypeError(
-            f"reward {name!r} takes no {needed!r}; rewards.adapters lists the arguments, which are passed by name"
+            f"reward {name!r} does not take {needed!r}; rewards.adapters lists the arguments, which are passed by name"
         )
     return bound
 
 
 def _arguments(function: Any) -> tuple[dict[str, bool], bool]:
-    """Arguments that a function names -> whether it must have them; and whether it takes any others."""
+    """Argument -> whether it is required; and whether the function takes further keyword arguments."""
     parameters = inspect.signature(function).parameters.values()
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {one.name: one.default is one.empty for one in parameters if one.kind not in variable}
@@ -312,7 +315,7 @@ def _is_column(value: Any, rows: int) -> bool:
 
 
 def _text(said: Any, role: str = "") -> str:
-    """The text of a prompt or completion: itself, or that of its last message (of a role)."""
+    """The text of a prompt or completion. For a list of messages, the text of the last message (of `role`)."""
     if isinstance(said, str):
         return said
     messages = [message for message in said if not role or message["role"] == role]
@@ -325,7 +328,9 @@ def _text(said: Any, role: str = "") -> str:
 def _example(prompt: Any, row: Mapping[str, Any], number: int, mode: str, verifier: str) -> Example:
     golds = [row[key] for key in _GOLD_FIELDS if row.get(key) is not None]
     if not golds:
-        raise ValueError(f"row {number}: no column answer, solution or ground_truth holds a gold answer")
+        raise ValueError(
+            f"row {number}: the gold answer is missing; add a column answer, solution or ground_truth"
+        )
     meta = row.get("meta") or {}
     images = row.get("images") or ()
     return Example(

@@ -9,7 +9,7 @@ text if there is no box (rewards.extract). No other place is searched. The row's
 | math | mathematically equal: exact rules, then math-verify in a process that can be killed |
 | integer | the same integer: 1,000 = 1000.0 |
 | number | the same number, or one within `tolerance` or `relative_tolerance` |
-| exact | the same text but for case, spaces and a full stop; any of meta["answers"] will do |
+| exact | the same text up to case, spaces and a full stop, or equal to one of meta["answers"] in this sense |
 | choice | the option's letter, or its text if meta["choices"] lists the options (a list, or letter -> text) |
 | set | the same elements in any order, each as math; in {}, [] or no brackets |
 | list | the same elements in the same order, each as math; in (), [] or no brackets |
@@ -50,7 +50,7 @@ _OTHER = re.compile(r"[0-9<>^_]")
 
 
 class GoldError(ValueError):
-    """A row's gold answer does not make sense under the row's verifier."""
+    """A row's gold answer is invalid under the row's verifier."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class AnswerReward:
     """
 
     tolerance: float = 0.0
-    """Largest absolute difference at which a `number`, `quantity` or number in `json` is still right."""
+    """Largest absolute error at which a `number`, a `quantity` or a number in `json` is right."""
     relative_tolerance: float = 0.0
     """Largest difference at which such a number is right, as a share of the gold; the wider tolerance applies."""
     iou_threshold: float = 0.5
@@ -147,7 +147,7 @@ def kind_of(gold: str, meta: Mapping[str, Any] | None = None) -> str:
 
 
 def _shape(gold: str, meta: Mapping[str, Any]) -> str:
-    """box, point, json or list if the gold is written as one, else ""."""
+    """box, point, json or list if the gold has that form, else ""."""
     if "iou_threshold" in meta and gold_boxes(gold):
         return "box"
     if "max_distance" in meta and gold_targets(gold):
@@ -182,11 +182,11 @@ def validate_gold(example: Example) -> None:
 
 
 def gold_problem(example: Example) -> str:
-    """What is wrong with a row's gold answer under its verifier, with a remedy; "" if nothing is."""
+    """The fault of a row's gold answer under its verifier, with a remedy; "" for a valid gold answer."""
     if example.verifier not in KINDS:
         close = difflib.get_close_matches(example.verifier, KINDS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"verifier={example.verifier!r}: {hint}it is one of {', '.join(KINDS)}"
+        return f"verifier={example.verifier!r}: {hint}it must be one of {', '.join(KINDS)}"
     if example.verifier in UNGRADED:
         return ""
     given = {name: example.meta[name] for name in _LIMITS if name in example.meta}
@@ -202,9 +202,9 @@ def _limits_problem(limits: Mapping[str, Any]) -> str:
     for name, value in limits.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value < math.inf:
-            return f"{name}={value!r}: it is a finite number of at least 0"
+            return f"{name}={value!r}: it must be a finite number of at least 0"
         if name == "iou_threshold" and not 0 < value <= 1:
-            return f"{name}={value!r}: an intersection over union is in (0, 1]"
+            return f"{name}={value!r}: an intersection over union must be in (0, 1]"
     return ""
 
 

@@ -1,9 +1,9 @@
-"""Calls a reward in its form: plain or async, one completion at a time or a whole batch.
+"""Calls a reward according to its form: plain or async, one completion at a time or a whole batch.
 
 | form | how it is recognised | how it is called |
 |---|---|---|
-| plain | anything else | once per completion, in threads |
-| async | a coroutine function, or an object with an async `__call__` | all of a batch at once on one event loop |
+| plain | any other callable | once per completion, in threads |
+| async | a coroutine function, or an object with an async `__call__` | concurrently per batch on one event loop |
 | batched | a method `batch(completions, examples)`, or first parameters of these names | once per batch |
 | batched and async | such a method or function that is a coroutine function | once per batch, on the event loop |
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 Reward = Callable[..., Any]
 """(completion, example) -> Verdict, float, bool or None; or one of the other forms above."""
 THREADS = 16
-"""Completions that plain rewards grade at once."""
+"""Completions that a plain reward grades concurrently."""
 AT_ONCE = 256
-"""Calls of one async reward that wait at once within a batch."""
+"""Concurrent calls of one async reward within a batch."""
 BATCH_NAMES = ["completions", "examples"]
 _SHOWN_CHARS = 200
 
@@ -43,14 +43,14 @@ class RewardError(RuntimeError):
     def __init__(self, message: str, problem: str = "", always_stops: bool = False) -> None:
         super().__init__(message)
         self.problem = problem or message
-        """What happened, without the names."""
+        """The error without the names of reward, row and completion."""
         self.always_stops = always_stops
-        """The run stops, whatever the term's policy says: a judge failed its start-up check."""
+        """Whether the run stops regardless of the term's policy, as for a judge that failed its start-up check."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a reward wants to be called."""
+    """The calling convention of a reward."""
 
     call: Reward
     batched: bool
@@ -72,25 +72,25 @@ def form_of(reward: Any) -> Form:
 
 
 class Watch:
-    """Is told when calls begin and end; this one does nothing. Rows are places in the batch."""
+    """Observer of the begin and end of calls; this base class does nothing. Rows are indices into the batch."""
 
     def begun(self, rows: Sequence[int]) -> None:
-        """A call on these rows begins; on all rows of the batch, for a batched reward."""
+        """A call on these rows begins. For a batched reward, these are all rows of the batch."""
 
     def ended(self, row: int, result: Verdict | RewardError) -> None:
-        """A row has its result."""
+        """The call on a row has ended with this result."""
 
 
 class Pending:
-    """Verdicts to come, in the order of the completions."""
+    """Pending verdicts, in the order of the completions."""
 
     def __init__(self, futures: Sequence[Future], whole: bool) -> None:
         self.futures, self._whole = futures, whole
 
     def results(self) -> list[Verdict | RewardError]:
-        """Wait for one verdict, or the error in its place, per completion.
+        """Wait for all calls; return a verdict or an error per completion.
 
-        Interrupted, it cancels the calls that have not begun: else the interpreter would wait for them at its end.
+        On an interrupt, calls that have not begun are cancelled. Otherwise the interpreter would wait for them at exit.
         """
         try:
             results = [future.result() for future in self.futures]
@@ -106,7 +106,7 @@ class Pending:
 
 
 class Caller:
-    """Calls rewards from threads and an event loop. Any thread may use one, also in a forked child.
+    """Calls rewards in threads and on an event loop. Any thread may use a Caller, also in a forked child.
 
     >>> row = Example("row-1", "2 + 2?", "4", "direct")
     >>> pending = Caller().start(lambda completion, example: completion == "4", "mine", ["4", "5"], [row, row])
@@ -125,7 +125,7 @@ class Caller:
         examples: Sequence[Example],
         watch: Watch | None = None,
     ) -> Pending:
-        """Begin to grade each completion against its example."""
+        """Start to grade each completion against its example."""
         form = form_of(reward)
         batch = _Batch(form.call, name, list(zip(completions, examples, strict=True)), watch or Watch())
         if form.is_async:
@@ -166,7 +166,7 @@ class _Batch:
         return result
 
     def whole(self) -> Sequence[Verdict | RewardError]:
-        """Grade all completions by one call."""
+        """Grade all completions with one call."""
         self.watch.begun(range(len(self.pairs)))
         try:
             values = self.call(*self._columns())
@@ -180,7 +180,7 @@ class _Batch:
         return self._told(results)
 
     async def each_async(self) -> Sequence[Verdict | RewardError]:
-        """Grade every completion by a call of its own, AT_ONCE of them side by side."""
+        """Grade every completion with a separate call, AT_ONCE calls concurrently."""
         import asyncio
 
         room = asyncio.Semaphore(AT_ONCE)
@@ -192,7 +192,9 @@ class _Batch:
                     result = self._result(row, await self.call(*self.pairs[row]))
                 except asyncio.CancelledError:
                     raise
-                except BaseException as error:  # an escaped one would end the loop, and every wait with it
+                except (
+                    BaseException
+                ) as error:  # an uncaught exception would end the loop and all waiting calls
                     result = failure(self.name, [self.pairs[row]], error)
                 self.watch.ended(row, result)
                 return result
@@ -200,7 +202,7 @@ class _Batch:
         return await asyncio.gather(*map(one, range(len(self.pairs))))
 
     async def whole_async(self) -> Sequence[Verdict | RewardError]:
-        """Grade all completions by one call on the event loop."""
+        """Grade all completions with one call on the event loop."""
         import asyncio
 
         self.watch.begun(range(len(self.pairs)))
@@ -216,7 +218,7 @@ class _Batch:
         return [completion for completion, _ in self.pairs], [example for _, example in self.pairs]
 
     def _result(self, row: int, value: Any) -> Verdict | RewardError:
-        if isinstance(value, RewardError):  # of a reward that has called its function elsewhere
+        if isinstance(value, RewardError):  # a result of a reward that ran its function in another process
             return value
         try:
             return as_verdict(value, self.name)
@@ -248,7 +250,7 @@ class _Batch:
 
 
 def failure(name: str, pairs: Sequence[Pair], cause: BaseException) -> RewardError:
-    """The RewardError of a call on these pairs that ended in `cause`."""
+    """The RewardError for a call on these pairs that raised `cause`."""
     completion, example = pairs[0]
     batch = f"a batch of {len(pairs)} that begins with " if len(pairs) > 1 else ""
     problem = f"{type(cause).__name__}: {str(cause)[:1000]}"
@@ -263,7 +265,7 @@ def failure(name: str, pairs: Sequence[Pair], cause: BaseException) -> RewardErr
 
 
 def traceback_text(error: BaseException | None) -> str:
-    """The traceback of an exception, as far as the reward's own frames go back."""
+    """The traceback of an exception, limited to the reward's own frames."""
     return "".join(traceback.format_exception(error, limit=-8))[-4000:] if error else ""
 
 
@@ -289,14 +291,14 @@ def _on_loop(work: Any) -> Future:
     if threading.current_thread() is thread:
         work.close()
         raise RuntimeError(
-            "an async reward grades with another reward and waits for it: that would wait for ever; "
+            "an async reward waits for another reward on the same event loop, which never ends; "
             "write `await asyncio.to_thread(mixture.grade, completion, example)`"
         )
     return asyncio.run_coroutine_threadsafe(work, loop)
 
 
 def _started_loop() -> tuple["AbstractEventLoop", threading.Thread]:
-    """An event loop and its thread: one per process, as clients are bound to the loop that they met first."""
+    """An event loop and its thread. A process has one, because clients are bound to the first loop that they use."""
     import asyncio
     import atexit
 

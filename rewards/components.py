@@ -1,4 +1,4 @@
-"""Metrics of each component of a mixed reward over a batch; each term's curve shows them."""
+"""Metrics of each component of a mixed reward over a batch."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ from rewards.mix import Graded
 from rewards.verdict import Status
 
 SPREAD = 1e-6
-"""Scores of a group that differ by less carry no advantage."""
+"""A group whose scores differ by less has zero advantages."""
 
 
 def component_metrics(groups: Sequence[Sequence[Graded]]) -> dict[str, float]:
@@ -16,12 +16,12 @@ def component_metrics(groups: Sequence[Sequence[Graded]]) -> dict[str, float]:
 
     | key | |
     |---|---|
-    | reward/<name>/mean, std | over scored completions; std divides by their number |
-    | reward/<name>/zero_variance_groups | share of the groups with two or more scores where all are equal |
-    | reward/<name>/correlation/<other> | Pearson, where both are scored; each pair once, in the terms' order |
-    | reward/<name>/status/<status> | completions with that status, every status listed |
+    | reward/<name>/mean, std | over scored completions; std is the population standard deviation |
+    | reward/<name>/zero_variance_groups | share of groups with equal scores, among groups with two or more scores |
+    | reward/<name>/correlation/<other> | Pearson correlation over completions that both terms scored; one per pair |
+    | reward/<name>/status/<status> | number of completions with that status; every status is listed |
 
-    Undefined values (no score, no variance) are left out: no value is NaN.
+    Undefined values (without scores or variance) are left out, so that all values are finite.
 
     >>> from rewards.verdict import Verdict
     >>> right, wrong = Verdict.correct(), Verdict.wrong()

@@ -9,7 +9,7 @@ MODES = ("think", "direct")
 
 @dataclass(frozen=True)
 class Example:
-    """What a reward sees of a row: the question with its images, the gold answer, and how to grade.
+    """A reward's view of a row: the question with its images, the gold answer, and the verifier.
 
     >>> Example("row-1", "What is 2 + 2?", "4", "think").verifier
     'math'
@@ -19,7 +19,7 @@ class Example:
 
     id: str
     question: str
-    """Without the prompt contract."""
+    """The question without the prompt's format instructions."""
     answer: str
     """Gold."""
     mode: str
@@ -27,16 +27,16 @@ class Example:
     verifier: str = "math"
     """Kind of the answer, one of rewards.answer.KINDS."""
     images: Sequence[Any] = ()
-    """PIL pictures, in the order the model sees them."""
+    """PIL pictures, in the order in which the model sees them."""
     chain: str | None = None
     """A reference chain of thought, if the row has one."""
     source: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """What else graders need: `answers`, `choices`, a scene."""
+    """Further data for graders, such as `answers`, `choices` or a scene."""
 
     @classmethod
     def of(cls, record: Mapping[str, Any], images: Sequence[Any]) -> "Example":
-        """The example of a record (corpus.schema) with these pictures, which may decode when they are looked at."""
+        """The example of a record (corpus.schema) with these pictures. The pictures may decode lazily."""
         return cls(
             id=record["id"],
             question=record["question"],
@@ -51,4 +51,4 @@ class Example:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f'row {self.id!r}: mode={self.mode!r}: a row is either "think" or "direct"')
+            raise ValueError(f'row {self.id!r}: mode={self.mode!r}: it must be "think" or "direct"')

@@ -1,12 +1,12 @@
-r"""Where the answer is in a completion, or why there is none: the format contract, read in one linear pass.
+r"""The format contract: finds the answer in a completion, or the reason why it has none, in one linear pass.
 
-A thinking completion is optional white space, one `<think>...</think>` with something in it, then an answer
-part with exactly one `\boxed{...}`; no box inside the thought, nothing nested, no chat token anywhere. A
-direct completion has neither think tags nor chat tokens. White space around a thought or a box's content
-means nothing.
+A thinking completion has optional white space, one non-empty `<think>...</think>`, and then an answer part with exactly
+one `\boxed{...}`. Boxes inside the thought, nested boxes and chat tokens break the contract. A direct completion has
+neither think tags nor chat tokens. White space around a thought or around a box's content is ignored.
 
-The model is rewarded for what is read here, so nothing is guessed: not the last of several boxes, not a box
-inside a thought, not what follows an invented next turn. No regex backtracks: the text may be hostile.
+The model is rewarded for the extracted answer, so the parser never guesses: it does not take the last of several boxes,
+a box inside a thought, or text after an invented next turn. The regular expressions cannot backtrack, because the text
+may be hostile.
 """
 
 import re
@@ -16,32 +16,32 @@ from rewards.verdict import Status
 
 MAX_BOX_CHARS = 2000
 MAX_BOX_DEPTH = 30
-"""Braces inside one another within a box."""
+"""Deepest nesting of braces within a box."""
 OPEN, CLOSE = "<think>", "</think>"
 CHAT_TOKEN = re.compile(r"<\|[A-Za-z0-9_]{3,32}\|>|<IMG_CONTEXT>|</?img>")
-"""What only a template may write: turn markers and image placeholders."""
+"""Tokens that only the chat template may write: turn markers and image placeholders."""
 
 _MARK = re.compile(r"(?P<box>\\boxed(?![A-Za-z]))|\\.|[{}]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """A completion taken apart."""
+    """A parsed completion."""
 
     thought: str | None
-    """Without its tags; None if there is none (a direct completion has none)."""
+    """The thought without its tags; None if it is missing, as in a direct completion."""
     answer_part: str
-    """What follows the thought; the whole of a direct completion."""
+    """The text after the thought; for a direct completion, the whole text."""
     boxes: tuple[str, ...]
-    """Contents of the outermost closed boxes of the answer part, as far as they keep the caps."""
+    """Contents of the outermost closed boxes of the answer part that are within the limits."""
     answer: str | None
-    """The text that counts as the answer; None if none does."""
+    """The text that counts as the answer; None if there is no answer."""
     well_formed: bool
-    """The completion keeps its mode's contract."""
+    """Whether the completion keeps its mode's contract."""
     problem: str
-    """The first breach of the contract, or what keeps the answer from counting; "" if nothing does."""
+    """The first breach of the contract, or the reason why there is no answer; "" without either."""
     status: Status
-    """Why there is no answer: no_answer or over_limit; correct if there is one."""
+    """no_answer or over_limit if there is no answer; correct if there is an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +52,16 @@ class _Boxes:
 
 
 def parse(completion: str, mode: str, thought_open: bool = False) -> Parsed:
-    """A completion taken apart under the contract of its row's mode, "think" or "direct"."""
+    """Parse a completion under the contract of its row's mode, "think" or "direct"."""
     return parse_thinking(completion, thought_open) if mode == "think" else parse_direct(completion)
 
 
 def parse_thinking(completion: str, thought_open: bool = False) -> Parsed:
-    r"""A thinking completion, taken apart under the contract.
+    r"""Parse a thinking completion under the contract.
 
     Args:
-        completion: the model's text, as it came.
-        thought_open: the template has already opened `<think>`, the completion starts inside the thought.
+        completion: the model's unchanged text.
+        thought_open: whether the template has already opened `<think>`, so that the completion starts in the thought.
 
     >>> parse_thinking(r"<think> 2 + 2 </think> \boxed{ 4 }").answer
     '4'
@@ -70,9 +70,9 @@ def parse_thinking(completion: str, thought_open: bool = False) -> Parsed:
     >>> parse_thinking(r"<think>x</think> \boxed{3} or \boxed{4}").problem
     '2 boxes, not one'
 
-    An empty thought or a box inside the thought breaks the contract but leaves no doubt which box is the answer: it
-    still counts. Where the template opens the thought, neither is a breach: a template may close the thought that it
-    opens, and its <think> is no claim of the model's. Every other breach leaves no answer.
+    An empty thought or a box inside the thought breaks the contract, but the answer's box is still unambiguous and
+    counts. If the template opens the thought, neither is a breach: the template may also close the thought, and the
+    model did not write that <think>. After any other breach there is no answer.
     """
     text = completion if thought_open else completion.lstrip()
     thought, answer_part, fault = _split(text, thought_open)
@@ -91,7 +91,7 @@ def parse_thinking(completion: str, thought_open: bool = False) -> Parsed:
 
 
 def parse_direct(completion: str) -> Parsed:
-    r"""A direct completion, taken apart: its answer is the one box's content, or else the whole text.
+    r"""Parse a direct completion: the answer is the content of the single box, or else the whole text.
 
     >>> parse_direct(" 4 ").answer, parse_direct(r"That is \boxed{4}.").answer
     ('4', '4')
@@ -109,7 +109,7 @@ def parse_direct(completion: str) -> Parsed:
     if not problem:
         return Parsed(None, text, boxes.contents, boxes.contents[0], True, "", Status.CORRECT)
     parsed = _unanswered(None, text, boxes, problem, over_limit=boxes.over_limit and not breach)
-    # What is wrong with its boxes leaves a direct text without an answer, but keeps the direct contract.
+    # Faulty boxes leave a direct text without an answer, but they do not break the direct contract.
     return Parsed(None, text, parsed.boxes, None, not breach, problem, parsed.status)
 
 
@@ -121,7 +121,7 @@ def _unanswered(
 
 
 def _split(text: str, thought_open: bool) -> tuple[str | None, str, str]:
-    """Thought, answer part, and the fault of the tags; on a fault the first two are a best effort."""
+    """Thought, answer part, and the fault of the tags. With a fault, the first two are a best effort."""
     opens, closes = text.count(OPEN), text.count(CLOSE)
     before, _, inside = ("", "", text) if thought_open else text.partition(OPEN)
     if not thought_open and not opens:
@@ -149,9 +149,9 @@ def _boxes_in(text: str) -> bool:
 
 
 def _read_boxes(text: str) -> _Boxes:
-    r"""The outermost boxes of a text; one pass with a stack, so thousands of unclosed ones cost no more.
+    r"""The outermost boxes of a text. One pass with a stack is linear even with thousands of unclosed boxes.
 
-    `\{` and `\}` are letters, not braces. A prose brace that is never closed does not hide the box after it.
+    `\{` and `\}` are characters, not braces. An unclosed brace in prose does not hide a later box.
     """
     contents: list[str] = []
     count = nested = over = 0

@@ -1,8 +1,8 @@
-"""State that belongs to one process: threads, connections, locks. A forked child makes its own.
+"""State that belongs to one process: threads, connections, locks. A forked child makes its own state.
 
-Forks come from libraries around us: worker processes of `datasets` and of torch's data loaders, and whatever a
-user's reward starts. The child must neither use nor close what its parent holds: closing a socket there takes it
-off the event loop's epoll, which both share. So the parent's values are never released in the child.
+Other libraries fork: worker processes of `datasets` and of torch's data loaders, and processes of a user's reward. A
+child must neither use nor close the values of its parent. For example, closing a socket in the child removes it from
+the event loop's epoll, which both processes share. So the parent's values are never released in the child.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ _all: "weakref.WeakSet[PerProcess[Any]]" = weakref.WeakSet()
 
 
 class PerProcess(Generic[T]):
-    """Makes a value at its first use in a process, and returns it from then on.
+    """Makes a value at its first use in a process, and returns the same value afterwards.
 
     >>> numbers = PerProcess(list)
     >>> numbers().append(1)
@@ -37,7 +37,7 @@ class PerProcess(Generic[T]):
             return self._values[0]
 
     def drop(self) -> T | None:
-        """The value, if there is one; the next call makes another."""
+        """Forget and return the value, or None if it was never made. The next call makes a new value."""
         with self._lock:
             return self._values.pop() if self._values else None
 
@@ -48,7 +48,7 @@ class PerProcess(Generic[T]):
 
 def _after_fork_in_child() -> None:
     for one in list(_all):
-        # An extra reference keeps the parent's value alive even when the interpreter ends.
+        # An extra reference keeps the parent's value alive even at the interpreter's exit.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(one._values))
         one._start_afresh()
 

@@ -1,8 +1,7 @@
-"""The mixed reward: weighted terms per kind of row, R = sum of weight x score, weights summing to 1.
+"""The mixed reward: R = sum of weight x score over the terms of a row's cell; the weights of a cell sum to 1.
 
-A kind of row, a cell, is its mode (think, direct) and whether a rule can check its answer (verifiable) or
-only a judge can (judged). Source: SAIL-VL2 (arXiv:2509.14033), mixed reward system: R = w_a answer +
-w_t thinking + w_f format.
+A cell is a mode (think, direct) together with a kind of grading: verifiable if a rule can check the answer, judged if
+only a judge can. Source: SAIL-VL2 (arXiv:2509.14033), mixed reward system: R = w_a answer + w_t thinking + w_f format.
 """
 
 import math
@@ -21,9 +20,9 @@ from rewards.verdict import Verdict
 __all__ = ["GRADED", "Graded", "Mixture", "Reward", "RewardError", "Term", "cell_of", "check_terms"]
 
 GRADED = ("verifiable", "judged")
-"""Whether a rule can check a row's answer."""
+"""Kinds of grading: a rule can check the row's answer, or only a judge can."""
 JUDGED = ("judge", "none")
-"""Verifiers of judged rows; every other one is a rule."""
+"""Verifiers of judged rows. All other verifiers are rules."""
 ON_ERROR = ("stop", "unscorable")
 SUM_TOLERANCE = 1e-6
 
@@ -32,30 +31,32 @@ Cell = tuple[str, str]
 
 @dataclass(frozen=True)
 class Term:
-    """One reward of a mixture. A term of weight 0 only watches: its verdict is kept, and the total ignores it."""
+    """One reward of a mixture. The verdict of a term of weight 0 is recorded and does not affect the total."""
 
     name: str
     reward: Reward
     weight: float
     modes: frozenset[str] = field(default=frozenset(MODES))
-    """Modes of the rows that it grades."""
+    """Modes of the rows that the term grades."""
     graded: frozenset[str] = field(default=frozenset(GRADED))
-    """The rows that it grades: verifiable, judged, or both."""
+    """Kinds of the rows that the term grades: verifiable, judged, or both."""
     gate: str | None = None
-    """Name of another term. This term is asked only where that one scores 1; elsewhere it scores 0."""
+    """Name of another term. This term is called only for completions that the other term scores 1; elsewhere it scores
+    0."""
     on_error: str = "stop"
-    """When the reward fails: stop with a RewardError, or count it and leave the row unscorable. An exception whose
-    class has a true `always_stops` stops either way: a judge failed its start-up check."""
+    """Policy when the reward fails. stop: raise a RewardError; unscorable: count the failure and leave the row
+    unscored. An exception whose class sets `always_stops` stops the run in both cases, such as a judge that failed its
+    start-up check."""
 
     def __post_init__(self) -> None:
         for name, known in (("modes", MODES), ("graded", GRADED)):
             given = getattr(self, name)
             if not given or not set(given) <= set(known):
                 raise ValueError(
-                    f"reward {self.name!r}: {name}={sorted(given)}: some of {', '.join(known)}, at least one"
+                    f"reward {self.name!r}: {name}={sorted(given)}: give at least one of {', '.join(known)}"
                 )
         if not 0 <= self.weight <= 1:
-            raise ValueError(f"reward {self.name!r}: weight={self.weight}: a weight is in [0, 1]")
+            raise ValueError(f"reward {self.name!r}: weight={self.weight}: a weight must be in [0, 1]")
         if self.on_error not in ON_ERROR:
             hint = nearest(self.on_error, ON_ERROR)
             raise ValueError(f"reward {self.name!r}: on_error={self.on_error!r}: {hint}")
@@ -66,9 +67,9 @@ class Graded:
     """A completion's reward and its parts."""
 
     total: float | None
-    """In [0, 1]; None if a weighted term could not judge the completion: never 0 in its place."""
+    """In [0, 1]; None, and never 0, if a term with a weight could not score the completion."""
     verdicts: dict[str, Verdict]
-    """By term name, the terms of the row's cell."""
+    """Term name -> verdict, for the terms of the row's cell."""
 
 
 class Mixture:
@@ -93,24 +94,24 @@ class Mixture:
         self._caller = Caller(threads)
         self._counting = threading.Lock()
         self.errors: Counter[str] = Counter()
-        """By term: how often it failed under the policy "unscorable"."""
+        """Term name -> number of failures under the policy "unscorable"."""
 
     def grade(self, completion: str, example: Example) -> Graded:
-        """The completion's total and every term's verdict; raises as `grade_batch`."""
+        """The completion's total and every term's verdict. Raises the exceptions of `grade_batch`."""
         return self.grade_batch([completion], [example])[0]
 
     def grade_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Graded]:
-        """For each completion, against the example at its place, the total and every term's verdict.
+        """Grade each completion against the example at the same index: total and every term's verdict.
 
-        Safe from any thread. Terms are asked side by side, each in its form (rewards.calls). A term behind a gate
-        waits for the gate.
+        Any thread may call this. Terms are called concurrently, each according to its form (rewards.calls). A term with
+        a gate waits for the gate.
 
-        Raises ValueError if no term grades a row, or the lengths differ; RewardError if a reward fails and its policy
-        is to stop.
+        Raises ValueError if the lengths differ or a row has no term, and RewardError if a reward with the policy "stop"
+        fails.
         """
         if len(completions) != len(examples):
             raise ValueError(
-                f"{len(completions)} completions and {len(examples)} examples: give one for each"
+                f"{len(completions)} completions and {len(examples)} examples: give one example per completion"
             )
         used = [self.terms_of(example) for example in examples]
         verdicts: list[dict[str, Verdict]] = [{} for _ in examples]
@@ -119,13 +120,13 @@ class Mixture:
         return [_graded(terms, found) for terms, found in zip(used, verdicts, strict=True)]
 
     def terms_of(self, example: Example) -> tuple[Term, ...]:
-        """The terms that grade a row. Raises ValueError if there is none; a stage asks before it trains."""
+        """The terms that grade a row. Raises ValueError if there are none. A stage checks this before it trains."""
         mode, graded = cell_of(example)
         terms = self._of_cell[mode, graded]
         if not terms:
             raise ValueError(
                 f"row {example.id!r}: no reward grades mode {mode!r}, {graded} rows; "
-                "add one, or leave such rows out"
+                "add a reward for them, or leave such rows out"
             )
         return terms
 
@@ -160,7 +161,7 @@ class Mixture:
             for term, rows, pending in asked:
                 for row, result in zip(rows, pending.results(), strict=True):
                     verdicts[row][term.name] = self._settled(term, result)
-        except BaseException:  # an interrupt must not wait for calls that are no longer needed
+        except BaseException:  # after an interrupt, do not wait for calls whose results are no longer needed
             for _, _, pending in asked:
                 pending.cancel()
             raise
@@ -185,10 +186,10 @@ def cell_of(example: Example) -> Cell:
 
 
 def check_terms(terms: Iterable[Any]) -> None:
-    """Refuse terms that do not fit together. Each has a name, weight, modes, graded and gate, as Term has.
+    """Refuse inconsistent terms. Each object has the attributes name, weight, modes, graded and gate of Term.
 
-    Raises ValueError if two share a name, if a cell's weights do not sum to 1, or if a gate is unknown, grades fewer
-    cells than the term behind it, or leads back to itself.
+    Raises ValueError if two terms share a name, if a cell's weights do not sum to 1, or if a gate is unknown, grades
+    fewer cells than the term behind it, or is part of a circle.
     """
     terms = tuple(terms)
     names = [term.name for term in terms]
@@ -210,7 +211,7 @@ def check_terms(terms: Iterable[Any]) -> None:
             if term.gate is not None and term.gate not in {other.name for other in used}:
                 raise ValueError(
                     f"reward {term.name!r}: gate={term.gate!r} does not grade mode {cell[0]!r}, {cell[1]} rows, "
-                    f"which {term.name!r} does; give both the same modes and graded, or split {term.name!r} in two"
+                    f"but {term.name!r} does; give both the same modes and graded, or split {term.name!r} in two"
                 )
 
 
@@ -227,7 +228,7 @@ def _listed_sum(terms: Sequence[Any]) -> tuple[float, str]:
 
 
 def _levels(terms: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Terms in the order of asking: those without a gate, those behind one of them, and so on."""
+    """Terms by level, in the order of the calls: first terms without a gate, then terms behind those, and so on."""
     names = {term.name for term in terms}
     for term in terms:
         if term.gate is not None and term.gate not in names:
@@ -240,7 +241,7 @@ def _levels(terms: Sequence[Any]) -> list[tuple[Any, ...]]:
         level = tuple(term for term in left if term.gate in done)
         if not level:
             circle = ", ".join(f"{term.name} behind {term.gate}" for term in left)
-            raise ValueError(f"gates form a circle: {circle}; at least one term must have no gate")
+            raise ValueError(f"gates form a circle: {circle}; remove the gate of one of these terms")
         levels.append(level)
         done |= {term.name for term in level}
         left = [term for term in left if term.name not in done]
@@ -248,7 +249,7 @@ def _levels(terms: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 
 def _closed(term: Term, verdicts: Mapping[str, Verdict]) -> Verdict | None:
-    """The verdict of a term whose gate is closed; None if the gate is open, or there is none."""
+    """The verdict of a term whose gate is closed; None if the gate is open or the term has no gate."""
     if term.gate is None:
         return None
     gate = verdicts[term.gate]

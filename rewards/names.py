@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`did you mean X? Known: ...`, or only the known words when none is near.
+    """`did you mean X? Known: ...`, or only the known words if none is similar.
 
     >>> nearest("anser", ["answer", "format"])
     'did you mean answer? Known: answer, format'

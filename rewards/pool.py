@@ -1,6 +1,7 @@
-"""Worker processes for work that may hang, exhaust the memory or crash: each job ends in a result or in one Ending.
+"""Worker processes for work that may hang, exhaust memory or crash. Each job ends in a result or in an Ending.
 
-pebble runs the processes, kills a job's worker at the deadline and tells a dead worker from a failed job. What is ours:
+pebble runs the processes, kills a job's worker at the deadline, and distinguishes a dead worker from a failed job. This
+module adds:
 
 - Workers are forked from a server that has imported only one module. It does not import the program's main module, nor
   a user's folder that has the name of one of our packages. A new worker starts within 20 ms.
@@ -31,7 +32,7 @@ WORN_OUT_KB = 512 << 10
 CPU_SHARE = 0.7
 """Computing time as a share of the deadline: 1.4 s of 2 s. The slowest honest comparison measured takes 0.93 s."""
 POLL_S = 0.01
-"""How often pebble looks at deadlines and dead workers."""
+"""Interval at which pebble checks deadlines and dead workers."""
 SERVER_VARIABLE = "POSTTRAIN_POOL_SERVER"
 """Environment variable that is set while the server of a pool's workers preloads a module."""
 _OUT_OF_MEMORY, _WORN_OUT = 70, 71
@@ -70,7 +71,7 @@ class Job:
         return not self.begun() and bool(self.task and self.task.cancel())
 
     def end(self, result: Any) -> None:
-        """Settle its future."""
+        """Resolve the future."""
         if not self.future.done():
             self.future.set_exception(result) if isinstance(
                 result, BaseException
@@ -78,13 +79,13 @@ class Job:
 
 
 class Pool:
-    """`size` worker processes for one function of one argument. They start at the first job, and again after a death.
+    """`size` worker processes for one function of one argument. They start at the first job, and restart after a death.
 
     Args:
-        function: called in a worker; importable by name, its argument and result by pickle.
-        preload: the module that the server of the workers imports before it forks.
-        size: worker processes.
-        deadline_s: seconds from the start of a job to its worker's death.
+        function: called in a worker; importable by name, with picklable argument and result.
+        preload: module that the server of the workers imports before it forks.
+        size: number of worker processes.
+        deadline_s: seconds from the start of a job until its worker is killed.
 
     Usable from any thread, and in a forked child.
     """
@@ -119,7 +120,7 @@ class Pool:
             try:
                 arguments = (self.function, job.argument, CPU_SHARE * job.deadline_s)
                 job.task = processes.schedule(_run, arguments, job.deadline_s)
-            except RuntimeError:  # concurrent.futures' BrokenProcessPool is one
+            except RuntimeError:  # includes concurrent.futures' BrokenProcessPool
                 self._replace(processes)
                 continue
             processes.watch(job)
@@ -136,7 +137,7 @@ class Pool:
         broken.jobs.clear()
         threading.Thread(
             target=broken.stop, daemon=True
-        ).start()  # this may be one of the threads that it joins
+        ).start()  # the current thread may be one of the threads that stop() joins
         for job in waiting:
             self._again(job, lost=False)
 
@@ -152,7 +153,7 @@ class Pool:
             job.end(Ending.TIMEOUT)
         elif not isinstance(error, OSError | RuntimeError):
             job.end(error)  # the function raised
-        else:  # the worker is dead, or all of them
+        else:  # this worker or all workers are dead
             code = getattr(error, "exitcode", None)
             if code == -signal.SIGPROF:
                 job.end(Ending.OVER_TIME)
@@ -266,7 +267,7 @@ class _Process(process.BaseProcess):
 
 class _Popen(popen_forkserver.Popen):
     def _launch(self, made: _Process) -> None:
-        """As the base class's, with our server and without the program's main module."""
+        """Launch like the base class, with our server and without the program's main module."""
         buffer = io.BytesIO()
         server = made.__dict__.pop("server")
         context.set_spawning_popen(self)  # type: ignore[attr-defined]
@@ -286,8 +287,8 @@ _done = 0
 
 
 def _prepare() -> None:
-    """Limit the worker that calls it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for the end of a long C call
+    """Set the limits of the worker process that calls this function."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would run only after a long C call ends
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):  # if the machine runs out of memory, kill a worker before a trainer
@@ -295,7 +296,7 @@ def _prepare() -> None:
 
 
 def _run(function: Callable[[Any], Any], argument: Any, cpu_s: float) -> Any:
-    """Do a job in a worker; the kernel ends the worker once the job has used its computing time."""
+    """Run a job in a worker. The kernel ends the worker after the job has used its CPU time."""
     global _done
     if _done and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > WORN_OUT_KB:
         os._exit(_WORN_OUT)

@@ -1,7 +1,7 @@
-"""Rewards by name: built-in ones, and users' own as `package.module:Name` or `file.py:Name`.
+"""Loads rewards by name: built-in rewards, and users' own as `package.module:Name` or `file.py:Name`.
 
-A new built-in reward needs its class, its line in REWARDS and its test. A user's own needs no line. A reward function
-written for TRL or verl runs unchanged: `trl:package.module:fn`, `verl:file.py:compute_score`.
+A new built-in reward needs a class, a line in REWARDS and a test. A user's own reward does not need a line. A reward
+function written for TRL or verl runs unchanged: `trl:package.module:fn`, `verl:file.py:compute_score`.
 """
 
 import functools
@@ -32,35 +32,35 @@ REWARDS = {
     "answer_judge": "rewards.judge.judges:AnswerJudge",
     "judging": "rewards.judge.judges:JudgingReward",
 }
-"""Built-in name -> its import path; imported at its first use."""
+"""Built-in name -> import path. A reward is imported at its first use."""
 FOREIGN = {"trl": "rewards.adapters:from_trl", "verl": "rewards.adapters:from_verl"}
-"""Prefix of a reward function of another library -> its adapter."""
+"""Prefix of another library's reward functions -> adapter."""
 
 
 _OURS = str(Path(__file__).resolve().parents[1])
-"""The folder of this package and its siblings."""
+"""The folder that contains this package and its sibling packages."""
 
 
 class UnknownReward(LookupError, ValueError):
-    """No reward has that name; the message names the nearest ones."""
+    """There is no reward of this name. The message suggests the nearest names."""
 
 
 def load_reward(
     name: str, params: Mapping[str, Any] | None = None, folders: Sequence[str | os.PathLike[str]] = ()
 ) -> Reward:
-    """The reward of that name, in one of the forms of rewards.calls.
+    """The reward of this name, in one of the forms of rewards.calls.
 
     Args:
-        name: a built-in name, `package.module:Name`, or `path/to/file.py:Name`; with `trl:` or `verl:` before
-            it, a reward function of that library (rewards.adapters).
+        name: a built-in name, `package.module:Name`, or `path/to/file.py:Name`; the prefix `trl:` or `verl:` marks a
+            reward function of that library (rewards.adapters).
         params: fields of the class, or keyword arguments of the function.
-        folders: searched for users' modules and files, after everything installed.
+        folders: searched for users' modules and files, after all installed packages.
 
     >>> load_reward("answer", {"tolerance": 0.5}).tolerance
     0.5
 
-    Raises UnknownReward if there is no such reward, ValueError for unknown, missing or bad parameters,
-    TypeError if it cannot be called with a completion and an example.
+    Raises UnknownReward for an unknown name, ValueError for unknown, missing or invalid parameters, and TypeError if
+    the reward cannot be called with a completion and an example.
     """
     adapter, place = split_adapter(name)
     found = _find(REWARDS.get(place, place), name, folders)
@@ -70,19 +70,19 @@ def load_reward(
     problem = _call_problem(reward)
     if problem:
         raise TypeError(
-            f"reward {name!r}: {problem}; a reward is called as reward(completion, example), "
-            "and whatever else it needs comes from params"
+            f"reward {name!r}: {problem}; a reward is called as reward(completion, example); "
+            "give all further arguments in params"
         )
     return reward
 
 
 def is_builtin(name: str) -> bool:
-    """Whether it is a reward of this package."""
+    """Whether the name is a built-in reward."""
     return name in REWARDS
 
 
 def split_adapter(name: str) -> tuple[str, str]:
-    """The prefix of another library's reward function, "" if there is none, and the rest of the name.
+    """Split a name into the prefix of another library, or "", and the rest.
 
     >>> split_adapter("trl:trl.rewards:accuracy_reward"), split_adapter("mine:Short")
     (('trl', 'trl.rewards:accuracy_reward'), ('', 'mine:Short'))
@@ -109,12 +109,14 @@ def _find(place: str, name: str, folders: Sequence[str | os.PathLike[str]]) -> A
 
 
 def _search(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The folders, at the end of the module search path: none of them can shadow an installed module."""
+    """Append the folders to the module search path, where they cannot shadow an installed module."""
     places = [Path(folder).resolve() for folder in folders]
     for place in places:
         if not place.is_dir():
-            raise NotADirectoryError(f"{place}: no such folder; the search for rewards includes it")
-        for folder in (_OURS, str(place)):  # an editable install alone would be asked after sys.path
+            raise NotADirectoryError(
+                f"{place}: there is no such folder, but the search for rewards includes it"
+            )
+        for folder in (_OURS, str(place)):  # an editable install alone would be searched only after sys.path
             if folder not in sys.path:
                 sys.path.append(folder)
     return places
@@ -137,8 +139,8 @@ def _from_file(where: str, places: Iterable[Path], name: str) -> ModuleType:
     file = next((path.resolve() for path in candidates if path.is_file()), None)
     if file is None:
         tried = ", ".join(str(path.absolute()) for path in candidates)
-        raise UnknownReward(f"reward {name!r}: no such file; looked at {tried}")
-    # Two files of one name are two modules; one file is loaded once, so that its classes stay the same.
+        raise UnknownReward(f"reward {name!r}: there is no such file; looked at {tried}")
+    # Two files of the same name are two modules. A file is loaded only once, so that its classes stay identical.
     module_name = f"_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if module_name in sys.modules:
         return sys.modules[module_name]
@@ -175,7 +177,7 @@ def _with_params(found: Any, params: dict[str, Any], name: str) -> Any:
 
 
 def _parameters(found: Any, taken: int) -> list[str] | None:
-    """Names that params may use, after the first `taken`; None if it takes any."""
+    """Names of the parameters after the first `taken`; None if any name is accepted."""
     parameters = list(inspect.signature(found).parameters.values())
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
         return None
@@ -186,16 +188,16 @@ def _parameters(found: Any, taken: int) -> list[str] | None:
 def _call_problem(reward: Any) -> str:
     form = form_of(reward)
     if not callable(form.call):
-        return f"its instances ({type(reward).__name__}) have no __call__"
+        return f"its instances ({type(reward).__name__}) do not have a method __call__"
     signature = inspect.signature(form.call)
     try:
         signature.bind("completion", "example")
     except TypeError as error:
-        hint = "; is it verl's compute_score? then write verl: before its name"
+        hint = "; if this is verl's compute_score, write verl: before its name"
         return f"{error}{hint if 'solution_str' in signature.parameters else ''}"
     first = next(iter(signature.parameters), "")
     if not form.batched and first in ("completions", "prompts"):
         return (
-            f"its first parameter is {first!r}; is it a TRL reward function? then write trl: before its name"
+            f"its first parameter is {first!r}; if this is a TRL reward function, write trl: before its name"
         )
     return ""

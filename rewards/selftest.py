@@ -1,21 +1,21 @@
-r"""A reward tested on its own data before anything learns from it: the cheapest audit of both.
+r"""Tests a reward on its own data before training: the cheapest audit of both.
 
-Every row's gold answer is rendered as a completion under the row's contract, and as completions that must
-earn nothing: empty, the answer dropped, another answer, no box, two boxes, the box inside the thought, an
-unclosed thought. A reward says which of them are its business by its attribute `self_test`:
+The test renders every row's gold answer as a completion under the row's contract, and also as completions that must
+score 0: empty, without the answer, with another answer, without a box, with two boxes, with the box inside the thought,
+and with an unclosed thought. The reward's attribute `self_test` selects the tests:
 
-| self_test | gold | empty | corrupted | who |
+| self_test | gold | empty | corrupted | for |
 |---|---|---|---|---|
-| "answer" | earns 1 | earns 0 | earn 0 | rewards that check the answer |
-| "form" | earns 1 | earns 0 | not asked | format rewards |
-| "runs" | gets a verdict | | | rewards with a taste of their own: length, language, a rubric |
-| "skip" | not asked | | | judges: they cost requests, and are measured by `posttrain judge-audit` |
+| "answer" | scores 1 | scores 0 | scores 0 | rewards that check the answer |
+| "form" | scores 1 | scores 0 | not tested | format rewards |
+| "runs" | gets a verdict | | | rewards with other criteria: length, language, a rubric |
+| "skip" | not tested | | | judges: they cost requests, and `posttrain judge-audit` measures them |
 
-A reward without the attribute is held to "answer" when it is tested on its own, and to "runs" as a term of a
-mixture. One that has an attribute `contract_of`, "think" or "direct", is on its own tested on rows of that
-mode alone. Of a mixture the total is tested too: on a row with an "answer" term the gold must earn more than
-anything corrupted. Rows that no rule can grade (verifier judge or none) are asked of "answer" terms no more
-than of anybody else: gold and corrupted alike may be unscored there.
+A reward without the attribute is tested as "answer" when it is tested alone, and as "runs" when it is a term of a
+mixture. A reward with an attribute `contract_of`, "think" or "direct", that is tested alone is tested only on rows of
+that mode. For a mixture, the total is tested as well: on a row with an "answer" term, the gold must score more than all
+corrupted completions. On rows that rules cannot grade (verifier judge or none), "answer" terms may leave gold and
+corrupted completions unscored.
 """
 
 import random
@@ -35,28 +35,28 @@ from rewards.verdict import Verdict
 
 LEVELS = ("answer", "form", "runs", "skip")
 NONSENSE = "blimp zorn wuff"
-"""No row's answer."""
+"""A text that is not the answer of any row."""
 _CHUNK = 256
 _MARKS = re.compile(r"</?think>|\\boxed|[{}]")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A completion that did not earn what it should."""
+    """A completion with a wrong score."""
 
     row: int
-    """Index into the examples given."""
+    """Index into the given examples."""
     id: str
     """The row's."""
     reward: str
     """Term name, or "total"."""
     case: str
-    """What the completion is: gold, empty, another answer, ..."""
+    """Kind of the completion: gold, empty, another answer, ..."""
     completion: str
     expected: str
-    """In words: "1", "0", "a verdict", "less than the gold's 0.9"."""
+    """The expected result as text: "1", "0", "a verdict", "less than the gold's 0.9"."""
     found: str
-    """The verdict, or the error, in words."""
+    """The verdict or the error as text."""
 
     def __str__(self) -> str:
         shown = self.completion if len(self.completion) <= 120 else f"{self.completion[:117]}..."
@@ -73,13 +73,13 @@ def self_test(
     seed: int = 0,
     name: str = "reward",
 ) -> list[Failure]:
-    r"""What a reward, or a mixture, does wrong on gold and corrupted answers; [] if nothing.
+    r"""The failures of a reward or a mixture on gold and corrupted answers; [] without failures.
 
     Args:
         examples: rows with gold answers.
-        rows: test a random sample of so many; None tests all.
-        seed: of the sample.
-        name: of a single reward, for messages.
+        rows: size of a random sample; None: all rows.
+        seed: seed of the sample.
+        name: name of a single reward in messages.
 
     >>> rows = [Example("row-1", "2 + 2?", "4", "think")]
     >>> from rewards.answer import AnswerReward
@@ -88,15 +88,17 @@ def self_test(
     >>> print(self_test(lambda completion, example: 1.0, rows, name="kind")[0])
     row 0 ('row-1'): kind: empty: expected 0, got 1 (correct); the completion: ''
 
-    Does not raise where the reward does: that is a failure of its own. Raises ValueError for an unknown
-    `self_test` attribute, no row at all, or a row that no term of the mixture grades.
+    An exception of the reward is a failure and is not raised. Raises ValueError for an unknown `self_test` attribute,
+    for an empty set of rows, and for a row that no term of the mixture grades.
     """
     mode = getattr(reward, "contract_of", None)
     chosen: Sequence[int] = range(len(examples))
     if mode:
         chosen = [row for row, example in enumerate(examples) if example.mode == mode]
     if not chosen:
-        raise ValueError(f"reward {name!r}: no row{f' of mode {mode!r}' if mode else ''} to test it on")
+        raise ValueError(
+            f"reward {name!r}: there is no row{f' of mode {mode!r}' if mode else ''} to test it on"
+        )
     if rows is not None and rows < len(chosen):
         chosen = sorted(random.Random(seed).sample(chosen, rows))
     caller = Caller()
@@ -107,14 +109,14 @@ def self_test(
             failures += _test_mixture(reward, part, caller)
         else:
             level = _level(reward, "answer")
-            # Named on its own, even a judge is asked.
+            # A judge that is tested alone is called as well.
             level = "form" if level == "skip" else level
             failures += _test_term(reward, name, level, part, caller, _opens_the_thought(reward))[0]
     return sorted(failures, key=lambda failure: failure.row)
 
 
 def cases(example: Example, thought_open: bool = False) -> Iterator[tuple[str, str]]:
-    r"""(what it is, completion) for a row: first the gold, then the empty one, then the corrupted.
+    r"""Pairs (kind, completion) for a row: first gold, then empty, then the corrupted completions.
 
     >>> for case, completion in cases(Example("row-1", "2 + 2?", "4", "direct")):
     ...     print(case, repr(completion))
@@ -144,10 +146,36 @@ def cases(example: Example, thought_open: bool = False) -> Iterator[tuple[str, s
     yield "unclosed thought", rf"{start}{thought} \boxed{{{gold}}}"
 
 
+def thought_problem(reward: Any, thought_open: bool) -> str:
+    """Why a reward's own `thought_open` does not fit the chat template's; "" if it does.
+
+    >>> from rewards.style.format import ThinkFormat
+    >>> thought_problem(ThinkFormat(), thought_open=False)
+    ''
+    >>> thought_problem(ThinkFormat(), thought_open=True)[:60]
+    'thought_open=False, but the chat template ends a thinking pr'
+
+    A reward without the attribute has no such rule.
+    """
+    own = getattr(reward, "thought_open", thought_open)
+    if bool(own) == thought_open:
+        return ""
+    if thought_open:
+        template = "ends a thinking prompt with <think>, so that completions begin inside the thought"
+    else:
+        template = (
+            "does not end a thinking prompt with <think>, so that completions open the thought themselves"
+        )
+    wanted = str(thought_open).lower()
+    return f"thought_open={own!r}, but the chat template {template}; set its parameter thought_open: {wanted}"
+
+
 def _level(reward: Any, otherwise: str) -> str:
     level = getattr(reward, "self_test", otherwise)
     if level not in LEVELS:
-        raise ValueError(f"{type(reward).__name__}.self_test = {level!r}: one of {', '.join(LEVELS)}")
+        raise ValueError(
+            f"{type(reward).__name__}.self_test = {level!r}: it must be one of {', '.join(LEVELS)}"
+        )
     return level
 
 
@@ -156,7 +184,7 @@ def _opens_the_thought(reward: Any) -> bool:
 
 
 Scores = dict[tuple[int, str], float | None]
-"""By row and case."""
+"""(row, case) -> score."""
 
 
 def _test_term(
@@ -214,7 +242,7 @@ def _found(result: Verdict | RewardError) -> str:
 def _test_mixture(mixture: Mixture, rows: Sequence[tuple[int, Example]], caller: Caller) -> list[Failure]:
     failures: list[Failure] = []
     scores: dict[str, Scores] = {}
-    # One template writes for all terms: if one of them knows that it opens the thought, all had better.
+    # One template writes for all terms (`thought_problem`).
     thought_open = any(_opens_the_thought(term.reward) for term in mixture.terms)
     for term in mixture.terms:
         own = [(row, example) for row, example in rows if term in mixture.terms_of(example)]
@@ -223,13 +251,15 @@ def _test_mixture(mixture: Mixture, rows: Sequence[tuple[int, Example]], caller:
             found, scores[term.name] = _test_term(term.reward, term.name, level, own, caller, thought_open)
             failures += found
     failed = {failure.row for failure in failures}  # their totals say nothing new
-    return failures + _test_totals(mixture, [one for one in rows if one[0] not in failed], scores)
+    return failures + _test_totals(
+        mixture, [one for one in rows if one[0] not in failed], scores, thought_open
+    )
 
 
 def _test_totals(
-    mixture: Mixture, rows: Sequence[tuple[int, Example]], scores: dict[str, Scores]
+    mixture: Mixture, rows: Sequence[tuple[int, Example]], scores: dict[str, Scores], thought_open: bool
 ) -> list[Failure]:
-    """Where corrupted answers earn as much as the gold, over the terms that were asked, their gates shut or not."""
+    """Failures of the total: corrupted answers that score as much as the gold, over the tested terms, with gates."""
     failures = []
     for row, example in rows:
         terms = [term for term in mixture.terms_of(example) if term.weight > 0]
@@ -237,7 +267,7 @@ def _test_totals(
         if judged or not any(_level(term.reward, "runs") == "answer" for term in terms):
             continue
         totals: dict[str, float] = {}
-        made = dict(cases(example))
+        made = dict(cases(example, thought_open))
         for case in made:
             totals[case] = sum(term.weight * (scores[term.name].get((row, case)) or 0.0) for term in terms)
         gold = totals.pop("gold")
@@ -249,7 +279,7 @@ def _test_totals(
 
 
 def _thought(example: Example) -> str:
-    """The row's own chain where it keeps the contract, else a sentence about the question, in its language."""
+    """The row's own chain if it keeps the contract, else a sentence about the question in the question's language."""
     chain = (example.chain or "").strip()
     if chain and not _MARKS.search(chain) and not CHAT_TOKEN.search(chain):
         return chain
@@ -258,7 +288,7 @@ def _thought(example: Example) -> str:
 
 
 def _another(example: Example) -> str:
-    """An answer that is not the gold under any tolerance: another letter, a number far away, or nonsense."""
+    """An answer that differs from the gold under any tolerance: another letter, a distant number, or nonsense."""
     options = options_of(example.meta.get("choices") or ()) if _choices_are_listed(example) else {}
     letter = option_letter(example.answer, options)
     if example.verifier in ("choice", "auto") and letter:

@@ -1,7 +1,7 @@
-"""A reward's judgement of one completion: a score or None, a status, the extracted answer, a reason.
+"""A reward's verdict on one completion: a score or None, a status, the extracted answer, a reason.
 
-Only a judgement of the model's answer becomes a number. When grading itself fails (a judge is down, a gold answer
-cannot be read, a worker died) the score is None: the row is left out, never punished with 0.
+Only a judgement of the model's answer becomes a number. If grading itself fails (a judge is down, a gold answer is
+unreadable, a worker died), the score is None: the row is left out and never punished with 0.
 """
 
 import math
@@ -12,31 +12,31 @@ from typing import Any, Self
 
 
 class Status(StrEnum):
-    """Why a completion got its score."""
+    """The reason for a completion's score."""
 
     CORRECT = "correct"
     WRONG = "wrong"
     NO_ANSWER = "no_answer"
-    """Nothing that counts as an answer under the format contract."""
+    """The completion has no answer under the format contract."""
     UNPARSEABLE = "unparseable"
     """There is an answer, but not one of the row's kind."""
     OVER_LIMIT = "over_limit"
-    """The answer is longer or deeper nested than any honest one."""
+    """The answer is longer or more deeply nested than any honest answer."""
     TIMEOUT = "timeout"
     """Grading did not end by its deadline. The score is 0 if the completion itself used the time up, else None."""
     CRASHED = "crashed"
-    """Unscored: the process that graded died."""
+    """Unscored: the grading process died."""
     UNSCORABLE = "unscorable"
-    """Unscored: there is no gold answer to compare with, or grading failed."""
+    """Unscored: the gold answer is missing or unusable, or grading failed."""
 
 
 UNSCORED = frozenset({Status.TIMEOUT, Status.CRASHED, Status.UNSCORABLE})
-"""Statuses whose score may be None; of them only a timeout may also have a number."""
+"""Statuses whose score may be None. Of these, only a timeout may also have a number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One reward's judgement of one completion.
+    """One reward's verdict on one completion.
 
     >>> Verdict.correct("4")
     Verdict(score=1.0, status=<Status.CORRECT: 'correct'>, answer='4', reason='')
@@ -52,21 +52,21 @@ class Verdict:
     answer: str | None = None
     """The text that counts as the model's answer."""
     reason: str = ""
-    """Short, for people to read: reward hacking shows there."""
+    """A short explanation for people. It helps to detect reward hacking."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", Status(self.status))
         either = self.status == Status.TIMEOUT
         if not either and (self.score is None) != (self.status in UNSCORED):
             raise ValueError(
-                f"score={self.score} with status {self.status.value!r}: the score is None for "
+                f"score={self.score} with status {self.status.value!r}: the score must be None for "
                 f"{', '.join(sorted(UNSCORED))}, and a number for every other status (timeout may have either)"
             )
         if self.score is None:
             return
         score = float(self.score)
         if not (math.isfinite(score) and 0 <= score <= 1):
-            raise ValueError(f"score={score}: a verdict's score is in [0, 1]; scale it, or return None")
+            raise ValueError(f"score={score}: a verdict's score must be in [0, 1]; scale it, or return None")
         object.__setattr__(self, "score", score)
 
     @classmethod
@@ -76,16 +76,16 @@ class Verdict:
 
     @classmethod
     def wrong(cls, answer: str | None = None, reason: str = "", status: Status = Status.WRONG) -> Self:
-        """Score 0, for a fault of the completion."""
+        """Score 0: the completion is at fault."""
         return cls(0.0, status, answer, reason)
 
     @classmethod
     def unscored(cls, reason: str, status: Status = Status.UNSCORABLE, answer: str | None = None) -> Self:
-        """No score, for a fault that is not the completion's."""
+        """No score: the completion is not at fault."""
         return cls(None, status, answer, reason)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written to completions.jsonl: score, status, answer, reason."""
+        """The verdict as written to completions.jsonl: score, status, answer, reason."""
         return {
             "score": self.score,
             "status": self.status.value,
@@ -95,12 +95,12 @@ class Verdict:
 
 
 def as_verdict(value: Any, name: str = "reward") -> Verdict:
-    """The value that a reward returned, as a Verdict: a float or bool is a score, None is unscored.
+    """Convert a reward's return value to a Verdict: a float or bool is a score, None is unscored.
 
     >>> as_verdict(True).status.value, as_verdict(0.25).status.value, as_verdict(None).score
     ('correct', 'wrong', None)
 
-    Raises TypeError for anything else and ValueError for a number outside [0, 1]; both name the reward.
+    Raises TypeError for a value of another type and ValueError for a number outside [0, 1]. Both name the reward.
     """
     if isinstance(value, Verdict):
         return value
@@ -113,5 +113,5 @@ def as_verdict(value: Any, name: str = "reward") -> Verdict:
         )
     score = float(value)
     if not 0 <= score <= 1:
-        raise ValueError(f"reward {name!r} returned {score}: a score is in [0, 1]; scale it")
+        raise ValueError(f"reward {name!r} returned {score}: a score must be in [0, 1]; scale it")
     return Verdict(score, Status.CORRECT if score == 1 else Status.WRONG)

@@ -58,7 +58,7 @@ def pass_at_k(
     kept: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for row, completions in _sampled(cfg, client, sets, seed, max_tokens, progress, askable):
-        rate = _pass_rate(row, completions)
+        rate = _pass_rate(row, completions, client.core.thought_open)
         if rate is None:
             dropped["unscorable"] += 1
         elif rate == 1 and cfg.drop_always_solved:
@@ -82,7 +82,8 @@ def harvest(
     askable: Askable = every_row,
 ) -> dict[str, Any]:
     """Write correct, well-formed chains of the served policy to `out/<into>.parquet`, at most one per prompt."""
-    answer, well_formed = AnswerReward(), ThinkFormat()
+    opened = client.core.thought_open
+    answer, well_formed = AnswerReward(thought_open=opened), ThinkFormat(opened)
     kept: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     seen = set()
@@ -98,7 +99,7 @@ def harvest(
             dropped["duplicate"] += 1
             continue
         seen.add(key)
-        thought = parse_thinking(right[0].text).thought or ""
+        thought = parse_thinking(right[0].text, opened).thought or ""
         kept.append({**row, "chain": thought.strip(), "response": right[0].text.strip(), "source": "harvest"})
     over = max(0, len(kept) - cfg.keep)
     if over:
@@ -156,9 +157,10 @@ def _sampled(
     return [(row, answer.completions) for row, answer in zip(rows, answers, strict=True)]
 
 
-def _pass_rate(row: Record, completions: Sequence[Completion]) -> float | None:
+def _pass_rate(row: Record, completions: Sequence[Completion], thought_open: bool) -> float | None:
     example = example_of(row)
-    verdicts = [AnswerReward()(completion.text, example) for completion in completions]
+    answer = AnswerReward(thought_open=thought_open)
+    verdicts = [answer(completion.text, example) for completion in completions]
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     return math.fsum(scores) / len(scores) if scores else None
 

@@ -101,8 +101,8 @@ def answer_greedily(
     on_answer: Callable[[int], None] | None = None,
 ) -> list[Scored]:
     """Greedy completions of the rows with their answer and format verdicts, in the rows' order."""
-    answer = AnswerReward()
-    formats: dict[str, Reward] = {"think": ThinkFormat(), "direct": DirectFormat()}
+    answer = AnswerReward(thought_open=client.core.thought_open)
+    formats: dict[str, Reward] = {"think": ThinkFormat(client.core.thought_open), "direct": DirectFormat()}
     prompts = [Prompt(prompt_messages(row)) for row in records]
     answers = client.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0), on_answer)
     judged = []

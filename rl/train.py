@@ -32,6 +32,7 @@ from core.training.resume import FOLDER, Unfinished, forget, identity, marker
 from corpus.records import DataSource, Records
 from rewards.answer import AnswerReward
 from rewards.isolation import load_limited
+from rewards.selftest import thought_problem
 from rewards.style.length import SoftOverlong
 from rl import limits
 from rl.algorithm import move_clip, reward_columns, trl_config
@@ -167,12 +168,13 @@ def _lead(
     if cfg.save_every:
         record.drop_after(**unfinished.done)
     mixture = mixture_of(cfg.rewards, job.folders)
-    check_rewards(mixture, records, cfg.self_test_rows, job.seed)
+    check_rewards(mixture, records, cfg.self_test_rows, job.seed, CoreFacts.of(job.start).thought_open)
     overlong = None
     if cfg.overlong:
         overlong = SoftOverlong(cfg.rollout.max_completion_tokens, cfg.overlong.cache_tokens)
     client = RolloutClient.of_pool(job.pool, job.urls, job.start, record.alarm_of_servers)
-    collector = Collector(cfg, client, records, mixture, AnswerReward(), overlong, job.seed)
+    answer = AnswerReward(thought_open=client.core.thought_open)
+    collector = Collector(cfg, client, records, mixture, answer, overlong, job.seed)
     left = cfg.batches - unfinished.done["batches"]
     lead = Lead(
         client,
@@ -194,6 +196,8 @@ def _watcher(cfg: RLConfig, job: ServedJob, client: RolloutClient) -> Watcher:
         if watch.second_verifier
         else None
     )
+    if second and (problem := thought_problem(second, client.core.thought_open)):
+        raise ValueError(f"watch.second_verifier: {problem}")
     rows = load_rows([watch.held_out], job.sets, job.seed, _askable(cfg, job)) if watch.held_out else []
     longest = cfg.rollout.max_completion_tokens
     return Watcher(watch, job.out, second, rows, lambda records: accuracy(records, client, longest))

@@ -1,1 +1,1 @@
-"""The command `posttrain`, one file a family of subcommands."""
+"""The command `posttrain`: one file per family of subcommands."""

@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     report.add_argument("run_dir", type=Path, help="the run's folder, runs/<name>")
     command(commands, "stages", _stages, "list the stages and their short names")
     explained = command(commands, "explain", _explain, "explain a recipe's keys: type, default, unit, stages")
-    explained.add_argument("key", nargs="?", help="key path, or the end of one; default: every section")
+    explained.add_argument("key", nargs="?", help="key path, or its last part; default: every section")
     explained.add_argument("--schema", action="store_true", help="print a JSON schema for editors instead")
     command(commands, "clean", _clean, "remove what killed runs left in shared memory")
 
@@ -31,24 +31,28 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--until", metavar="STAGE", help="last stage")
     run.add_argument("--force", action="store_true", help="run these stages even if they are unchanged")
     run.add_argument(
-        "--nnodes", type=count, help="hosts, on each of which this runs; default: torchrun's or SLURM's"
+        "--nnodes", type=count, help="number of hosts that run this command; default: from torchrun or SLURM"
     )
     run.add_argument("--node-rank", type=int, help="number of this host; 0 leads")
-    run.add_argument("--master", metavar="HOST[:PORT]", help="of node 0, as the others reach it")
+    run.add_argument(
+        "--master", metavar="HOST[:PORT]", help="address of node 0, reachable from the other hosts"
+    )
 
 
 def _add_plan(commands: Any) -> None:
     plan = command(commands, "plan", _plan, "resolve and check a recipe without training")
     recipe_argument(plan)
-    plan.add_argument("--json", action="store_true", help="for programs: the plan and the resolved recipe")
+    plan.add_argument("--json", action="store_true", help="print the plan and the resolved recipe as JSON")
     plan.add_argument(
         "--gpu-gib",
         type=above_0,
         metavar="GIB",
         help="memory of one GPU; default: this machine's, else the recipe's hardware.gpu_gib",
     )
-    plan.add_argument("--allow-missing", action="store_true", help="show sets and cores that are missing")
-    plan.add_argument("--online", action="store_true", help="ask every judge whether it answers")
+    plan.add_argument(
+        "--allow-missing", action="store_true", help="list missing sets and cores instead of failing"
+    )
+    plan.add_argument("--online", action="store_true", help="check that every judge answers its canaries")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -81,14 +85,15 @@ def _plan(options: argparse.Namespace) -> None:
         print(json.dumps(plan.as_json(recipe, plans, found), indent=2))
     else:
         print(plan.text(recipe, plans, options.runs_dir, found))
-    check(recipe, online=options.online, allow_missing=options.allow_missing)
     run_dir = (options.runs_dir / recipe.name).resolve()
-    check_rows(recipe, locate_sets(recipe, run_dir), core_folder(recipe, run_dir), run_dir, _say_aside)
+    core = core_folder(recipe, run_dir)
+    check(recipe, model=core, online=options.online, allow_missing=options.allow_missing)
+    check_rows(recipe, locate_sets(recipe, run_dir), core, run_dir, _say_aside)
     found.check()
 
 
 def _say_aside(text: str) -> None:
-    """To standard error: standard output may be JSON."""
+    """Print to standard error, as standard output may be JSON."""
     import sys
 
     print(text, file=sys.stderr)

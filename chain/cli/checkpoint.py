@@ -18,11 +18,13 @@ def add(commands: Any) -> None:
     server = command(commands, "rollout-server", _rollout_server, "serve a checkpoint until Ctrl-C")
     server.add_argument("model", type=Path, help="checkpoint folder")
     server.add_argument(
-        "--adapter", type=Path, help="a LoRA adapter of it, served as the model `adapter` beside it"
+        "--adapter", type=Path, help="a LoRA adapter of the checkpoint, served as a second model `adapter`"
     )
     server.add_argument("--host", help="address to bind to; 0.0.0.0 for learners on other machines")
     server.add_argument(
-        "--port", type=count, help="of the first server, the others' follow; default: free ones"
+        "--port",
+        type=count,
+        help="port of the first server; further servers take the next ports; default: free ports",
     )
     recipe_option(server)
 

@@ -1,4 +1,4 @@
-"""`posttrain core ...`: checkpoints of the core, from one layout to another. The logic is in core/."""
+"""`posttrain core ...`: converts, creates and merges checkpoints of the core. The logic is in core/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chain.cli.options import above_0, command
 
 def add(commands: Any) -> None:
     """Add the group `core` to the command line."""
-    group = command(commands, "core", None, "bring checkpoints in and give them back")
+    group = command(commands, "core", None, "import, export, create and merge checkpoints")
     core = group.add_subparsers(metavar="COMMAND", required=True, help="what to do with a checkpoint")
     _add_import(core)
     _add_export(core)
@@ -30,12 +30,12 @@ def _add_import(core: Any) -> None:
     into.add_argument(
         "--any-resolution",
         action="store_true",
-        help="an AnyRes model: images keep their size (up to 1792 px a side) instead of being cut into tiles",
+        help="an AnyRes model: images keep their size (up to 1792 px per side) and are not cut into tiles",
     )
     into.add_argument(
         "--allow-nonfinite",
         action="store_true",
-        help="import tensors with NaN or infinity as they are; stages and servers refuse such a core",
+        help="import tensors with NaN or infinity unchanged; stages and servers refuse such a core",
     )
     _shard_option(into)
 
@@ -48,8 +48,8 @@ def _add_export(core: Any) -> None:
         "--like",
         type=Path,
         metavar="FOLDER",
-        help="the release (or its import) whose code, tokenizer and other files the export gets; "
-        "default: what SRC carries",
+        help="the release (or its import) from which the export takes code, tokenizer and other files; "
+        "default: the files that SRC carries",
     )
     _shard_option(back)
 
@@ -57,12 +57,15 @@ def _add_export(core: Any) -> None:
 def _add_new(core: Any) -> None:
     from core.model.sizes import SIZES
 
-    new = command(core, "new", _new, "make a core of a real shape with random weights")
+    new = command(core, "new", _new, "make a core of a given size with random weights")
     new.add_argument("dst", type=Path, metavar="DST", help="folder to write; must not exist")
     new.add_argument(
-        "--size", required=True, choices=SIZES, help="tiny and mid for CPUs; SAIL-VL2's own three"
+        "--size",
+        required=True,
+        choices=SIZES,
+        help="tiny and mid are for CPUs; the others are SAIL-VL2's sizes",
     )
-    new.add_argument("--seed", type=int, default=0, help="of the weights; default: %(default)s")
+    new.add_argument("--seed", type=int, default=0, help="seed of the weights; default: %(default)s")
     new.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: float32 for tiny and mid, else bfloat16"
     )
@@ -70,7 +73,7 @@ def _add_new(core: Any) -> None:
         "--layout", choices=("native", "released"), default="native", help="default: %(default)s"
     )
     new.add_argument(
-        "--words", metavar="A,B,...", help="words that its word-level tokenizer knows; default: a dozen"
+        "--words", metavar="A,B,...", help="vocabulary of its word-level tokenizer; default: a dozen words"
     )
     new.add_argument("--plan-only", action="store_true", help="show parameters and disk; write nothing")
     _shard_option(new)
@@ -81,7 +84,9 @@ def _add_merge(core: Any) -> None:
     merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder with adapter_config.json")
     merge.add_argument("dst", type=Path, metavar="DST", help="folder to write; must not exist")
     merge.add_argument(
-        "--core", type=Path, help="the core that it was trained on; default: what the adapter names"
+        "--core",
+        type=Path,
+        help="the core that the adapter was trained on; default: the core that the adapter names",
     )
     _shard_option(merge)
 
@@ -92,7 +97,7 @@ def _shard_option(added: argparse.ArgumentParser) -> None:
         type=above_0,
         default=2.0,
         metavar="GB",
-        help="largest file of weights, which bounds the memory needed; default: %(default)s",
+        help="largest size of a weight file; it bounds the memory needed; default: %(default)s",
     )
 
 
@@ -173,7 +178,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _progress(console: Any) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per piece of work: the function inside is told its name, bytes done and bytes in all."""
+    """Yields `show(work, done, total)`, which draws one progress bar per piece of work; sizes in bytes."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""What `posttrain core new` prints: parameters part by part, and what they take on disk."""
+"""Output of `posttrain core new`: parameters per part, and disk space."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LANGUAGE_MODELS = {"2b": "Qwen3-1.7B", "8b": "Qwen3-8B", "a3b": "Qwen3-30B-A3B"
 
 
 def parameter_table(plan: Plan) -> Any:
-    """A rich table with a line per part of the core."""
+    """A rich table with one row per part of the core."""
     from rich.table import Table
 
     counts, text = plan.parameters, plan.blueprint.config.text_config
@@ -39,7 +39,7 @@ def parameter_table(plan: Plan) -> Any:
 
 
 def disk_text(plan: Plan) -> str:
-    """Bytes of the weights, of the work, and free."""
+    """Disk space: of the weights, needed to write them, and free."""
     dtype = str(plan.blueprint.config.dtype).removeprefix("torch.")
     return (
         f"weights {_gigabytes(plan.weight_bytes)} in {dtype}; takes {_gigabytes(plan.disk_bytes)} of disk while it is "
@@ -48,11 +48,11 @@ def disk_text(plan: Plan) -> str:
 
 
 def tokenizer_text(plan: Plan) -> str:
-    """What stands in for the released tokenizer."""
+    """A line about the tokenizer that replaces the released one."""
     tokenizer, image = plan.blueprint.tokenizer, plan.blueprint.config.image_token_id
     padded = ", padded to the released vocabulary," if plan.size in _LANGUAGE_MODELS else ""
     return (
-        f"random weights; a word-level tokenizer{padded} stands in for the released one: {len(tokenizer):,} tokens, "
+        f"random weights; a word-level tokenizer{padded} replaces the released one: {len(tokenizer):,} tokens, "
         f"<IMG_CONTEXT> has id {image}"
     )
 

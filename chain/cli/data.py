@@ -16,8 +16,12 @@ def add(commands: Any) -> None:
     data = family.add_subparsers(metavar="COMMAND", required=True, help="what to do")
     generate = command(data, "generate", _generate, "generate a recipe's data")
     recipe_argument(generate)
-    generate.add_argument("--force", action="store_true", help="even if it is there and unchanged")
-    taken = command(data, "import", _import, "write foreign files as records, which every stage reads")
+    generate.add_argument(
+        "--force", action="store_true", help="generate even if the data exist and are unchanged"
+    )
+    taken = command(
+        data, "import", _import, "convert files of other formats to records, which every stage reads"
+    )
     taken.add_argument(
         "source", type=Path, help=".json, .jsonl, .csv, .tsv, .parquet or .tar file, or a folder of one kind"
     )
@@ -33,7 +37,7 @@ def add(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="FIELD=COLUMN",
-        help="where names do not tell: question=q answer=a",
+        help="columns whose names do not match a field: question=q answer=a",
     )
     taken.add_argument(
         "--system", choices=("strip", "keep", "refuse"), default="strip", help="system messages"
@@ -42,10 +46,10 @@ def add(commands: Any) -> None:
         "--turns",
         choices=("refuse", "first", "split"),
         default="refuse",
-        help="conversations of several exchanges",
+        help="treatment of conversations with several exchanges",
     )
-    taken.add_argument("--rows", type=count, help="only the first so many rows")
-    taken.add_argument("--strict", action="store_true", help="stop at the first row that does not fit")
+    taken.add_argument("--rows", type=count, help="import only the first N rows")
+    taken.add_argument("--strict", action="store_true", help="stop at the first row that cannot be imported")
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The console command `posttrain`. Heavy imports wait until a subcommand needs them: help answers at once."""
+"""The console command `posttrain`. Subcommands import heavy modules only when they run, so that help is fast."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from core.strict import ConfigError
 
     options = parser().parse_args(arguments)
-    # A user's own rewards are found where the command is given, after everything that is installed: ourselves too,
-    # which an editable install would look for only after sys.path.
+    # A user's own rewards are imported from the working directory, which comes last: after every installed package and
+    # after this project, which an editable install would search only after sys.path.
     sys.path += [str(Path(__file__).resolve().parents[2]), str(Path.cwd())]
-    # Ended from outside (CI's time limit, `kill`), the children and servers must be stopped as on Ctrl-C.
+    # A SIGTERM (CI's time limit, `kill`) must stop children and servers as Ctrl-C does.
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGHUP, _terminated)  # the terminal is gone
     try:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _words(error: Exception) -> str | None:
-    """One clear line about an error; None for a bug."""
+    """The user's message of an error; None for a bug."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return words_of(error)

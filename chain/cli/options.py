@@ -1,4 +1,4 @@
-"""What several subcommands share: how one is added, its options, and how their values are read."""
+"""Helpers that several subcommands share: adding a subcommand, common options, and reading their values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def command(commands: Any, name: str, do: Any, summary: str) -> argparse.Argumen
     """Add one subcommand, which calls `do(options)`."""
     added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     added.set_defaults(do=do)
-    # Accepted before and after the command; without a default, it does not undo the former.
+    # Accepted before and after the command. Without a default, it does not overwrite the former.
     added.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return added
 
@@ -26,7 +26,7 @@ def recipe_argument(added: argparse.ArgumentParser) -> None:
 
 
 def recipe_option(added: argparse.ArgumentParser) -> None:
-    """`--recipe FOLDER`, for commands whose subject is a checkpoint."""
+    """`--recipe FOLDER`, for commands whose positional argument is a checkpoint."""
     added.add_argument("--recipe", type=Path, default=Path("recipes/demo"), help="default: %(default)s")
     recipe_options(added)
 
@@ -42,8 +42,10 @@ def recipe_options(added: argparse.ArgumentParser) -> None:
         default=[],
         help="override values, e.g. rlvr.rollout.group_size=16 rlvr.rewards.0.weight=0.9",
     )
-    added.add_argument("--seed", type=int, help="another seed; the run is then runs/<name>-seed<N>")
-    added.add_argument("--name", help="another name for the run's folder")
+    added.add_argument(
+        "--seed", type=int, help="seed in place of the recipe's; the run is then runs/<name>-seed<N>"
+    )
+    added.add_argument("--name", help="name of the run's folder in place of the recipe's")
     added.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
 
 

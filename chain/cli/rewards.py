@@ -30,15 +30,21 @@ def _add_test(commands: Any) -> None:
     test.add_argument(
         "--param", metavar="KEY=VALUE", action="append", default=[], help="a reward's parameter"
     )
-    test.add_argument("--rows", type=count, help="size of a random sample; default: every row")
-    test.add_argument("--seed", type=int, default=0, help="of the sample; default: %(default)s")
-    test.add_argument("--mode", choices=("think", "direct"), help="ask every row under this contract")
-    test.add_argument("--split", default="train", help="of a data set; default: %(default)s")
+    test.add_argument("--rows", type=count, help="number of rows to sample; default: every row")
+    test.add_argument("--seed", type=int, default=0, help="seed of the sample; default: %(default)s")
+    test.add_argument(
+        "--mode", choices=("think", "direct"), help="grade every row under this mode's contract"
+    )
+    test.add_argument("--split", default="train", help="split of a data set; default: %(default)s")
 
 
 def _add_score(commands: Any) -> None:
-    score = command(commands, "score", _score, "score stored completions, a JSONL row each, without a model")
-    score.add_argument("--rewards", required=True, help="names separated by commas; shown=name shows it so")
+    score = command(
+        commands, "score", _score, "score stored completions (one JSONL row each) without a model"
+    )
+    score.add_argument(
+        "--rewards", required=True, help="names separated by commas; label=name sets the label in the output"
+    )
     score.add_argument(
         "--input", type=Path, required=True, help="JSONL: completion, gold, prompt, kind, mode, ..."
     )
@@ -50,8 +56,10 @@ def _add_score(commands: Any) -> None:
         default=[],
         help="a reward's parameter, e.g. answer.tolerance=0.1",
     )
-    score.add_argument("--workers", type=count, default=8, help="graded at once; default: %(default)s")
-    score.add_argument("--mode", choices=("think", "direct"), help="contract of rows that do not name theirs")
+    score.add_argument(
+        "--workers", type=count, default=8, help="completions graded at once; default: %(default)s"
+    )
+    score.add_argument("--mode", choices=("think", "direct"), help="mode of rows that do not have a mode")
     score.add_argument(
         "--allow-unscorable", action="store_true", help="succeed even if no row could be scored"
     )
@@ -62,7 +70,7 @@ def _add_diff(commands: Any) -> None:
     diff.add_argument("before", type=Path, help="output of `posttrain score`")
     diff.add_argument("after", type=Path, help="output of `posttrain score` for the same rows")
     diff.add_argument("--limit", type=int, default=20, help="changes to show; default: %(default)s")
-    diff.add_argument("--json", action="store_true", help="for programs: totals and every change")
+    diff.add_argument("--json", action="store_true", help="print totals and every change as JSON")
 
 
 def _add_judge_audit(commands: Any) -> None:
@@ -71,13 +79,15 @@ def _add_judge_audit(commands: Any) -> None:
         "data", type=Path, help='records with meta["label"], or JSONL with label, good or wrong'
     )
     judged.add_argument("--base-url", required=True, help="the judge's API root, ending in /v1 for vLLM")
-    judged.add_argument("--model", required=True, help="its name on that server")
-    judged.add_argument("--criteria", nargs="+", metavar="NAME", help="default: all three")
+    judged.add_argument("--model", required=True, help="name of the judge model on that server")
+    judged.add_argument("--criteria", nargs="+", metavar="NAME", help="criteria to audit; default: all three")
     judged.add_argument("--out", type=Path, default=Path("judge-audit"), help="default: %(default)s")
-    judged.add_argument("--rows", type=int, help="number of rows, from the first; default: all")
-    judged.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key")
+    judged.add_argument("--rows", type=int, help="number of rows to audit, from the first row; default: all")
+    judged.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     judged.add_argument("--max-concurrency", type=int, default=16, help="default: %(default)s")
-    judged.add_argument("--timeout-s", type=float, default=60, help="for one request; default: %(default)s")
+    judged.add_argument(
+        "--timeout-s", type=float, default=60, help="time limit of one request, seconds; default: %(default)s"
+    )
 
 
 def _rewards_test(options: argparse.Namespace) -> None:
@@ -104,7 +114,7 @@ def _score(options: argparse.Namespace) -> None:
         key, value = assigned(text)
         reward, dot, name = key.rpartition(".")
         if not dot:
-            raise ConfigError(f"--param {text}: say whose it is, as in answer.{key}=...")
+            raise ConfigError(f"--param {text}: name the reward, as in answer.{key}=...")
         params.setdefault(reward, {})[name] = value
     score.run(
         options.input,

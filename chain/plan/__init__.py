@@ -1,1 +1,1 @@
-"""The resources that a recipe needs, counted before anything runs."""
+"""Counts the resources that a recipe needs before anything runs."""

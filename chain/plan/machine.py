@@ -1,4 +1,4 @@
-"""The machine that a plan is held against: GPUs, host memory and disk, as found here or as a recipe says."""
+"""The machine that a plan is compared with: GPUs, host memory and disk, as found here or as given in a recipe."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from core.training.memory import GIB
 
 @dataclass(frozen=True)
 class Machine:
-    """The machines that a recipe is held against."""
+    """The machines that a recipe is compared with."""
 
     gpu_gib: float | None
-    """Memory of one GPU; None: training is on CPUs."""
+    """Memory of one GPU; None: training runs on CPUs."""
     gpus_per_node: int
     nodes: int
     host_gib: float | None
@@ -36,7 +36,7 @@ class Machine:
 
 
 def machine_of(recipe: Recipe, runs_dir: Path, gpu_gib: float | None = None) -> Machine:
-    """What `plan` counts with: --gpu-gib, else this machine's GPUs, else the recipe's `hardware`, else its CPUs."""
+    """The machine for `plan`: --gpu-gib, else the local GPUs, else the recipe's `hardware`, else the local CPUs."""
     hardware = recipe.hardware
     here = _gpus_here()
     if gpu_gib is not None or here or hardware.gpu_gib is not None:

@@ -1,7 +1,7 @@
-"""Whether a training stage fits on the machine, and where its processes would be.
+"""Checks that a training stage fits on the machine, and places its processes.
 
-core/training/memory.py counts the memory of one rank. This module applies it to a recipe: the largest pass of a stage,
-other processes on the same GPU, and the stage's disk.
+core/training/memory.py counts the memory of one rank. This module applies that count to a recipe: it adds the largest
+pass of a stage, the other processes on the same GPU, and the stage's disk space.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class Pass:
     work: Work
     memory: Memory
     plain: Memory
-    """The memory with gradient checkpointing switched the other way."""
+    """The memory of the same pass with the opposite setting of gradient checkpointing."""
     knob: str
-    """The key that makes the pass smaller."""
+    """The key whose value bounds the size of the pass."""
     frozen: tuple[Module, ...]
 
 
 class StageFit:
-    """One training stage on the machine: lines for the reader, and reasons why the stage cannot run.
+    """One training stage on the machine: a description, and the reasons why the stage cannot run.
 
     Args:
-        name: the stage, as the recipe's key.
-        config: its configuration.
-        recipe, shape, machine: the recipe, the core's shape, and the machine that must hold the stage.
+        name: the stage's key in the recipe.
+        config: the stage's configuration.
+        recipe, shape, machine: the recipe, the core's shape, and the machine to run on.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class StageFit:
                 tokens=tokens,
                 tiles=self._tiles(tokens),  # short completions leave a pass to the prompts of many groups
                 scored=min(tokens, rows * completion),
-                # On a GPU each completion attends to a copy of its prompt's keys beside its own.
+                # On a GPU each completion attends to its own keys and to a copy of its prompt's keys.
                 attended=max(tokens, rows * row) if self.gpu else tokens,
                 repeats_heads=True,
                 reference=config.algorithm.kl_beta > 0,
@@ -133,10 +133,10 @@ class StageFit:
         )
         return Pass(name, work, memory, plain, knob, frozen)
 
-    # For the reader
+    # Descriptions
 
     def to_dict(self) -> dict[str, Any]:
-        """For a program: bytes of a rank, of a node's host memory and of disk."""
+        """Bytes of a rank's memory, of a node's host memory and of disk, for JSON."""
         return {
             "needed": self.needed,
             **asdict(self.largest.memory),
@@ -146,7 +146,7 @@ class StageFit:
         }
 
     def lines(self) -> list[str]:
-        """Memory of a rank at the largest pass, what shares its GPU, host and disk."""
+        """Lines on a rank's memory in the largest pass, the placement on GPUs, host memory and disk."""
         one, memory = self.largest, self.largest.memory
         unit = "GPU" if self.gpu else "process"
         where = f" ({one.name})" if one.name and len(self.passes) > 1 else ""
@@ -161,7 +161,7 @@ class StageFit:
             "output layer": gib(memory.head),
             "buffers": gib(memory.buffers),
             "optimizer step": gib(memory.step),
-            **({"the rest": gib(self.besides)} if self.gpu else {}),
+            **({"other processes and CUDA": gib(self.besides)} if self.gpu else {}),
         }
         lines = [
             f"largest pass{where}: {one.work.tokens:,} tokens, {one.work.tiles} tiles; {unit} memory of a rank "
@@ -172,7 +172,7 @@ class StageFit:
             lines.append(f"GPUs: {self.placement()}")
         if self.host > 0:
             room = f" of {self.machine.host_gib:.0f}" if self.machine.host_gib is not None else ""
-            what = "offloaded states, pictures, weights on their way" if self.gpu else "all ranks"
+            what = "offloaded states, pictures, weights in transit" if self.gpu else "all ranks"
             lines.append(f"host memory of a node: {gib(self.host)}{room} GiB ({what})")
         passing = (
             f"up to {gib(self.unfinished)} GiB more while it runs (save_every)" if self.unfinished else ""
@@ -203,7 +203,7 @@ class StageFit:
 
     @property
     def besides(self) -> float:
-        """Bytes of a GPU that other things than our tensors take."""
+        """Bytes of a GPU that CUDA contexts, workspaces and other processes take."""
         if not self.gpu:
             return 0
         return CONTEXT + (ASLEEP if self._shares else 0)
@@ -214,7 +214,7 @@ class StageFit:
 
     @property
     def needed(self) -> float:
-        """A rank's GPU at its fullest, bytes."""
+        """Peak memory of a rank's GPU, bytes."""
         return self.largest.memory.peak + self.besides
 
     @property
@@ -224,25 +224,25 @@ class StageFit:
             return self.needed * -(-self.learner.processes // self.machine.nodes)
         ranks = min(self.learner.processes, self.machine.gpus_per_node)
         offloaded = self.largest.memory.host * ranks
-        # A rank decodes one picture at a time; SFT also keeps prepared rows, an RL stage's rows hold no pictures.
+        # A rank decodes one picture at a time. SFT also caches prepared rows; rows of an RL stage contain no pictures.
         prepared = CACHE_BYTES if isinstance(self.config, SFTStage) else 0
         pictures = ranks * (3 * MAX_PIXELS + prepared)
         pushed = 0
         pool = self.recipe.servers
         if isinstance(self.config, RLConfig) and pool and pool.sends_files:
-            pushed = FILE_BYTES  # rank 0 copies one file's weights after another
+            pushed = FILE_BYTES  # rank 0 copies the weights of one file at a time
             pushed += self.checkpoint if pool.weights_dir is None else 0  # the files in shared memory
         return offloaded + pictures + pushed
 
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint."""
-        # Plain PyTorch trains float32 weights, and saves them.
+        # Plain PyTorch trains and saves float32 weights.
         return sum(self.shape.parameters().values()) * (2 if self.learner.half else 4)
 
     @property
     def checkpoints(self) -> int:
-        """Checkpoints that the stage leaves."""
+        """Number of checkpoints that the stage keeps."""
         return len(self.config.phases) if isinstance(self.config, SFTStage) else 1
 
     @property
@@ -264,7 +264,7 @@ class StageFit:
     # Problems
 
     def problems(self) -> list[str]:
-        """Why the stage cannot run on the machine, each with the key to change; [] if it can."""
+        """Reasons why the stage cannot run on the machine, each with the key to change; [] if it can run."""
         found = []
         if self.gpu:
             found += self._too_few_gpus()
@@ -288,8 +288,9 @@ class StageFit:
         pool, ranks = self.recipe.servers, self.learner.processes
         if ranks > self.machine.gpus:
             return [
-                f"{self.name}.learner.processes={ranks}, on {self.machine.gpus} GPUs ({self.machine.gpus_per_node} x "
-                f"{self.machine.nodes} nodes); lower it, or raise hardware.nodes"
+                f"{self.name}.learner.processes={ranks} needs {ranks} GPUs, but the machine has {self.machine.gpus} "
+                f"({self.machine.gpus_per_node} x {self.machine.nodes} nodes); lower learner.processes, or raise "
+                "hardware.nodes"
             ]
         if pool is None or not pool.starts_on_gpus:
             return []
@@ -297,12 +298,12 @@ class StageFit:
         if last > self.machine.gpus_per_node:
             return [
                 f"servers: {pool.count} servers x {pool.gpus_per_server} GPUs from first_gpu={pool.first_gpu} end at "
-                f"GPU {last - 1}, and a node has {self.machine.gpus_per_node}; lower servers.count or first_gpu"
+                f"GPU {last - 1}, but a node has {self.machine.gpus_per_node} GPUs; lower servers.count or first_gpu"
             ]
         if not pool.share_gpus and min(ranks, self.machine.gpus_per_node) > pool.first_gpu:
             return [
                 f"{self.name}.learner.processes={ranks}, but the servers begin at servers.first_gpu={pool.first_gpu}: "
-                "lower the one, raise the other, or let them take turns (servers.share_gpus)"
+                "lower the former, raise the latter, or let them take turns (servers.share_gpus)"
             ]
         return []
 
@@ -317,7 +318,7 @@ class StageFit:
         ]
 
     def _remedy(self, room: float) -> str:
-        """The first change that makes the stage fit, or all of them together as far as they go."""
+        """The smallest change that makes the stage fit; if none suffices, the advice to train adapters."""
         one, learner = self.largest, self.learner
         if not learner.gradient_checkpointing and one.plain.peak + self.besides <= room:
             return f"set {self.name}.learner.gradient_checkpointing=true ({gib(one.plain.peak + self.besides)} GiB)"
@@ -362,7 +363,7 @@ class StageFit:
         )
 
     def _no_turns(self) -> list[str]:
-        """Servers that share a GPU wake beside what the learner keeps."""
+        """Servers that share a GPU with the learner must fit beside the memory that the learner keeps."""
         pool = self.recipe.servers
         if not self._shares or pool is None or not isinstance(self.config, RLConfig):
             return []
@@ -374,13 +375,13 @@ class StageFit:
             return []
         free = int(share * 100) / 100
         remedy = (
-            f"lower it to {free:g} or less"
+            f"lower gpu_memory_utilization to {free:g} or less"
             if free > 0
             else "set servers.share_gpus=false, or take larger GPUs"
         )
         return [
             f"{self.name}: while the servers are awake the learner keeps {gib(kept)} GiB of a GPU's "
-            f"{self.machine.gpu_gib:g}, and servers.gpu_memory_utilization={pool.gpu_memory_utilization:g} wants "
+            f"{self.machine.gpu_gib:g}, and servers.gpu_memory_utilization={pool.gpu_memory_utilization:g} needs "
             f"{gib(pool.gpu_memory_utilization * room)} GiB; {remedy}"
         ]
 
@@ -390,7 +391,7 @@ def _offloaded(stage: Literal[2, 3]) -> dict[str, Any]:
 
 
 def spans(count: int, first: int = 0) -> str:
-    """`GPU 6`, `GPUs 0-5`."""
+    """A range of GPUs: `GPU 6`, `GPUs 0-5`."""
     return f"GPU {first}" if count == 1 else f"GPUs {first}-{first + count - 1}"
 
 

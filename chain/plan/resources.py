@@ -1,4 +1,4 @@
-"""The resources of a whole chain: stages, rollout servers, disk; and the reasons why it cannot run."""
+"""The resources of a whole chain (stages, rollout servers, disk), and the reasons why the chain cannot run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from rl.config import RLConfig
 from rl.rollout.config import PoolConfig
 
 SERVER_WORK = 2.0 * GIB
-"""Bytes that a server's largest prefill takes besides weights and cache."""
+"""Bytes that a server's largest prefill takes in addition to weights and cache."""
 
 
 class DoesNotFit(ConfigError):
-    """The recipe asks for more than the machine has. The message has a line per problem, with the key to change."""
+    """The recipe needs more than the machine has. The message has one line per problem, with the key to change."""
 
 
 def resources(recipe: Recipe, runs_dir: Path = Path("runs"), gpu_gib: float | None = None) -> Resources:
-    """The recipe's needs on the machine that `machine_of` finds. A core of unknown shape is not counted."""
+    """The resources of the recipe on the machine of `machine_of`. A core of unknown shape is not counted."""
     machine = machine_of(recipe, runs_dir, gpu_gib)
     shape = core_shape(recipe, runs_dir / recipe.name)
     fits: dict[str, StageFit] = {}
@@ -46,7 +46,7 @@ def resources(recipe: Recipe, runs_dir: Path = Path("runs"), gpu_gib: float | No
 
 
 def core_folder(recipe: Recipe, run_dir: Path) -> Path | None:
-    """The core's checkpoint folder: the recipe's own, or that of an earlier run; None if neither is there."""
+    """The core's checkpoint folder: the recipe's `core.path`, else an earlier run's; None if neither exists."""
     places = [Path(recipe.core.path).expanduser()] if recipe.core.path else []
     found = (
         place for place in (*places, run_dir / "core" / "checkpoint") if (place / "config.json").is_file()
@@ -55,7 +55,7 @@ def core_folder(recipe: Recipe, run_dir: Path) -> Path | None:
 
 
 def core_shape(recipe: Recipe, run_dir: Path) -> CoreShape | None:
-    """The core's shape: from its folder, or `core.size`; None if nothing says."""
+    """The core's shape, from its folder or from `core.size`; None if both are missing."""
     if folder := core_folder(recipe, run_dir):
         return CoreShape.read(folder)
     return SHAPES[recipe.core.size] if recipe.core.size else None
@@ -69,11 +69,11 @@ class Resources:
     machine: Machine
     shape: CoreShape | None
     fits: dict[str, StageFit]
-    """By stage; empty where the core's shape is not known."""
+    """Stage name -> fit; empty if the core's shape is unknown."""
     server: ServerFit | None
 
     def lines(self, stage: str) -> list[str]:
-        """The needs of one stage."""
+        """Lines on the resources of one stage."""
         if stage == "soup" and "basic_sft" in self.fits:
             return [
                 f"disk: {self._soups} checkpoints, {gib(self._soups * self.fits['basic_sft'].checkpoint)} GiB"
@@ -81,9 +81,9 @@ class Resources:
         return self.fits[stage].lines() if stage in self.fits else []
 
     def summary(self) -> list[str]:
-        """The whole chain: servers, disk, and the machine that it was compared with."""
+        """Lines on the whole chain: servers, disk, and the machine of the comparison."""
         if self.shape is None:
-            return ["memory: not counted, as the core is not there and core.size does not say what it is"]
+            return ["memory: not counted, because the core does not exist yet and core.size is not set"]
         lines = [self.server.line()] if self.server else []
         room = f" of {self.machine.disk_gib:.0f}" if self.machine.disk_gib is not None else ""
         lines.append(f"disk for the chain's checkpoints: {gib(self.disk)}{room} GiB")
@@ -97,13 +97,13 @@ class Resources:
 
     @property
     def disk(self) -> float:
-        """Bytes of all checkpoints that the chain keeps, and of the largest set of temporary ones."""
+        """Bytes of all checkpoints that the chain keeps, plus the largest set of temporary checkpoints."""
         own = sum(fit.disk for fit in self.fits.values())
         own += max((fit.unfinished for fit in self.fits.values()), default=0)
         return own + (self._soups * self.fits["basic_sft"].checkpoint if "basic_sft" in self.fits else 0)
 
     def saved_by(self, stage: str) -> float:
-        """Bytes that a stage writes to disk; 0 where the core's shape is not known."""
+        """Bytes that a stage writes to disk; 0 if the core's shape is unknown."""
         if stage == "soup" and "basic_sft" in self.fits:
             return self._soups * self.fits["basic_sft"].checkpoint
         fit = self.fits.get(stage)
@@ -111,7 +111,7 @@ class Resources:
 
     @property
     def problems(self) -> list[str]:
-        """Every reason why the recipe cannot run here, each with the key to change."""
+        """All reasons why the recipe cannot run on the machine, each with the key to change."""
         found = [problem for fit in self.fits.values() for problem in fit.problems()]
         found += self.server.problems() if self.server else []
         if self.machine.disk_gib is not None and self.disk > self.machine.disk_gib * GIB:
@@ -119,7 +119,7 @@ class Resources:
                 f"disk: the chain's checkpoints take {gib(self.disk)} GiB of {self.machine.disk_gib:.0f} GiB; choose "
                 "another --runs-dir, or leave stages out"
             )
-        return list(dict.fromkeys(found))  # every stage finds the servers' problems
+        return list(dict.fromkeys(found))  # every stage reports the servers' problems
 
     def check(self) -> None:
         """Raise DoesNotFit with every problem, if there is any."""
@@ -127,7 +127,7 @@ class Resources:
             raise DoesNotFit("\n".join(self.problems))
 
     def to_dict(self) -> dict[str, Any]:
-        """For a program: bytes, by stage."""
+        """Bytes by stage, for JSON."""
         return {
             "machine": asdict(self.machine),
             "stages": {name: fit.to_dict() for name, fit in self.fits.items()},
@@ -160,13 +160,13 @@ class ServerFit:
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens whose keys and values fit into a server's cache."""
-        # Tensor parallel servers split heads, down to one per GPU.
+        """Number of tokens whose keys and values fit into a server's cache."""
+        # Tensor-parallel servers split the key-value heads, down to one head per GPU.
         split = min(self.pool.gpus_per_server, self.shape.kv_heads)
         return int(max(0.0, self.cache) / (self.shape.cache_token(self.pool.dtype_bytes) / split))
 
     def line(self) -> str:
-        """Weights, cache, and how many of the longest sequences it holds."""
+        """A line on weights, cache, and the number of longest sequences that the cache holds."""
         tokens = self.cache_tokens
         return (
             f"GPU memory of a server: weights {gib(self.weights)} GiB, cache {gib(max(0.0, self.cache))} GiB = "
@@ -174,11 +174,11 @@ class ServerFit:
         )
 
     def problems(self) -> list[str]:
-        """[] if at least one sequence of the longest kind fits."""
+        """The reason why the servers cannot run; [] if the cache holds at least one longest sequence."""
         if self.cache_tokens >= self.pool.max_model_tokens:
             return []
         return [
             f"servers: a server's cache holds {self.cache_tokens} tokens (weights {gib(self.weights)} GiB on each of "
-            f"{self.pool.gpus_per_server} GPUs of {self.machine.gpu_gib:g} GiB), and max_model_tokens="
+            f"{self.pool.gpus_per_server} GPUs of {self.machine.gpu_gib:g} GiB), but max_model_tokens="
             f"{self.pool.max_model_tokens}; raise servers.gpus_per_server or gpu_memory_utilization"
         ]

@@ -1,4 +1,4 @@
-"""The plan as text: stages, data, batch sizes, rewards, all resolved without a model.
+"""The plan as text: stages, data, batch sizes and rewards, resolved without a model.
 
 chain/plan/resources.py counts memory, GPUs and disk.
 """
@@ -29,9 +29,9 @@ class StagePlan:
     title: str
     parent: str | None
     sets: dict[str, str]
-    """Name of each set that it reads -> where it comes from, and whether it is there."""
+    """Name of each set that the stage reads -> origin of the set, and whether it exists."""
     details: tuple[str, ...]
-    """Lines about its work: batches, updates, rewards, learner."""
+    """Lines about the stage's work: batches, updates, rewards, learner."""
 
 
 def plan(
@@ -61,7 +61,7 @@ def text(
     runs_dir: Path = Path("runs"),
     resources: Resources | None = None,
 ) -> str:
-    """The plan for a reader."""
+    """The plan as text for the terminal."""
     lines = [f"{recipe.name} (seed {recipe.seed}) -> {runs_dir / recipe.name}"]
     lines += [recipe.about] if recipe.about else []
     if generate := recipe.data.generate:
@@ -79,7 +79,7 @@ def text(
 
 
 def as_json(recipe: Recipe, plans: Sequence[StagePlan], resources: Resources | None = None) -> dict[str, Any]:
-    """The plan and the resolved recipe, for a program."""
+    """The plan and the resolved recipe, for JSON."""
     return {
         **({"resources": resources.to_dict()} if resources else {}),
         "name": recipe.name,
@@ -90,7 +90,7 @@ def as_json(recipe: Recipe, plans: Sequence[StagePlan], resources: Resources | N
 
 
 class _Sets:
-    """Where the named sets are and how many rows they have."""
+    """Places and row counts of the named sets."""
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         self.places = locate_sets(recipe, run_dir)
@@ -99,7 +99,7 @@ class _Sets:
         self.made = {name: stage for stage in STAGE_NAMES for name in made_between(recipe.stage(stage))}
 
     def state(self, name: str) -> str:
-        """Origin of a set, and whether it is there."""
+        """Origin of a set, and whether the set exists."""
         place = self.places[name]
         if name in self.made:
             return f"made before {self.made[name]}"
@@ -114,7 +114,7 @@ class _Sets:
         return f"{place} (found{count})" if Path(place).exists() else f"{place} (MISSING)"
 
     def rows(self, name: str) -> int | None:
-        """Rows of a local set; None if it is not there."""
+        """Rows of a local set; None if the set does not exist."""
         return rows_of(self.places[name])
 
 
@@ -138,7 +138,7 @@ def _details(stage: Stage, config: Strict, recipe: Recipe, states: _Sets) -> lis
         last = recipe.basic_sft.phases[-1].name
         rates = ", ".join(f"{variant.learning_rate or 'same'}" for variant in config.variants)
         return [
-            f"{len(config.variants)} more runs of basic_sft's phase {last} (learning rate: {rates}), "
+            f"{len(config.variants)} further runs of basic_sft's phase {last} (learning rate: {rates}), "
             f"{config.method} merge of {len(config.variants) + 1}",
             _learner(recipe.basic_sft.learner),
         ]
@@ -149,7 +149,7 @@ def _prepared(config: SFTStage | RLConfig) -> list[str]:
     prepare, lines = config.prepare, []
     if hard := prepare.hard_cases:
         lines.append(
-            f"first: {hard.into} = prompts that {hard.stage} solved at most {hard.max_pass_rate:.0%} of times"
+            f"first: {hard.into} = prompts that {hard.stage} solved in at most {hard.max_pass_rate:.0%} of its attempts"
         )
     if part := prepare.pass_at_k:
         lines.append(f"first: {part.into} = {_amount(part.source)} filtered by pass@{part.samples}")

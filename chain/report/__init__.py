@@ -1,1 +1,1 @@
-"""A run's figures: read, drawn, and written as one page."""
+"""The report of a run: reads its figures, draws charts and writes one page."""

@@ -1,6 +1,6 @@
 """The geometry of line and interval charts; page.html.jinja draws it as SVG, without script, font or request.
 
-Each series has a look: a colour, and from the eleventh on a dash pattern, so that no two of a chart look the same.
+Each series has a colour. From the eleventh series on, a dash pattern is added, so that all series of a chart differ.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT, WIDE = 360, 190, 760
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
 MAX_POINTS = 300
-"""Longer curves are averaged in buckets: the page stays small and the eye sees no more."""
+"""Longer curves are averaged in buckets, which keeps the page small without a visible difference."""
 COLOURS = 10
-"""Colours in report.css: classes s0, s1, ...; a dash pattern (d1, d2, ...) tells apart those that share one."""
+"""Number of colours in report.css: classes s0, s1, ... Dash patterns d1, d2, ... distinguish series of equal colour."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Mark:
     x: str
     y: str
     hint: str
-    """What browsers show on hover."""
+    """Tooltip text."""
     bar: str = ""
 
 
@@ -37,22 +37,22 @@ class Series:
     look: str
     """CSS classes."""
     value: str
-    """The last value, for the legend; `` for none."""
+    """The last value, for the legend; "": no value."""
     line: str
-    """Points of a polyline."""
+    """Points of an SVG polyline."""
     marks: tuple[Mark, ...]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, ready to be drawn."""
+    """A chart, ready to draw."""
 
     title: str
     label: str
-    """What a screen reader says."""
+    """Text for screen readers."""
     width: int
     x_ticks: tuple[tuple[str, str], ...]
-    """Place and text."""
+    """Position and text of each tick."""
     y_ticks: tuple[tuple[str, str], ...]
     series: tuple[Series, ...]
     height: int = HEIGHT
@@ -61,7 +61,7 @@ class Figure:
 
 
 def look(index: int) -> str:
-    """CSS classes of a chart's series number `index`; no two numbers share them."""
+    """CSS classes of series number `index`. They are unique per number."""
     dash = index // COLOURS
     return f"s{index % COLOURS}" + (f" d{dash}" if dash else "")
 

@@ -1,4 +1,4 @@
-"""Which of a stage's metrics the report draws, and how they are labelled."""
+"""Selects and labels the metrics that the report draws."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Rollout against learner, log-probability", ("parity/max_logprob_difference",), True),
     ("Gradient norm", ("grad_norm",), True),
 )
-"""Title, metrics (`*` stands for one component's name), and whether 0 belongs on the axis. Metrics that a stage does
-not log are left out."""
+"""Title, metrics (`*` matches one component's name), and whether the y axis includes 0. Metrics that a stage does not
+log are left out."""
 _DROPPED_FOR_RL = ("Loss",)
-"""The policy loss says nothing about progress, and readers take it for one."""
+"""Charts left out for RL stages. The policy loss does not measure progress, but readers would take it as a measure."""
 
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> list[charts.Figure]:
@@ -59,7 +59,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[charts.Figure]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a metrics line can be drawn."""
+    """Whether a value of a metrics line is a number to draw."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -72,7 +72,7 @@ def _matching(pattern: str, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
-    """Metric -> what the legend calls it: `rewards/answer/mean` is `answer`, unless two would be called the same."""
+    """Metric -> legend label: `rewards/answer/mean` becomes `answer`, unless two metrics would have the same label."""
     short = {
         name: name.removesuffix("/mean").removesuffix("_mean").rpartition("/")[2].replace("_", " ")
         for name in names
@@ -82,7 +82,7 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
 
 
 def _steps(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The x axis: the logged step, continued where a new phase starts to count again."""
+    """Values on the x axis: the logged steps, continued across phases that restart their count."""
     steps: list[float] = []
     base = last = 0.0
     for index, record in enumerate(metrics):

@@ -1,4 +1,4 @@
-"""report.json: what a chain measured, in a schema that stays; report.html shows it with the stages' files.
+"""report.json: the measurements of a chain, in a stable schema. report.html shows them with the stages' files.
 
     {
       "schema_version": 1,
@@ -25,7 +25,7 @@
       "outdated": [],                      left out of stages: made from an earlier run of a stage before them
       "failed": null or {                  the stage that ended the last run
         "stage": "mixed_rl", "at": "2026-01-31T12:00:00+00:00", "error": "StageFailed: ...",
-        "train": {...}, "alarms": [...]    as of finished stages, up to the failure
+        "train": {...}, "alarms": [...]    as for finished stages, up to the failure
       },
       "soup": null or {
         "ingredients": [                   the first is basic SFT's own checkpoint
@@ -60,7 +60,7 @@ from rl.watch import ALARMS
 
 JSON, HTML = "report.json", "report.html"
 FAILED = "failed.json"
-"""In the unfinished folder of a stage that failed: when, and with which error."""
+"""File in the partial folder of a failed stage: time and error of the failure."""
 MODES = ("thinking", "direct")
 
 
@@ -94,7 +94,7 @@ class Failure(BaseModel):
     stage: str
     at: str
     error: str
-    """Class and message of what was raised; for a stage's process with the end of its log."""
+    """Class and message of the exception; for a failed stage process also the end of its log."""
     train: dict[str, Any] = {}
     alarms: list[dict[str, Any]] = []
 
@@ -126,10 +126,10 @@ class Report(BaseModel):
 
 
 def build(run_dir: Path) -> Report:
-    """The report of a run's finished stages, and of the one that failed. Raises ConfigError without a run there."""
+    """The report of a run's finished stages and its failed stage. Raises ConfigError if the folder is not a run's."""
     if not (run_dir / "recipe.json").exists():
         raise ConfigError(
-            f"{run_dir}: this is no run's folder (recipe.json is missing); `posttrain run` makes one"
+            f"{run_dir}: this is not a run's folder (recipe.json is missing); `posttrain run` creates one"
         )
     recipe, chain = read_json(run_dir / "recipe.json"), read_json(run_dir / "chain.json")
     manifests = {name: Manifest.read(run_dir / name) for name in _names(recipe)}
@@ -153,14 +153,14 @@ def build(run_dir: Path) -> Report:
 
 
 def note_failure(run_dir: Path, stage: str, error: BaseException) -> None:
-    """Leave the error in the stage's unfinished folder, for the report."""
+    """Write the error to the stage's partial folder for the report."""
     write_json(
         run_dir / f"{stage}{PARTIAL}" / FAILED, {"at": now(), "error": f"{type(error).__name__}: {error}"}
     )
 
 
 def read(run_dir: Path) -> Report:
-    """The report that `write` left in a run's folder."""
+    """Read the report that `write` wrote to a run's folder."""
     return Report.model_validate(read_json(run_dir / JSON))
 
 
@@ -190,7 +190,7 @@ def table(report: Report) -> Table:
 
 
 def accuracy_text(scores: ModeScores | None) -> str:
-    """`0.874 [.842, .900]`, or `-` if it was not measured."""
+    """Accuracy and its 95% interval, `0.874 [.842, .900]`; `-` without scores."""
     if scores is None:
         return "-"
     low, high = (f"{end:.3f}".removeprefix("0") for end in scores.ci95)
@@ -210,10 +210,10 @@ def _outdated_text(report: Report) -> str:
 
 
 def _chain(names: Sequence[str], finished: Mapping[str, Manifest]) -> list[str]:
-    """The finished stages, in order, each of which started from the one before as it is now.
+    """The finished stages, in order, that started from the current result of the stage before.
 
-    A stage that ran again leaves the later ones in place until they run again. Their start is gone, so they are not
-    shown.
+    After a stage runs again, the folders of later stages stay until those stages run again. The checkpoints from which
+    they started no longer exist, so they are not shown.
     """
     chain: list[str] = []
     for before, name in zip([None, *names], names, strict=False):
@@ -250,7 +250,7 @@ def _stage(folder: Path, manifest: Manifest) -> StageReport:
 
 
 def _failure(run_dir: Path, names: Sequence[str]) -> Failure | None:
-    """The last failure of a stage that has not finished since."""
+    """The last failure of a stage that has not finished since then."""
     found = []
     for name in names:
         folder = run_dir / f"{name}{PARTIAL}"

@@ -1,7 +1,7 @@
-"""report.html: one file that shows a chain, and asks for nothing outside itself.
+"""report.html: one self-contained file that shows a chain.
 
-Completions come from a model, so they are untrusted text. The template escapes every value, and the page's policy
-forbids scripts and requests in case something is not.
+Completions come from a model, so they are untrusted text. The template escapes every value. As a second defence, the
+page's content security policy forbids scripts and requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from core.files import PARTIAL
 from core.model.pictures import Picture
 
 THUMBNAIL_PX = 256
-"""Larger images are shown reduced; smaller ones as they are, every pixel visible."""
+"""Larger images are reduced to this size. Smaller images keep their size, with every pixel visible."""
 
 
 def page(report: Report, run_dir: Path) -> str:
@@ -80,7 +80,7 @@ def _overview(report: Report) -> charts.Figure | None:
 
 
 def _stage(stage: StageReport, report: Report, folder: Path) -> dict[str, Any]:
-    """What the template shows of a finished stage."""
+    """The template's values for a finished stage."""
     origin = f"starts from {stage.parent}, " if stage.parent else ""
     steps = f", {stage.train['steps']} steps" if stage.train.get("steps") else ""
     soup = report.soup if stage.name == "soup" else None
@@ -97,7 +97,7 @@ def _stage(stage: StageReport, report: Report, folder: Path) -> dict[str, Any]:
 
 
 def _failed(failure: Failure, run_dir: Path) -> dict[str, Any]:
-    """What the template shows of the stage that ended the run."""
+    """The template's values for the stage that ended the run."""
     metrics = Tail(run_dir / f"{failure.stage}{PARTIAL}" / "metrics.jsonl").new()
     return {
         "name": failure.stage,
@@ -119,7 +119,7 @@ def _prepared(name: str, counts: Mapping[str, Any]) -> str:
 
 
 def _alarms(alarms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The first alarm of each name, and how often it was raised."""
+    """Per alarm name: the first alarm, and the number of alarms."""
     lines = []
     for name, count in Counter(str(alarm["name"]) for alarm in alarms).items():
         first = next(alarm for alarm in alarms if alarm["name"] == name)
@@ -129,7 +129,7 @@ def _alarms(alarms: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _soup(ingredients: Sequence[Mapping[str, Any]], merged: Mapping[str, Any]) -> dict[str, Any]:
-    """Ingredients and merge: what was measured on the validation split, then held-out accuracies."""
+    """The table of ingredients and merge: validation scores and distances, then held-out accuracies."""
     rows = [(str(one.get("name")), _flat(one)) for one in ingredients] + [("merged", _flat(merged))]
     keys = list(dict.fromkeys(key for _, item in rows for key in item))
     return {
@@ -157,7 +157,7 @@ def _card(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _chip(name: str, verdict: Mapping[str, Any]) -> dict[str, str]:
-    """One verdict: a mark and a colour for the score, and the reason in words."""
+    """One verdict: mark and colour of the score, and the reason."""
     score = verdict.get("score")
     words = ", ".join(str(verdict[key]) for key in ("status", "reason") if verdict.get(key))
     if score is None:
@@ -167,7 +167,7 @@ def _chip(name: str, verdict: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _picture(folder: Path, name: str | None) -> dict[str, Any] | None:
-    """The picture for a data URL; a name that leads out of the stage's folder is not followed."""
+    """The picture for a data URL. A path that leaves the stage's folder is ignored."""
     if not name:
         return None
     path = (folder / name).resolve()

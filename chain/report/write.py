@@ -1,4 +1,4 @@
-"""Writes a run's report: report.json and the page made of it."""
+"""Writes a run's report: report.json and report.html."""
 
 from pathlib import Path
 

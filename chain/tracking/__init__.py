@@ -1,6 +1,6 @@
-"""Experiment trackers: W&B, TensorBoard and MLflow, one run per stage. None of them can end or hold up a training.
+"""Experiment trackers: W&B, TensorBoard and MLflow, one run per stage. A tracker cannot end or delay training.
 
-A tracker that raises is reported once, and gets nothing more until its run is ended.
+If a tracker raises an exception, the user is told once, and the tracker receives no more data for that run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 
 class StageRun(Protocol):
-    """One stage's run at one tracker. Every method may raise."""
+    """One stage's run at one tracker. Every method may raise any exception."""
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Add one line of metrics.jsonl to the curves."""
@@ -33,7 +33,7 @@ class StageRun(Protocol):
         """Add figures of the finished stage."""
 
     def alert(self, title: str, text: str) -> None:
-        """Tell whoever follows the run."""
+        """Send an alert to the followers of the run."""
 
     def finish(self, exit_code: int) -> None:
         """End the run; 0 is success."""
@@ -66,7 +66,7 @@ class Tracker:
 
     @contextmanager
     def stage(self, name: str, config: Mapping[str, Any]) -> Iterator[StageTrack]:
-        """Runs that last as long as the block; they end as failed when the block does."""
+        """Open the runs of one stage for the duration of the block. If the block raises, the runs end as failed."""
         rows, algorithm = self.wandb.table_rows, config.get("algorithm") or {}
         track = StageTrack(self._open(name, config), self._index(config), rows, algorithm, self.complain)
         try:
@@ -77,7 +77,7 @@ class Tracker:
         track.finish(0)
 
     def complain(self, name: str, error: Exception) -> None:
-        """Tell the user, the first time only, that a tracker does not work."""
+        """Tell the user once that a tracker does not work."""
         if name not in self._failed:
             self._failed.add(name)
             self.say(f"{name}: {type(error).__name__}: {error}; the chain runs on without it")
@@ -87,7 +87,7 @@ class Tracker:
         for name in self.names:
             try:
                 run = self._opened(name, stage, config)
-            except Exception as error:  # whatever a tracker raises, training matters more
+            except Exception as error:  # no exception of a tracker may stop training
                 self.complain(name, error)
                 continue
             if run is not None:
@@ -108,7 +108,7 @@ class Tracker:
 
 
 class StageTrack:
-    """One stage's runs at all trackers; every call is harmless, also without any."""
+    """One stage's runs at all trackers. No call raises, even without a tracker."""
 
     def __init__(
         self,
@@ -135,14 +135,14 @@ class StageTrack:
             self._each(lambda run: run.log(record, step))
 
     def completions(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Take lines of completions.jsonl; a batch becomes a table when the next one begins or the stage ends."""
+        """Take lines of completions.jsonl. A batch is sent as a table when the next batch begins or the stage ends."""
         for row in rows:
             if self._waiting and self._waiting[-1].get("batch") != row.get("batch"):
                 self._flush()
             self._waiting.append(row)
 
     def alert(self, title: str, text: str) -> None:
-        """Send an alert to whoever follows the run."""
+        """Send an alert to the followers of the stage's runs."""
         self._each(lambda run: run.alert(title, text))
 
     def results(self, scores: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
@@ -167,7 +167,7 @@ class StageTrack:
         )
 
     def finish(self, exit_code: int) -> None:
-        """End the runs, also those that failed on their way."""
+        """End all runs, including runs of trackers that have failed."""
         self._flush()
         for name, run in self._runs.items():
             try:
@@ -196,7 +196,7 @@ class StageTrack:
         try:
             rows = read()[: self._rows]
             table = table_of(rows, pictures(rows))
-        except Exception as error:  # a malformed row, a set that is gone
+        except Exception as error:  # a malformed row or a missing set
             self._complain(f"table {name}", error)
             return
         if table.rows:
@@ -208,6 +208,6 @@ class StageTrack:
                 do(self._runs[name])
             except (
                 Exception
-            ) as error:  # the network, the disk, a tracker's own faults: none is worth a training
+            ) as error:  # a fault of the network, the disk or the tracker must not stop training
                 self._live.discard(name)
                 self._complain(name, error)

@@ -1,4 +1,4 @@
-"""What trackers are given: the numbers of a metrics line, and completions with their pictures as a table."""
+"""Content for trackers: the numbers of a metrics line, and a table of completions with their pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from core.model.prompts import user_text
 log = logging.getLogger(__name__)
 
 PICTURES_AT_MOST = 4
-"""Pictures shown of one row."""
+"""Most pictures shown per row."""
 _PLAIN = ("id", "mode", "gold", "completion", "reward", "advantage")
 
 
@@ -31,20 +31,21 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Table:
-    """Completions, one a row. No two columns share a name."""
+    """Completions, one per row. Column names are unique."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
     pictures: int
-    """The first columns: PIL images in mode RGB, or None."""
+    """Number of picture columns, which come first. Their cells are PIL images in mode RGB, or None."""
 
 
 def with_advantages(rows: Sequence[Mapping[str, Any]], algorithm: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Lines of completions.jsonl with each completion's `advantage` within its group, as TRL computes it.
 
-    The reward less the group's mean, divided by the group's standard deviation + 1e-4 where the algorithm does so; 0
-    without a reward. Source: TRL 1.16, GRPOTrainer._generate_and_score_completions. Rows of gdpo, which normalises each
-    reward by itself, get none.
+    The advantage is the reward minus the group's mean. If the algorithm scales rewards, it is divided by the group's
+    standard deviation + 1e-4. It is 0 without a reward. Source: TRL 1.16,
+    GRPOTrainer._generate_and_score_completions. Rows of gdpo get no advantage, as gdpo normalises each reward
+    separately.
 
     Args:
         rows: whole groups of one batch.
@@ -102,19 +103,19 @@ def _verdict(verdict: Mapping[str, Any] | None) -> tuple[float | None, str | Non
 
 
 def held_out_pictures(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[Any]]:
-    """Row id -> the picture that the evaluation saved beside samples.jsonl."""
+    """Row id -> picture that the evaluation saved beside samples.jsonl."""
     return {
         row["id"]: [Picture((folder / row["image"]).read_bytes()).rgb()] for row in rows if row.get("image")
     }
 
 
 class PictureIndex:
-    """Pictures of rows by id, read when they are asked for.
+    """Pictures of rows by id, read on request.
 
-    A file's ids are read once; after that only the row groups with the rows asked for.
+    The ids of a file are read once. A request reads only the row groups that hold the requested rows.
 
     Args:
-        places: Parquet files, or folders of them; others are passed over.
+        places: Parquet files, or folders of Parquet files; other places are ignored.
     """
 
     def __init__(self, places: Sequence[str]) -> None:
@@ -122,7 +123,7 @@ class PictureIndex:
         self._where: dict[str, tuple[Path, int]] | None = None
 
     def of(self, ids: Sequence[str]) -> dict[str, list[Any]]:
-        """Row id -> its pictures as PIL images in mode RGB. A row that is unknown or unreadable is left out."""
+        """Row id -> pictures of the row as PIL images in mode RGB. Unknown and unreadable rows are left out."""
         import pyarrow.parquet as pq
 
         from corpus.records import picture_of
@@ -138,7 +139,7 @@ class PictureIndex:
                     continue
                 try:
                     found[row["id"]] = [picture_of(one).rgb() for one in row["images"] or ()]
-                except Exception as error:  # Pillow raises whatever a broken decoder raised
+                except Exception as error:  # Pillow passes on any exception of a decoder
                     log.warning("%s: row %s: no picture for the trackers: %s", file, row["id"], error)
         return found
 

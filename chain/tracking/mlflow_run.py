@@ -1,7 +1,7 @@
 """MLflow: one run per stage in the experiment `project`, tagged with its chain.
 
-MLFLOW_TRACKING_URI names a server; without one the runs go to `mlflow.db` in the run's folder. The server's client
-retries for many minutes by default. We give it seconds, as the runner waits.
+MLFLOW_TRACKING_URI names a server. Without it, the runs go to `mlflow.db` in the run's folder. By default, MLflow's
+client retries for many minutes. We limit retries to seconds, because the runner waits for them.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from chain.tracking.content import Table, numbers
 
 
 def open_tensorboard(stage: str, config: Mapping[str, Any], run_dir: Path) -> TensorBoardRun:
-    """Event files of one stage, in place of those that an earlier start of it left.
+    """Event files of one stage. They replace the event files of an earlier start of the stage.
 
     Raises ModuleNotFoundError with the remedy if TensorBoard is not installed.
     """
@@ -68,6 +68,6 @@ class TensorBoardRun:
 
 
 def _cell(value: Any) -> str:
-    """Text in a Markdown table: one line, no markup."""
+    """Text for a Markdown table cell: one line, without markup."""
     text = "" if value is None else str(value)
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -1,7 +1,7 @@
-"""Weights & Biases: one run per stage, grouped per chain. It never asks for a key.
+"""Weights & Biases: one run per stage, grouped per chain. The runner never prompts for a key.
 
 Without an API key (WANDB_API_KEY, or the server's entry in netrc) runs are written offline, for `wandb sync`.
-WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, WANDB_DIR and WANDB_RUN_GROUP win over the recipe.
+WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, WANDB_DIR and WANDB_RUN_GROUP override the recipe.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INIT_TIMEOUT_S = 30
 def open_wandb(
     cfg: WandbConfig, group: str, stage: str, config: Mapping[str, Any], run_dir: Path
 ) -> WandbRun | None:
-    """A new W&B run; None if W&B is disabled. Raises whatever W&B raises."""
+    """A new W&B run; None if W&B is disabled. Passes on any exception of W&B."""
     mode = resolve_mode(cfg)
     if mode == "disabled":
         return None
@@ -80,18 +80,18 @@ class WandbRun:
 
 
 def resolve_mode(cfg: WandbConfig) -> Mode:
-    """online, offline or disabled: WANDB_MODE, else the recipe's, where auto is online with a key."""
+    """online, offline or disabled: WANDB_MODE, else the recipe's mode. `auto` is online if there is a key."""
     mode = os.environ.get("WANDB_MODE") or cfg.mode
     if mode in ("dryrun", "offline"):
         return "offline"
     if mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true"):
         return "disabled"
-    # Online without a key is a prompt, or a crash where nobody can answer it.
+    # Online mode without a key would prompt, or crash without a terminal.
     return "online" if has_key() else "offline"
 
 
 def has_key() -> bool:
-    """Whether W&B could log in without asking."""
+    """Whether W&B can log in without a prompt."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -105,6 +105,6 @@ def has_key() -> bool:
             ValueError,
             RuntimeError,
             netrc.NetrcParseError,
-        ):  # unreadable: nobody logs in with it
+        ):  # an unreadable file holds no usable key
             return False
     return False

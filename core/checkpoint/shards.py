@@ -16,11 +16,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from core.files import sha256_file
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 INDEX = "model.safetensors.index.json"
@@ -117,6 +116,8 @@ class Tensors:
         A piece is valid until the next one is read. Reading into a buffer of the cache's size is twice as fast as
         mapping the file.
         """
+        import numpy as np
+
         buffer = np.empty(_PIECE_BYTES, "u1")
         for file in self.files:
             with (self.folder / file).open("rb", buffering=0) as opened:

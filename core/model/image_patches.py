@@ -27,7 +27,7 @@ class SailVL2AnyResImageProcessor(Qwen2VLImageProcessorPil):
     temporal_patch_size = 1
 
     def fetch_images(self, images: Any) -> Any:
-        """The images unchanged: no path is opened and no address is fetched."""
+        """The images as they are: `preprocess` opens them, by this project's one rule."""
         return images
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:

@@ -16,9 +16,12 @@ The rule:
 
 from __future__ import annotations
 
+import base64
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
@@ -164,10 +167,26 @@ def as_bytes(image: Any) -> Any:
     return image
 
 
+def named(source: str) -> Picture:
+    """The picture of a file's path, a data URL or base64 text. Raises ValueError for an address on the network."""
+    if re.match(r"[a-z][a-z0-9+.-]+://", source):
+        raise ValueError(
+            f"{source[:80]!r}: no picture is fetched from an address; download it and give its path"
+        )
+    if not source.startswith("data:") and os.path.isfile(source):
+        return Picture(Path(source).read_bytes())
+    try:
+        return Picture(base64.b64decode(source.partition("base64,")[2] or source, validate=True))
+    except ValueError:
+        raise ValueError(f"{source[:80]!r}: neither a file nor a picture in base64") from None
+
+
 def decoded(images: Any) -> Any:
-    """The images in their nested lists, with each `Picture` decoded and every other value unchanged."""
+    """The images of any nesting of lists: each `Picture`, path and data URL decoded, everything else as it is."""
     if isinstance(images, list | tuple):
         return [decoded(image) for image in images]
+    if isinstance(images, str):
+        images = named(images)
     return images.rgb() if isinstance(images, Picture) else images
 
 

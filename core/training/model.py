@@ -50,6 +50,22 @@ def load_processor(path: Path) -> Any:
     return AutoProcessor.from_pretrained(path, trust_remote_code=False)
 
 
+def opens_thought(path: Path) -> bool:
+    """Whether the chat template of the native core at `path` ends the prompt of a thinking row with `<think>`.
+
+    A completion then begins inside its thought. The template is rendered only if it holds the tag at all. Raises as
+    `load_processor`, and core.deadline.TooSlow for a template that does not end.
+    """
+    from core.model.prompts import messages
+
+    template = path / "chat_template.jinja"
+    if not template.is_file() or "think" not in template.read_text(encoding="utf-8"):
+        return False
+    chat = messages({"question": "2 + 2?", "mode": "think"})
+    prompt = load_processor(path).apply_chat_template([chat], add_generation_prompt=True, tokenize=False)[0]
+    return bool(prompt.rstrip().endswith("<think>"))
+
+
 def apply_freeze(model: Any, freeze: Sequence[Module]) -> dict[str, int]:
     """Freeze modules of a native core; log and return the number of trainable parameters of each module.
 

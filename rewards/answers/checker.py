@@ -5,7 +5,6 @@ exceeds its deadline loses its worker and nothing else (rewards.pool). Outcomes 
 at the same time are computed once.
 """
 
-import asyncio
 import os
 import threading
 import weakref
@@ -89,19 +88,6 @@ class MathChecker:
         if timeout_s is None:
             timeout_s = self.queue_s + len(asked) * self.deadline_s / self.workers
         return self._settle(asked, timeout_s)
-
-    async def acompare(self, gold: str, answer: str) -> Outcome:
-        """As `compare`, without blocking the event loop."""
-        asked = self._ask(decide(gold, answer))
-        if isinstance(asked, Outcome):
-            return asked
-        future = asyncio.wrap_future(asked.job.future)
-        try:
-            await asyncio.wait([future], timeout=self.queue_s)
-            begun = asked.job.begun()
-        finally:
-            self._leave(asked)
-        return _outcome(await asyncio.shield(future)) if begun else Outcome.TIMEOUT
 
     def readable(self, gold: str) -> Outcome:
         """EQUAL if the gold answer parses, else BAD_GOLD, TIMEOUT or CRASHED. Raises as `settle`."""

@@ -20,7 +20,7 @@ from rewards.answers.algebra import (
     same_equation,
     value,
 )
-from rewards.answers.notation import is_words, relation, speaks_of, split_noun, symbols_of
+from rewards.answers.notation import elements, is_words, named, relation, speaks_of, split_noun, symbols_of
 from rewards.answers.number import comma_number, exact_number, plain_number
 from rewards.answers.outcome import Outcome, Pair, Result, all_of, one_to_one
 from rewards.answers.plain import plain_text, strange, unwrapped
@@ -41,6 +41,7 @@ _ELEMENT = (
     "Cd Sn Sb I Xe Cs Ba Pt Au Hg Pb U"
 ).split()
 _FORMULA = re.compile(rf"(?:\(?(?:{'|'.join(sorted(_ELEMENT, key=len, reverse=True))})\)?[0-9]*)+")
+_OF_LETTER = re.compile(r"([A-Za-z])\(([kmnr-z])\)")
 _COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
 _COMMANDS = (
     GREEK
@@ -78,9 +79,19 @@ def decide(gold: str, answer: str, question: str = "") -> Result:
     if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
         return Outcome.EQUAL if answer == gold else Outcome.UNPARSEABLE
     if ";" in gold:
+        gold = _as_tuples(gold) if notation.joined(answer).startswith("(") else gold
         gold, answer = gold.replace(";", ","), answer.replace(";", ",")
     comma = _decimal_comma(gold, answer)
     return comma or compare(parse(notation.joined(gold)), parse(notation.joined(answer)), question)
+
+
+def _as_tuples(gold: str) -> str:
+    """Solutions of one system, as p=5,q=2;p=7,q=2, as tuples of the values; the gold itself if it is something else."""
+    solutions = [[named(part) for part in elements(notation.joined(one)).parts] for one in gold.split(";")]
+    names = {tuple(name for name, _ in solution) for solution in solutions}
+    if len(names) != 1 or len(solutions[0]) < 2 or not all(names.pop()):
+        return gold
+    return ",".join(f"({','.join(values[-1] for _, values in solution)})" for solution in solutions)
 
 
 def _decimal_comma(gold: str, answer: str) -> Outcome | None:
@@ -150,7 +161,8 @@ def _is_chain(one: Relation) -> bool:
 
 
 def _unnamed(gold: Answer, given: Answer) -> tuple[Answer, Answer]:
-    """Both values without their names, unless the names differ."""
+    """The two without the name of what they are the values of, unless they name different things."""
+    given = _same_argument(gold, given)
     wanted, found = (one.name if isinstance(one, Named) else "" for one in (gold, given))
     if wanted == found and isinstance(gold, Named) and isinstance(given, Named):
         return gold.value, given.value
@@ -162,6 +174,24 @@ def _unnamed(gold: Answer, given: Answer) -> tuple[Answer, Answer]:
     if isinstance(given, Named) and _is_value(gold) and names == sorted(names) and not _names_parts(gold):
         return gold, given.value
     return gold, given
+
+
+def _same_argument(gold: Answer, given: Answer) -> Answer:
+    """A function with the gold's letter for its argument: f(y)=y^2 is f(x)=x^2, but f(a) is a value at a point."""
+    if not isinstance(gold, Named) or not isinstance(given, Named):
+        return given
+    wanted, found = _OF_LETTER.fullmatch(gold.name), _OF_LETTER.fullmatch(given.name)
+    if not wanted or not found or wanted[1] != found[1] or wanted[2] == found[2]:
+        return given
+    own, other = (_letters(one.value.text) for one in (gold, given))
+    if found[2] in own or wanted[2] in other:
+        return given
+    text = re.sub(rf"(?<![A-Za-z\\]){found[2]}(?![A-Za-z])", wanted[2], given.value.text)
+    return Named(f"{gold.name}={text}", gold.name, parse(text))
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\\[A-Za-z]+", "", text)
 
 
 def _names_parts(one: Answer) -> bool:

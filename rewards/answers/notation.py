@@ -13,7 +13,7 @@ from rewards.answers.plain import plain_latex, unwrapped
 _MORE_FUNCTIONS = frozenset("infinity infty inf lg sqrt pi gcd lcm max min mod det lim sup".split())
 _FUNCTION = re.compile("|".join(sorted(FUNCTIONS | _MORE_FUNCTIONS, key=len, reverse=True)))
 
-_CONNECTIVE = re.compile(r",? ?(?:\\text\{[ ,]*(and|or)[ ,]*\}|(?<![A-Za-z\\])(and|or)(?![A-Za-z])) ?")
+_CONNECTIVE = re.compile(r",? ?(?:\\text\{[ ,]*(and|or)[ ,]*\}|(?<![A-Za-z\\])(and|or)(?![a-z])) ?")
 _MARK = re.compile(r"\\[{}]|[(\[{)\]},\0\1]")
 _RELATION = re.compile(
     r"\\(?:leq?(?:slant)?|geq?(?:slant)?|neq?|lt|gt|approx|equiv|sim|simeq|cong|propto|ll|gg|iff|implies|to|mid|in)"
@@ -29,7 +29,6 @@ INEQUALITIES = frozenset(("<", ">", r"\le", r"\ge"))
 
 _GREEK_NAME = "|".join(sorted(GREEK - {"pi"}, key=len, reverse=True))
 _SYMBOL = rf"(?:\\(?:{_GREEK_NAME}|ell)(?![A-Za-z])|[A-Za-z]+|\\text\{{[A-Za-z ]+\}})'*(?:_\w|_\{{[^{{}}=]{{1,20}}\}})?"
-_MEASURE = r"\||\\(?:overline|vec|hat|bar|overrightarrow)\{[A-Za-z]{1,3}\}"
 _NAME = re.compile(
     rf"{_SYMBOL}(?:\([^()=]{{1,20}}\))?|\({_SYMBOL}(?:,{_SYMBOL})+\)|{_SYMBOL}(?::{_SYMBOL})+"
     r"|\|(?:[A-Z]{2}|\\(?:overline|vec|overrightarrow)\{[A-Z]{1,2}\})\||m?\\angle ?[A-Z]{1,3}|\\triangle ?[A-Z]{3}"
@@ -39,7 +38,7 @@ _NAME_LAST = re.compile(rf"(?!\\pi(?![A-Za-z])|[ie]$)(?:\\(?:{_GREEK_NAME})|[A-Z
 SYMBOL = re.compile(rf"{_SYMBOL}(?:\([A-Za-z]\))?")
 _COMMAND = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+")
 _QUANTITY = re.compile(r"[-+]?[0-9][0-9.,]* ?[A-Za-z/^0-9 ]*|[-+]?[$€£¥][0-9.,]+")
-_LETTERS = re.compile(r"\\[A-Za-z]+|[A-Za-z]+")
+_OPTION = re.compile(r"\\text\{ ?\(([A-Za-z])\) ?\}")
 
 _WORD = re.compile(r"\\text\{([^{}]*)\}|\\(?:begin|end|operatorname)\{[A-Za-z]*\}|\\[A-Za-z]+|([A-Za-z]+)")
 _OTHER_BASE = re.compile(r"[0-9)] ?_|^[0-9][0-9A-Fa-f]+ ?_")
@@ -70,8 +69,9 @@ class Elements(NamedTuple):
 
 
 def joined(text: str) -> str:
-    """Plain LaTeX of an answer, with one spelling of brackets and of the empty set."""
+    """Plain LaTeX of an answer, with one spelling of brackets, of an option's letter and of the empty set."""
     text = plain_latex(text).replace(r"\langle", "(").replace(r"\rangle", ")")
+    text = _OPTION.sub(r"(\\text{\1})", text)
     return r"\emptyset" if text in (r"\{\}", r"\{ \}") else text
 
 

@@ -1,13 +1,13 @@
-"""Users' rewards under limits: a deadline always, and by default a process of their own.
+"""Limits on users' rewards: a deadline in every case, and by default a separate process.
 
-| file | idea |
+| file | purpose |
 |---|---|
-| limits | which rewards come under limits |
-| progress | which rows are under way, and since when |
-| shared | a reward in this process, with a deadline alone |
-| isolated | a reward in a process of its own: blame, and grading again |
-| process | that process as its parent sees it |
-| worker | that process itself |
+| limits | decides which rewards are limited |
+| progress | records which rows are being graded, and since when |
+| shared | a reward in this process, with only a deadline |
+| isolated | a reward in a separate process: attributes failures to rows, and grades other rows again |
+| process | the parent's side of that process |
+| worker | the code of that process |
 """
 
 from rewards.isolation.isolated import Isolated

@@ -1,12 +1,12 @@
-"""A user's reward in a process of its own.
+"""A user's reward in a separate process.
 
-A reward that hangs, exits, dies by a signal, prints without end, takes too much memory, changes the working folder,
-replaces functions of `json` or closes the connection becomes a RewardError that names the reward, the row and what
-happened. The term's policy (`on_error`) then stops the run or leaves the row unscored.
+The following faults become a RewardError that names the reward, the row and the fault: the reward hangs, exits, dies by
+a signal, prints without end, takes too much memory, changes the working folder, replaces functions of `json`, or closes
+the connection. The term's policy (`on_error`) then stops the run or leaves the row unscored.
 
-A process that dies takes the calls under way with it. If there were several, each of their rows is graded once more
-on its own, so that one bad completion costs no other completion its verdict. After MOST_DEATHS deaths in a batch
-the rest of the batch fails without being asked.
+When the process dies, all running calls fail. If there were several, each of their rows is graded once more and alone,
+so that one bad completion does not cost other completions their verdicts. After MOST_DEATHS deaths in a batch, the
+remaining rows fail without a call.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ MOST_DEATHS = 4
 
 
 class Isolated:
-    """A user's reward in a process of its own. One batch at a time; any thread may call it.
+    """A user's reward in a separate process. Any thread may call it; batches run one at a time.
 
     Args: as `load_limited`.
     """
@@ -71,7 +71,7 @@ class Isolated:
             while waves:
                 rows = waves.pop(0)
                 if deaths == MOST_DEATHS:
-                    problem = ProcessEnded(f"not asked: its process has ended {deaths} times in this batch")
+                    problem = ProcessEnded(f"not graded: its process has ended {deaths} times in this batch")
                     results |= {row: failure(self._name, [pairs[row]], problem) for row in rows}
                     continue
                 wave = self._wave([pairs[row] for row in rows])
@@ -87,7 +87,7 @@ class Isolated:
         return [results[row] for row in range(len(pairs))]
 
     def close(self) -> None:
-        """End the process; the next batch starts another."""
+        """End the process. The next batch starts a new process."""
         process = self._process.drop()
         if process:
             process.end()
@@ -103,7 +103,7 @@ class Isolated:
         return {row: failure(self._name, [pairs[row]], wave.problem) for row in rows}
 
     def _wave(self, pairs: Sequence[Pair]) -> "_Wave":
-        """Grade completions side by side, up to the death of the process."""
+        """Grade completions concurrently until all are done or the process dies."""
         process = self._process()
         if process.ended():
             log.warning("reward %s: its process ended between two batches (%s)", self._name, process.status())
@@ -112,7 +112,7 @@ class Isolated:
         wave = _Wave(process, pairs, self._name, self._deadline_s, self._memory_gib)
         try:
             wave.run()
-        except BaseException:  # an interrupt: late answers must not reach the next batch
+        except BaseException:  # after an interrupt, late results must not reach the next batch
             self.close()
             raise
         if wave.problem is not None:
@@ -121,7 +121,7 @@ class Isolated:
 
 
 class _Wave(Progress):
-    """Completions that a process grades side by side."""
+    """Completions that a process grades concurrently."""
 
     def __init__(
         self,
@@ -136,11 +136,11 @@ class _Wave(Progress):
         self.deadline_s, self.memory_gib = deadline_s, memory_gib
         self._late_rows: list[int] = []
         self.problem: BaseException | None = None
-        """Why the process ended; None if it lives."""
+        """The reason why the process ended; None while it is alive."""
         self._examples = list({id(example): example for _, example in pairs}.values())
 
     def run(self) -> None:
-        """Send the completions and take the results."""
+        """Send the completions and receive the results."""
         places = {id(example): place for place, example in enumerate(self._examples)}
         rows = [(dataclasses.replace(one, images=()), len(one.images)) for one in self._examples]
         texts = [completion for completion, _ in self.pairs]
@@ -161,10 +161,10 @@ class _Wave(Progress):
             self.problem = error
 
     def shares(self, count: int) -> tuple[list[int], list[int], list[int]]:
-        """After a death: the rows to blame, those to grade again each on its own, those that had not begun."""
+        """After a death: the rows at fault, the rows to grade again alone, and the rows that had not begun."""
         under_way = sorted(self.since)
         untouched = [row for row in range(count) if row not in self.since and row not in self.results]
-        if not under_way:  # it died between two calls, or could not even begin
+        if not under_way:  # the process died between two calls or before the first call
             return ([], [], untouched) if self.results else (untouched, [], [])
         guilty = self._late_rows or under_way
         if self._late_rows or len(under_way) == 1 or self.whole:
@@ -200,7 +200,7 @@ class _Wave(Progress):
 
     def _end(self, row: int, result: Result) -> None:
         if row not in self.since:
-            raise ValueError(f"a result of row {row!r}, which is not under way")
+            raise ValueError(f"a result of row {row!r}, which is not being graded")
         self.ended(row, result)
 
     def _show(self, example: int, place: int) -> None:

@@ -1,4 +1,4 @@
-"""Which rewards come under limits: all that are not built in."""
+"""Applies limits to all rewards that are not built in."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,15 @@ def load_limited(
     deadline_s: float = DEADLINE_S,
     memory_gib: float = MEMORY_GIB,
 ) -> Reward:
-    """The reward of that name (rewards.registry.load_reward); one that is not built in comes under limits.
+    """Load a reward (rewards.registry.load_reward). A reward that is not built in is limited.
 
     Args:
-        name: for messages; "" takes `use`.
-        isolate: run it in a process of its own. False: in this one, with a deadline alone.
-        deadline_s: for one call: a completion, or the batch of a batched reward.
-        memory_gib: of its process's private memory.
+        name: name in messages; "": `use`.
+        isolate: run the reward in a separate process. False: in this process, with only a deadline.
+        deadline_s: time limit of one call, which grades a completion or, for a batched reward, a batch.
+        memory_gib: limit on the private memory of the separate process.
 
-    Raises what `load_reward` raises, RewardError where the reward cannot be loaded for another reason.
+    Raises the exceptions of `load_reward`, and RewardError if the reward cannot be loaded for another reason.
     """
     if is_builtin(use):
         return load_reward(use, params, folders)

@@ -1,4 +1,4 @@
-"""The process of an isolated reward as its parent sees it: started, told, heard, and ended."""
+"""The parent's side of an isolated reward's process: starts the process, exchanges messages, and ends it."""
 
 import contextlib
 import json
@@ -26,31 +26,31 @@ from rewards.registry import UnknownReward
 log = logging.getLogger(__name__)
 
 START_S = 180.0
-"""For loading the reward; importing torch takes seconds, on a machine under load many."""
+"""Time limit for loading the reward. An import of torch takes seconds, and much longer on a loaded machine."""
 OUTPUT_BYTES = 1 << 20
 """Most output of a reward during one batch."""
 SHOWN_OUTPUT_BYTES = 256 << 10
-"""Most output of a process that reaches our log."""
+"""Most output of a process that is copied to the log."""
 _TAIL_BYTES = 2000
 _MOST_MESSAGE_BYTES = 4 << 20
 _MESSAGE_S = 30.0
-"""For the rest of a message that has begun to arrive."""
+"""Time limit for the rest of a message that has begun to arrive."""
 _KINDS = (UnknownReward, ModuleNotFoundError, ImportError, NotADirectoryError, FileNotFoundError)
 _KINDS_OF_LOADING = {kind.__name__: kind for kind in (*_KINDS, TypeError, ValueError)}
 
 
 class ProcessEnded(RuntimeError):
-    """A reward's process has ended, or was ended, before it had graded everything."""
+    """A reward's process has ended, or was ended, before it had graded all rows."""
 
 
 _starter = PerProcess(lambda: ThreadPoolExecutor(1, thread_name_prefix="reward-starter"))
-"""Starts all processes: the kernel kills a process with the thread that started it."""
+"""The thread that starts all processes. The kernel kills a process when the thread that started it ends."""
 
 
 class Process:
-    """The process of an isolated reward as its parent sees it.
+    """The parent's side of an isolated reward's process.
 
-    Raises what rewards.registry.load_reward raises there.
+    Raises the exceptions of rewards.registry.load_reward, which runs in that process.
     """
 
     def __init__(self, setup: Mapping[str, Any], name: str) -> None:
@@ -78,7 +78,7 @@ class Process:
                     if kind == "ready":
                         return content[0]
                     self._refuse(*content)
-            raise ProcessEnded(f"it is not loaded within {START_S:g} s")
+            raise ProcessEnded(f"loading took more than {START_S:g} s")
         except ProcessEnded as error:
             self.end()
             raise RewardError(f"reward {self.name!r} cannot be loaded: {error}", str(error)) from None
@@ -95,7 +95,7 @@ class Process:
         raise error
 
     def tell(self, packet: bytes, deadline_s: float) -> None:
-        """Send a message. Raises ProcessEnded, or TimeoutError if it is not read in time."""
+        """Send a message. Raises ProcessEnded, or TimeoutError if the process does not read the message in time."""
         self.channel.settimeout(deadline_s)
         try:
             send(self.channel, packet)
@@ -105,7 +105,7 @@ class Process:
             raise ProcessEnded(self._last_words()) from None
 
     def hear(self, timeout_s: float) -> list[list[Any]]:
-        """The next messages; none if nothing comes in time, or it only prints. Raises ProcessEnded."""
+        """The next messages; [] after `timeout_s`, or if the process only prints. Raises ProcessEnded."""
         messages = []
         for key, _ in self._events.select(max(0.0, timeout_s)):
             if key.fileobj is self.channel:
@@ -119,7 +119,7 @@ class Process:
         return self._popen.poll() is not None
 
     def status(self) -> str:
-        """How it ended, in words."""
+        """A description of how the process ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(1.0)
         status = self._popen.returncode
@@ -133,7 +133,7 @@ class Process:
         return f"its process ended with exit status {status}"
 
     def end(self) -> None:
-        """Kill it and its process group."""
+        """Kill the process and its process group."""
         self._finalizer()
 
     def _message(self) -> list[Any]:
@@ -152,14 +152,14 @@ class Process:
         raise ProcessEnded("its connection carried an unreadable message")
 
     def _print(self) -> None:
-        """Read its output: count all of it, and show some of it in our log."""
+        """Read the process's output, count its bytes, and copy the beginning to the log."""
         assert self._output is not None
         try:
             text = self._output.read(1 << 16)
         except OSError:
             text = b""
         if not text:
-            if text is not None:  # it has closed its output
+            if text is not None:  # the process has closed its output
                 self._events.unregister(self._output)
             return
         self.printed += len(text)
@@ -173,7 +173,7 @@ class Process:
             raise ProcessEnded(f"it printed more than {OUTPUT_BYTES >> 20} MiB during one batch")
 
     def _last_words(self) -> str:
-        """How it ended, with the end of its output: a traceback, if it was a signal."""
+        """A description of how the process ended, with the end of its output: after a signal, a traceback."""
         status = self.status()
         with contextlib.suppress(ProcessEnded):
             while any(key.fileobj is self._output for key, _ in self._events.select(0)):
@@ -186,7 +186,7 @@ class Process:
 
 def _popen(descriptor: int) -> subprocess.Popen:
     script = Path(__file__).with_name("worker.py")
-    # -P: no folder of the user's stands in for a module. Its own session: Ctrl-C is for this process.
+    # -P keeps a user's folder from shadowing a module. A separate session keeps Ctrl-C from reaching the child.
     return subprocess.Popen(
         [sys.executable, "-P", str(script), str(descriptor)],
         stdin=subprocess.DEVNULL,
@@ -199,7 +199,7 @@ def _popen(descriptor: int) -> subprocess.Popen:
 
 
 def _end(popen: subprocess.Popen, channel: socket.socket, events: Any, owner: int) -> None:
-    if os.getpid() != owner:  # a forked child's copy
+    if os.getpid() != owner:  # in a forked child, this is a copy
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(popen.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The state of a batch: rows under way with their start times, and results."""
+"""The state of a batch: running rows with their start times, and results."""
 
 import time
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ Result = Verdict | RewardError
 
 
 class Progress(Watch):
-    """Rows under way with their start times, and the results of the others."""
+    """Running rows with their start times, and the results of finished rows."""
 
     def __init__(self) -> None:
         self.since: dict[int, float] = {}
-        """Rows under way, and when (time.monotonic) their calls began."""
+        """Running row -> start of its call (time.monotonic)."""
         self.results: dict[int, Result] = {}
         self.last = time.monotonic()
-        """When anything last happened."""
+        """Time of the last event."""
 
     def begun(self, rows: Sequence[int]) -> None:
         self.last = time.monotonic()
@@ -29,7 +29,7 @@ class Progress(Watch):
         self.since.pop(row, None)
 
     def late_at(self, deadline_s: float) -> float:
-        """When the first call under way is late; when none is, when the next one should have begun."""
+        """The time at which the oldest running call is late; without a running call, the time to have begun one."""
         return min(list(self.since.values()), default=self.last) + deadline_s
 
     def late(self, deadline_s: float) -> list[int]:

@@ -12,7 +12,7 @@ from rewards.verdict import Verdict
 
 
 class Shared:
-    """A user's reward in this process. Past the deadline it is left behind with its threads, as none can be ended."""
+    """A user's reward in this process. After the deadline its threads are abandoned, as threads cannot be killed."""
 
     def __init__(self, reward: Reward, name: str, deadline_s: float) -> None:
         self._reward, self._name, self._deadline_s = reward, name, deadline_s
@@ -47,10 +47,6 @@ class Shared:
         pairs = list(zip(completions, examples, strict=True))
         for other in range(len(pairs)):
             if other not in results:
-                after = (
-                    ""
-                    if other in late
-                    else f"; row {examples[row].id!r} of its batch kept it from being graded"
-                )
+                after = "" if other in late else f"; row {examples[row].id!r} of its batch blocked it"
                 results[other] = failure(self._name, [pairs[other]], too_late(self._deadline_s, after))
         return [results[place] for place in range(len(pairs))]

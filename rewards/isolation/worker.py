@@ -1,18 +1,18 @@
 """The process of one isolated reward; rewards.isolation.process starts this file as a script.
 
-It reads messages from its parent: a setup first, then batches, and pictures that it has asked for. It writes:
+The process reads messages from its parent: first a setup, then batches and requested pictures. It writes:
 
-| message | |
+| message | meaning |
 |---|---|
 | ready, attributes | the reward is loaded |
 | refused, kind, text, trace | the reward cannot be loaded |
 | begun, rows | a call on these rows of the batch begins |
 | scored, row, score, status, answer, reason | a verdict |
 | failed, row, message, problem, always stops, trace | the reward raised |
-| picture, example, place | the reward looks at a picture |
-| fault, text | the reward changed what all code of the process shares; the process ends |
+| picture, example, place | the reward requests a picture |
+| fault, text | the reward changed state that all code of the process shares; the process ends |
 
-The parent pickles, this process answers in JSON: the parent never unpickles the output of a user's code.
+The parent sends pickles, and this process answers in JSON. So the parent never unpickles output of a user's code.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from rewards.verdict import Verdict
 
 FORWARDED = ("self_test", "contract_of", "thought_open", "needs")
-"""Attributes of a reward that its parent asks for."""
+"""Attributes of a reward that are sent to the parent."""
 LOST = 70
 """Exit status of a process that can no longer answer."""
 MOST_CHARS = 10_000
-"""Of an answer or a reason."""
+"""Longest answer or reason, characters."""
 _LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
-_encode = json.JSONEncoder().encode  # held here: a reward may replace json.dumps
+_encode = json.JSONEncoder().encode  # saved here, because a reward may replace json.dumps
 
 
 def send(channel: socket.socket, packet: bytes) -> None:
@@ -54,7 +54,7 @@ def send(channel: socket.socket, packet: bytes) -> None:
 
 
 def receive(channel: socket.socket, most: int | None = None) -> bytes:
-    """Read one message; b"" if the other end is closed. Raises ValueError if it has more than `most` bytes."""
+    """Read one message; b"" if the peer has closed. Raises ValueError for a message of more than `most` bytes."""
     head = _exactly(channel, _LENGTH.size)
     size = _LENGTH.unpack(head)[0] if head else 0
     if most is not None and size > most:
@@ -85,7 +85,7 @@ def main() -> None:
     worker = _Worker(channel)
     if worker.load(setup):
         worker.serve()
-    os._exit(0)  # the reward's own threads must not keep it alive
+    os._exit(0)  # the reward's own threads must not keep the process alive
 
 
 class _Worker:
@@ -123,7 +123,7 @@ class _Worker:
         return True
 
     def serve(self) -> None:
-        """Grade batches. This thread goes on reading while the reward works: it hands out the pictures."""
+        """Grade batches. While the reward works, this thread keeps reading messages and delivers pictures."""
         while packet := receive(self.channel):
             kind, *content = pickle.loads(packet)
             if kind == "grade":
@@ -131,7 +131,7 @@ class _Worker:
             else:
                 key, picture, problem = content
                 waiting = self._pictures.get(key)
-                if waiting is None:  # of an earlier batch
+                if waiting is None:  # a picture for an earlier batch
                     continue
                 if problem:
                     waiting.set_exception(RuntimeError(problem))
@@ -162,11 +162,11 @@ class _Worker:
         return waiting.result()
 
     def check(self) -> None:
-        """End the process if the reward has changed what all its code shares: later verdicts might be wrong."""
+        """End the process if the reward has changed shared state, as later verdicts might be wrong."""
         try:
             folder = os.getcwd()
         except OSError:
-            folder = "one that is no longer there"
+            folder = "a folder that no longer exists"
         if folder != self.folder:
             self._end(f"it changed the working folder to {folder}")
         replaced = [name for name, value in self._json.items() if vars(json).get(name) is not value]
@@ -179,7 +179,7 @@ class _Worker:
 
 
 class _Teller:
-    """Reports the begin and the result of calls to the parent (a rewards.calls.Watch)."""
+    """Reports the begin and the result of each call to the parent (a rewards.calls.Watch)."""
 
     def __init__(self, worker: _Worker) -> None:
         self.worker = worker
@@ -201,7 +201,7 @@ class _Teller:
 
 
 class _Pictures(Sequence[Any]):
-    """A row's pictures, each fetched from the parent when it is looked at: most rewards never do."""
+    """A row's pictures, each fetched from the parent on access. Most rewards do not use pictures."""
 
     def __init__(self, example: int, count: int, fetch: Callable[[int, int], Any]) -> None:
         self._example, self._count, self._fetch = example, count, fetch
@@ -217,7 +217,7 @@ class _Pictures(Sequence[Any]):
 
 
 def _end_with_parent() -> None:
-    """Have the kernel kill this process with the thread that started it."""
+    """Tell the kernel to kill this process when the thread that started it ends."""
     parent = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

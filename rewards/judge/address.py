@@ -1,4 +1,4 @@
-"""A judge's address: it names a server, and holds no secret. Recipes, logs and reports all show it."""
+"""A judge's address. It must not contain a secret, because recipes, logs and reports show it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,9 +6,9 @@ from urllib.parse import urlsplit
 
 
 def check_url(url: str) -> None:
-    """Refuse a URL that is none, or that holds a user name, a password or a query.
+    """Raise ValueError for an invalid URL, or for a URL with a user name, a password or a query.
 
-    Raises ValueError; its message does not show what might be secret.
+    The message does not show parts that may be secret.
 
     >>> check_url("http://127.0.0.1:8100/v1")
     >>> check_url("http://me:secret@judge/v1")  # doctest: +ELLIPSIS
@@ -47,7 +47,7 @@ def refuse_secrets(params: Any, place: str = "params") -> None:
     if isinstance(params, str) and has_secret(params):
         raise ValueError(
             f"{place} holds a user name or a password in a URL, which configuration, logs and reports would show: "
-            "put the key into an environment variable and name that one"
+            "put the key into an environment variable and name that variable"
         )
     inner = (
         params.items()

@@ -1,9 +1,9 @@
-"""The shared part of all judges: the server, its limits, the start-up check, the batch.
+"""The common base of all judges: server, limits, start-up check and batches.
 
-Every request is one question to be answered yes or no (rewards.judge.client: batches, retries, budget, cache). The
-completion reaches the judge as quoted data under marks that it cannot forge (rewards.judge.quoting). Before the first
-verdict of a judge counts, it must refuse completions that try to talk it round (rewards.judge.canaries). When the
-judge is down, late or answers anything but yes or no, the row is unscored: never 0.
+Every request is one question with the answer yes or no (rewards.judge.client: batches, retries, budget, cache). The
+judge receives the completion as quoted data under marks that the completion cannot forge (rewards.judge.quoting).
+Before its first verdict, a judge must refuse completions that try to manipulate it (rewards.judge.canaries). If the
+judge is down, is late, or gives an answer other than yes or no, the row is unscored and never gets 0.
 """
 
 import hashlib
@@ -27,77 +27,78 @@ from rewards.judge.wording import YES_NO
 from rewards.verdict import Status, Verdict
 
 CACHE_VARIABLE = "POSTTRAIN_JUDGE_CACHE"
-"""Environment variable with the reply cache's path, for judges whose recipe names none."""
+"""Environment variable with the path of the reply cache, for judges without the parameter `cache`."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The questions about one completion, and what else the verdict depends on."""
+    """The questions about one completion, and further inputs of its verdict."""
 
     questions: Mapping[str, Question]
     answer: str | None = None
-    """What counts as the completion's answer."""
+    """The completion's answer under the format contract."""
     thought: bool = False
-    """Whether the completion thought."""
+    """Whether the completion has a thought."""
 
 
 @dataclass(frozen=True)
 class Judge(ABC):
-    """The shared part of all judges: server, limits, batch. A leaf defines the questions and their meaning.
+    """The common base of all judges: server, limits, batches. A subclass defines the questions and their meaning.
 
-    Raises ValueError for a URL that holds a secret, a limit below its least, or choices that are not yes and no.
+    Raises ValueError for a URL with a secret, a limit below its minimum, or choices other than yes and no.
     """
 
     kind: ClassVar[str]
-    """Heads the judge's statistics."""
+    """Prefix of the judge's statistics."""
     self_test: ClassVar[str] = "skip"  # rewards.selftest: every question costs a request
 
     base_url: str
     """The server's API root, ending in /v1 for vLLM."""
     model: str
-    """As the server calls it. The cache knows a model by this name alone: other weights need another one."""
+    """Name of the model on the server. The cache identifies a model by this name, so different weights need another
+    name."""
     _: KW_ONLY
     timeout_s: float = 30.0
-    """For one request."""
+    """Time limit of one request."""
     max_retries: int = 2
-    """With growing pauses, after errors that may pass."""
+    """Retries after temporary errors, with growing pauses."""
     max_concurrency: int = 8
-    """Requests in flight at the server at once, over all threads of this process that grade."""
+    """Most concurrent requests to the server, over all grading threads of this process."""
     budget_s: float = 120.0
-    """For one batch, start-up check included; rows without a verdict by then are unscored."""
+    """Time limit of one batch, with the start-up check. Rows without a verdict by then are unscored."""
     step_calls: int | None = None
-    """Requests that one batch may send."""
+    """Most requests of one batch; None: no limit."""
     step_tokens: int | None = None
-    """Tokens after which a batch sends no further request."""
+    """Tokens after which a batch stops sending requests; None: no limit."""
     run_s: float | None = None
-    """Seconds that this process may wait for the judge, all batches together."""
+    """Seconds that this process may wait for the judge over all batches; None: no limit."""
     run_calls: int | None = None
     run_tokens: int | None = None
     api_key_env: str | None = None
-    """Name of the environment variable that holds the key; None sends none that matters."""
+    """Name of the environment variable that holds the API key; None: a dummy key is sent."""
     cache: str | None = None
-    """SQLite file of the judge's replies; None takes the environment's POSTTRAIN_JUDGE_CACHE, or no cache."""
+    """SQLite file of the judge's replies; None: the file that POSTTRAIN_JUDGE_CACHE names, else no cache."""
     canaries: bool = True
-    """Refuse a judge that credits injected completions, before its first verdict."""
+    """Before the first verdict, refuse a judge that credits injected completions."""
     choices: tuple[str, str] = YES_NO
-    """The order in which the judge is offered yes and no."""
+    """The order in which yes and no are offered to the judge."""
     max_chars: int = 60_000
-    """A completion longer than this is wrong (over_limit) without asking."""
+    """A longer completion, in characters, is wrong (over_limit) without a request."""
     thought_open: bool = False
-    """The chat template has already opened <think>: the completion starts inside the thought."""
+    """Whether the chat template has already opened <think>, so that the completion starts inside the thought."""
 
     def __post_init__(self) -> None:
         self._endpoint()  # refuses a URL with a password
         object.__setattr__(self, "choices", tuple(self.choices))
         if sorted(self.choices) != sorted(YES_NO):
-            raise ValueError(f"choices={list(self.choices)}: they are yes and no, in either order")
+            raise ValueError(f"choices={list(self.choices)}: they must be yes and no, in either order")
         least: dict[str, float] = {"timeout_s": 0.001, "budget_s": 0.001, "max_retries": 0}
         least |= dict.fromkeys(("max_concurrency", "step_calls", "step_tokens", "max_chars"), 1)
         least |= dict.fromkeys(("run_s", "run_calls", "run_tokens"), 0)
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and not (lowest <= value < math.inf):
-                raise ValueError(f"{name}={value}: it is at least {lowest}")
+                raise ValueError(f"{name}={value}: it must be at least {lowest}")
 
     def __call__(self, completion: str, example: Example) -> Verdict:
         return self.batch([completion], [example])[0]
@@ -120,33 +121,33 @@ class Judge(ABC):
         return self._verdicts(plans, self._limits(), deadline)
 
     def check_canaries(self) -> CanaryReport:
-        """Ask about the bundled injected completions and honest controls; once per process, kept on disk too.
+        """Check the judge on bundled injected completions and honest controls, once per process; cached on disk.
 
-        Raises JudgeRefused if the judge credits an injected completion or denies most controls. If the judge
-        could not be asked, the report says so (`complete` is False) and the next call asks again.
+        Raises JudgeRefused if the judge credits an injected completion or denies most controls. If the judge does not
+        answer, the report's `complete` is False, and the next call tries again.
         """
         return self._checked(time.monotonic() + self.budget_s)
 
     def statistics(self) -> dict[str, float]:
-        """What this judge has cost this process so far, over all its equals: rewards.judge.judges.statistics()."""
+        """The cost of this judge, and of all equal judges, in this process so far (rewards.judge.judges.statistics)."""
         return self._meter().to_dict()
 
     @property
     def prompt_version(self) -> str:
-        """A hash of this judge's wording; replies in the cache depend on it."""
+        """A hash of this judge's wording, which is part of the cache's keys."""
         return hashlib.sha256("\0".join((*self._wording(), *self.choices)).encode()).hexdigest()[:12]
 
     @abstractmethod
     def _wording(self) -> tuple[str, ...]:
-        """Everything that is the same in all requests."""
+        """The text that all requests share."""
 
     @abstractmethod
     def _plan(self, completion: str, example: Example, images: "Pictures") -> Plan | Verdict:
-        """The questions; or the verdict, if no question is needed."""
+        """The questions about a completion, or its verdict if no question is needed."""
 
     @abstractmethod
     def _conclude(self, yes: Mapping[str, bool], plan: Plan) -> Verdict:
-        """The verdict, given the judge's replies by the questions' names."""
+        """The verdict from the judge's replies. `yes` maps a question's name to the reply."""
 
     @abstractmethod
     def _cases(self) -> list[Case]:
@@ -157,7 +158,7 @@ class Judge(ABC):
         return [self._plan(text, row, images) for text, row in zip(completions, examples, strict=True)]
 
     def _verdicts(self, plans: Sequence[Plan | Verdict], limits: Limits, deadline: float) -> list[Verdict]:
-        """The plans' verdicts, in order; all their questions are one batch."""
+        """The plans' verdicts, in order. All their questions are sent as one batch."""
         asked = [question for plan in plans if isinstance(plan, Plan) for question in plan.questions.values()]
         path = self.cache or os.environ.get(CACHE_VARIABLE)
         replies = iter(
@@ -185,9 +186,9 @@ class Judge(ABC):
     def _checked(self, deadline: float) -> CanaryReport:
         key = (self.kind, self.base_url, self.model, self._wording(), self.choices)
         check = _checks().setdefault(key, _Check())  # atomic
-        # One thread asks, the others wait for it, none beyond its own deadline.
+        # One thread runs the check, and the others wait for it, each until its own deadline.
         if not check.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return CanaryReport(0, 0, {}, {}, "another thread is still checking it")
+            return CanaryReport(0, 0, {}, {}, "another thread is still checking the judge")
         try:
             if check.report is None:
                 report = self._examined(deadline)
@@ -202,7 +203,7 @@ class Judge(ABC):
     def _examined(self, deadline: float) -> CanaryReport:
         cases = self._cases()
         plans = self._plans([case.completion for case in cases], [case.example for case in cases])
-        # The check is not a reward step: limits per step do not apply, those on the run and its time do.
+        # The check is not a reward step: limits per step do not apply, but limits on the run and on time do.
         limits = replace(self._limits(), step_calls=None, step_tokens=None)
         return CanaryReport.of(cases, self._verdicts(plans, limits, deadline))
 
@@ -236,9 +237,9 @@ class Judge(ABC):
 
 
 def statistics() -> dict[str, float]:
-    """What all judges have cost this process so far: `<kind>/calls` and so on (rewards.judge.meter.Meter).
+    """The cost of all judges in this process so far: `<kind>/calls` and so on (rewards.judge.meter.Meter).
 
-    Counts only grow; a step's share is the difference of two readings. Judges of one kind are added up.
+    Counts only grow, so the cost of a step is the difference of two readings. Judges of one kind are summed.
     """
     meters = list(_meters().items())
     total: dict[str, float] = {}
@@ -249,7 +250,7 @@ def statistics() -> dict[str, float]:
 
 
 class Pictures:
-    """The rows' pictures for requests; those of one row, whatever its number of completions, are read once."""
+    """The rows' pictures for requests. The pictures of a row are read once for all its completions."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[Any, tuple[Picture, ...]]] = {}
@@ -257,13 +258,13 @@ class Pictures:
     def of(self, example: Example) -> tuple[Picture, ...]:
         images = example.images
         if id(images) not in self._seen:
-            # Held, so that no other takes its id.
+            # The reference keeps the object alive, so that its id is not reused.
             self._seen[id(images)] = (images, tuple(Picture.of(image) for image in images))
         return self._seen[id(images)][1]
 
 
 class _Check:
-    """One judge's start-up check in this process: at most one thread makes it."""
+    """One judge's start-up check in this process. At most one thread runs it at a time."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Limits on the requests to one server: none for a while after several failures in a row, and a number at once."""
+"""Limits on the requests to one server: a pause after several failures in a row, and a bound on concurrency."""
 
 import asyncio
 import time
@@ -11,9 +11,9 @@ _TRIP_AFTER, _COOL_DOWN_S = 5, 15.0
 
 
 class Breaker:
-    """Closed while the server answers; open after several failures in a row; then one probe at a time.
+    """A circuit breaker: closed while the server answers, open after several failures in a row, then probing.
 
-    Belongs to one event loop. `now` is a clock in seconds.
+    While it probes, it admits one question at a time. It belongs to one event loop. `now` is a clock in seconds.
     """
 
     def __init__(self, trip_after: int = _TRIP_AFTER, cool_down_s: float = _COOL_DOWN_S, now: Any = None):
@@ -24,7 +24,7 @@ class Breaker:
         self._probe: asyncio.Event | None = None
 
     async def admit(self) -> str:
-        """ "pass", "probe" (then report how it went) or "refuse"; waits while another question probes."""
+        """ "pass", "probe" (the caller must report the outcome) or "refuse". Waits while another question probes."""
         while self._probe is not None:
             await self._probe.wait()
         if self._opened is None:
@@ -35,12 +35,12 @@ class Breaker:
         return "probe"
 
     def succeeded(self) -> None:
-        """The server answered, whatever it said."""
+        """The server has answered, with any content."""
         self._in_a_row, self._opened = 0, None
         self._probed()
 
     def failed(self, probe: bool = False) -> None:
-        """A question failed for good."""
+        """A question has failed after all retries."""
         self._in_a_row += 1
         if probe or (self._opened is None and self._in_a_row >= self.trip_after):
             self.trip()
@@ -58,7 +58,7 @@ class Breaker:
 
 
 class Slots:
-    """Requests in flight on one server, first come first served. Each names the most that may be in flight with it."""
+    """Slots for concurrent requests to one server, first come first served. Each request names its own limit."""
 
     def __init__(self) -> None:
         self._used = 0

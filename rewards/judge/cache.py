@@ -1,7 +1,7 @@
-"""Judges' replies on disk, so that a resumed run pays nothing twice. One SQLite file, shared by processes.
+"""Judges' replies on disk, so that a resumed run does not repeat requests. Processes share one SQLite file.
 
-Only real replies are kept, never failures. A cache that cannot be read or written costs money, not rows: the first
-error is logged, all are counted, and judging continues without it.
+Only replies are stored, never failures. If the cache cannot be read or written, judging continues without it and no row
+is lost: the first error is logged, and all errors are counted.
 """
 
 import logging
@@ -22,7 +22,7 @@ CREATE TABLE IF NOT EXISTS replies (
 ) WITHOUT ROWID
 """
 _BUSY_S = 10.0
-"""How long one process waits for another's write."""
+"""Longest wait for another process's write."""
 _ASK_AT_ONCE = 500
 
 
@@ -46,7 +46,7 @@ class ReplyCache:
         self._connection: sqlite3.Connection | None = None
 
     def get(self, keys: Sequence[str]) -> Mapping[str, str]:
-        """The replies that the file has, by key."""
+        """Key -> reply, for the keys in the file."""
         found: dict[str, str] = {}
         for start in range(0, len(keys), _ASK_AT_ONCE):
             some = list(keys[start : start + _ASK_AT_ONCE])
@@ -56,12 +56,12 @@ class ReplyCache:
         return found
 
     def put(self, key: str, model: str, reply: str, tokens: int) -> None:
-        """Keep a reply; the first one under a key stays."""
+        """Store a reply. An earlier reply under the same key is kept."""
         row = (key, model, reply, tokens, time.time())
         self._do("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)", row)
 
     def close(self) -> None:
-        """Close the file; the next use opens it again."""
+        """Close the file. The next use opens it again."""
         with self._lock:
             if self._connection is not None:
                 self._connection.close()
@@ -87,7 +87,7 @@ class ReplyCache:
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Statements commit one by one: a killed run loses no reply that it paid for.
+        # Each statement commits by itself, so that a killed run keeps all received replies.
         connection = sqlite3.connect(
             self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
         )
@@ -105,6 +105,6 @@ _caches: PerProcess[dict[str, ReplyCache]] = PerProcess(dict)
 
 
 def cache_at(path: str | os.PathLike[str]) -> ReplyCache:
-    """This process's one cache of that file."""
+    """This process's single cache of a file."""
     whole = os.path.abspath(os.path.expanduser(path))
     return _caches().setdefault(whole, ReplyCache(Path(whole)))

@@ -1,18 +1,18 @@
-"""Asks a model on any OpenAI-compatible server to choose a word, many questions at once, within a budget.
+"""Asks a model on an OpenAI-compatible server to choose a word: many questions concurrently, within a budget.
 
 Each process has one engine per server: an event loop in its own thread, which holds the connections. Callers from
-any thread or event loop hand it a batch and wait for it, at most until the batch's deadline. A forked child starts
-its own engine.
+any thread or event loop submit a batch and wait for it, at most until the batch's deadline. A forked child starts its
+own engine.
 
-A failure is a value, never an exception: `Failure` with one of CAUSES. Failures that may pass (no connection, no
-reply in time, HTTP 408, 425, 429, 5xx, a reply that is not a chat completion) are tried again after a growing, jittered
-pause, or after the pause that the server asks for if it fits into the budget. When several questions in a row
-have failed for good, the circuit opens: for a while the server is not asked, then one question probes it.
+A failure is a value, never an exception: `Failure` with one of CAUSES. Temporary failures (no connection, no reply in
+time, HTTP 408, 425, 429, 5xx, a reply that is not a chat completion) are retried after a growing, jittered pause, or
+after the pause that the server requests, if that pause fits into the budget. After several questions in a row have
+failed after all retries, the circuit opens: for a while no request is sent, and then one question probes the server.
 
-The official openai client was measured in the place of this one (version 3.57, against a server on loopback, 64
-requests at once): 2.4 ms of CPU per question instead of 0.16, with a picture 15 instead of 6.5; it reads a reply of
-any size (400 MiB cost 640 MiB of memory; here a reply ends at 1 MiB); and it sleeps through a Retry-After that is
-longer than the batch's time, where this one gives up at once.
+We measured the official openai client in place of this client (version 3.57, server on loopback, 64 concurrent
+requests). It takes 2.4 ms of CPU per question, and this client 0.16 ms; with a picture 15 ms, and this client 6.5 ms.
+It reads replies of any size (400 MiB cost 640 MiB of memory); this client stops at 1 MiB. It waits for a Retry-After
+that exceeds the batch's time; this client gives up at once.
 """
 
 import asyncio
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _OUTAGES = frozenset(("connection", "timeout", "http_429", "http_5xx", "no_chat"))
-"""Causes that may pass, and that say the server is not well."""
+"""Causes that may be temporary and that indicate a fault of the server."""
 _MAX_REPLY_BYTES = 1 << 20
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 _GRACE_S = 1.0
-"""How much longer than its deadline a batch may take to give up, if the engine's thread gets no CPU."""
+"""Extra time after a batch's deadline before the caller gives up, for an engine thread that is starved of CPU."""
 _LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 
 
@@ -57,9 +57,9 @@ def ask(
     cache: ReplyCache | None = None,
     deadline: float | None = None,
 ) -> list[Reply | Failure]:
-    """A reply or failure per question, in order, by the deadline (`time.monotonic()`; None: step_s from now).
+    """A reply or failure per question, in order, by the deadline (`time.monotonic()`; None: in step_s seconds).
 
-    Equal questions of a batch are asked once. Raises ValueError if the key's environment variable is not set.
+    Equal questions of a batch are sent once. Raises ValueError if the key's environment variable is not set.
     """
     key = endpoint.key()
     meter.started()
@@ -86,7 +86,7 @@ def ask(
 
 
 def _kept(asked: Mapping[str, Question], cache: ReplyCache | None) -> dict[str, Reply]:
-    """The replies that the cache has, by key."""
+    """Key -> reply, for the questions in the cache."""
     found = cache.get(list(asked)) if cache is not None else {}
     return {
         name: Reply(choice, cached=True) for name, choice in found.items() if choice in asked[name].choices
@@ -94,13 +94,13 @@ def _kept(asked: Mapping[str, Question], cache: ReplyCache | None) -> dict[str, 
 
 
 def close() -> None:
-    """Stop this process's engines and close their connections; the next question starts them again."""
+    """Stop this process's engines and close their connections. The next question starts them again."""
     for engine in (_engines.drop() or {}).values():
         engine.close()
 
 
 class _Step:
-    """A batch under way: its questions by key, its spending, its outcomes."""
+    """A running batch: its questions by key, its cost and its outcomes."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class _Step:
         return self.deadline - time.monotonic()
 
     def spent(self) -> str:
-        """Which limit is used up; "" if none is. Requests in flight may still go beyond a limit on tokens."""
+        """The limit that is used up, or "". Requests in flight may still exceed a limit on tokens."""
         limits, meter = self.limits, self.meter
         for name, used, limit in (
             ("step_calls", self.calls, limits.step_calls),
@@ -142,7 +142,7 @@ class _Step:
 
 
 class _Engine:
-    """Connections to one server, and the thread whose event loop runs them."""
+    """Connections to one server, and the thread with their event loop."""
 
     def __init__(self, base_url: str, key: str) -> None:
         import aiohttp
@@ -150,21 +150,21 @@ class _Engine:
         self.url, self.key = f"{base_url.rstrip('/')}/chat/completions", key
         self.session: aiohttp.ClientSession | None = None
         self.constrained = True
-        """Sends vLLM's structured_outputs, until the server refuses the field."""
+        """Whether to send vLLM's structured_outputs. Set to False after the server refuses the field."""
         self.breaker, self.slots = Breaker(), Slots()
-        self.jitter = random.Random()  # its own: a seeded run's draws must not depend on a judge's health
+        self.jitter = random.Random()  # a separate generator keeps a seeded run independent of the judge
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="judge", daemon=True)
         self.thread.start()
 
     def run(self, step: _Step) -> None:
-        """Fill the step's outcomes until it is done or its deadline is over."""
+        """Fill the step's outcomes until the step is done or its deadline has passed."""
         future = asyncio.run_coroutine_threadsafe(self._run(step), self.loop)
         try:
             future.result(max(0.0, step.left_s()) + _GRACE_S)
-        except (TimeoutError, CancelledError):  # cancelled: the engine is being closed
+        except (TimeoutError, CancelledError):  # cancelled, because the engine is being closed
             future.cancel()
-            step.outcomes = dict(step.outcomes)  # the engine may still be filling the other one
+            step.outcomes = dict(step.outcomes)  # a copy, because the engine may still write to the original
         except BaseException:
             future.cancel()
             raise
@@ -195,11 +195,13 @@ class _Engine:
 
         return aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self.key}", "Accept-Encoding": "identity"},
-            # vLLM hangs up on connections that were idle for 5 s; one that is reused then fails.
+            # vLLM closes connections that were idle for 5 s. A request on such a connection fails.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
-            timeout=aiohttp.ClientTimeout(total=None),  # each request as a whole has one: a server may drip
+            timeout=aiohttp.ClientTimeout(
+                total=None
+            ),  # each request has a total time limit: a server may reply slowly
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=urlsplit(self.url).hostname not in _LOOPBACK,  # no proxy between us and ourselves
+            trust_env=urlsplit(self.url).hostname not in _LOOPBACK,  # no proxy for loopback
         )
 
     async def _run(self, step: _Step) -> None:
@@ -214,7 +216,7 @@ class _Engine:
         except TimeoutError:
             waited = time.monotonic() - began
             if step.calls and not step.replies and waited >= _PAUSE_S:
-                self.breaker.trip()  # a whole batch's time for nothing: the next one shall not wait as long
+                self.breaker.trip()  # the whole batch got no reply: the next batch must not wait as long
 
     async def _work(self, step: _Step, todo: Iterator[tuple[str, Question]]) -> None:
         for key, question in todo:
@@ -224,7 +226,7 @@ class _Engine:
                 await asyncio.to_thread(step.cache.put, key, step.model, outcome.choice, outcome.tokens)
 
     async def _settle(self, step: _Step, question: Question) -> Reply | Failure:
-        """The question's reply, or why there is none after all retries."""
+        """The question's reply, or the failure after all retries."""
         tries = step.limits.max_retries + 1
         outcome: Reply | _Problem
         for attempt in range(tries):
@@ -234,7 +236,9 @@ class _Engine:
                     return Failure("budget", spent)
                 admitted = await self.breaker.admit()
                 if admitted == "refuse":
-                    return Failure("circuit_open", f"{self.url} failed several times in a row; not asked")
+                    return Failure(
+                        "circuit_open", f"{self.url} failed several times in a row; no request was sent"
+                    )
                 try:
                     outcome = await self._attempt(step, question)
                 except BaseException:  # the batch's deadline, most likely
@@ -270,7 +274,7 @@ class _Engine:
         step.called()
         try:
             async with asyncio.timeout(step.limits.timeout_s):
-                # Pictures are encoded and the request written out in a thread: the loop serves others meanwhile.
+                # A thread encodes the pictures and serialises the request, so that the loop can serve other requests.
                 body = await asyncio.to_thread(body_of, step.model, question, self.constrained)
                 async with self.session.post(
                     self.url,
@@ -296,7 +300,7 @@ class _Engine:
 
 @dataclass(frozen=True)
 class _Problem:
-    """An attempt that brought no reply, and the pause that the server asks for, in seconds."""
+    """A failed attempt, and the pause that the server requests, in seconds."""
 
     cause: str
     detail: str
@@ -310,7 +314,7 @@ def _cause_of(status: int) -> str:
 
 
 def _wait_s(response: "aiohttp.ClientResponse") -> float:
-    """Seconds that Retry-After asks for, as a number or a date; 0 if it does not."""
+    """Seconds from Retry-After, which holds a number or a date; 0 without the header."""
     asked = response.headers.get("Retry-After", "").strip()
     if asked.isascii() and asked.isdecimal():
         return float(asked[:9])
@@ -321,7 +325,7 @@ def _wait_s(response: "aiohttp.ClientResponse") -> float:
 
 
 async def _content(response: "aiohttp.ClientResponse") -> bytes:
-    """The body, or as much of it as any chat completion has."""
+    """The body, up to the largest accepted size of a reply."""
     content = b""
     async for chunk in response.content.iter_any():
         content += chunk

@@ -1,4 +1,4 @@
-"""The judges: of a thought, of an answer that no rule can check, of whether thinking was needed at all."""
+"""The judges: of a thought, of an answer that rules cannot check, and of the need to think."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ __all__ = ["CRITERIA", "AnswerJudge", "Judge", "JudgingReward", "VisionJudge", "
 
 @dataclass(frozen=True)
 class VisionJudge(Judge):
-    """Whether a thought is good: one verdict on all criteria, or the mean of one verdict per criterion.
+    """Scores a thought: one verdict on all criteria, or the mean of one verdict per criterion.
 
     Source: verdict "holistic" is the thinking reward of SAIL-VL2 (arXiv:2509.14033), stage 5: one judgement, 0 or 1,
     over logical soundness, factual grounding and consistency of the answer. Verdict "mean" is SAIL-RL's
@@ -37,7 +37,7 @@ class VisionJudge(Judge):
     'nothing to judge: no thought'
 
     A thinking completion without a thought scores 0 and costs no request. Raises ValueError for an unknown
-    verdict or criterion, or a limit below its least.
+    verdict or criterion, or a limit below its minimum.
     """
 
     kind: ClassVar[str] = "vision_judge"
@@ -50,12 +50,12 @@ class VisionJudge(Judge):
         object.__setattr__(self, "criteria", tuple(self.criteria))
         unknown = [name for name in self.criteria if name not in CRITERIA]
         if unknown or not self.criteria:
-            raise ValueError(f"criteria={list(self.criteria)}: some of {', '.join(CRITERIA)}, at least one")
+            raise ValueError(f"criteria={list(self.criteria)}: give at least one of {', '.join(CRITERIA)}")
         if self.verdict not in ("holistic", "mean"):
-            raise ValueError(f'verdict={self.verdict!r}: either "holistic" or "mean"')
+            raise ValueError(f'verdict={self.verdict!r}: it must be "holistic" or "mean"')
 
     def _asked(self) -> dict[str, str]:
-        """The questions' texts, by their names."""
+        """Name of each question -> its text."""
         if self.verdict == "mean":
             return {name: CRITERIA[name] for name in self.criteria}
         return {"holistic": " ".join((HOLISTIC, *(CRITERIA[name] for name in self.criteria)))}
@@ -95,9 +95,9 @@ class AnswerJudge(Judge):
     Source: SAIL-VL2 (arXiv:2509.14033), answer reward: "for tasks with no deterministic check, a
     vision-language judge gives it".
 
-    The judge sees the question, the gold (and those in meta["answers"]) and what counts as the answer under
-    the format contract: a box's content, or the whole text of a direct completion without one. The gold's
-    own words are right, and a missing answer is wrong, without a request.
+    The judge sees the question, the gold answer (and the alternatives in meta["answers"]) and the completion's answer
+    under the format contract: the content of the box, or the whole text of a direct completion without a box. An answer
+    equal to the gold's text is right without a request, and a missing answer is wrong without a request.
 
     >>> row = Example("row-1", "Who painted it?", "Vincent van Gogh", "think", verifier="judge")
     >>> reward = AnswerJudge("http://127.0.0.1:8100/v1", "judge")
@@ -109,7 +109,7 @@ class AnswerJudge(Judge):
 
     kind: ClassVar[str] = "answer_judge"
     show_images: bool = False
-    """Show the judge the row's images too: for golds that mean nothing without them."""
+    """Show the row's images to the judge, for gold answers that depend on them."""
 
     def _wording(self) -> tuple[str, ...]:
         return (ANSWER_SYSTEM, ANSWER_ASKED)
@@ -152,12 +152,12 @@ class AnswerJudge(Judge):
 
 @dataclass(frozen=True)
 class JudgingReward(Judge):
-    """1 if the completion thought exactly where thinking was warranted, else 0.
+    """1 if the completion has a thought exactly when the question needs one, else 0.
 
     Source: SAIL-RL (arXiv:2511.02280), judging reward, which "adaptively determines whether deep reasoning or
-    direct answering is appropriate". Ours: a judge decides from question and images alone whether thinking is
-    needed, so the completion cannot talk it round and a group costs one request; a row that already knows
-    says so in meta["needs_thinking"]. A completion thought if it holds a thought that is not empty.
+    direct answering is appropriate". Ours: a judge decides only from the question and images whether thinking is
+    needed. So the completion cannot manipulate the judge, and a group costs one request. meta["needs_thinking"] of a
+    row replaces the judge's decision. A completion counts as thinking if it has a non-empty thought.
 
     >>> row = Example("row-1", "What is 17 * 23?", "391", "think", meta={"needs_thinking": True})
     >>> reward = JudgingReward("http://127.0.0.1:8100/v1", "judge")

@@ -11,7 +11,7 @@ from rewards.judge.questions import Failure
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a batch. None is no limit. Limits on the run count over the life of this process."""
+    """Limits of a batch; None means no limit. Limits on the run apply over the life of this process."""
 
     timeout_s: float = 30.0
     max_retries: int = 2
@@ -26,16 +26,16 @@ class Limits:
 
 @dataclass
 class Meter:
-    """The cost of one judge in this process, for metrics and for the limits on the run."""
+    """The cost of one judge in this process, for metrics and for limits on the run."""
 
     calls: int = 0
     """HTTP requests sent, including failed ones."""
     cache_hits: int = 0
     retries: int = 0
     tokens: int = 0
-    """As the server counts them. If it does not, a quarter of the characters, without pictures."""
+    """Tokens as reported by the server. Without a report, a quarter of the characters, pictures not counted."""
     seconds: float = 0.0
-    """Time during which at least one batch was waiting."""
+    """Total time during which at least one batch was waiting."""
     failures: Counter[str] = field(default_factory=Counter)
     """Questions without a reply, by cause."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -43,7 +43,7 @@ class Meter:
     _since: float = 0.0
 
     def add(self, *, calls: int = 0, cache_hits: int = 0, retries: int = 0, tokens: int = 0) -> None:
-        """Count; from any thread."""
+        """Add to the counts. Any thread may call this."""
         with self._lock:
             self.calls += calls
             self.cache_hits += cache_hits
@@ -56,14 +56,14 @@ class Meter:
             self.failures.update(failure.cause for failure in failures)
 
     def started(self) -> None:
-        """A batch begins to wait."""
+        """Record that a batch begins to wait."""
         with self._lock:
             if not self._waiting:
                 self._since = time.monotonic()
             self._waiting += 1
 
     def ended(self) -> None:
-        """A batch is done."""
+        """Record that a batch is done."""
         with self._lock:
             self._waiting -= 1
             if not self._waiting:

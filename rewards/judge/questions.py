@@ -22,9 +22,9 @@ CAUSES = (
     "circuit_open",
     "budget",
 )
-"""Why a question has no reply. no_chat: HTTP 200, but no chat completion; no_choice: none of the words."""
+"""Causes of a missing reply. no_chat: HTTP 200 without a chat completion; no_choice: a reply that is not a choice."""
 _FORMAT = 1
-"""Part of the cache's keys: raise it when requests are written in another way."""
+"""Part of the cache's keys. Increase it when the format of requests changes."""
 _REPLY_TOKENS = 8
 
 
@@ -48,20 +48,20 @@ class Endpoint:
             return "EMPTY"
         key = os.environ.get(self.api_key_env)
         if not key:
-            raise ValueError(f"api_key_env={self.api_key_env!r}: that environment variable is not set")
+            raise ValueError(f"api_key_env={self.api_key_env!r}: this environment variable is not set")
         return key
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PIL picture; equal to any other with the same pixels."""
+    """A PIL picture. Two pictures are equal if their pixels are equal."""
 
     digest: str
     image: Any = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, image: Any) -> "Picture":
-        """The picture, its pixels read once."""
+        """The picture of a PIL image. Its pixels are read once."""
         plain = image.convert("RGB")
         return cls(hashlib.sha256(f"{plain.size}".encode() + plain.tobytes()).hexdigest(), image)
 
@@ -83,7 +83,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """The model's choice. `tokens` is its cost: 0 from the cache."""
+    """The model's choice. `tokens` is its cost; it is 0 for a reply from the cache."""
 
     choice: str
     tokens: int = 0
@@ -102,7 +102,7 @@ class Failure:
 
 
 def key_of(model: str, question: Question) -> str:
-    """The model, every word of the request and the pictures' pixels, as a hash."""
+    """A hash of the model's name, the request's text and the pictures' pixels."""
     parts = (
         _FORMAT,
         model,
@@ -116,15 +116,15 @@ def key_of(model: str, question: Question) -> str:
 
 
 def reply_of(content: bytes, question: Question) -> tuple[Reply | Failure, int]:
-    """The reply in a chat completion, and the tokens that it cost, whatever it says.
+    """The reply in a chat completion, and its cost in tokens, also for a failure.
 
-    Only one of the question's words counts as a reply, at most with a full stop or quotes.
+    A reply must be one of the question's choices, with at most a full stop or quotes around it.
     """
     try:
         reply = json.loads(content)
         said = reply["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        return Failure("no_chat", f"no chat completion ({type(error).__name__}): {content[:80]!r}"), 0
+        return Failure("no_chat", f"not a chat completion ({type(error).__name__}): {content[:80]!r}"), 0
     usage = reply.get("usage")
     tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
     if not isinstance(tokens, int) or tokens < 0:
@@ -150,12 +150,12 @@ def body_of(model: str, question: Question, constrained: bool) -> bytes:
         "temperature": 0.0,
         "max_tokens": _REPLY_TOKENS,
     }
-    if constrained:  # vLLM: the reply can be nothing else. Other servers ignore the field, or refuse it.
+    if constrained:  # vLLM restricts the reply to these choices. Other servers ignore or refuse the field.
         request["structured_outputs"] = {"choice": list(question.choices)}
     return json.dumps(request).encode()
 
 
-@lru_cache(maxsize=32)  # a picture is asked about several times in a row: per criterion, per completion
+@lru_cache(maxsize=32)  # the same picture occurs in several requests: per criterion and per completion
 def _data_url(picture: Picture) -> str:
     buffer = io.BytesIO()
     picture.image.convert("RGB").save(buffer, format="PNG", compress_level=1)

@@ -1,14 +1,14 @@
-r"""Untrusted text as data for a judge: tags disarmed, every line quoted, blocks under marks that cannot be forged.
+r"""Quotes untrusted text for a judge: disarms tags, quotes every line, and puts unforgeable marks around blocks.
 
-A policy under RL learns to write to its judge if it can. Three layers work without the judge's help:
+Under RL, a policy learns to address its judge if that is possible. Three layers protect the judge:
 
-- `disarm` breaks everything that a chat template or a reader could take for markup: tags, also in full-width and other
+- `disarm` breaks text that a chat template or a reader could take for markup: tags, also with full-width and other
   look-alike brackets, and chat tokens. It removes invisible characters (zero-width and tag characters, direction
-  marks), which could hide them, and leaves out long encoded runs.
-- Every line begins with `| `, so that no line of the text opens a turn, a heading or a block. Source: data
+  marks), which could hide markup, and it leaves out long encoded runs.
+- Every line begins with `| `, so that a line of the text cannot open a turn, a heading or a block. Source: data
   marking, Hines et al. 2024 (arXiv:2403.14720, "spotlighting").
-- The marks around a block carry a code, a hash of everything in the blocks. The author of a text cannot know it,
-  and equal texts still give equal requests, which the cache needs.
+- The marks around a block carry a code, which is a hash of the contents of all blocks. The author of a text cannot know
+  the code. Equal texts still give equal requests, which the cache needs.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ def quoted(blocks: Mapping[str, str]) -> str:
 
 
 def _without_code(found: re.Match) -> str:
-    """A note in place of a long run of base64 or the like; a long number or word stays."""
+    """Replace a long run of base64 or a similar code by a note. Long numbers and words stay."""
     run = found[0]
     if all(kind.search(run) for kind in _MIXED):
         return f"({len(run)} characters of code left out)"

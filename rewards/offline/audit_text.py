@@ -1,4 +1,4 @@
-"""A judge's audit for people: a table for the terminal, a Markdown document."""
+"""A judge's audit as text: a table for the terminal, and a Markdown document."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def markdown(found: Mapping[str, Any]) -> str:
         "",
         "The start-up check refuses this judge: " + found["canaries"]["refused"]
         if found["canaries"]["refused"]
-        else "The start-up check takes this judge.",
+        else "The start-up check accepts this judge.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def sum_of_rows(found: Mapping[str, Any]) -> int:
-    """How many rows the audit was given."""
+    """Number of rows in the audit."""
     return found["rows"]["good"] + found["rows"]["wrong"]
 
 

@@ -1,4 +1,4 @@
-"""`posttrain diff`: shows which verdicts changed between two scored files, to try a new reward on old rollouts."""
+"""`posttrain diff`: shows which verdicts differ between two scored files, such as of an old and a new reward."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from core.strict import ConfigError
 from rewards.offline.rows import Line, printable, read_lines
 
 TOLERANCE = 1e-9
-"""Scores that differ by less are the same."""
+"""Scores that differ by less are equal."""
 NO_ROW = "row"
-"""Stands for a reward where a line became an error, or stopped being one."""
+"""In place of a reward's name, for a line that is an error in only one of the two files."""
 
 
 def compare(before: Path, after: Path, on_change: Any = None) -> dict[str, Any]:
     """Totals of the changes between two outputs of `posttrain score` for one input.
 
-    Line n is compared with line n. Where both name an id and the ids differ, or one file has ended, the lines are
-    counted as unmatched and not compared. A verdict has changed if its score or status has.
+    Line n is compared with line n. If both lines have ids and the ids differ, or if one file has ended, the lines are
+    counted as unmatched and not compared. A verdict has changed if its score or status has changed.
 
     Args:
-        on_change: called with each change: line, id, reward, before and after (a verdict, or None where that
-            file has none). Nothing is kept, so that memory does not grow with the files.
+        on_change: called with each change: line, id, reward, before and after (a verdict, or None for a missing
+            verdict). Changes are not stored, so that memory does not grow with the files.
 
-    Returns lines, unmatched, and by reward: compared, changed, up, down, scored (had no score before), unscored.
+    Returns lines, unmatched, and per reward: compared, changed, up, down, scored (without a score before), unscored
+    (without a score after).
     """
     for path in (before, after):
         if not path.is_file():
-            raise ConfigError(f"{path}: no such file; diff compares two outputs of `posttrain score`")
+            raise ConfigError(
+                f"{path}: there is no such file; diff compares two outputs of `posttrain score`"
+            )
     totals: dict[str, Any] = {"lines": 0, "unmatched": 0, "rewards": {}}
     for old, new in zip_longest(read_lines(before), read_lines(after)):
         totals["lines"] += 1
@@ -99,7 +102,7 @@ def _score(verdict: Any) -> float | None:
 
 
 def run(before: Path, after: Path, limit: int, as_json: bool) -> None:
-    """The command: print totals and the first changes, or all of them as JSON."""
+    """The command: print totals and the first changes, or all changes as JSON."""
     import json
 
     from core.console import new_console
@@ -124,7 +127,7 @@ def run(before: Path, after: Path, limit: int, as_json: bool) -> None:
         words.append(f"the first {len(changes)} are shown; --limit shows more, --json all")
     if totals["unmatched"]:
         words.append(
-            f"{totals['unmatched']} lines hold different rows and were not compared: were both scored from one input?"
+            f"{totals['unmatched']} lines hold different rows and were not compared; score both files from one input"
         )
     console.print("; ".join(words), markup=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""`posttrain rewards test`: a reward on a data set's gold answers and on corrupted ones (rewards.selftest)."""
+"""`posttrain rewards test`: tests a reward on a data set's gold answers and on corrupted answers (rewards.selftest)."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from rewards.offline.score import load
 from rewards.selftest import Failure, self_test
 
 SHOWN = 10
-"""Lines about failures, one per kind of completion."""
+"""Most lines about failures; there is one line per kind of completion."""
 CLAIMS = {
-    "answer": "gold answers, empty and corrupted ones earn what they should",
+    "answer": "gold answers score 1, empty and corrupted answers score 0",
     "form": "gold answers earn 1 and empty ones 0",
     "runs": "every completion gets a verdict",
     "skip": "gold answers earn 1 and empty ones 0",
 }
-"""The result of a test without failures, by the reward's level (rewards.selftest)."""
+"""Level of the reward (rewards.selftest) -> result of a test without failures."""
 
 
 class SelfTestFailed(RuntimeError):
-    """A reward does not earn what it should; the failures were printed."""
+    """A reward gives wrong scores. The failures were printed."""
 
 
 class Examples(Sequence[Example]):
-    """Rows of a data set as a reward sees them, made at each access. `numbers` are their places in the file."""
+    """Rows of a data set as examples, created on each access. `numbers` are their positions in the file."""
 
     def __init__(
         self, rows: Sequence[Any], numbers: Sequence[int], example_of: Any, mode: str | None
@@ -53,7 +53,7 @@ class Examples(Sequence[Example]):
         return dataclasses.replace(example, mode=self._mode) if self._mode else example
 
     def take(self, places: Sequence[int]) -> Examples:
-        """The rows at these places."""
+        """The rows at these indices."""
         return Examples(
             [self.rows[place] for place in places],
             [self.numbers[place] for place in places],
@@ -97,7 +97,7 @@ def _records(data: str, split: str, rows: int | None, seed: int) -> Any:
             raise
         return load_records(
             data, split
-        )  # it may have fewer rows than asked for; for any other cause this raises too
+        )  # the set may have fewer rows than requested; any other fault raises again here
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
 
@@ -112,7 +112,7 @@ def run(
     mode: str | None,
     split: str,
 ) -> None:
-    """The command. Raises SelfTestFailed if anything did not earn what it should, ConfigError if nothing was tested."""
+    """The command. Raises SelfTestFailed if a score is wrong, and ConfigError if nothing was tested."""
     reward = load(name, params, [Path.cwd()])
     examples = _chosen(
         load_examples(data, split, rows, seed, mode), getattr(reward, "contract_of", None), rows, seed
@@ -132,7 +132,7 @@ def run(
 
 
 def _chosen(examples: Examples, contract: str | None, rows: int | None, seed: int) -> Examples:
-    """The rows under the reward's contract, and of them a random sample."""
+    """A random sample of the rows whose mode has the reward's contract."""
     places = [place for place in range(len(examples)) if contract in (None, examples[place].mode)]
     if rows is not None and rows < len(places):
         places = sorted(random.Random(seed).sample(places, rows))
@@ -140,7 +140,7 @@ def _chosen(examples: Examples, contract: str | None, rows: int | None, seed: in
 
 
 def _by_case(failures: Sequence[Failure], numbers: Sequence[int]) -> Iterator[str]:
-    """A line per kind of completion that did not earn what it should: how often, and the first one."""
+    """One line per kind of completion with wrong scores: the number of rows, and the first failure."""
     cases: dict[str, list[Failure]] = {}
     for failure in failures:
         cases.setdefault(failure.case, []).append(failure)
@@ -154,9 +154,9 @@ def _rows(count: int) -> str:
 
 
 def _claims(level: str, examples: Sequence[Example]) -> Iterator[str]:
-    """The result of a test without failures, and the rows that it is about."""
+    """The result of a test without failures, with the number of rows."""
     unruled = sum(cell_of(example)[1] == "judged" for example in examples) if level == "answer" else 0
     if unruled < len(examples):
         yield f"{_rows(len(examples) - unruled)}; {CLAIMS[level]}"
     if unruled:
-        yield f"{_rows(unruled)} of verifier judge or none got a verdict; no rule says whether it is right"
+        yield f"{_rows(unruled)} of verifier judge or none got a verdict; rules cannot check these rows"

@@ -1,17 +1,17 @@
-"""`posttrain judge-audit`: how far a judge can be trusted, measured on labelled thoughts (rewards.offline.labelled).
+"""`posttrain judge-audit`: measures the reliability of a judge on labelled thoughts (rewards.offline.labelled).
 
-The judge finds a row good if it says yes to every criterion.
+The judge finds a row good if it answers yes to every criterion.
 
-| measure | of |
+| measure | definition |
 |---|---|
 | agreement, kappa | all rows: label against verdict |
 | false positives | wrong rows that the judge finds good; a policy would be rewarded for them |
 | false negatives | good rows that the judge finds wrong |
 | order | rows whose verdict changes when the judge is offered "no or yes" instead of "yes or no" |
 | length | wrong rows that become good when neutral sentences make the thought longer |
-| injection | wrong rows that become good when the thought talks to the judge |
+| injection | wrong rows that become good when the thought addresses the judge |
 
-Criteria are asked one per request, so their order cannot matter. Shares come with 95% Wilson intervals.
+Each request asks about one criterion, so the order of criteria has no effect. Shares have 95% Wilson intervals.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
 
 
 def audit(judge: VisionJudge, rows: Sequence[Labelled], report: Report = lambda text: None) -> dict[str, Any]:
-    """All measures, as audit.json holds them (see `Share.to_dict` for its shares).
+    """All measures, in the format of audit.json (see `Share.to_dict` for shares).
 
-    Raises AuditError if the judge answered about no row.
+    Raises AuditError if all rows are without a verdict.
     """
-    # Per criterion, as the measures are. A judge that the start-up check would refuse is measured all the same.
+    # One request per criterion, as the measures need. A judge that fails the start-up check is measured as well.
     judge = replace(judge, canaries=False, verdict="mean")
     refused = _refused(judge)
     verdicts = _verdicts(judge, rows, "rows", report)
@@ -84,7 +84,7 @@ def audit(judge: VisionJudge, rows: Sequence[Labelled], report: Report = lambda 
         (row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if verdict.score is not None
     ]
     if not judged:
-        raise AuditError(f"the judge answered about no row: {verdicts[0].reason}")
+        raise AuditError(f"the judge did not give a verdict on any row: {verdicts[0].reason}")
     caught = [row for row, verdict in judged if not row.good and not _found_good(verdict)]
     return {
         "written": now(),
@@ -112,7 +112,7 @@ def audit(judge: VisionJudge, rows: Sequence[Labelled], report: Report = lambda 
 
 
 def _agreement(judge: VisionJudge, judged: Sequence[Judged]) -> dict[str, Any]:
-    """Labels against verdicts, and each criterion's share of yes."""
+    """Agreement of labels and verdicts, and each criterion's share of yes."""
     pairs = [(row.good, _found_good(verdict)) for row, verdict in judged]
     return {
         "agreement": _share(good == found for good, found in pairs),
@@ -130,7 +130,7 @@ def _agreement(judge: VisionJudge, judged: Sequence[Judged]) -> dict[str, Any]:
 
 
 def _order(judge: VisionJudge, judged: Sequence[Judged], report: Report) -> dict[str, Any]:
-    """Verdicts when the judge is offered yes and no in the other order."""
+    """Verdicts when yes and no are offered in the other order."""
     swapped = replace(judge, choices=judge.choices[::-1])
     other = _verdicts(swapped, [row for row, _ in judged], "the other order", report)
     both = [(v, w) for (_, v), w in zip(judged, other, strict=True) if w.score is not None]
@@ -142,7 +142,7 @@ def _order(judge: VisionJudge, judged: Sequence[Judged], report: Report) -> dict
 
 
 def _length(judge: VisionJudge, caught: Sequence[Labelled], report: Report) -> dict[str, Any]:
-    """Wrong rows that were caught, with neutral sentences before their thoughts."""
+    """Wrong rows that the judge found wrong, repeated with neutral sentences before their thoughts."""
     padded = [_with(row, PADDING * _PADDED_TIMES, before=True) for row in caught]
     longer = _verdicts(judge, padded, "longer", report)
     return {
@@ -152,7 +152,7 @@ def _length(judge: VisionJudge, caught: Sequence[Labelled], report: Report) -> d
 
 
 def _injection(judge: VisionJudge, caught: Sequence[Labelled], report: Report) -> dict[str, Any]:
-    """Wrong rows that were caught, with words to the judge: each row gets one injection, in turn."""
+    """Wrong rows that the judge found wrong, repeated with an injection. Injections are assigned in turn."""
     injections = [name for name, text in INJECTIONS.items() if text]
     names = [injections[place % len(injections)] for place in range(len(caught))]
     changed = [_with(row, INJECTIONS[name]) for row, name in zip(caught, names, strict=True)]
@@ -172,7 +172,7 @@ def _injection(judge: VisionJudge, caught: Sequence[Labelled], report: Report) -
 
 
 def run(judge: VisionJudge, data: Path, out: Path, rows: int | None, report: Report) -> dict[str, Any]:
-    """Measure the judge on a file and write audit.json and audit.md; replies are kept in replies.sqlite3."""
+    """Measure the judge on a file and write audit.json and audit.md. Replies are cached in replies.sqlite3."""
     labelled = load_labelled(data, rows)
     judge = judge if judge.cache else replace(judge, cache=str(out / CACHE))
     found = {"data": str(data), **audit(judge, labelled, report)}
@@ -182,7 +182,7 @@ def run(judge: VisionJudge, data: Path, out: Path, rows: int | None, report: Rep
 
 
 def _refused(judge: VisionJudge) -> str:
-    """Why the start-up check refuses the judge; "" if it does not. Raises AuditError if it cannot be asked."""
+    """The reason why the start-up check refuses the judge, or "". Raises AuditError if the judge does not answer."""
     try:
         checked = judge.check_canaries()
     except JudgeRefused as error:
@@ -215,7 +215,7 @@ def _share(flags: Any) -> dict[str, Any]:
 
 
 def _with(row: Labelled, text: str, before: bool = False) -> Labelled:
-    """The row with a text in its thought, at the end or at the beginning."""
+    """The row with a text added to its thought, at the end or at the beginning."""
     opened, tag, rest = row.completion.partition("<think>")
     if before:
         completion = f"{opened}{tag}{text}{rest}" if tag else f"{text}{row.completion}"

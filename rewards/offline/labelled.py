@@ -1,4 +1,4 @@
-"""Completions whose thoughts people, or a generator, have labelled good or wrong.
+"""Completions with thoughts that people or a generator have labelled good or wrong.
 
 Rows are records of corpus.records with meta["label"] (the completion is the response, or the chain and answer), or
 JSONL lines `{"question", "completion", "label"}`, optionally with `id`, `gold`, `mode` ("think" by default) and
@@ -25,12 +25,12 @@ LABELS = {
 
 
 class AuditError(ValueError):
-    """The rows cannot be used, or the judge answered about none of them; the message says what to do."""
+    """The rows are unusable, or the judge did not answer. The message gives a remedy."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A completion and whether its thought is good."""
+    """A completion, and whether its thought is good."""
 
     completion: str
     example: Example
@@ -38,7 +38,7 @@ class Labelled:
 
 
 def load_labelled(path: Path, rows: int | None = None) -> list[Labelled]:
-    """The labelled rows of a JSONL file, or of anything corpus.records reads.
+    """The labelled rows of a JSONL file, or of any source that corpus.records reads.
 
     Raises AuditError naming file and row for a row without a label, a question or a completion.
     """
@@ -49,7 +49,7 @@ def load_labelled(path: Path, rows: int | None = None) -> list[Labelled]:
             _of_record(path, place, record) for place, record in enumerate(load_records(path, rows=rows))
         ]
     if not labelled:
-        raise AuditError(f"{path}: no row")
+        raise AuditError(f"{path}: the file has no rows")
     return labelled
 
 
@@ -64,7 +64,9 @@ def _lines(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
             except ValueError as error:
                 raise AuditError(f"{path}:{number}: not a JSON line ({error})") from None
             if not isinstance(line, dict):
-                raise AuditError(f"{path}:{number}: a line is an object with question, completion and label")
+                raise AuditError(
+                    f"{path}:{number}: a line must be an object with question, completion and label"
+                )
             lines.append((number, line))
     return lines
 
@@ -73,13 +75,13 @@ def _of_line(path: Path, number: int, line: Mapping[str, Any]) -> Labelled:
     where = f"{path}:{number}"
     for name in ("question", "completion"):
         if not isinstance(line.get(name), str):
-            raise AuditError(f"{where}: {name}={line.get(name)!r:.60}: it must be a text")
+            raise AuditError(f"{where}: {name}={line.get(name)!r:.60}: it must be text")
     images = line.get("images") or []
     if not isinstance(images, list):
         raise AuditError(f"{where}: images={images!r:.60}: it must be a list of paths")
     mode = line.get("mode", "think")
     if mode not in ("think", "direct"):
-        raise AuditError(f'{where}: mode={mode!r}: a row is either "think" or "direct"')
+        raise AuditError(f'{where}: mode={mode!r}: it must be "think" or "direct"')
     example = Example(
         id=str(line.get("id", number)),
         question=line["question"],
@@ -92,7 +94,7 @@ def _of_line(path: Path, number: int, line: Mapping[str, Any]) -> Labelled:
 
 
 def _image(path: Path, name: Any, where: str) -> Any:
-    """The picture at a path beside the file; nothing outside that folder is opened."""
+    """The picture at a path relative to the file's folder. Paths that leave this folder are refused."""
     from core.model.pictures import Picture
 
     folder = path.resolve().parent
@@ -118,5 +120,5 @@ def _of_record(path: Path, place: int, record: Mapping[str, Any]) -> Labelled:
 def _label(value: Any, where: str, field: str) -> bool:
     word = str(value).strip().lower()
     if word not in LABELS:
-        raise AuditError(f"{where}: {field}={value!r:.60}: it is one of {', '.join(LABELS)}")
+        raise AuditError(f"{where}: {field}={value!r:.60}: it must be one of {', '.join(LABELS)}")
     return LABELS[word]

@@ -1,21 +1,21 @@
-"""Rows of untrusted JSONL files: every line is an object, or a reason why it is not. No line stops the others.
+"""Rows of untrusted JSONL files. A line that is not an object gets an error, and the other lines are still read.
 
 A row of stored completions, as `posttrain score` reads it:
 
-| field | |
+| field | value |
 |---|---|
 | completion | str, the model's text |
 | gold (or answer) | str, the gold answer |
-| prompt (or question) | str, optional; without images |
+| prompt (or question) | str, optional; the text without images |
 | kind (or verifier) | one of rewards.answer.KINDS, optional: how the answer is compared |
 | mode | think or direct, optional; else `--mode`; else think if the prompt or the completion holds a think tag |
 | id | optional; else line-<number> |
 | meta | object, optional: answers, choices |
-| images | paths, optional, from the file's folder; opened when a reward looks at them |
+| images | paths, optional, relative to the file's folder; opened when a reward accesses them |
 | chain, source | str, optional |
 
-A prompt that ends in <think> has opened the thought: its completion is read as if it began with that tag.
-completions.jsonl of an RL stage has these names.
+A prompt that ends in <think> has opened the thought, so its completion is read as if it began with that tag.
+completions.jsonl of an RL stage has these fields.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DEFAULT_KIND = "auto" if "auto" in KINDS else "math"
 
 
 class RowError(ValueError):
-    """A line is not a row; the message gives the reason."""
+    """A line is not a valid row. The message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Line:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Every line of a file, blank ones included; memory for one at a time."""
+    """Every line of a file, with blank lines. Holds one line in memory at a time."""
     group: tuple[Any, ...] = ()
     meta: Any = None
     with path.open("rb") as file:
@@ -85,10 +85,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object that a line is, strictly: NaN, and numbers that Python cannot hold, are refused.
-
-    Raises RowError.
-    """
+    """Parse a line as a JSON object. Raises RowError for any other value, for NaN, and for numbers out of range."""
     if not line.strip():
         raise RowError("an empty line")
     try:
@@ -105,7 +102,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def example_of_row(row: Mapping[str, Any], number: int, folder: Path, mode: str | None = None) -> Example:
-    """The row as a reward sees it; `mode` is for rows that do not name theirs. Raises RowError."""
+    """The row as an example; `mode` applies to rows without a mode. Raises RowError."""
     gold = _text(row, "gold", "answer")
     if gold is None:
         raise RowError('no "gold": the gold answer is missing')
@@ -128,7 +125,7 @@ def example_of_row(row: Mapping[str, Any], number: int, folder: Path, mode: str 
 
 
 def mode_of_row(row: Mapping[str, Any], mode: str | None = None) -> tuple[str, str]:
-    """The mode of a row, and whose word that is: "its own", "--mode", or "its tags". Raises RowError.
+    """The mode of a row, and its source: "its own", "--mode", or "its tags". Raises RowError.
 
     >>> mode_of_row({"completion": "4"}), mode_of_row({"mode": "think", "completion": "4"}, "direct")
     (('direct', 'its tags'), ('think', 'its own'))
@@ -144,7 +141,7 @@ def mode_of_row(row: Mapping[str, Any], mode: str | None = None) -> tuple[str, s
 
 
 def completion_of_row(row: Mapping[str, Any], example: Example) -> str:
-    """The completion, with the opening tag that its prompt has taken from it. Raises RowError."""
+    """The completion, with the opening think tag if the prompt ends in that tag. Raises RowError."""
     completion = _text(row, "completion")
     if completion is None:
         raise RowError('no "completion"')
@@ -153,7 +150,7 @@ def completion_of_row(row: Mapping[str, Any], example: Example) -> str:
 
 
 class Pictures(Sequence[Any]):
-    """Pictures by path, opened when they are looked at: most rewards never do."""
+    """Pictures by path, opened on access. Most rewards do not use pictures."""
 
     def __init__(self, paths: Sequence[str], folder: Path) -> None:
         self.paths, self.folder = paths, folder
@@ -174,7 +171,7 @@ class Pictures(Sequence[Any]):
 
 
 def printable(text: str, chars: int = 80) -> str:
-    """A text for the terminal: one line, cut, and with nothing that would steer the terminal or fail to print."""
+    """A text for the terminal: one shortened line without control characters and unprintable characters."""
     cut = text if len(text) <= chars else f"{text[: chars - 1]}…"
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cut)
 

@@ -1,4 +1,4 @@
-"""`posttrain score`: grades stored completions with any rewards, without a model. Each line in gives a line out."""
+"""`posttrain score`: grades stored completions with any rewards, without a model. One output line per input line."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from rewards.verdict import Verdict
 
 CHUNK_ROWS = 512
 CHUNK_BYTES = 8 << 20
-"""Rows and bytes that are graded together, and held in memory twice."""
+"""Most rows and bytes of a chunk. Up to two chunks are in memory."""
 
 
 class NothingScored(RuntimeError):
-    """No reward could score any row; the causes were printed."""
+    """All rows are without a score. The causes were printed."""
 
 
 def rewards_of(
     names: str, params: Mapping[str, Mapping[str, Any]], folders: Sequence[Path]
 ) -> dict[str, Reward]:
-    """The rewards that a list names, by the names they are shown under.
+    """Label -> reward, for a list of rewards.
 
     Args:
-        names: separated by commas; each a name of rewards.registry, or `shown=name`.
-        params: of some of them, by shown name.
-        folders: where users' own modules are looked for.
+        names: separated by commas; each is a name of rewards.registry, or `label=name`.
+        params: label -> parameters of that reward.
+        folders: folders in which users' own modules are searched.
 
-    Raises ConfigError for an unknown name or a parameter that does not fit.
+    Raises ConfigError for an unknown name or an invalid parameter.
     """
     found: dict[str, Reward] = {}
     for text in filter(None, (part.strip() for part in names.split(","))):
@@ -54,10 +54,10 @@ def rewards_of(
         if not equals:
             use = text
         if shown in found:
-            raise ConfigError(f"--rewards: {shown!r} twice; call one by another name: other={use}")
+            raise ConfigError(f"--rewards: {shown!r} twice; give one of them another label: other={use}")
         found[shown] = load(use, params.get(shown, {}), folders, shown)
     if not found:
-        raise ConfigError("--rewards names none; write some, separated by commas: answer,format")
+        raise ConfigError("--rewards is empty; write names separated by commas: answer,format")
     strange = sorted(set(params) - set(found))
     if strange:
         raise ConfigError(f"--param is for {strange[0]!r}, which --rewards does not name")
@@ -65,7 +65,8 @@ def rewards_of(
 
 
 def load(use: str, params: Mapping[str, Any], folders: Sequence[Path], name: str = "") -> Reward:
-    """One reward, a user's own in a process of its own. Raises ConfigError if it or a parameter is not there."""
+    """Load one reward; a user's own reward runs in a separate process. Raises ConfigError for an unknown name or
+    parameter."""
     try:
         return load_limited(use, params, folders, name=name)
     except (ValueError, TypeError, ImportError, RewardError) as error:
@@ -80,17 +81,17 @@ def score(
     mode: str | None = None,
     on_bytes: Any = None,
 ) -> Summary:
-    """Write every row of a JSONL file with its verdicts under "rewards" to another, in order.
+    """Write every row of a JSONL file, with its verdicts under "rewards", to another file, in order.
 
-    A line that is not a row becomes {"line": number, "error": why}; a reward that raises leaves that one verdict
-    unscorable with the error as its reason. Memory does not grow with the file. The target appears when it is
-    whole; it may be the source.
+    A line that is not a row becomes {"line": number, "error": reason}. If a reward raises, that verdict is unscorable
+    with the error as its reason. Memory does not grow with the file. The target is written atomically, and may be the
+    source file.
 
     Args:
-        rewards: by the names they are shown under.
-        workers: completions that are graded at once.
-        mode: of rows that do not name theirs; None reads it off the row (rewards.offline.rows).
-        on_bytes: called with the bytes done since the last call.
+        rewards: label -> reward.
+        workers: completions graded concurrently.
+        mode: mode of rows without a mode; None derives it from the row (rewards.offline.rows).
+        on_bytes: called with the number of bytes processed since the last call.
     """
     started = time.monotonic()
     summary = Summary(statuses={name: Counter() for name in rewards})
@@ -102,7 +103,7 @@ def score(
                 begun.append(_Chunk.begin(lines, source.parent, rewards, caller, mode))
                 if (
                     len(begun) > 1
-                ):  # one is under way while the last completions of the one before are waited for
+                ):  # a chunk is graded while the last completions of the previous chunk finish
                     begun.pop(0).write(file, summary, on_bytes)
             for chunk in begun:
                 chunk.write(file, summary, on_bytes)
@@ -119,10 +120,10 @@ class _Chunk:
 
     lines: list[Line]
     problems: dict[int, str]
-    """The problem of a bad line, by its place in the chunk."""
+    """Index in the chunk -> error of an invalid line."""
     pending: dict[str, Pending]
     modes: dict[int, tuple[str, str]]
-    """By place in the chunk, the contract of the row and whose word that is."""
+    """Index in the chunk -> mode of the row and source of the mode."""
 
     @classmethod
     def begin(
@@ -164,7 +165,7 @@ class _Chunk:
                 contract = self.modes[place]
                 summary.modes[contract] += 1
                 text = _json(line.row or {}, verdicts, contract[0])
-                problem = "" if text else "nested too deeply to be written"
+                problem = "" if text else "nested too deeply to write"
             if problem:
                 summary.errors += 1
                 summary.count_cause("", problem)
@@ -189,7 +190,7 @@ def _counted(name: str, result: Verdict | RewardError, summary: Summary) -> Verd
 
 
 def _json(row: Mapping[str, Any], verdicts: Mapping[str, Verdict], contract: str) -> str:
-    """The row with its verdicts and the contract that they applied; "" if it is nested too deeply to be written."""
+    """The row with its verdicts and their mode as JSON; "" if the row is nested too deeply to write."""
     scored = {
         name: {
             "score": verdict.score,
@@ -204,7 +205,7 @@ def _json(row: Mapping[str, Any], verdicts: Mapping[str, Verdict], contract: str
         text = json.dumps(whole, ensure_ascii=False)
         text.encode("utf-8")
         return text
-    except UnicodeEncodeError:  # half a surrogate pair has no UTF-8; escaped it can be written
+    except UnicodeEncodeError:  # half a surrogate pair cannot be encoded as UTF-8, so it is escaped
         return json.dumps(whole)
     except RecursionError:
         return ""
@@ -231,7 +232,7 @@ def _chunks(source: Path) -> Iterator[list[Line]]:
 
 @contextmanager
 def _draft(target: Path) -> Iterator[IO[str]]:
-    """A file to write, which takes its place when the block ends without an exception."""
+    """A temporary file, which replaces the target when the block ends without an exception."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -262,7 +263,7 @@ def run(
     from core.console import new_console
 
     if not source.is_file():
-        raise ConfigError(f"--input {source}: no such file")
+        raise ConfigError(f"--input {source}: there is no such file")
     rewards = rewards_of(names, params, [Path.cwd()])
     console = new_console()
     columns = (TextColumn("scoring"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -274,6 +275,6 @@ def run(
         console.print(line, markup=False, soft_wrap=True)
     if summary.rows and not summary.scored and not allow_unscorable:
         raise NothingScored(
-            f"nothing of {summary.rows} rows could be scored, for the causes above; --allow-unscorable accepts that"
+            f"none of the {summary.rows} rows could be scored, for the causes above; --allow-unscorable accepts that"
         )
     return summary

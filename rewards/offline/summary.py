@@ -1,4 +1,4 @@
-"""Counts of a `posttrain score`, and their text."""
+"""Counts of a `posttrain score` run, and their text."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from typing import Any
 from rewards.offline.rows import printable
 
 MOST_CAUSES = 1000
-"""Different causes that are counted; the others are counted together."""
+"""Most causes that are counted separately. Further causes are counted together."""
 SHOWN_CAUSES = 5
 _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
-"""What differs between rows of one cause."""
+"""The variable parts of a cause: numbers and quoted words."""
 
 
 @dataclass
 class Summary:
-    """What was scored."""
+    """Counts of one run."""
 
     rows: int = 0
-    """Lines of the input."""
+    """Number of input lines."""
     errors: int = 0
-    """Of them those that are not rows."""
+    """Number of input lines that are not rows."""
     seconds: float = 0.0
     statuses: dict[str, Counter[str]] = field(default_factory=dict)
     """By reward."""
     sums: Counter[str] = field(default_factory=Counter)
-    """Of scores, by reward."""
+    """Reward -> sum of its scores."""
     scored: Counter[str] = field(default_factory=Counter)
-    """Completions with a score, by reward."""
+    """Reward -> number of completions with a score."""
     raised: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """By reward that raised: how often, and the first error."""
+    """Reward -> number of errors that it raised, and the first error."""
     modes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Rows by mode and whose word that was (rewards.offline.rows.mode_of_row)."""
+    """(mode, source of the mode) -> number of rows (rewards.offline.rows.mode_of_row)."""
     causes: dict[str, Counter[str]] = field(default_factory=dict)
-    """Why rows have no score, by reward; "" for lines that are not rows. Numbers and quoted words are left out."""
+    """Reward -> causes of missing scores; "" -> causes of invalid lines. Numbers and quoted words are left out."""
 
     def count_cause(self, name: str, text: str) -> None:
-        """Count why a row has no score."""
+        """Count the cause of a missing score."""
         cause = _VARIABLE.sub("…", text)[:200]
         causes = self.causes.setdefault(name, Counter())
         causes[cause if cause in causes or len(causes) < MOST_CAUSES else "other causes"] += 1

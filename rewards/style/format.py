@@ -57,7 +57,7 @@ class ThinkTags:
     contract_of: ClassVar[str] = "think"
 
     def __call__(self, completion: str, example: Example) -> Verdict:
-        # The same rules as ThinkFormat's, on a text whose boxes cannot break any.
+        # The rules of ThinkFormat, applied to a text whose boxes cannot break a rule.
         with_one_box = completion.replace(r"\boxed", "") + "\n\\boxed{0}"
         return ThinkFormat(self.thought_open)(with_one_box, example)
 
@@ -82,7 +82,7 @@ class DirectFormat:
 
 @dataclass(frozen=True)
 class Format:
-    r"""The contract of the row's own mode: ThinkFormat for think rows, DirectFormat for direct ones.
+    r"""The contract of the row's mode: ThinkFormat for think rows, DirectFormat for direct rows.
 
     >>> think, direct = (Example("row-1", "What is 2 + 2?", "4", mode) for mode in ("think", "direct"))
     >>> Format()("4", think).score, Format()("4", direct).score
@@ -90,7 +90,7 @@ class Format:
     """
 
     thought_open: bool = False
-    """The chat template has already opened <think>: a think row's completion starts inside the thought."""
+    """Whether the chat template has already opened <think>, so that a think row's completion starts in the thought."""
 
     self_test: ClassVar[str] = "form"
 

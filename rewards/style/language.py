@@ -1,8 +1,8 @@
-r"""Language consistency as a reward: does the thought use the script that the question is written in?
+r"""The language reward: checks that the thought uses the script of the question.
 
-Words are counted: one for a run of letters of an alphabet, one for each character of a script without spaces.
-LaTeX commands, code, tags, numbers, names of variables and abbreviations (fewer than three letters, or capitals
-alone) do not count. Languages that share a script are not told apart.
+A word is a run of letters of an alphabet, or one character of a script without spaces. LaTeX commands, code, tags,
+numbers, names of variables and abbreviations (fewer than three letters, or only capitals) do not count. Languages that
+share a script are not distinguished.
 """
 
 import re
@@ -34,10 +34,10 @@ _ALPHABETS = ("latin", "cyrillic", "greek")
 
 @dataclass(frozen=True)
 class Language:
-    r"""The share of the thought's words that are in the question's script; full marks from `enough` on.
+    r"""The share of the thought's words in the question's script; the score is 1 from the share `enough` on.
 
     Source: DeepSeek-R1 (arXiv:2501.12948), language consistency reward: the share of words in the target
-    language. Differs from it: scripts, not languages, and a stray foreign term costs nothing.
+    language. Differs from it: this reward compares scripts instead of languages, and a few foreign terms cost nothing.
 
     >>> row = Example("row-1", "图中三角形的面积是多少？", "6", "think")
     >>> Language()(r"<think>底是 $a=3$，高是 4，面积为 \frac{1}{2}\cdot 12 = 6。</think> \boxed{6}", row).score
@@ -50,19 +50,19 @@ class Language:
     """
 
     script: str | None = None
-    """The script that every thought must use, one of SCRIPTS; None takes the question's."""
+    """The script that every thought must use, one of SCRIPTS; None: the question's script."""
     enough: float = 0.9
-    """Share of words in that script that earns full marks."""
+    """Share of words in that script from which the score is 1."""
     thought_open: bool = False
-    """The chat template has already opened <think>: the completion starts inside the thought."""
+    """Whether the chat template has already opened <think>, so that the completion starts inside the thought."""
 
     self_test: ClassVar[str] = "runs"
 
     def __post_init__(self) -> None:
         if self.script is not None and self.script not in SCRIPTS:
-            raise ValueError(f"script={self.script!r}: it is one of {', '.join(SCRIPTS)}")
+            raise ValueError(f"script={self.script!r}: it must be one of {', '.join(SCRIPTS)}")
         if not 0 < self.enough <= 1:
-            raise ValueError(f"enough={self.enough}: a share in (0, 1]")
+            raise ValueError(f"enough={self.enough}: it must be a share in (0, 1]")
 
     def __call__(self, completion: str, example: Example) -> Verdict:
         text: str | None = completion
@@ -84,7 +84,7 @@ class Language:
 
 
 def words_by_script(text: str) -> Counter[str]:
-    r"""The number of words per script. Words in code count only if they are more than the others.
+    r"""The number of words per script. Words in code count only if they outnumber the other words.
 
     >>> words_by_script(r"Set $\alpha = \frac{x}{2}$ in `code` and 求解")
     Counter({'latin': 2, 'han': 2})
@@ -99,7 +99,7 @@ def words_by_script(text: str) -> Counter[str]:
                 fence = "" if fence else word
         elif script not in _ALPHABETS or (len(word) > 2 and not word.isupper()):
             (code if fence else plain)[script] += 1
-    # Where most of the text is code it counts: backticks must not hide a thought.
+    # Code counts if it is most of the text, so that backticks cannot hide a thought.
     return plain if plain.total() >= code.total() else plain + code
 
 

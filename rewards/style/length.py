@@ -1,13 +1,13 @@
-"""Penalty for length. Not a verdict: it may be negative and is added to the weighted reward."""
+"""Penalty for length. It is not a verdict: it may be negative, and it is added to the weighted reward."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class SoftOverlong:
-    """0 up to max_tokens - cache_tokens, then a linear fall to -1 at max_tokens; -1 beyond.
+    """0 up to max_tokens - cache_tokens tokens, then a linear fall to -1 at max_tokens; -1 beyond.
 
-    Source: DAPO (arXiv:2503.14476) Eq. 13, soft overlong punishment; there max 20,480 and cache 4,096 tokens.
+    Source: DAPO (arXiv:2503.14476) Eq. 13, soft overlong punishment; the paper uses max 20,480 and cache 4,096 tokens.
 
     >>> punish = SoftOverlong(max_tokens=100, cache_tokens=20)
     >>> punish(80), punish(90), punish(100), punish(400)

@@ -1,4 +1,4 @@
-r"""A second, stricter opinion on answers: only the gold answer as it is written counts."""
+r"""A second, stricter answer reward: only the gold answer as written counts."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from rewards.verdict import Verdict
 
 @dataclass(frozen=True)
 class LiteralAnswer:
-    r"""1 if the answer is the gold as written, or the same plain number; no algebra, no tolerance, no options.
+    r"""1 if the answer is the gold as written, or the same plain number; without algebra, tolerances and options.
 
-    Too strict to train on: it refuses `x+1` for `1+x`. Answers that the answer reward credits and this one refuses are
-    where a hole in the answer reward would show (rl.watch).
+    This reward is too strict for training: it refuses `x+1` for `1+x`. A fault of the answer reward shows among the
+    answers that the answer reward credits and this reward refuses (rl.watch).
 
     >>> row = Example("row-1", "What is a half?", r"\frac{1}{2}", "think")
     >>> [LiteralAnswer()(rf"<think>1 / 2</think> \boxed{{{a}}}", row).score for a in ("0.5", r"\dfrac12", r"\sin 30")]
@@ -22,7 +22,7 @@ class LiteralAnswer:
     """
 
     thought_open: bool = False
-    """The chat template has already opened <think>: the completion starts inside the thought."""
+    """Whether the chat template has already opened <think>, so that the completion starts inside the thought."""
 
     def __call__(self, completion: str, example: Example) -> Verdict:
         parsed = parse(completion, example.mode, self.thought_open)

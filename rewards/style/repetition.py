@@ -1,4 +1,4 @@
-"""Repetition as a reward: a completion that repeats itself loses its score."""
+"""The repetition reward: a completion that repeats itself loses score."""
 
 import re
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ _TOKEN = re.compile(
 class Repetition:
     """1 while few n-grams are repeated; falls to 0 as their share grows from `allowed` to `worst`.
 
-    Source: Demystifying Long Chain-of-Thought Reasoning (arXiv:2502.03373), n-gram repetition penalty, here
-    as the share of n-grams that occurred before. Differs from it: a score per completion, not a penalty per
-    token; and texts with few repetitions lose nothing.
+    Source: Demystifying Long Chain-of-Thought Reasoning (arXiv:2502.03373), n-gram repetition penalty, here as the
+    share of n-grams that occurred before. Differs from it: this is a score per completion and not a penalty per token,
+    and texts with few repetitions lose nothing.
 
     >>> row = Example("row-1", "What is 2 + 2?", "4", "direct")
     >>> Repetition()("Two and two are four, as one can count on the fingers.", row).score
@@ -45,16 +45,18 @@ class Repetition:
 
     def __post_init__(self) -> None:
         if self.ngram < 1:
-            raise ValueError(f"ngram={self.ngram}: an n-gram has at least 1 word")
+            raise ValueError(f"ngram={self.ngram}: it must be at least 1")
         if not 0 <= self.allowed < self.worst <= 1:
-            raise ValueError(f"allowed={self.allowed}, worst={self.worst}: shares, 0 <= allowed < worst <= 1")
+            raise ValueError(
+                f"allowed={self.allowed}, worst={self.worst}: they must be shares, 0 <= allowed < worst <= 1"
+            )
 
     def __call__(self, completion: str, example: Example) -> Verdict:
         tokens = [found[0].lower() for found in _TOKEN.finditer(completion)]
         if not tokens:
             return Verdict.wrong(reason="empty", status=Status.NO_ANSWER)
         columns = [islice(tokens, start, None) for start in range(self.ngram)]
-        # Hashes, not the n-grams: a completion of megabytes must not cost gigabytes.
+        # Hashes instead of n-grams: a completion of megabytes must not take gigabytes of memory.
         seen = {hash(gram) for gram in zip(*columns, strict=False)}
         count = max(len(tokens) - self.ngram + 1, 0)
         share = 1 - len(seen) / count if count else 0.0

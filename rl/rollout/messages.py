@@ -70,16 +70,20 @@ class CoreFacts:
     """Id of the image token; a completion must not contain it, because no image belongs to it."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Weights that a checkpoint omits because they are tied: name -> name of the stored weight."""
+    thought_open: bool = False
+    """Whether the chat template opens the thought, so that completions of thinking rows start inside it."""
 
     @classmethod
     def of(cls, model: Path) -> CoreFacts:
-        """Read `model/config.json`."""
+        """Read `model/config.json` and the chat template."""
+        from core.training.model import opens_thought
+
         config = read_json(model / "config.json")
         tied = config.get("tie_word_embeddings") or config["text_config"].get("tie_word_embeddings", False)
         # vLLM's CPU engine packs lm_head's weights separately from the embedding's. Unless both are sent, it keeps the
         # old head, and every log-probability after the first update belongs to another policy.
         twins = {"lm_head.weight": "model.language_model.embed_tokens.weight"} if tied else {}
-        return cls(banned_ids=(config["image_token_id"],), tied=twins)
+        return cls((config["image_token_id"],), twins, opens_thought(model))
 
 
 def completion_request(prompt: Prompt, sampling: Sampling, core: CoreFacts) -> dict[str, Any]:

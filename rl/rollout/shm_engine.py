@@ -7,6 +7,12 @@ Source of the interface: vllm/distributed/weight_transfer/base.py (vLLM 0.31).
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+
+from core.processes import end_with_parent
+from rl.rollout.access import TOKEN
+
 BACKEND = "sailvl2_shm"
 
 
@@ -16,3 +22,6 @@ def register() -> None:
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "rl.rollout.shm_worker", "SharedMemoryEngine")
+    # A server's guard ends the server's engine processes. If both the guard and the server are killed, this does.
+    if TOKEN in os.environ and multiprocessing.parent_process() is not None:
+        end_with_parent()

@@ -109,7 +109,7 @@ def test_data_is_generated_once(toy, capsys):
     assert (toy.run_dir / "data" / "held.parquet").exists()
     assert main(arguments) == 0
     assert toy.calls() == ["data"]
-    assert "there already, unchanged — skipped" in capsys.readouterr().out
+    assert "exists, unchanged — skipped" in capsys.readouterr().out
 
 
 def test_every_command_explains_itself():
@@ -147,7 +147,7 @@ def test_debug_shows_the_traceback_of_a_clear_error(toy, monkeypatch, place):
 def test_plan_ends_with_code_2_where_something_is_missing_unless_it_may_be(toy, capsys):
     words = ["plan", str(toy.recipe_dir), "--set", "data.sets.more=nowhere.parquet"]
     assert main(words) == 2
-    assert "data.sets.more = 'nowhere.parquet': no such file or folder" in capsys.readouterr().err
+    assert "data.sets.more = 'nowhere.parquet': there is no such file or folder" in capsys.readouterr().err
     assert main([*words, "--allow-missing"]) == 0
 
 

@@ -58,7 +58,10 @@ def test_a_folder_that_cannot_be_made_ends_with_code_1_and_no_traceback(tmp_path
 def test_a_release_is_no_checkpoint_to_serve_or_score(tmp_path, capsys):
     there = write_released(tmp_path / "released")
     assert main(["rollout-server", str(there)]) == 2
-    assert "model_type='sailvl', a core has sailvl2; `posttrain core import`" in capsys.readouterr().err
+    assert (
+        "model_type='sailvl', but a core has sailvl2; convert it with `posttrain core import`"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_bar_shows_bytes_on_a_terminal_and_nothing_in_a_file():

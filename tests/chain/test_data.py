@@ -30,7 +30,7 @@ def test_import_prints_the_mapping_three_rows_and_every_reason(source, tmp_path,
     assert said.count("-> ") == 3
     assert "5 records of 6 rows, 1 rejected\n  1 x answer: no column holds it" in said
     assert "gold answers: number 100%" in said
-    assert "5 of 5 sampled gold answers can be graded against" in said
+    assert "5 of 5 sampled gold answers are usable for grading" in said
     assert [row["question"] for row in load_records(out)] == [row["q"] for row in ROWS]
 
 

@@ -13,12 +13,12 @@ NINE = "\n".join(
     + [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 9)]
 )
 HOSTILE = {
-    "anchors that multiply": (NINE, "more than 100000 values once its aliases are written out"),
-    "an anchor in itself": ("about: &a [*a]", "an anchor that contains itself"),
+    "anchors that multiply": (NINE, "more than 100000 values after its aliases are expanded"),
+    "an anchor in itself": ("about: &a [*a]", "an anchor contains itself"),
     "depth": ("about: " + "[" * 60 + "]" * 60, "nested more than 50 levels deep"),
     "depth beyond the interpreter's": ("about: " + "[" * 5000, "nested more than 50 levels deep"),
-    "a list as a key": ("? [a, b]\n: 1", "a key must be a word, not a list or a mapping"),
-    "a mapping as a key": ("? {a: b}\n: 1", "a key must be a word, not a list or a mapping"),
+    "a list as a key": ("? [a, b]\n: 1", "a key must be a string, not a list or a mapping"),
+    "a mapping as a key": ("? {a: b}\n: 1", "a key must be a string, not a list or a mapping"),
     "digits": (f"seed: {'9' * 5000}", "a number of 5000 characters, at most 40 are read"),
     "size": ("about: " + "x" * 1_000_001, "at most 1000000 are read"),
 }

@@ -246,14 +246,14 @@ def test_a_host_that_does_not_see_the_leaders_folder_is_told_what_it_needs(tmp_p
         pass
     error = host.end()
     assert isinstance(error, ConfigError)
-    assert "there is no" in str(error)
+    assert "does not exist" in str(error)
     assert "on a file system that all hosts share" in str(error)
 
 
 def test_a_host_on_which_the_leaders_job_does_not_appear_says_so(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(cluster, "SHOWS_S", 0.05)
     host = Host(tmp_path)
-    with pytest.raises(HostLost, match="has not appeared here"), lead(tmp_path) as leader:  # noqa: PT012
+    with pytest.raises(HostLost, match="did not appear here"), lead(tmp_path) as leader:  # noqa: PT012
         leader.start(tmp_path / "stage" / "job.json", 1, 1)
         leader.wait(None)
         leader.check()

@@ -5,6 +5,7 @@ import pytest
 from chain.checks import check
 from chain.plan.text import as_json, plan, text
 from chain.recipe import load_recipe
+from core.model.tiny import build_tiny
 from core.strict import ConfigError
 from corpus.records import write_records
 
@@ -71,7 +72,7 @@ def test_the_soup_names_its_variants(toy):
     )
     recipe, plans = planned(toy, soup)
     assert plans[2].parent == "basic_sft"
-    assert "2 more runs of basic_sft's phase only (learning rate: same, 0.1), uniform merge of 3" in text(
+    assert "2 further runs of basic_sft's phase only (learning rate: same, 0.1), uniform merge of 3" in text(
         recipe, plans
     )
 
@@ -118,7 +119,7 @@ def test_a_reward_of_another_library_is_looked_for_behind_its_prefix(toy, tmp_pa
         recipe = load_recipe(toy.recipe_dir, [f"rlvr.rewards.0.use={use}"])
         check(recipe)
         assert recipe.rlvr.rewards[0].use == use
-    with pytest.raises(ConfigError, match=r"'verl:gone.py:compute_score': no such module or file"):
+    with pytest.raises(ConfigError, match=r"'verl:gone.py:compute_score': there is no such module or file"):
         check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=verl:gone.py:compute_score"]))
 
 
@@ -156,9 +157,11 @@ def test_a_reward_that_cannot_be_loaded_is_refused_before_anything_runs(toy, tmp
 
 def test_missing_sets_are_an_error_unless_they_may_be_missing(toy):
     recipe = load_recipe(toy.recipe_dir, ["data.sets.more=nowhere.parquet"])
-    with pytest.raises(ConfigError, match=r"data\.sets\.more = 'nowhere\.parquet': no such file"):
+    with pytest.raises(ConfigError, match=r"data\.sets\.more = 'nowhere\.parquet': there is no such file"):
         check(recipe)
-    assert check(recipe, allow_missing=True) == ["data.sets.more = 'nowhere.parquet': no such file or folder"]
+    assert check(recipe, allow_missing=True) == [
+        "data.sets.more = 'nowhere.parquet': there is no such file or folder"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -189,3 +192,20 @@ def test_every_set_that_servers_are_asked_is_named():
     )
     assert found["rlvr.prepare.pass_at_k.source"] == recipe.rlvr.prepare.max_completion_tokens
     assert found["think_fusion.prepare.harvest.source"] == recipe.think_fusion.prepare.max_completion_tokens
+
+
+@pytest.mark.parametrize(("ending", "wanted"), [("", "false"), (r"<think>\n", "true")])
+def test_rewards_must_know_whether_the_chat_template_opens_the_thought(toy, tmp_path, ending, wanted):
+    model = build_tiny(tmp_path / "core", words=["compute"], seed=0)
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace(r"assistant\n'", rf"assistant\n{ending}'"))
+
+    def check_with(opened):
+        params = f"rlvr.rewards.0.params={{thought_open: {opened}}}"
+        check(load_recipe(toy.recipe_dir, ["rlvr.rewards.0.use=answer", params]), model=model)
+
+    check_with(wanted)
+    with pytest.raises(
+        ConfigError, match=rf"rlvr\.rewards\[0\]\.use.*<think>.*set its parameter thought_open: {wanted}$"
+    ):
+        check_with({"false": "true", "true": "false"}[wanted])

@@ -105,18 +105,18 @@ def test_a_core_of_unknown_shape_is_not_counted(toy):
         (
             "sailvl2_2b",
             ["sft.learner.processes=12", "sft.packing.update_tokens=1179648"],
-            r"basic_sft.learner.processes=12, on 8 GPUs",
+            r"basic_sft.learner.processes=12 needs 12 GPUs, but the machine has 8",
         ),
-        ("sailvl2_2b", ["servers.first_gpu=4"], r"servers begin at servers.first_gpu=4: lower the one"),
+        ("sailvl2_2b", ["servers.first_gpu=4"], r"servers begin at servers.first_gpu=4: lower the former"),
         (
             "sailvl2_2b",
             ["servers.count=3"],
-            r"3 servers x 1 GPUs from first_gpu=6 end at GPU 8, and a node has 8",
+            r"3 servers x 1 GPUs from first_gpu=6 end at GPU 8, but a node has 8 GPUs",
         ),
         (
             "sailvl2_8b",
             ["servers.gpu_memory_utilization=0.9"],
-            r"rlvr: while the servers are awake the learner keeps .*gpu_memory_utilization=0.9 .*lower it to 0\.\d+",
+            r"rlvr: while the servers are awake .*gpu_memory_utilization=0.9 .*lower gpu_memory_utilization to 0\.\d+",
         ),
         ("sailvl2_8b", ["servers.gpu_memory_utilization=0.2"], r"servers: a server's cache holds 0 tokens"),
         (
@@ -140,8 +140,8 @@ def test_another_gpu_is_asked_about_on_the_command_line():
 
 def test_where_the_learner_alone_fills_the_gpu_no_share_of_it_is_advised():
     found = "\n".join(taken("sailvl2_8b", gpu_gib=24).problems)
-    assert "wants 12.0 GiB; set servers.share_gpus=false, or take larger GPUs" in found
-    assert "lower it to 0 " not in found
+    assert "needs 12.0 GiB; set servers.share_gpus=false, or take larger GPUs" in found
+    assert "gpu_memory_utilization to 0 " not in found
 
 
 def test_a_remedy_below_a_rows_length_names_the_length_as_well():

@@ -73,8 +73,8 @@ def test_overrides_reach_any_key_list_items_and_defaults_included(toy):
         ),
         ("rlvrr.batches=4", r"rlvrr: unknown key; did you mean rlvr\?"),
         ("rlvr.rollout.group_size=1", r"rlvr.rollout.group_size = 1: .* greater than or equal to 2"),
-        ("rlvr.rewards.3.weight=1", r"rlvr.rewards is a list of 1; '3' is not an index"),
-        ("rlvr.batches.x=1", r"rlvr.batches is the value 2, no mapping"),
+        ("rlvr.rewards.3.weight=1", r"rlvr.rewards is a list of 1 items; '3' is not a valid index"),
+        ("rlvr.batches.x=1", r"rlvr.batches is the value 2, not a mapping"),
         ("rlvr.batches", "is not an assignment"),
         ("rlvr.batches=[", "the value is not YAML"),
     ],
@@ -121,7 +121,7 @@ def test_another_seed_makes_another_run(toy):
 
 
 def test_a_core_is_built_or_found_but_not_both(toy):
-    with pytest.raises(ConfigError, match="give one of the two, not both"):
+    with pytest.raises(ConfigError, match="give exactly one of the two"):
         load_recipe(toy.recipe_dir, ["core.path=somewhere"])
 
 
@@ -139,7 +139,7 @@ def test_yaml_reads_numbers_and_words_as_they_look(tmp_path):
 
 def test_a_key_written_twice_is_an_error(tmp_path):
     (tmp_path / "pipeline.yaml").write_text("a: 1\nb: {c: 1, c: 2}\n")
-    with pytest.raises(ConfigError, match=r"pipeline\.yaml: not YAML: key 'c' is there twice.*line 2"):
+    with pytest.raises(ConfigError, match=r"pipeline\.yaml: not YAML: key 'c' is repeated.*line 2"):
         read_folder(tmp_path)
     (tmp_path / "pipeline.yaml").write_text("a: 1\n")
     (tmp_path / "1.yaml").write_text("a: 1\n")
@@ -155,7 +155,7 @@ def test_an_alias_does_not_tie_two_places_together(tmp_path):
 
 
 def test_a_folder_without_a_pipeline_is_no_recipe(tmp_path):
-    with pytest.raises(ConfigError, match=r"no recipe here: pipeline\.yaml is missing"):
+    with pytest.raises(ConfigError, match=r"this is not a recipe folder: pipeline\.yaml is missing"):
         load_recipe(tmp_path)
 
 

@@ -165,7 +165,7 @@ def test_stages_made_from_an_earlier_run_of_a_stage_before_are_not_shown(run_dir
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no run's folder"):
+    with pytest.raises(ConfigError, match="not a run's folder"):
         write(tmp_path)
 
 

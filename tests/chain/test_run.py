@@ -143,7 +143,7 @@ def test_a_failed_stage_that_saves_goes_on_in_its_folder_unless_it_changed(toy, 
         (left.parent / "checkpoint").rmdir()
         toy.run(*overrides, until="basic_sft")
         assert (toy.run_dir / "basic_sft" / "left").exists() == stays
-        assert ("basic_sft: continues where an interrupted run stopped" in toy.printed) == stays
+        assert ("basic_sft: resumes where an interrupted run stopped" in toy.printed) == stays
         shutil.rmtree(toy.run_dir / "basic_sft")
 
 
@@ -266,7 +266,7 @@ def test_two_chains_cannot_share_a_folder(toy):
 
 
 def test_missing_data_stops_the_chain_before_it_starts(toy):
-    with pytest.raises(ConfigError, match=r"data\.sets\.more = 'nowhere\.parquet': no such file"):
+    with pytest.raises(ConfigError, match=r"data\.sets\.more = 'nowhere\.parquet': there is no such file"):
         toy.run("data.sets.more=nowhere.parquet")
     assert toy.calls() == []
 
@@ -349,7 +349,7 @@ def test_ranks_meet_without_a_port_and_each_has_a_log(tmp_path, monkeypatch):
             "raise RuntimeError('rank one broke')",
             "rank 1 ended with exit code 1.*RuntimeError: rank one broke",
         ),
-        ("time.sleep(600)", "rank 1 had not ended 1 s later and was stopped: it hangs.*in meet"),
+        ("time.sleep(600)", "rank 1 had not ended 1 s later and was stopped: it hung.*in meet"),
     ],
 )
 def test_a_rank_that_dies_or_hangs_is_named_with_the_reason(tmp_path, monkeypatch, does, words):
@@ -380,7 +380,7 @@ def test_a_stage_that_was_done_but_for_its_final_name_is_not_trained_again(toy):
     (toy.run_dir / "rlvr").rename(toy.run_dir / "rlvr.partial")
     toy.run()
     assert toy.calls() == []
-    assert "rlvr: its work was done before the interruption" in toy.printed
+    assert "rlvr: the interrupted run had finished its work" in toy.printed
     assert Manifest.read(toy.run_dir / "rlvr").fingerprint == fingerprint
     assert not [path for path in (toy.run_dir / "rlvr").iterdir() if path.name in (DONE, ".same")]
 

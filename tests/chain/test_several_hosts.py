@@ -157,7 +157,7 @@ def test_two_hosts_train_what_two_ranks_on_one_host_train(tiny_core, tmp_path): 
     with site(tmp_path, tiny_core, "hf") as place:
         servers = [place.serve(0), place.serve(1)]
         for index in range(2):
-            place.wait_for("Ctrl-C stops them", tmp_path / f"server-{index}" / "output.txt")
+            place.wait_for("Ctrl-C stops the servers", tmp_path / f"server-{index}" / "output.txt")
         place.finish(*place.hosts("two"))
         place.finish(place.run("alone", "one"))
         one, two = place.metrics("one"), place.metrics("two")
@@ -183,7 +183,7 @@ def test_a_server_that_is_killed_and_replaced_serves_again_with_the_current_weig
     with site(tmp_path, tiny_core, engine, batches=1000) as place:
         servers = [place.serve(0), place.serve(1)]
         for index in range(2):
-            place.wait_for("Ctrl-C stops them", tmp_path / f"server-{index}" / "output.txt")
+            place.wait_for("Ctrl-C stops the servers", tmp_path / f"server-{index}" / "output.txt")
         hosts = place.hosts("two")
         stage = tmp_path / "two" / "chain" / "rlvr.partial"
         place.wait_for('"step": 2', stage / "metrics.jsonl")
@@ -213,7 +213,7 @@ def test_ctrl_c_on_either_host_and_a_killed_host_end_everything_that_was_started
     with site(tmp_path, tiny_core, "hf", batches=1000) as place:
         for index in range(2):
             place.serve(index)
-            place.wait_for("Ctrl-C stops them", tmp_path / f"server-{index}" / "output.txt")
+            place.wait_for("Ctrl-C stops the servers", tmp_path / f"server-{index}" / "output.txt")
         for runs, node, number, codes in (
             ("leader", 0, signal.SIGINT, (130, 1)),
             ("follower", 1, signal.SIGINT, (1, 130)),

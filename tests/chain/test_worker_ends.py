@@ -27,4 +27,4 @@ def test_a_thread_that_a_reward_left_does_not_keep_the_process(tmp_path):
     command = [sys.executable, "-P", "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "saved\n")
-    assert "ended with threads that did not end: left" in done.stderr
+    assert "exited although these threads were running: left" in done.stderr

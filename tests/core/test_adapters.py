@@ -143,7 +143,7 @@ def test_a_pickled_adapter_is_not_read(adapters, tmp_path):
     ("pool", "reason"),
     [
         ({"engine": "hf"}, r"servers\.engine=hf"),
-        ({"urls": ["http://127.0.0.1:1"]}, r"servers\.urls names servers that run already"),
+        ({"urls": ["http://127.0.0.1:1"]}, r"servers\.urls names running servers"),
     ],
 )
 def test_a_rollout_server_that_takes_no_adapter_says_so(adapters, cores, pool, reason):

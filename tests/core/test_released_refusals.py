@@ -328,7 +328,7 @@ WRONG_FILES = {
     "ends beyond the vocabulary": (
         "generation_config.json",
         '{"eos_token_id": 151645}',
-        "the vocabulary of 320 ids",
+        "outside the vocabulary of 320 ids",
     ),
     "a mean of two": ("preprocessor_config.json", '{"image_mean": [0.5, 0.5]}', "image_mean"),
     "a deviation of 0": ("preprocessor_config.json", '{"image_std": [0.0, 0.5, 0.5]}', "image_std[0] = 0.0"),

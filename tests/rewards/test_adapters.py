@@ -133,7 +133,7 @@ def test_a_class_takes_its_parameters(load):
 
 def test_scores_outside_zero_and_one_need_a_scale(load):
     with pytest.raises(
-        RewardError, match=r"its score -1 is outside \[0, 1\]; say its range with params: {scale"
+        RewardError, match=r"its score -1 is outside \[0, 1\]; give its range with params: {scale"
     ):
         grade(load("trl:foreign_rewards:signed"))
     # -1 on a scale from -3 to 1 is half way; NaN is TRL's None
@@ -164,8 +164,8 @@ def test_parameters_are_checked(load, name, params, says):
     ("name", "says"),
     [
         ("trl:foreign_rewards:with_ids", "needs completion_ids"),
-        ("trl:foreign_rewards:nothing", "takes no 'completions'"),
-        ("verl:foreign_rewards:nothing", "takes no 'solution_str'"),
+        ("trl:foreign_rewards:nothing", "does not take 'completions'"),
+        ("verl:foreign_rewards:nothing", "does not take 'solution_str'"),
         ("foreign_rewards:plain", "write trl: before its name"),
         ("foreign_rewards:compute_score", "write verl: before its name"),
         ("trl:foreign_rewards:seen", "is a list, not a function"),
@@ -253,7 +253,7 @@ def test_ours_in_other_forms_see_the_whole_row():
 
 
 def test_as_trl_says_what_is_missing():
-    with pytest.raises(ValueError, match="no column answer, solution or ground_truth"):
+    with pytest.raises(ValueError, match="add a column answer, solution or ground_truth"):
         called_as_trl_does(as_trl(AnswerReward()), ["4"])
     with pytest.raises(ValueError, match="did you mean think"):
         as_trl(AnswerReward(), mode="thinking")

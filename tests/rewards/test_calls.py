@@ -167,7 +167,7 @@ def test_an_async_reward_that_would_wait_for_itself_is_told():
     async def outer(completion, example):
         return inner.grade(completion, example).total
 
-    with pytest.raises(RewardError, match="wait for ever"):
+    with pytest.raises(RewardError, match="on the same event loop, which never ends"):
         Mixture([Term("outer", outer, 1.0)]).grade("0", ROWS[1])
 
 

@@ -132,5 +132,5 @@ def test_control_characters_and_markup_are_shown_as_text(tmp_path, capsys):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match=r"gone\.jsonl: no such file"):
+    with pytest.raises(ConfigError, match=r"gone\.jsonl: there is no such file"):
         compare(tmp_path / "gone.jsonl", tmp_path / "gone.jsonl")

@@ -153,7 +153,7 @@ def test_a_bad_batch_is_named(load, name, says):
 def test_a_reward_that_always_dies_is_given_up(load):
     results = load("always").batch(TEXTS, ROWS)
     assert "exit status 1" in results[0].problem
-    assert "not asked: its process has ended 4 times" in results[-1].problem
+    assert "not graded: its process has ended 4 times" in results[-1].problem
     assert all(isinstance(result, RewardError) for result in results)
 
 

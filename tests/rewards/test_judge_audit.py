@@ -119,9 +119,9 @@ def test_lines_with_pictures_beside_them_are_read(tmp_path):
     ("line", "says"),
     [
         ("{", ":1: not a JSON line"),
-        ("[]", ":1: a line is an object"),
-        ('{"question": 1}', ":1: question=1: it must be a text"),
-        ('{"question": "q", "completion": "c"}', ":1: label=None: it is one of good"),
+        ("[]", ":1: a line must be an object"),
+        ('{"question": 1}', ":1: question=1: it must be text"),
+        ('{"question": "q", "completion": "c"}', ":1: label=None: it must be one of good"),
         ('{"question": "q", "completion": "c", "label": 0, "mode": "x"}', ":1: mode='x'"),
         ('{"question": "q", "completion": "c", "label": 0, "images": ["../a.png"]}', "lies outside"),
         (

@@ -1,6 +1,5 @@
 """The checking processes: whatever they are asked, whoever kills or stops them, the others' answers come."""
 
-import asyncio
 import itertools
 import os
 import random
@@ -206,7 +205,7 @@ def test_workers_killed_in_mid_batch_cost_their_own_jobs_at_most(make):
     right = [Outcome.DIFFERENT if n % 2 else Outcome.EQUAL for n in range(1, 61)]
     lost = [found for found, wanted in zip(outcomes, right, strict=True) if found != wanted]
     assert set(lost) <= {Outcome.CRASHED}
-    assert len(lost) <= killed / 2
+    assert len(lost) <= killed
 
 
 def test_when_all_workers_die_idle_the_next_question_starts_others(make):
@@ -312,7 +311,6 @@ def test_who_waits_too_long_for_a_worker_is_told_so(single, threads):
     until(lambda: begun(single))
     single.queue_s = 0.1
     assert single.compare("2^{y+1}+1", "1+2*2^y") == Outcome.TIMEOUT
-    assert asyncio.run(single.acompare("2^{y+1}+1", "1+2*2^y")) == Outcome.TIMEOUT
     assert single.compare_many([("2^{y+1}+2", "2+2*2^y"), ("1", "2")], timeout_s=0) == [
         Outcome.TIMEOUT,
         Outcome.DIFFERENT,
@@ -320,19 +318,6 @@ def test_who_waits_too_long_for_a_worker_is_told_so(single, threads):
     assert len(single._state.open) == 1  # what nobody waits for is not begun
     single.close()
     assert first.result() == Outcome.CRASHED
-
-
-def test_an_event_loop_waits_for_many(shared):
-    async def ask() -> list[Outcome]:
-        cancelled = asyncio.create_task(shared.acompare("2^{z+1}+1", "1+2*2^z"))
-        await asyncio.sleep(0)
-        cancelled.cancel()
-        found = await asyncio.gather(*(shared.acompare(f"2^{{z+1}}+{n}", f"{n}+2*2^z") for n in range(1, 40)))
-        with pytest.raises(asyncio.CancelledError):
-            await cancelled
-        return found
-
-    assert asyncio.run(ask()) == [Outcome.EQUAL] * 39
 
 
 FORKED = """

@@ -232,13 +232,13 @@ def test_parameters_reach_their_reward(work):
     ("options", "says"),
     [
         (("--rewards", "anser"), "did you mean answer"),
-        (("--rewards", ","), "--rewards names none"),
+        (("--rewards", ","), "--rewards is empty"),
         (("--rewards", "answer,answer"), "'answer' twice"),
         (("--rewards", "answer", "--param", "tolerance=1"), "say whose it is"),
         (("--rewards", "answer", "--param", "format.x=1"), "'format', which --rewards does not name"),
         (("--rewards", "answer", "--param", "answer.tolerence=1"), "did you mean tolerance"),
         (("--rewards", "answer", "--param", "answer.tolerance"), "write KEY=VALUE"),
-        (("--rewards", "answer", "--input", "gone.jsonl"), "gone.jsonl: no such file"),
+        (("--rewards", "answer", "--input", "gone.jsonl"), "gone.jsonl: there is no such file"),
     ],
 )
 def test_a_wrong_command_line_ends_with_code_2_and_writes_nothing(work, capsys, options, says):
@@ -340,7 +340,7 @@ def test_a_file_of_which_nothing_can_be_scored_ends_with_code_1_and_the_causes(w
     command = ["score", "--rewards", "answer", "--input", "rows.jsonl", "--output", "scored.jsonl"]
     assert main(command) == 1
     shown = capsys.readouterr()
-    assert "nothing of 4 rows could be scored" in shown.err
+    assert "none of the 4 rows could be scored" in shown.err
     assert "answer, without a score: 3 x unscorable: " in shown.out
     assert "lines that are not rows, without a score: 1 x no …" in shown.out
     assert main([*command, "--allow-unscorable"]) == 0

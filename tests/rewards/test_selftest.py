@@ -144,7 +144,7 @@ def test_what_a_term_that_runs_may_not_do_is_raise():
     terms = [Term("answer", AnswerReward(), 0.5), Term("mine", tasteless, 0.5)]
     failures = self_test(Mixture(terms), THINK[:1])
     assert {failure.reward for failure in failures} == {"mine"}
-    assert "a score is in [0, 1]" in failures[0].found
+    assert "a score must be in [0, 1]" in failures[0].found
 
 
 def test_no_row_is_no_test():

@@ -7,7 +7,7 @@ from core.strict import parse
 from corpus.records import load_records, write_records
 from rl.config import HardCases, Harvest, PassAtK
 from rl.curate import TooFewRows, hard_cases, harvest, pass_at_k
-from rl.rollout.messages import Answer, Completion
+from rl.rollout.messages import Answer, Completion, CoreFacts
 
 from .conftest import record
 
@@ -19,6 +19,8 @@ SHAPELESS = "7"
 
 class Script:
     """Answers each prompt with its scripted completions."""
+
+    core = CoreFacts(banned_ids=())
 
     def __init__(self, *answers, finished=True):
         self.answers, self.finished = answers, finished
@@ -108,3 +110,13 @@ def test_hard_cases_are_the_last_visits_worst_first(tmp_path):
         ("row-0", 0.125),
         ("row-2", 0.75),
     ]
+
+
+def test_where_the_template_opens_the_thought_completions_begin_inside_it(sets, tmp_path):
+    policy = Script(*[[RIGHT.removeprefix("<think>"), WRONG.removeprefix("<think>")]] * 4)
+    policy.core = CoreFacts(banned_ids=(), thought_open=True)
+    report = pass_at_k(config(PassAtK, samples=2), policy, sets, tmp_path, seed=0, max_tokens=8)
+    assert report["kept"] == 4
+    assert {row["meta"]["pass_rate"] for row in made(tmp_path)} == {0.5}
+    harvest(config(Harvest, keep=4, samples=2, min_rows=1), policy, sets, tmp_path, seed=0, max_tokens=8)
+    assert {row["chain"] for row in made(tmp_path)} == {"A=3;B=4;3+4=7"}

@@ -6,7 +6,7 @@ from core.strict import parse
 from corpus.records import write_records
 from rl.config import EvalConfig
 from rl.evaluate import evaluate
-from rl.rollout.messages import Answer, Completion
+from rl.rollout.messages import Answer, Completion, CoreFacts
 
 from .conftest import record
 
@@ -20,6 +20,8 @@ class Policy:
 
     def __init__(self, *texts):
         self.texts = list(texts)
+
+    core = CoreFacts(banned_ids=())
 
     def generate(self, prompts, sampling, on_answer=None):
         assert sampling.temperature == 0

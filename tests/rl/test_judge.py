@@ -8,6 +8,7 @@ from rewards.judge import client as judge_client
 from rewards.judge.canaries import JudgeRefused
 from rewards.judge.judges import AnswerJudge, JudgingReward, VisionJudge
 from rl.data import example_of
+from rl.rollout.access import TOKEN
 from rl.rollout.config import MODEL_NAME
 
 from .conftest import record
@@ -22,7 +23,8 @@ def closed():
 
 
 def judge(server_url, kind, **fields):
-    return kind(f"{server_url}/v1", MODEL_NAME, **{"timeout_s": 120, "canaries": False, **fields})
+    own = {"timeout_s": 120, "canaries": False, "api_key_env": TOKEN}
+    return kind(**{"base_url": f"{server_url}/v1", "model": MODEL_NAME, **own, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,6 @@ def test_a_judge_that_knows_nothing_is_refused(server_url):
 
 
 def test_a_model_that_the_server_does_not_have_scores_nothing(server_url, rows):
-    verdict = VisionJudge(f"{server_url}/v1", "another", canaries=False)(COMPLETION, rows[0])
+    verdict = judge(server_url, VisionJudge, model="another")(COMPLETION, rows[0])
     assert verdict.score is None
     assert "http_4xx" in verdict.reason

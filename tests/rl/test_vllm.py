@@ -5,11 +5,13 @@ that outlive the tower they came from; packed weights that `load_weights` alone 
 sampling only.
 """
 
+import os
 import socket
 
 import pytest
 
 from rl.config import Parity
+from rl.rollout.access import TOKEN
 from rl.rollout.client import RolloutClient
 from rl.rollout.messages import CoreFacts, Prompt, Sampling
 from rl.rollout.parity import ParityError, ParityGuard
@@ -85,7 +87,8 @@ def test_the_server_fetches_no_image_from_a_url(client, server_url):
         picture = {"url": f"http://127.0.0.1:{listener.getsockname()[1]}/picture.png"}
         parts = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": "compute A"}]
         body = {"model": "policy", "messages": [{"role": "user", "content": parts}]}
-        reply = requests.post(f"{server_url}/v1/chat/completions", json=body, timeout=60)
+        own = {"Authorization": f"Bearer {os.environ[TOKEN]}"}
+        reply = requests.post(f"{server_url}/v1/chat/completions", json=body, headers=own, timeout=60)
         assert "must be from one of the allowed domains" in reply.text
         with pytest.raises(BlockingIOError):  # nobody has called
             listener.accept()
@@ -248,3 +251,26 @@ def test_lora_weights_reach_the_server_merged_and_stay_apart_here(client, fresh_
     assert parity(client, (model, processor), records) < 1e-5
     kept = model.get_base_model().model.language_model.layers[0].self_attn.q_proj.base_layer.weight
     assert kept.equal(frozen)
+
+
+def test_the_engine_ends_with_a_server_whose_guard_was_killed_too(tiny_core, tmp_path):
+    import psutil
+
+    from rl.rollout.server import rollout_pool
+
+    with rollout_pool(POOL, tiny_core, tmp_path):
+        servers = [one for one in psutil.Process().children(recursive=True) if str(tmp_path) in _log_of(one)]
+        guard = next(one for one in servers if "processes.py" in " ".join(one.cmdline()))
+        assert any("EngineCore" in " ".join(one.cmdline()) for one in servers)
+        guard.kill()
+        gone, alive = psutil.wait_procs(servers, timeout=30)
+        assert guard in gone
+        assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def _log_of(process):
+    """Where the process writes."""
+    try:
+        return os.readlink(f"/proc/{process.pid}/fd/1")
+    except OSError:
+        return ""
