@@ -1,4 +1,4 @@
-"""Foreign files to one Parquet file of records: what fits is written, what does not goes to a list of rejected rows."""
+"""Converts foreign files to one Parquet file of records; rows that do not fit go to a list of rejected rows."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from corpus.schema import Problem, Record, RecordError, completed
 from corpus.writing import RecordFile
 
 _LOOK = 20
-"""Rows that a format is recognised by."""
+"""Number of first rows from which a format is recognised."""
 
 
 @dataclass
 class Summary:
-    """What an import did."""
+    """The result of an import."""
 
     format: str
     mapping: Mapping[str, str]
-    """Field of a record -> what of a row it comes from."""
+    """Field of a record -> the part of a row that it comes from."""
     read: int = 0
     written: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-    """Rows by the rule that they broke."""
+    """Broken rule -> number of rejected rows."""
     kinds: Counter[str] = field(default_factory=Counter)
-    """Records by the proposed kind of their gold answer: number, choice, expression, text, none."""
+    """Kind of gold answer (number, choice, expression, text, none) -> number of records."""
     animated: int = 0
     first: list[Record] = field(default_factory=list)
     """The first three records."""
@@ -54,18 +54,18 @@ def import_set(
 ) -> Summary:
     """Write the rows of a file or folder as records to `destination`, a Parquet file, whole or not at all.
 
-    Rejected rows go to `<destination>.rejected.jsonl` with file, row (from 0), field, rule, what was found and remedy.
+    Rejected rows go to `<destination>.rejected.jsonl` with file, row (from 0), field, rule, found value and remedy.
     Memory holds some hundred rows, and the pictures of a VLMEvalKit TSV.
 
     Args:
         source: a .json, .jsonl, .csv, .tsv, .parquet or .tar file, or a folder of one kind of them.
         destination: ends in .parquet.
         format_: name of a format (corpus.formats.table), or "auto".
-        options: the folder of the pictures (the source's own unless given), columns, system messages, turns.
-        rows: read no more than these first ones.
+        options: the folder of the pictures (default: the source's folder), columns, system messages, turns.
+        rows: read at most this many first rows.
         strict: stop at the first row that does not fit.
 
-    Raises ConfigError for files that cannot be read, RecordError under `strict` and where no row fits.
+    Raises ConfigError for files that cannot be read; RecordError if no row fits, or with `strict` if any does not.
     """
     if destination.suffix != ".parquet":
         raise ConfigError(
@@ -111,7 +111,7 @@ def _converted(row: Any, convert: Any) -> Iterator[Record | Problem]:
 
 
 class _Writer:
-    """Checks converted rows, writes the good ones and notes the others."""
+    """Checks converted rows, writes the good ones and records the others as rejected."""
 
     def __init__(self, summary: Summary, out: RecordFile, rejected: IO[str], strict: bool, name: str) -> None:
         self.summary, self.out, self.rejected, self.strict, self.name = summary, out, rejected, strict, name
@@ -130,9 +130,7 @@ class _Writer:
                     places.append((file, number))
                     records.append(self._finished(one))
         found = check_all(list(enumerate(records)), self.seen)
-        self.seen.difference_update(
-            self.made_ids
-        )  # unique by their making; the others are compared to the end
+        self.seen.difference_update(self.made_ids)  # generated ids are unique; given ids are all compared
         self.made_ids.clear()
         for at, problem in found.bad:
             self._reject(*places[at], problem)

@@ -1,7 +1,7 @@
 """Parquet files of records: their Arrow schema, and a check of a file before it is decoded.
 
-Every file is cast to the one schema, whatever its neighbours in a folder hold. A file that would expand beyond all
-measure is refused: repeated values make kilobytes of gigabytes.
+Every file of a folder is cast to the same schema. A file that would expand far beyond its size is refused, because
+repeated values compress gigabytes to kilobytes.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from core.strict import nearest
 from corpus.schema import FIELDS, REQUIRED, TEXTS, RecordError
 
 MAX_EXPANSION = 1000
-"""How many times its size on disk a file may take in memory ..."""
+"""Largest ratio of a file's size in memory to its size on disk."""
 ALWAYS_ALLOWED = 256 << 20
-"""... and what any file may take, bytes."""
+"""Size in memory, in bytes, that is always allowed."""
 _AT_ONCE = 64 << 20
-"""Bytes decoded at a time, about."""
+"""Approximate number of bytes that are decoded at a time."""
 
 
 def features() -> Any:
-    """The columns as `datasets` knows them: the images column is pictures to it."""
+    """The columns as features of `datasets`, with the images column as lists of pictures."""
     from datasets import Features, Image, List, Value
 
     return Features({name: List(Image()) if name == "images" else Value("string") for name in FIELDS})
 
 
 def rows_at_once(files: Sequence[Path]) -> int:
-    """How many rows to decode at a time, so that long rows do not fill the memory."""
+    """The number of rows to decode at a time, so that long rows do not fill the memory."""
     import pyarrow.parquet as pq
 
     sizes = [
@@ -39,7 +39,7 @@ def rows_at_once(files: Sequence[Path]) -> int:
 
 
 def check_file(file: Path) -> None:
-    """Raises RecordError for a file that is no Parquet, has other columns or types, or would expand too far."""
+    """Raises RecordError for a file that is not Parquet, has wrong columns or types, or would expand too far."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -56,7 +56,7 @@ def check_file(file: Path) -> None:
 
 
 def check_columns(columns: Iterable[str], source: str) -> None:
-    """Raises RecordError for columns that the schema does not have, and for missing ones."""
+    """Raises RecordError for unknown columns and for missing ones."""
     names = list(columns)
     for name in names:
         if name not in FIELDS:
@@ -109,9 +109,9 @@ def _is_pictures(kind: Any) -> bool:
 
 
 def check_expansion(reader: Any, file: Path) -> None:
-    """Raises RecordError where the rows of an open Parquet file would take more than they may.
+    """Raises RecordError if the rows of an open Parquet file would exceed the allowed size in memory.
 
-    The figures that a file gives of itself bound it mostly. Where they do not, its columns are read in small parts.
+    The file's metadata usually bound the size. If they do not, its columns are read in small parts.
     """
     limit = max(ALWAYS_ALLOWED, MAX_EXPANSION * file.stat().st_size)
     known, unknown = 0, []
@@ -137,12 +137,12 @@ def check_expansion(reader: Any, file: Path) -> None:
     if known > limit:
         raise RecordError(
             f"{file}: {file.stat().st_size} bytes that would take more than {limit >> 20} MiB in memory (at most "
-            f"{MAX_EXPANSION} times the file); it repeats one value very often: write the rows apart"
+            f"{MAX_EXPANSION} times the file); it repeats a value very often: write the rows to several files"
         )
 
 
 def _expanded(column: Any) -> int:
-    """Bytes of an array once every row holds its own value."""
+    """Bytes of an array if every row stores its own value."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -1,7 +1,7 @@
 """Records from Parquet files and hub data sets: checked at the start, read from disk when indexed.
 
-A bad row stops the load with its file, row number (from 0), field, rule and remedy, or, with on_bad="drop", is left
-out, counted by rule and logged. Nothing is dropped silently.
+A bad row stops the load with its file, row number (from 0), field, rule and remedy. With on_bad="drop" it is dropped
+instead, counted by rule and logged. No row is dropped silently.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class Records(Sequence[Record]):
     """Checked records. Text is read when a record is indexed, a picture when it is used.
 
-    `dropped` counts the rows left out, by the rule they broke ({} unless on_bad="drop"). `animated` is the number of
-    rows with a picture of several frames, of which the model sees the first.
+    `dropped` counts the dropped rows by the rule they broke ({} unless on_bad="drop"). `animated` is the number of rows
+    with an animated picture, of which the model sees the first frame.
     """
 
     def __init__(self, table: Table, found: Scan) -> None:
@@ -49,11 +49,11 @@ class Records(Sequence[Record]):
         self.animated = found.animated
 
     def place(self, index: int) -> str:
-        """Where a record comes from, for messages: its file and its row there, from 0."""
+        """The origin of a record for messages: its file and its row there, from 0."""
         return self._table.place(self._indices[index])
 
     def only(self, kept: Sequence[int]) -> Records:
-        """The records of these indices."""
+        """The records with these indices."""
         return Records(self._table, self._scan._replace(good=[self._indices[index] for index in kept]))
 
     @property
@@ -88,14 +88,14 @@ def load_records(
     """The records of a Parquet file, a folder of Parquet files, or a dataset on the hub.
 
     Args:
-        source: path or hub id. In a folder the files `<split>*.parquet` are read, else (for "train") all.
+        source: path or hub id. In a folder the files `<split>*.parquet` are read; without any, all files for "train".
         split: split of the set.
-        rows: how many to take: the first ones, or with a seed a random draw; their order is the file's.
-        seed: of the draw.
-        on_bad: "raise" stops at bad rows, "drop" leaves them out and counts them in `Records.dropped`.
+        rows: number of rows: the first ones, or with a seed a random draw in the file's order.
+        seed: seed of the draw.
+        on_bad: "raise" stops at bad rows; "drop" drops them and counts them in `Records.dropped`.
 
-    Raises RecordError for bad rows, unknown columns, or fewer good rows than asked for; FileNotFoundError if
-    there is nothing under that name.
+    Raises RecordError for bad rows, unknown columns, or fewer good rows than requested; FileNotFoundError if `source`
+    does not exist.
     """
     table = _open(str(source), split)
     order: Sequence[int] = range(len(table))
@@ -111,22 +111,22 @@ def load_records(
         log.warning("%s: %d rows have an animation; the model sees its first frame", source, records.animated)
     if rows is not None and len(records) < rows:
         raise RecordError(
-            f"{source}: rows={rows} were asked for, {len(records)} usable ones are there "
+            f"{source}: rows={rows} were requested, but it has {len(records)} usable rows "
             f"({len(table)} rows, {len(found.bad)} dropped); ask for fewer or bring more data"
         )
     if not records:
-        raise RecordError(f"{source}: split {split!r} holds no usable row")
+        raise RecordError(f"{source}: split {split!r} has no usable rows")
     return records
 
 
 class Scan(NamedTuple):
-    """What a look at rows found."""
+    """The result of checking rows."""
 
     good: list[int]
     """Their numbers."""
     bad: list[tuple[int, Problem]]
     animated: int
-    """Good rows with a picture of several frames."""
+    """Number of good rows with an animated picture."""
 
 
 def check_all(rows: Sequence[tuple[int, Record]], seen: set[str]) -> Scan:
@@ -149,7 +149,7 @@ def check_all(rows: Sequence[tuple[int, Record]], seen: set[str]) -> Scan:
 
 
 def report(bad: Sequence[tuple[int, Problem]], place: Callable[[int], str]) -> str:
-    """Message of the first problems, each with its place, and of how many rows break which rule."""
+    """A message with the first problems and their places, and the number of bad rows by rule."""
     lines = [f"{place(number)}: {problem}" for number, problem in bad[:_SHOWN_PROBLEMS]]
     if len(bad) > _SHOWN_PROBLEMS:
         counts = Counter(f"{problem.field}: {problem.rule}" for _, problem in bad)
@@ -158,7 +158,7 @@ def report(bad: Sequence[tuple[int, Problem]], place: Callable[[int], str]) -> s
 
 
 class Table:
-    """Rows on disk, memory-mapped: their texts by number, and pictures that are read when they are used."""
+    """Memory-mapped rows on disk. Texts are read by row number, pictures when they are used."""
 
     def __init__(self, dataset: Any, locate: Callable[[int], tuple[str, int]]) -> None:
         self.column_names, self._locate = dataset.column_names, locate
@@ -175,7 +175,7 @@ class Table:
         return f"{file}: row {row}"
 
     def records(self, numbers: Sequence[int]) -> list[Record]:
-        """The rows of these numbers, unchecked."""
+        """The rows with these numbers, unchecked."""
         texts = self._texts[list(numbers)].to_pylist()
         rows = zip(numbers, texts, strict=True)
         return [completed({**text, "images": self._images(number)}) for number, text in rows]
@@ -185,7 +185,7 @@ class Table:
             return []
         cell = self._pictures[number]["images"][0]
         count = len(cell) if cell.is_valid and hasattr(cell, "values") else None
-        if count is None:  # no list: the check of the row says so
+        if count is None:  # not a list: the check of the row reports it
             return cell.as_py() or []
         return [Picture(partial(self._bytes, number, place)) for place in range(count)]
 
@@ -195,7 +195,7 @@ class Table:
 
 
 def _scan(table: Table, order: Sequence[int], wanted: int | None) -> Scan:
-    """A look at rows in that order, until enough are good."""
+    """Check rows in the given order until `wanted` are good."""
     found, seen = Scan([], [], 0), set[str]()
     goal, looked_at = len(order) if wanted is None else wanted, 0
     while looked_at < len(order) and len(found.good) < goal:
@@ -207,7 +207,7 @@ def _scan(table: Table, order: Sequence[int], wanted: int | None) -> Scan:
 
 
 def _open(source: str, split: str) -> Table:
-    """The rows under a name. Raises as `load_records` says."""
+    """The rows of a source. Raises as `load_records`."""
     import datasets
     import pyarrow
 
@@ -226,10 +226,10 @@ def _open(source: str, split: str) -> Table:
             ),
             f"{source}: not readable as Parquet; write it with corpus.records.write_records",
         )
-        pyarrow.default_memory_pool().release_unused()  # what converting the files took: the rows are on disk now
+        pyarrow.default_memory_pool().release_unused()  # used by the conversion; the rows are on disk now
         return Table(dataset, _locator(files))
     if not _HUB_ID.fullmatch(source) or source.endswith(".parquet"):
-        raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (owner/name) either")
+        raise FileNotFoundError(f"{source}: no such file or folder, and not a hub id (owner/name)")
     dataset = _quietly(
         lambda: datasets.load_dataset(source, split=split),
         f"{source}: no file or folder here, and the hub does not serve split {split!r} of it",
@@ -239,16 +239,14 @@ def _open(source: str, split: str) -> Table:
 
 
 def _quietly(load: Callable[[], Any], complaint: str) -> Any:
-    """What `load` returns, without progress bars in the log; its failure, with the complaint in front."""
+    """The result of `load`, without progress bars in the log; a failure is raised with the complaint in front."""
     import datasets
 
     shown = datasets.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()
     try:
         return load()
-    except (
-        Exception
-    ) as error:  # datasets wraps Arrow's, the network's and the hub's errors in kinds of its own
+    except Exception as error:  # datasets wraps errors of Arrow, the network and the hub in its own types
         cause = error.__cause__ or error
         raise RecordError(f"{complaint} ({type(cause).__name__}: {cause})") from error
     finally:

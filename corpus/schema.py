@@ -5,15 +5,15 @@ A record is a dict:
 | field | type | meaning |
 |---|---|---|
 | id | str | unique within its set |
-| images | list of pictures | shown before the question, or where it says `<image>`; [] for a text-only row |
+| images | list of pictures | shown before the question, or at its `<image>` marks; [] for a text-only row |
 | question | str | without the thinking contract: core.model.prompts adds it by `mode` |
 | answer | str | gold answer; may be "" only where verifier is "none" and a response is given |
 | chain | str or None | the thought that leads to the answer, without tags |
 | response | str or None | the assistant's turn verbatim; as an SFT target it overrides chain and answer |
-| mode | "think", "direct" | which prompt contract the row is asked under |
-| verifier | one of VERIFIERS | how a completion is graded: rewards.answer says what each means |
-| source | str | where the row comes from |
-| meta | JSON object | whatever a generator or a judge wants to keep; a JSON string in the file |
+| mode | "think", "direct" | the prompt contract of the row |
+| verifier | one of VERIFIERS | how a completion is graded; rewards.answer describes each |
+| source | str | origin of the row |
+| meta | JSON object | further values for verifiers and judges; a JSON string in the file |
 
 Data is untrusted. Text that a chat template would read as markup (image tokens, chat tokens) is refused, and so is a
 picture that does not decode or lies outside the file.
@@ -51,9 +51,9 @@ VERIFIERS = (
     ),
     *("judge", "none"),
 )
-"""The kinds of rewards.answer."""
+"""Values of `verifier`: the kinds of rewards.answer."""
 DEFAULTS: Record = {"images": [], "chain": None, "response": None, "source": "", "meta": {}}
-"""What a file may leave out."""
+"""Fields that a file may omit."""
 REQUIRED = ("id", "question", "answer", "mode", "verifier")
 FIELDS = ("id", "images", "question", "answer", "chain", "response", "mode", "verifier", "source", "meta")
 TEXTS = tuple(name for name in FIELDS if name != "images")
@@ -63,26 +63,26 @@ PLACEHOLDER = re.compile(
     r"<\s*/?\s*(?:image|img|video|audio)s?(?:[ _-]?(?:\d+|here|placeholder|token|pad|start|end))?\s*/?>",
     re.IGNORECASE,
 )
-"""The marks of common data sets for a picture, a video or a sound in a text."""
+"""Marks that common data sets use for a picture, a video or a sound in a text."""
 _THINK_TAG = re.compile(r"</?think>")
 
 OnBad = Literal["raise", "drop"]
 
 
 class DataSource(Strict):
-    """A named set of records, and how much of it a stage takes."""
+    """A named set of records, and the rows of it that a stage takes."""
 
     set: Name
     """Name of a set: `<run>/data/<set>.parquet`, or an entry of the recipe's data.sets."""
     rows: int | None = Field(default=None, ge=1)
-    """Number of rows, drawn by the stage's seed; None takes all. More than the set has is an error."""
+    """Number of rows, drawn by the stage's seed; None: all. A number above the size of the set is an error."""
     split: Name = "train"
-    """Split of the set; a single Parquet file is its own."""
+    """Split of the set; ignored for a single Parquet file."""
     unaskable: Literal["refuse", "drop"] = "refuse"
     """For sets that are sent to the rollout servers: a row beyond their limits (pictures per prompt, tokens of prompt
     and completion) is refused before the first stage, or dropped and counted in the log."""
     on_bad_gold: OnBad = "raise"
-    """RL only: a gold answer that cannot be graded against stops the load, or drops its row, counted in the log."""
+    """RL only: a gold answer that its verifier cannot use stops the load, or its row is dropped and counted."""
 
 
 class RecordError(ValueError):
@@ -90,11 +90,11 @@ class RecordError(ValueError):
 
 
 class Problem(NamedTuple):
-    """What is wrong with one row."""
+    """The broken rule of one row, with the found value and a remedy."""
 
     field: str
     rule: str
-    """The broken rule, the same text for every row that breaks it: drops are counted by it."""
+    """The broken rule. The text is the same for every row that breaks it, because drops are counted by it."""
     found: str
     remedy: str
 
@@ -108,7 +108,7 @@ def problem_of(record: Mapping[str, Any]) -> Problem | None:
     Args:
         record: all FIELDS. Pictures may be `Picture`s, files' bytes, PIL images or {"bytes": ...}; they are decoded.
 
-    It does not see other rows, and so no duplicate ids.
+    It checks a single row, so it does not find duplicate ids.
     """
     checks: tuple[Callable[[Mapping[str, Any]], Problem | None], ...] = (
         *(_text_problem, _empty_problem, _kind_problem, _markup_problem),
@@ -134,7 +134,7 @@ def picture_of(stored: Any) -> Picture:
 
 
 def meta_of(meta: Any) -> Any:
-    """The object that a meta field holds, as itself or as JSON. Raises ValueError where JSON is none."""
+    """The object in a meta field, which holds it directly or as JSON. Raises ValueError for invalid JSON."""
     return json.loads(meta, parse_constant=_no_number) if isinstance(meta, str) else meta
 
 
@@ -200,7 +200,7 @@ def _markup_problem(record: Mapping[str, Any]) -> Problem | None:
 
 
 def _placeholder_problem(record: Mapping[str, Any]) -> Problem | None:
-    """A question marks the place of every picture with `<image>`, or of none, and holds no other mark."""
+    """The problem of a question that marks some but not all pictures with `<image>`, or contains other marks."""
     question, images = record["question"], record["images"]
     other = next((mark[0] for mark in PLACEHOLDER.finditer(question) if mark[0] != IMAGE), None)
     if other:
@@ -234,7 +234,7 @@ def _image_problem(record: Mapping[str, Any]) -> Problem | None:
     for place, image in enumerate(images):
         try:
             picture_of(image).rgb()
-        except Exception as error:  # Pillow raises whatever the broken decoder raised
+        except Exception as error:  # Pillow passes on errors of any type from its decoders
             found = f"images[{place}]: {type(error).__name__}: {error}"
             remedy = "put the encoded picture itself in the file, or remove the row"
             return Problem("images", "must decode", f"{found:.240}", remedy)

@@ -1,4 +1,4 @@
-"""Records to one Parquet file, which `corpus.reading` loads as it is."""
+"""Writes records to one Parquet file, which `corpus.reading` can load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from corpus.schema import FIELDS, Problem, Record, RecordError, completed, pictu
 
 
 def write_records(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write records to one Parquet file, whole or not at all; returns how many.
+    """Write records to one Parquet file, whole or not at all; return their number.
 
     A picture is a path (text or `Path`), a file's bytes, `{"bytes": ...}` or a PIL image. Files are stored unchanged;
     a PIL image is stored as the model sees it, as PNG. Memory holds some hundred rows at a time. Raises RecordError if
@@ -37,12 +37,12 @@ def write_records(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
         if bad:
             raise RecordError(report(sorted(bad), lambda row: f"{path}: row {row}"))
         if not file.rows:
-            raise RecordError(f"{path}: there is no row to write")
+            raise RecordError(f"{path}: there are no rows to write")
     return file.rows
 
 
 class RecordFile:
-    """A Parquet file that checked records are added to. It is there once the block ends without an exception."""
+    """A Parquet file to which checked records are added. It appears when the block ends without an exception."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows = path, 0
@@ -57,7 +57,7 @@ class RecordFile:
         return self
 
     def add(self, records: Sequence[Record]) -> None:
-        """Write records as a row group: a reader of single rows decompresses no more than it must."""
+        """Write records as one row group; small groups let a reader of single rows decompress little."""
         import pyarrow as pa
 
         if records:
@@ -76,7 +76,7 @@ class RecordFile:
 
 
 def prepared(row: Any) -> Record | Problem:
-    """The row with all fields and with its pictures as `Picture`s, or why it cannot be."""
+    """The row with all fields and its pictures as `Picture`s, or the problem that prevents it."""
     if not isinstance(row, Mapping):
         return Problem(
             "row", "must be a mapping", f"{row!r:.60}", "give a dict with the fields of the schema"
@@ -105,7 +105,7 @@ def _picture(image: Any) -> Picture:
 
 
 def _stored(record: Record) -> Record:
-    """The record as Parquet holds it."""
+    """The record in the form that Parquet stores."""
     import json
 
     meta = record["meta"]

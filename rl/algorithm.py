@@ -1,4 +1,4 @@
-"""A stage's policy loss as TRL's switches."""
+"""Translates a stage's policy loss into TRL's settings."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ LOSSES: dict[str, dict[str, Any]] = {
     "sapo": {"loss_type": "sapo"},
     "gdpo": {"loss_type": "dapo", "multi_objective_aggregation": "normalize_then_sum"},
 }
-"""`algorithm.name` -> TRL's switches. docs/algorithms.md has the papers."""
+"""`algorithm.name` -> TRL's settings. docs/algorithms.md has the papers."""
 
 
 def trl_config(cfg: RLConfig, folder: Path, seed: int) -> Any:
-    """The stage as TRL's GRPOConfig; `folder` takes its checkpoints."""
+    """The stage as TRL's GRPOConfig; `folder` is for the trainer's checkpoints."""
     from trl import GRPOConfig
 
     algorithm, rollout, correction = cfg.algorithm, cfg.rollout, cfg.algorithm.importance_sampling
-    # Packed passes take an update's rows at once and cut them by tokens.
+    # Packed passes receive all rows of an update at once and cut them by tokens.
     per_pass = (
         cfg.mini_batch if cfg.learner.shares_prefix else cfg.optim.micro_batch_size * cfg.learner.processes
     )
@@ -72,7 +72,7 @@ def reward_columns(cfg: RLConfig) -> dict[str, float]:
 def move_clip(trainer: Any, algorithm: Algorithm) -> None:
     """Let the trainer's upper clip follow `algorithm.clip_schedule`, and log it as `clip_high`.
 
-    It depends on the update's number alone, so that a resumed stage has the clips of an unbroken one.
+    It depends only on the update's number, so a resumed stage has the same clips as an uninterrupted one.
     """
     from transformers import TrainerCallback
 

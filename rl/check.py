@@ -1,4 +1,4 @@
-"""Whether a stage's rewards do on its own rows what rewards must. Asked before training."""
+"""Tests a stage's rewards on the stage's own rows before training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_rewards(
     """Refuse rewards that cannot be trained on.
 
     Every row needs a reward. Rewards of thinking rows must know whether the chat template opens the thought. A judge
-    must resist its canaries. On a sample of `rows` a gold answer must earn enough and a corrupted one little
+    must resist its canaries. On a sample of `rows` rows, gold answers must score high and corrupted ones low
     (rewards.selftest). Raises ValueError, rewards.judge.canaries.JudgeRefused or RewardsFail.
     """
     examples = [example_of(record) for record in records]

@@ -1,4 +1,4 @@
-"""One rollout batch: groups of completions, graded, with groups of no spread replaced (DAPO's dynamic sampling)."""
+"""Collects rollout batches: samples and grades groups, and replaces groups without spread (DAPO's dynamic sampling)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rl.rollout.client import RolloutClient
 from rl.rollout.messages import Answer, Completion, Prompt, Sampling
 
 SPREAD = 1e-6
-"""Rewards of a group that differ by less carry no advantage."""
+"""A group whose rewards differ by less has no advantage to learn from."""
 
 
 @dataclass
@@ -33,29 +33,29 @@ class Sample:
     penalty: float
     """Soft overlong punishment, at most 0."""
     correct: Verdict
-    """The answer's own verdict, whatever the reward is made of."""
+    """The answer verifier's verdict, independent of the reward's terms."""
 
     @property
     def reward(self) -> float | None:
-        """Weighted sum of the terms plus the punishment; None when a term could not judge it."""
+        """Weighted sum of the terms plus the punishment; None if a term could not score the completion."""
         return None if self.graded.total is None else self.graded.total + self.penalty
 
 
 @dataclass
 class Group:
-    """The completions of one prompt."""
+    """The graded completions of one prompt."""
 
     row: Record
     prompt_ids: list[int]
     samples: list[Sample]
     version: int = 0
-    """Weight updates that the servers had received when it was sampled."""
+    """Number of weight updates that the servers had received when the group was sampled."""
     staleness: int = 0
-    """Weight updates between then and the training on it."""
+    """Number of weight updates between sampling the group and training on it."""
 
     @property
     def kind(self) -> str:
-        """spread, or why the group teaches nothing: solved, failed, flat, unscorable."""
+        """`spread`, or the reason why the group has no advantages: solved, failed, flat, unscorable."""
         rewards = [sample.reward for sample in self.samples if sample.reward is not None]
         if len(rewards) < 2:
             return "unscorable"
@@ -73,12 +73,12 @@ class Batch:
 
     groups: list[Group]
     sampled: list[Group]
-    """Every group sampled for it, dropped and carried ones included."""
+    """Every group sampled for the batch, including dropped and carried ones."""
     metrics: dict[str, float]
 
 
 class Collector:
-    """Samples and grades rollout batches. Lives on rank 0 alone; the other ranks receive its groups.
+    """Samples and grades rollout batches. It exists only on rank 0; the other ranks receive its groups.
 
     Args:
         cfg: the stage's configuration.
@@ -87,8 +87,8 @@ class Collector:
         mixture: the reward.
         answer: the answer verifier behind `Sample.correct`.
         overlong: punishment by completion length, or None.
-        seed: the stage's seed; every completion's own seed comes from it, so that a batch does not depend on how
-            many ranks or servers there are.
+        seed: the stage's seed. Each completion's seed is derived from it, so a batch does not depend on the number of
+            ranks or servers.
     """
 
     def __init__(
@@ -108,13 +108,13 @@ class Collector:
         self.stream = PromptStream(rows, seed, self._passes_over, cfg.dynamic_sampling.retry_share)
         self.drawn = 0
         self.version = 0
-        """Weight updates that the servers have received; rl.feed counts them."""
+        """Number of weight updates that the servers have received; rl.feed counts them."""
         self._generating_s = self._grading_s = 0.0
         self._waiting: list[Record] = []
         self._carried: list[Group] = []
 
     def state(self) -> dict[str, Any]:
-        """Everything beside the policy that the next batch depends on, for `restore`."""
+        """The state on which the next batch depends beside the policy, for `restore`."""
         return {
             "stream": self.stream.state(),
             "ledger": self.ledger,
@@ -135,8 +135,8 @@ class Collector:
     def collect(self) -> Batch:
         """One batch of `prompts_per_batch` groups.
 
-        Groups without spread are replaced for up to `dynamic_sampling.max_rounds` rounds; if some are still missing
-        then, the latest such groups fill the batch (their advantage is 0), and the metrics count them.
+        Groups without spread are replaced for up to `dynamic_sampling.max_rounds` rounds. If the batch is still not
+        full then, the latest groups without spread fill it (their advantage is 0), and the metrics count them.
         """
         started, passed_over = time.monotonic(), self.stream.passed_over
         self._generating_s = self._grading_s = 0.0
@@ -170,7 +170,7 @@ class Collector:
         return Batch(batch, sampled, metrics)
 
     def _young(self, groups: list[Group]) -> tuple[list[Group], int]:
-        """The carried groups that may still be trained on, and the number of the others."""
+        """The carried groups that are not too stale to train on, and the number of dropped ones."""
         rollout = self.cfg.rollout
         young = [g for g in groups if self.version - g.version + rollout.overlap <= rollout.max_staleness]
         return young, len(groups) - len(young)
@@ -197,7 +197,7 @@ class Collector:
         )
         prompts = []
         for row in rows:
-            # vLLM gives completion i of a request the seed + i: leave room between the prompts.
+            # vLLM gives completion i of a request the seed + i, so the prompts' seeds must lie further apart.
             prompts.append(
                 Prompt(prompt_messages(row), seed=(self.seed << 32) + self.drawn * rollout.group_size)
             )
@@ -244,7 +244,7 @@ class Collector:
         ]
 
     def _measures(self, sampled: list[Group]) -> dict[str, float]:
-        """Figures of the groups sampled for one batch."""
+        """Metrics of the groups sampled for one batch."""
         kinds = Counter(group.kind for group in sampled)
         samples = [sample for group in sampled for sample in group.samples]
         figures: dict[str, float] = {
@@ -258,7 +258,7 @@ class Collector:
             **component_metrics([[sample.graded for sample in group.samples] for group in sampled]),
             **{f"sampled/{name}/errors": count for name, count in self.mixture.errors.items()},
         }
-        if samples:  # all of a batch may have been carried over
+        if samples:  # a batch may consist of carried groups only
             figures |= {
                 "rollout/useful_groups_per_1000": 1000 * kinds["spread"] / len(samples),
                 "rollout/truncated": _mean(not sample.completion.finished for sample in samples),
@@ -268,12 +268,12 @@ class Collector:
 
 
 class Pipeline:
-    """Batches in turn; with overlap, the next one is sampled while the learner trains on this one.
+    """A sequence of batches. With overlap, the next batch is sampled while the learner trains on the current one.
 
     Args:
-        collector: samples them.
-        batches: number of batches of the stage; none is sampled ahead after the last.
-        overlap: sample ahead.
+        collector: samples the batches.
+        batches: number of batches of the stage.
+        overlap: whether to sample one batch ahead.
     """
 
     def __init__(self, collector: Collector, batches: int, overlap: bool) -> None:
@@ -282,12 +282,12 @@ class Pipeline:
         self._next: Future[Batch] | None = None
 
     def settle(self) -> None:
-        """Wait for the batch under way: the servers' weights must not change while they sample."""
+        """Wait until the running batch is sampled: the servers' weights must not change while they sample."""
         if self._next:
             self._next.result()
 
     def take(self) -> Batch:
-        """The next batch; its groups get their staleness."""
+        """The next batch; sets the staleness of its groups."""
         batch = self._next.result() if self._next else self.collector.collect()
         self._next = None
         self.left -= 1
@@ -297,7 +297,7 @@ class Pipeline:
         return batch
 
     def sample_ahead(self) -> None:
-        """Begin the next batch if batches may overlap and one is left."""
+        """Start sampling the next batch if batches may overlap and a batch remains."""
         if self.overlap and self.left > 0:
             self._next = self._ahead.submit(self.collector.collect)
 

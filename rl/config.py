@@ -25,7 +25,7 @@ BENDS_SAMPLING = dict.fromkeys(
     ),
     _BENT,
 )
-"""Knobs of sampling that a rollout engine has and a learner's probabilities do not follow -> why they are refused."""
+"""Sampling parameters of a rollout engine that the learner's probabilities do not reflect -> why they are refused."""
 AlarmName = Literal["unscorable", "status", "jump", "repeats", "disagreement", "held_out", "blind"]
 
 
@@ -39,14 +39,14 @@ class Rollout(Strict):
     group_size: int = Field(ge=2, le=65536)
     """Completions per prompt; G in the GRPO paper."""
     max_completion_tokens: int = Field(ge=1)
-    """A completion is cut there."""
+    """Most tokens of a completion; a longer one is truncated."""
     temperature: float = Field(default=1.0, gt=0)
-    """Both sides divide logits by it. Other knobs of sampling are refused."""
+    """Rollout servers and learner both divide logits by it. Other sampling parameters are refused."""
     overlap: bool = False
     """Sample the next batch while the learner trains on this one, with weights one batch old."""
     max_staleness: int = Field(default=1, ge=0)
-    """Weight updates between sampling a completion and training on it, at most. The importance-sampling correction
-    weighs what is stale; older groups are dropped, counted."""
+    """Most weight updates between sampling a completion and training on it. The importance-sampling correction weighs
+    stale completions; older groups are dropped and counted."""
 
 
 class DynamicSampling(Strict):
@@ -56,17 +56,17 @@ class DynamicSampling(Strict):
     """
 
     max_rounds: int = Field(default=3, ge=0)
-    """Rounds of replacement per batch; groups without spread that remain then stay, counted. 0 turns it off."""
+    """Rounds of replacement per batch; groups without spread that remain after them stay and are counted. 0: off."""
     oversample: float = Field(default=1.5, ge=1)
-    """A round asks for as many prompts as are expected to fill the batch, at most this many times what is missing.
-    1 asks for exactly what is missing, as DAPO does."""
+    """A round samples as many prompts as are expected to fill the batch, but at most this multiple of the number of
+    missing groups. 1 samples exactly the missing number, as DAPO does."""
     carry: bool = True
-    """Groups with spread beyond the batch wait for the next one (within rollout.max_staleness)."""
+    """Whether surplus groups with spread are kept for the next batch (within rollout.max_staleness)."""
     rest_epochs: int = Field(default=1, ge=0)
-    """A prompt rests for this many epochs after a group that was all solved or all failed. The rest doubles with each
-    further such group in a row, up to eight times as many."""
+    """A prompt is skipped for this many epochs after a group that was all solved or all failed. The number doubles with
+    each further such group in a row, up to eight times."""
     retry_share: float = Field(default=0.1, ge=0, le=1)
-    """Share of the resting prompts that is asked nevertheless: policies forget, and they learn."""
+    """Share of the resting prompts that is sampled nevertheless, because a policy forgets and learns."""
 
 
 class Overlong(Strict):
@@ -83,17 +83,18 @@ class ImportanceSampling(Strict):
         "token_truncate"
     )
     cap: float = Field(default=2.0, gt=1)
-    """Weights above it are cut (truncate) or dropped (mask)."""
+    """Weights above it are lowered to it (truncate) or set to 0 (mask)."""
 
 
 class ClipSchedule(Strict):
     """The upper clip moves linearly over the stage's updates, from `clip_high` at the first to `end` at the last.
 
-    One reading of the report's "clip value adjusted dynamically within 0.20 to 0.28", which does not say how.
+    This is one reading of the report's "clip value adjusted dynamically within 0.20 to 0.28"; the report does not
+    describe the adjustment.
     """
 
     end: float = Field(ge=0)
-    """Upper clip of the last update."""
+    """Upper clip at the last update."""
 
 
 class Algorithm(Strict):
@@ -106,30 +107,30 @@ class Algorithm(Strict):
     clip_low: float = Field(ge=0, le=1)
     """Ratios below 1 - clip_low are clipped; cispo and sapo have no lower clip."""
     clip_high: float = Field(ge=0)
-    """Ratios above 1 + clip_high are clipped. For cispo the largest ratio itself (at least 1); sapo has none."""
+    """Ratios above 1 + clip_high are clipped. For cispo it is the largest ratio itself (at least 1); sapo has none."""
     delta: float | None = Field(default=None, gt=1)
-    """Two-sided clip: largest ratio where the advantage is negative. Above 1 + clip_high."""
+    """Two-sided clip: the largest ratio at a negative advantage. It must exceed 1 + clip_high."""
     clip_schedule: ClipSchedule | None = None
     """None keeps the upper clip at clip_high."""
     sapo_temperature_positive: float = Field(default=1.0, gt=0)
     sapo_temperature_negative: float = Field(default=1.05, gt=0)
-    """sapo only: steepness of the gate where the advantage is positive, and where it is negative."""
+    """sapo only: steepness of the gate at positive advantages, and at negative ones."""
     kl_beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL term against the stage's first policy; 0 leaves the reference model out."""
+    """Weight of the KL term against the stage's initial policy; with 0 no reference model is loaded."""
     scale_by_std: bool | None = None
-    """Divide a group's advantages by its standard deviation. None does what the algorithm's paper does: all but dr_grpo
-    divide."""
+    """Whether to divide a group's advantages by the standard deviation of its rewards. None: as in the algorithm's
+    paper; all but dr_grpo divide."""
     entropy_bonus: float = Field(default=0.0, ge=0)
     """Weight of the policy's mean entropy per token, which is added to the objective."""
     top_entropy: float = Field(default=1.0, gt=0, le=1)
-    """Share of the tokens, those of the highest entropy, that the policy loss acts on."""
+    """Share of the tokens, those with the highest entropy, that enter the policy loss."""
     mask_truncated: bool = True
-    """Leave completions that were cut out of the loss."""
+    """Whether to exclude truncated completions from the loss."""
     importance_sampling: ImportanceSampling = ImportanceSampling()
 
     @property
     def divides_by_std(self) -> bool:
-        """`scale_by_std`, with the paper's choice where it is None."""
+        """`scale_by_std`, or the paper's choice if it is None."""
         return self.name != "dr_grpo" if self.scale_by_std is None else self.scale_by_std
 
     @model_validator(mode="after")
@@ -161,28 +162,28 @@ Params = Annotated[dict[str, Any], AfterValidator(_without_secrets)]
 
 
 class RewardTerm(Strict):
-    """One weighted term of the reward, with a curve of its own."""
+    """One weighted term of the reward; metrics and report show it as a separate curve."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     use: str
-    """A built-in reward (rewards.registry.REWARDS), `package.module:Name` or `file.py:Name`; with `trl:` or
-    `verl:` before it, a reward function written for that library."""
+    """A built-in reward (rewards.registry.REWARDS), `package.module:Name` or `file.py:Name`. The prefix `trl:` or
+    `verl:` marks a reward function written for that library."""
     weight: float = Field(gt=0, le=1)
     modes: tuple[Mode, ...] = ("think", "direct")
     """Modes of the rows that it grades."""
     graded: tuple[Literal["verifiable", "judged"], ...] = ("verifiable", "judged")
-    """Kinds of rows that it grades: those a rule can check (verifiable), those only a judge can (verifier judge or
-    none), or both. Per mode and kind the weights sum to 1."""
+    """Kinds of rows that the term grades: rows that a rule can check (verifiable), rows that only a judge can check
+    (verifier judge or none), or both. Per mode and kind the weights sum to 1."""
     gate: str | None = None
-    """Name of another term. This term is asked where that one scores 1, and scores 0 elsewhere."""
+    """Name of another term. This term is evaluated if that term scores 1; otherwise it scores 0."""
     on_error: Literal["stop", "unscorable"] = "stop"
-    """When the reward fails: stop the run, or count it and leave the row unscorable. It fails when it raises, returns
-    what is no verdict, exceeds a limit below, or ends its process."""
+    """If the reward fails: stop the run, or count the failure and leave the row unscored. A reward fails if it raises,
+    returns something other than a verdict, exceeds a limit below, or ends its process."""
     isolate: bool = True
-    """Run a reward that is not built in in a process of its own. False: in the stage's, for rewards that must share
-    its memory; the deadline then is the only limit, and what the reward does to the process, it does to the stage."""
+    """Whether a reward that is not built in runs in a separate process. False: it runs in the stage's process, for
+    rewards that must share its memory. The deadline is then the only limit, and a crash ends the stage."""
     deadline_s: float = Field(default=60.0, gt=0)
-    """For one call of a reward that is not built in: one completion, or the batch of a batched reward."""
+    """Seconds for one call of a reward that is not built in: one completion, or the batch of a batched reward."""
     memory_gib: float = Field(default=4.0, gt=0)
     """Private memory that the process of a reward that is not built in may use."""
     params: Params = Field(default_factory=dict)
@@ -204,14 +205,14 @@ class PassAtK(Strict):
 
     source: DataSource
     into: Name
-    """Name of the set that the kept rows form."""
+    """Name of the set of kept rows."""
     samples: int = Field(default=4, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     drop_never_solved: bool = True
-    """Think rows only: where no reasoning is needed only the always-solved are dropped (report)."""
+    """Drop never-solved prompts too, for think rows only. Of direct rows always-solved ones go (report)."""
     drop_always_solved: bool = True
     min_rows: int = Field(default=1, ge=1)
-    """Fewer kept rows than this is an error: the policy is too weak or too strong for these prompts."""
+    """Keeping fewer rows than this is an error: the policy is too weak or too strong for these prompts."""
 
 
 class Harvest(Strict):
@@ -220,26 +221,26 @@ class Harvest(Strict):
     source: DataSource
     into: Name
     keep: int = Field(ge=1)
-    """Chains to keep at most; fewer than min_rows is an error."""
+    """Most chains to keep; keeping fewer than min_rows is an error."""
     samples: int = Field(default=1, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     min_rows: int = Field(default=1, ge=1)
 
 
 class HardCases(Strict):
-    """Prompts that an earlier RL stage was unreliable on, from that stage's own record."""
+    """Prompts on which an earlier RL stage was unreliable, taken from that stage's record."""
 
     stage: str = "rlvr"
     into: Name
     max_pass_rate: float = Field(gt=0, le=1)
-    """Keep prompts whose completions were correct at most this often in that stage's last visit."""
+    """Keep prompts whose pass rate in their last group of that stage was at most this."""
     rows: int | None = Field(default=None, ge=1)
     """Largest number of rows, hardest first."""
     min_rows: int = Field(default=1, ge=1)
 
 
 class Prepare(Strict):
-    """Data made before the stage with the policy that it starts from."""
+    """Data that the stage's initial policy produces before the stage."""
 
     pass_at_k: PassAtK | None = None
     harvest: Harvest | None = None
@@ -248,12 +249,12 @@ class Prepare(Strict):
 
     @property
     def samples(self) -> bool:
-        """Whether completions are sampled; hard cases come from an earlier stage's record."""
+        """Whether completions are sampled; hard cases need none, as they come from an earlier stage's record."""
         return self.pass_at_k is not None or self.harvest is not None
 
 
 class Parity(Strict):
-    """Guard: after every weight update, servers and learner score the same sequences."""
+    """Parity guard: after every weight update, servers and learner score the same sequences."""
 
     sequences: int = Field(default=4, ge=1)
     """Probe prompts, the same each time: only repeated prompts reveal stale caches."""
@@ -264,7 +265,7 @@ class Parity(Strict):
 
 
 class Watch(Strict):
-    """Bounds beyond which the watch over a stage raises an alarm. Rates and shares are in [0, 1]."""
+    """Bounds of the watcher's alarms. Rates and shares are in [0, 1]."""
 
     stop_on: tuple[AlarmName, ...] = ("unscorable",)
     """Alarms that end the run; the others are only reported."""
@@ -274,18 +275,18 @@ class Watch(Strict):
     max_status: float = Field(default=0.5, ge=0, le=1)
     """Share of one component's verdicts with the same status, other than correct and wrong."""
     max_jump: float = Field(default=0.25, gt=0)
-    """Change of a component's mean against its last batches, if it is also six times their spread."""
+    """Change of a component's mean against its last batches; the change must also exceed six times their spread."""
     max_repeats: float = Field(default=0.5, ge=0, le=1)
-    """Share of completions that also answer another prompt of the batch, word for word."""
+    """Share of completions whose text also occurs as the completion of another prompt of the batch."""
     repeat_tokens: int = Field(default=12, ge=1)
-    """Shorter completions do not count as repeats: honest short answers coincide."""
+    """Shorter completions are not counted as repeats, because honest short answers coincide."""
     second_verifier: str | None = None
-    """A stricter reward, by name, that grades a sample of what the answer verifier called correct."""
+    """Name of a stricter reward that grades a sample of the completions that the answer verifier called correct."""
     second_params: Params = Field(default_factory=dict)
     second_rows: int = Field(default=32, ge=1)
-    """Completions per batch that it grades."""
+    """Completions per batch that the second verifier grades."""
     max_disagreement: float = Field(default=0.1, ge=0, le=1)
-    """Share of them that it does not call correct."""
+    """Share of these completions that the second verifier does not call correct."""
     held_out: DataSource | None = None
     """Rows that neither a stage's training nor the final evaluation uses. Their greedy accuracy is logged beside the
     reward, with their images and with the images blanked."""
@@ -300,8 +301,8 @@ class RLLearner(LearnerConfig):
     """shared: each prompt and image is computed once per group; shared_flex: the same with torch's flex attention (GPU
     only); stock: TRL's passes, once per completion."""
     token_budget: int | None = Field(default=None, ge=1)
-    """Tokens of one packed forward-backward pass of a rank, for all but prefix=stock; a single row may exceed it.
-    None: as many as TRL's pass over optim.micro_batch_size padded rows would hold."""
+    """Most tokens of one packed forward-backward pass of a rank, unless prefix=stock; a single row may exceed it.
+    None: the tokens of TRL's pass over optim.micro_batch_size padded rows."""
 
     @property
     def shares_prefix(self) -> bool:
@@ -330,13 +331,13 @@ class RLConfig(Strict):
     learner: RLLearner = RLLearner()
     parity: Parity
     self_test_rows: int = Field(default=64, ge=0)
-    """Rows on which the rewards are tested with gold and corrupted answers before training; 0 skips the test."""
+    """Number of rows on which the rewards are tested with gold and corrupted answers before training; 0: no test."""
     watch: Watch = Watch()
     log_completions_every: int = Field(default=1, ge=1)
-    """Rollout batches between two records of completions with their verdicts."""
+    """Completions with their verdicts are logged every so many rollout batches."""
     save_every: int | None = Field(default=None, ge=1)
-    """Rollout batches between checkpoints with the optimizer's states and the prompts' ledger. An interrupted stage
-    that is started again unchanged continues from the last one. None: it starts from its beginning."""
+    """Rollout batches between two checkpoints with the optimizer's states and the prompts' ledger. An interrupted stage
+    that is started again unchanged resumes from the last checkpoint. None: it starts from its beginning."""
 
     @property
     def completions_per_batch(self) -> int:
@@ -400,4 +401,4 @@ class EvalConfig(Strict):
     direct: DataSource
     max_completion_tokens: int = Field(ge=1)
     samples: int = Field(default=12, ge=0)
-    """Held-out rows per mode pair that the report shows with their images."""
+    """Number of held-out rows per evaluated set that the report shows with their images."""

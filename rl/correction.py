@@ -1,8 +1,9 @@
 """TRL's importance-sampling correction, from the log-probabilities that the loss computes anyway.
 
-Completions come from an engine whose probabilities differ from the learner's; TRL weighs every token (or sequence) by
-learner / engine. It takes the learner's from a pass of its own before the update. Where one update follows each batch,
-the loss's own pass gives the same numbers, and that pass is saved. The formulas are those of TRL 1.16's
+The rollout engine's probabilities differ from the learner's, so TRL weighs every token (or sequence) by
+learner / engine. TRL computes the learner's probabilities in an extra pass before the update. If one update follows
+each batch, the pass of the loss gives the same numbers, and the extra pass is skipped. The formulas are those of
+TRL 1.16's
 `GRPOTrainer._generate_and_score_completions`; tests/rl/test_shared_prefix.py compares them in every mode.
 """
 
@@ -23,7 +24,7 @@ class Correction:
     mode: str
     """TRL's `vllm_importance_sampling_mode`: token or sequence, then _truncate or _mask."""
     least: float | None
-    """Smaller ratios are raised to it (truncate) or become 0 (mask); None sets no bound."""
+    """Smaller ratios are raised to it (truncate) or become 0 (mask); None: no lower bound."""
     most: float | None
     """Larger ratios are lowered to it, or become 0."""
 
@@ -34,7 +35,7 @@ class Correction:
     def ratio(self, own: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Ratios (rows, tokens), or (rows, 1) by sequence, of log-probabilities (rows, tokens).
 
-        A token to which the engine gave none (NaN) has the ratio 1. NaN of the learner's own stays NaN.
+        A token without the engine's log-probability (NaN) has the ratio 1. NaN of the learner stays NaN.
         """
         difference = torch.where(engine.isnan(), 0.0, own.detach() - engine) * mask
         ratio = torch.exp(difference.sum(-1, keepdim=True) if self.by_sequence else difference)
@@ -52,7 +53,7 @@ class Correction:
         ratio: torch.Tensor,
         gather: Callable[[Any], Any],
     ) -> dict[str, float]:
-        """TRL's figures under its names; `ratio` is what `ratio()` returned, `gather` collects from all ranks."""
+        """TRL's statistics under TRL's names; `ratio` is the result of `ratio()`, `gather` collects from all ranks."""
         scored = mask.bool()
         differences = (own.detach() - engine)[scored & ~engine.isnan()].abs()
         ratios = ratio.flatten() if self.by_sequence else ratio[scored]

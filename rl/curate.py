@@ -1,6 +1,7 @@
-"""Data made between the stages with the policy at hand: pass@k filter, rejection sampling, hard cases.
+"""Data that the current policy produces between stages: pass@k filter, rejection sampling, hard cases.
 
-Each writes a set of records and returns what it kept and dropped, and why. Imports no torch.
+Each function writes a set of records and returns the counts of kept and dropped rows with the reasons.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from rl.rollout.messages import Completion, Prompt, Sampling
 
 Progress = Callable[[int, int], None] | None
 Askable = Callable[[DataSource, Records], Records]
-"""Leaves out the rows that the servers cannot be asked (rl.limits)."""
+"""A filter that drops the rows beyond the servers' limits (rl.limits)."""
 
 
 def every_row(source: DataSource, records: Records) -> Records:
-    """Leaves out nothing."""
+    """The filter that keeps every row."""
     return records
 
 
@@ -49,10 +50,10 @@ def pass_at_k(
     progress: Progress = None,
     askable: Askable = every_row,
 ) -> dict[str, Any]:
-    """Write the prompts that can teach the served policy something to `out/<into>.parquet`.
+    """Write the prompts that the served policy can learn from to `out/<into>.parquet`.
 
-    Always-solved prompts are dropped; never-solved ones too where reasoning is needed (report, section 4). The rate
-    is kept in the rows' meta as `pass_rate`.
+    Always-solved prompts are dropped; never-solved prompts are dropped too if they need reasoning (report, section 4).
+    The rows' meta keeps the pass rate as `pass_rate`.
     """
     kept: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
@@ -80,7 +81,7 @@ def harvest(
     progress: Progress = None,
     askable: Askable = every_row,
 ) -> dict[str, Any]:
-    """Write the served policy's own correct, well-formed chains to `out/<into>.parquet`, one per prompt at most."""
+    """Write correct, well-formed chains of the served policy to `out/<into>.parquet`, at most one per prompt."""
     opened = client.core.thought_open
     answer, well_formed = AnswerReward(thought_open=opened), ThinkFormat(opened)
     kept: list[dict[str, Any]] = []
@@ -108,12 +109,12 @@ def harvest(
 
 
 def hard_cases(cfg: HardCases, records: Sequence[Record], record_file: Path, out: Path) -> dict[str, Any]:
-    """Write the prompts that an RL stage was unreliable on to `out/<into>.parquet`, hardest first.
+    """Write the prompts on which an RL stage was unreliable to `out/<into>.parquet`, hardest first.
 
     Args:
-        cfg: which stage, and how unreliable.
-        records: the rows that stage trained on.
-        record_file: that stage's record.jsonl; a prompt's last visit counts.
+        cfg: the stage, and the largest pass rate.
+        records: the rows that the stage trained on.
+        record_file: the stage's record.jsonl; the last group of a prompt counts.
         out: folder for the set.
     """
     last: dict[str, float] = {}

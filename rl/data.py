@@ -26,10 +26,10 @@ def load_rows(
     seed: int,
     askable: Callable[[DataSource, Records], Records] = lambda source, records: records,
 ) -> list[dict[str, Any]]:
-    """All records of the named sets, in their order. `askable` leaves out what the servers cannot be asked.
+    """All records of the named sets, in order. `askable` drops the rows beyond the servers' limits.
 
-    Raises ValueError when an id is in two of the sets, a set is left without rows, or a gold answer could not be
-    graded against and its source does not say to drop such rows; names the file and the row.
+    Raises ValueError, with file and row, if two sets share an id, if a set has no rows left, or if a verifier cannot
+    use a gold answer and the source does not drop such rows.
     """
     rows: list[dict[str, Any]] = []
     for source in sources:
@@ -46,7 +46,7 @@ def load_rows(
 
 
 def _gradable(source: DataSource, records: Records) -> list[dict[str, Any]]:
-    """The records whose gold answers can be graded against."""
+    """The records whose gold answers their verifiers can use."""
     good, bad = [], []
     for index, record in enumerate(records):
         problem = gold_problem(example_of(record))
@@ -68,7 +68,7 @@ def _gradable(source: DataSource, records: Records) -> list[dict[str, Any]]:
 
 
 def example_of(record: Record) -> Example:
-    """What a reward sees of a record; its pictures decode when the reward looks at them."""
+    """A record as rewards see it; its pictures decode when a reward accesses them."""
     return Example.of(record, Decoded(record["images"]))
 
 
@@ -78,17 +78,17 @@ def prompt_messages(record: Record) -> list[dict[str, Any]]:
 
 
 class PromptStream:
-    """Rows in a new random order every epoch, without end; the same order for the same seed.
+    """An endless stream of rows in a new random order every epoch; the same seed gives the same order.
 
-    One stream feeds a stage's batches and its replacements alike, so that a prompt that dynamic sampling drew is
-    not drawn again until all others were.
+    One stream feeds both a stage's batches and their replacements. So a prompt that dynamic sampling drew is drawn
+    again only after all others.
 
     Args:
-        rows: what is drawn from.
-        seed: of the order.
-        passes_over: told a row's id and the epoch; rows for which it is true are left out, but for a share of
-            `retry_share`. When that leaves nothing for a whole epoch, they are drawn all the same.
-        retry_share: share in [0, 1].
+        rows: the rows to draw from.
+        seed: seed of the order.
+        passes_over: called with a row's id and the epoch; rows for which it returns True are skipped, except for a
+            share of `retry_share`. If it would skip every row of an epoch, none is skipped.
+        retry_share: share in [0, 1] of the skipped rows that is drawn nevertheless.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class PromptStream:
         retry_share: float = 0.0,
     ) -> None:
         if not rows:
-            raise ValueError("no row to draw prompts from")
+            raise ValueError("there are no rows to draw prompts from")
         self.rows, self.epoch, self.passed_over = rows, 0, 0
         self.passes_over, self.retry_share = passes_over, retry_share
         self._rng, self._retry = random.Random(seed), random.Random(f"{seed} retry")
@@ -126,7 +126,7 @@ class PromptStream:
         return self.rows[self._order.popleft()]
 
     def state(self) -> dict[str, Any]:
-        """Where the stream is, for `restore`."""
+        """The position of the stream, for `restore`."""
         generators = self._rng.getstate(), self._retry.getstate()
         return {
             "epoch": self.epoch,
@@ -136,7 +136,7 @@ class PromptStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where another stream over the same rows was."""
+        """Continue at the position of another stream over the same rows."""
         self.epoch, self.passed_over = state["epoch"], state["passed_over"]
         self._order = deque(state["order"])
         for generator, own in zip((self._rng, self._retry), state["random"], strict=True):

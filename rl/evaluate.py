@@ -36,7 +36,7 @@ class Scored:
         return self.answer.score == 1
 
     def to_dict(self) -> dict[str, Any]:
-        """As the report and the tracker show it (the image travels beside it)."""
+        """The fields that the report and the tracker show; the image is passed separately."""
         return {
             "id": self.record["id"],
             "mode": self.record["mode"],
@@ -55,14 +55,14 @@ def evaluate(
     on_answer: Callable[[int, int], None] | None = None,
     askable: Callable[[DataSource, Records], Records] = lambda source, records: records,
 ) -> tuple[dict[str, dict[str, Any]], list[Scored]]:
-    """Score the policy that the pool serves now.
+    """Score the policy that the pool currently serves.
 
     Args:
-        cfg: which rows, and how long a completion may be.
+        cfg: the sets, and the most tokens of a completion.
         client: the rollout pool.
         sets: data set name -> Parquet file.
-        on_answer: told (rows done, rows in all).
-        askable: leaves out the rows that the servers cannot be asked.
+        on_answer: called with (rows done, rows in total).
+        askable: drops the rows beyond the servers' limits.
 
     Returns:
         `{"thinking": {accuracy, n, ci95, format_rate, mean_tokens}, "direct": {...}}`, accuracies and rates in
@@ -120,7 +120,7 @@ def answer_greedily(
 
 
 def accuracy(records: Sequence[Record], client: RolloutClient, max_tokens: int) -> float:
-    """The share of rows that the served policy answers right, greedily."""
+    """The share of rows in [0, 1] that the served policy answers correctly with greedy decoding."""
     return sum(row.correct for row in answer_greedily(records, client, max_tokens)) / len(records)
 
 
@@ -128,7 +128,7 @@ def summary(judged: Sequence[Scored]) -> dict[str, Any]:
     """Accuracy with its 95% Wilson interval, format rate and mean completion length in tokens."""
     n = len(judged)
     if not n:
-        raise ValueError("no row to evaluate")
+        raise ValueError("there are no rows to evaluate")
     correct = sum(row.correct for row in judged)
     return {
         "accuracy": correct / n,

@@ -1,7 +1,7 @@
-"""What feeds the trainer: new weights to the servers, the parity check, and a graded batch for every rank.
+"""Feeds the trainer: pushes new weights to the servers, checks parity, and brings a graded batch to every rank.
 
-Rank 0 talks to the servers and owns the batches and the files; the other ranks receive what it broadcasts. Both are
-objects with the same methods (`Lead`, `Follower`), called on all ranks in step.
+Rank 0 talks to the servers and owns the batches and the files; the other ranks receive its broadcasts. `Lead` (rank 0)
+and `Follower` have the same methods, which all ranks call in step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Rank(Protocol):
     """One rank's part in feeding the trainers. Every method is called on all ranks in step."""
 
     def settle(self) -> None:
-        """Wait for the batch under way: the servers' weights must not change while they sample."""
+        """Wait until the running batch is sampled: the servers' weights must not change while they sample."""
         ...
 
     def probe(self, guard: ParityGuard) -> list[Answer]:
@@ -38,7 +38,7 @@ class Rank(Protocol):
         ...
 
     def checked(self, guard: ParityGuard, answers: Sequence[Answer], servers: int) -> None:
-        """The learner agrees with these answers."""
+        """Note that the learner's log-probabilities agree with these answers."""
         ...
 
     def batch(self, figures: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -47,10 +47,11 @@ class Rank(Protocol):
 
 
 class Lead:
-    """Rank 0: servers, batches, watcher, files; and their state, for a checkpoint.
+    """Rank 0: servers, batches, watcher and files, and their state for a checkpoint.
 
     Args:
-        share_gpus: the servers have the learners' GPUs, and sleep from a batch's last completion to the next update.
+        share_gpus: whether the servers run on the learners' GPUs. They then sleep from the last completion of a batch
+            to the next weight update.
     """
 
     def __init__(
@@ -90,19 +91,20 @@ class Lead:
         return _from_rank_0(rows)
 
     def _look_at(self, batch: Batch, figures: Mapping[str, float]) -> None:
-        """Watch a batch and write it down. Raises rl.watch.RewardAlarm."""
+        """Let the watcher check a batch, and log it. Raises rl.watch.RewardAlarm."""
         seen, alarms = self.watcher.batch(batch.sampled)
         judges = {f"judge/{name}": count for name, count in statistics().items()}
         metrics = {**batch.metrics, **figures, **seen, **judges, **self.client.fleet.figures()}
         self.record.batch(batch.groups, batch.sampled, metrics, with_completions=bool(alarms))
         self.watcher.stop_for(alarms)
         every = self.record.cfg.save_every
-        # The trainer saves after the last batch too. Noted now: with overlap the next batch is under way by then.
+        # The trainer saves after the batch's last update. Note the state now: with overlap, the next batch is being
+        # sampled by then.
         if every and (self.record.batches % every == 0 or not self.rollouts.left):
             self.state.note()
 
     def write(self, folder: Path) -> None:
-        """Put the noted state into a checkpoint's folder."""
+        """Write the noted state into a checkpoint's folder."""
         self.state.write(folder)
 
     def close(self) -> None:
@@ -113,7 +115,7 @@ class Follower:
     """Every other rank: it receives what rank 0 broadcasts."""
 
     client = None
-    """The servers are rank 0's."""
+    """The client of the servers, which exists only on rank 0."""
 
     def settle(self) -> None:
         pass
@@ -140,10 +142,10 @@ class RolloutFeed:
     Args:
         rank: this rank's part.
         sync: pushes weights to the servers.
-        guard: compares both sides after every push.
+        guard: compares servers and learner after every push.
         records: every record that the collector draws from.
-        probes: the records behind the guard's prompts.
-        share_gpus: the servers sleep between batches, so that they need the weights again for each.
+        probes: the records of the guard's prompts.
+        share_gpus: whether the servers sleep between batches; they then need the weights again for each batch.
     """
 
     def __init__(
@@ -174,12 +176,12 @@ class RolloutFeed:
         return [self._with_prompt(row) for row in rows[rank * count : (rank + 1) * count]]
 
     def _with_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its prompt and images, which every rank holds and rank 0 need not send."""
+        """The row with its prompt and images. Every rank has these, so rank 0 does not broadcast them."""
         record = self.records[row["id"]]
         return {**row, "prompt": _text_only(prompt_messages(record)), "images": list(record["images"])}
 
     def _update_servers(self, trainer: Any) -> dict[str, float]:
-        """Push the weights if the servers lack them, then compare both sides."""
+        """Push the weights if the servers lack them, then compare servers and learner."""
         step = trainer.state.global_step
         if self.sync.served.holds(step):
             return {}
@@ -190,14 +192,14 @@ class RolloutFeed:
         self.sync.push(trainer.accelerator.unwrap_model(trainer.model), step)
         pushed_s = time.monotonic() - started
         answers = self.rank.probe(self.guard)
-        servers = len(answers) // max(1, len(self.probes))  # those that serve at the moment
+        servers = len(answers) // max(1, len(self.probes))  # the servers that serve at the moment
         difference = self.guard.check(answers, lambda at, one: self._score_probe(trainer, at, one), servers)
         self.rank.checked(self.guard, answers, servers)
         return {"parity/max_logprob_difference": difference, "sync/seconds": pushed_s}
 
     @torch.no_grad()
     def _score_probe(self, trainer: Any, index: int, answer: Answer) -> list[float]:
-        """The learner's log-probabilities of a probe's completion, from the code that training uses."""
+        """The learner's log-probabilities of a probe's completion, computed by the code that training uses."""
         inputs = self._probe_inputs.get(index)
         if inputs is None:
             inputs = self._probe_inputs[index] = trainer.processing_class.apply_chat_template(
@@ -211,7 +213,7 @@ class RolloutFeed:
         if prompt_ids != answer.prompt_ids:
             raise RuntimeError(
                 f"probe {index}: the rollout server rendered {len(answer.prompt_ids)} prompt tokens, the learner "
-                f"{len(prompt_ids)}, or other ones; do both use the same chat template and image processor?"
+                f"{len(prompt_ids)}, or different ones; do both use the same chat template and image processor?"
             )
         completion = answer.completions[0].token_ids
         ids = torch.tensor([prompt_ids + completion], device=trainer.accelerator.device)
@@ -231,7 +233,7 @@ class RolloutFeed:
 
 
 def _make_room(trainer: Any) -> None:
-    """Free what the last update's passes held: servers that wake take memory that the GPU has free."""
+    """Free the cached memory of the last update's passes, so that waking servers find room on the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -239,11 +241,11 @@ def _make_room(trainer: Any) -> None:
 
 
 def trl_rows(group: Group) -> list[dict[str, Any]]:
-    """A group's rows on their way to the ranks: neither images nor text."""
+    """A group's rows as rank 0 broadcasts them, without images and text."""
     rows = []
     for sample in group.samples:
         scores = {}
-        if sample.reward is not None:  # a row that a term could not judge counts nowhere: never as 0
+        if sample.reward is not None:  # an unscored row has no reward; it never counts as 0
             scores = {name: verdict.score for name, verdict in sample.graded.verdicts.items()}
             scores["overlong"] = sample.penalty
         completion = sample.completion
@@ -252,7 +254,8 @@ def trl_rows(group: Group) -> list[dict[str, Any]]:
                 "id": group.row["id"],
                 "scores": scores,
                 "prompt_ids": group.prompt_ids,
-                # TRL needs a token. One that ends no turn makes an empty completion a truncated one, which is masked.
+                # TRL needs a token. A token other than end-of-turn makes an empty completion count as truncated, and
+                # so it is masked.
                 "completion_ids": completion.token_ids or group.prompt_ids[-1:],
                 "logprobs": completion.logprobs or [0.0],
             }
@@ -261,7 +264,7 @@ def trl_rows(group: Group) -> list[dict[str, Any]]:
 
 
 def _text_only(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation as TRL takes it: text content, with images in a column of their own."""
+    """The conversation in TRL's form: contents are text, and images are in a separate column."""
     out = []
     for message in conversation:
         content = message["content"]

@@ -14,6 +14,6 @@ class ServedJob(Job):
     urls: tuple[str, ...]
     """Running rollout servers, which serve a core of the policy's architecture."""
     weights: Path
-    """Folder for the policy's weights on their way to the servers, which read them there."""
+    """Folder through which the policy's weights reach the servers: the learner writes files, the servers read them."""
     folders: tuple[Path, ...] = ()
-    """Where users' own reward modules are looked for, after everything installed."""
+    """Folders that are searched for users' reward modules, after the installed packages."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PRIOR = 2.0
-"""Weight of the mean pass rate of all prompts in a prompt's own, in completions."""
+"""Weight of the prior (the mean pass rate of all prompts) in a prompt's estimate, in completions."""
 UNKNOWN = 0.5
-"""Chance of spread of a prompt before any group was recorded."""
+"""Probability of spread before any group was recorded."""
 LEAST = 0.05
-"""Smallest chance of spread: below it a round would ask for too many prompts."""
+"""Lower bound of the probability of spread; below it a round would sample too many prompts."""
 LONGEST_REST = 8
 """A prompt rests for at most this many times `rest_epochs`."""
 
@@ -22,11 +22,11 @@ class _Visit:
     of: int
     epoch: int
     uniform: int
-    """Number of groups in a row, up to this one, that were all solved, or all failed."""
+    """Number of consecutive groups, including the last, that were all solved or all failed."""
 
 
 class Ledger:
-    """Pass rates of the prompts that were asked, kept across epochs.
+    """Pass rates of the sampled prompts, kept across epochs.
 
     Args:
         group_size: completions per prompt.
@@ -47,9 +47,9 @@ class Ledger:
         self._groups = self._spread = 0
 
     def record(self, prompt: str, *, correct: float, of: int, epoch: int, spread: bool) -> None:
-        """Note a group: `correct` of `of` judged completions, and whether its rewards differ.
+        """Record a group: `correct` of `of` scored completions, and whether its rewards differ.
 
-        Raises ValueError unless 0 <= correct <= of: the mean over all prompts would be wrong from then on.
+        Raises ValueError unless 0 <= correct <= of, because such values would corrupt the mean over all prompts.
         """
         if not 0 <= correct <= of:
             raise ValueError(f"prompt {prompt!r}: {correct} correct of {of} judged completions")
@@ -66,8 +66,8 @@ class Ledger:
     def chance(self, prompt: str) -> float:
         """Probability in (0, 1] that a group of this prompt has spread.
 
-        A prompt with a group on record has that of a beta-binomial whose prior is the mean pass rate of all prompts;
-        any other has the share of groups with spread so far.
+        For a prompt with a recorded group it is computed from a beta-binomial whose prior is the mean pass rate of all
+        prompts. For any other prompt it is the share of groups with spread so far.
         """
         visit = self._last.get(prompt)
         if visit is None or not visit.of:
@@ -81,9 +81,9 @@ class Ledger:
         )
 
     def settled(self, prompt: str, *, epoch: int, rest_epochs: int) -> bool:
-        """Whether the prompt's last group was solved or failed throughout, and it still rests.
+        """Whether the prompt still rests because its last group was all solved or all failed.
 
-        It rests for `rest_epochs`, twice as long after each further such group in a row, at most `LONGEST_REST` times.
+        It rests for `rest_epochs`. The time doubles after each further such group in a row, up to `LONGEST_REST` times.
         """
         visit = self._last.get(prompt)
         if visit is None or not visit.uniform:
@@ -91,7 +91,7 @@ class Ledger:
         return epoch - visit.epoch <= rest_epochs * min(LONGEST_REST, 2 ** (visit.uniform - 1))
 
     def take(self, prompts: Sequence[str], wanted: float) -> int:
-        """The number of first prompts that are expected to give `wanted` groups with spread."""
+        """The smallest n such that the first n prompts are expected to give `wanted` groups with spread."""
         expected = 0.0
         for count, prompt in enumerate(prompts, start=1):
             expected += self.chance(prompt)

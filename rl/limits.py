@@ -1,7 +1,8 @@
-"""What the rollout servers can be asked: pictures per prompt, and tokens of a prompt with its completion.
+"""The rollout servers' limits: pictures per prompt, and tokens of a prompt with its completion.
 
-A server refuses anything beyond its limits (HTTP 400), which would end a stage at the batch that draws the row. So
-every row is held against them before the first stage trains (`check`), and left out where its source says so.
+A server refuses a request beyond its limits (HTTP 400), and the refusal would end a stage at the batch that draws the
+row. So `check` compares every row with the limits before the first stage trains. Rows beyond them are refused, or
+dropped if their source says so.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rl.rollout.config import PoolConfig
 log = logging.getLogger(__name__)
 
 FOUND = "unaskable.json"
-"""In the check's folder: {"problems": [a line per set], "dropped": {key: {reason: rows}}}."""
+"""File in the check's folder: {"problems": [a line per set], "dropped": {key: {reason: rows}}}."""
 
 
 class Asked(Strict):
@@ -32,11 +33,11 @@ class Asked(Strict):
     source: DataSource
     max_completion_tokens: int
     seed: int | None = None
-    """Seed of the draw, where the source limits its rows."""
+    """Seed of the draw, if the source limits its rows."""
 
 
 class Limits(Strict):
-    """Everything that is asked, and the servers' limits."""
+    """All sets that are sent to the servers, and the servers' limits."""
 
     max_images: int
     max_model_tokens: int
@@ -44,9 +45,9 @@ class Limits(Strict):
 
 
 def check(cfg: Limits, job: Job) -> Path:
-    """Hold every row against the limits and write FOUND to `job.out`; return that folder.
+    """Compare every row with the limits and write FOUND to `job.out`; return that folder.
 
-    Without `job.model` there is no tokenizer, and pictures alone are counted.
+    Without `job.model` there is no tokenizer, and only pictures are counted.
     """
     processor = _processor(job.model) if job.model else None
     problems: list[str] = []
@@ -67,9 +68,9 @@ def check(cfg: Limits, job: Job) -> Path:
 def askable(
     records: Records, source: DataSource, pool: PoolConfig, model: Path, max_completion_tokens: int
 ) -> Records:
-    """The records that servers of `pool` with the core at `model` can be asked; the others are dropped and counted.
+    """The records within the limits of `pool` with the core at `model`; the others are dropped and counted.
 
-    A source that does not ask for that is returned as it is: `check` has refused it if it had such rows.
+    A source without `unaskable: drop` is returned unchanged, because `check` has refused it if it has such rows.
     """
     if source.unaskable == "refuse":
         return records
@@ -86,7 +87,7 @@ def askable(
 
 
 def prompt_tokens(record: Mapping[str, Any], processor: Any) -> int:
-    """Tokens of a record's prompt as a server counts them, image tokens included; no pixel is touched."""
+    """Tokens of a record's prompt as a server counts them, including image tokens; pixels are not read."""
     from core.model.prompts import messages
 
     text = processor.apply_chat_template([messages(record)], add_generation_prompt=True, tokenize=False)[0]
@@ -99,7 +100,7 @@ def prompt_tokens(record: Mapping[str, Any], processor: Any) -> int:
 def _unaskable(
     records: Sequence[Mapping[str, Any]], processor: Any, max_images: int, room: int
 ) -> dict[int, tuple[str, str]]:
-    """Rows beyond a limit: number -> (the limit's kind, what the row has)."""
+    """Rows beyond a limit: row number -> (kind of limit, the row's value in words)."""
     found: dict[int, tuple[str, str]] = {}
     for row, record in enumerate(records):
         if len(record["images"]) > max_images:

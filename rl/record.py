@@ -42,7 +42,7 @@ class RunLog:
         metrics: Mapping[str, float],
         with_completions: bool = False,
     ) -> None:
-        """Record one rollout batch. Its completions are recorded every `log_completions_every` batches, or if asked."""
+        """Record one rollout batch, with its completions every `log_completions_every` batches or on request."""
         self.pending |= metrics
         kept = {id(group) for group in batch}
         for group in sampled:
@@ -59,7 +59,7 @@ class RunLog:
         if with_completions or self.batches % self.cfg.log_completions_every == 0:
             for group in batch:
                 for number, sample in enumerate(group.samples):
-                    # The row's meta may be large: the group's first line has it for all (rewards.offline reads it so).
+                    # The row's meta may be large, so only a group's first line has it (rewards.offline expects that).
                     meta = {} if number else {"meta": group.row["meta"]}
                     append_jsonl(self.out / "completions.jsonl", self._completion(group, sample) | meta)
         self.batches += 1
@@ -73,13 +73,13 @@ class RunLog:
         self.batches, self.started = state["batches"], time.monotonic() - state["seconds"]
 
     def drop_after(self, updates: int, batches: int) -> None:
-        """Drop lines of later updates and batches: they will be made again."""
+        """Drop lines of later updates and batches, which will be repeated."""
         drop_lines_after(self.out / "metrics.jsonl", "step", updates)
         for name in ("record.jsonl", "completions.jsonl", ALARMS):
             drop_lines_after(self.out / name, "batch", batches - 1)
 
     def alarm_of_servers(self, text: str) -> None:
-        """Write down that a rollout server was lost or came back."""
+        """Log that a rollout server was lost or came back."""
         log.warning("%s", text)
         append_jsonl(self.out / ALARMS, {"batch": self.batches, "name": "rollout_server", "text": text})
 
@@ -100,7 +100,7 @@ class RunLog:
         }
 
     def metrics(self, step: int, logs: Mapping[str, Any]) -> None:
-        """Record an optimizer update, with what is pending of its batch."""
+        """Record an optimizer update, with the pending metrics of its batch."""
         numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
         line = {"step": step, "elapsed": time.monotonic() - self.started, **numbers, **self.pending}
         append_jsonl(self.out / "metrics.jsonl", line)
@@ -114,7 +114,7 @@ class RunLog:
 
         class WriteMetrics(TrainerCallback):
             def on_log(self, args, state, control, logs=None, **_):
-                # The closing line sums the run up in other units; it is no step.
+                # The trainer's last log line summarises the run and does not belong to a step.
                 if state.is_world_process_zero and "train_runtime" not in logs:
                     record.metrics(state.global_step, logs)
 

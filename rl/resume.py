@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from rl.data import Record
 
 FILE = "stage.pickle"
-"""In a checkpoint, beside the optimizer's states; both are pickles that this project's own processes wrote."""
+"""File in a checkpoint, beside the optimizer's states; both are pickles that this project's processes wrote."""
 
 
 class Stateful(Protocol):
-    """A part of a stage that can continue where another one of the same stage stopped."""
+    """A part of a stage whose state can be saved and restored in a later run of the same stage."""
 
     def state(self) -> dict[str, Any]: ...
 
@@ -27,7 +27,7 @@ class StageState:
 
     Args:
         parts: the parts by name.
-        records: the stage's rows; a state that holds some is stored with their ids in their place.
+        records: the stage's rows; stored states refer to rows by their ids.
     """
 
     def __init__(self, parts: Mapping[str, Stateful], records: Sequence[Record]) -> None:

@@ -11,11 +11,11 @@ from rl.config import RewardTerm
 
 
 def mixture_of(terms: Iterable[RewardTerm], folders: Sequence[Path] = ()) -> Mixture:
-    """Load every term's reward and weigh them. An unknown name or parameter is refused with the nearest known one.
+    """Load every term's reward and weigh it. An unknown name or parameter is refused with the nearest known one.
 
     Args:
-        terms: from the recipe.
-        folders: where users' own reward modules are looked for, after everything installed.
+        terms: the recipe's reward terms.
+        folders: folders that are searched for users' reward modules, after the installed packages.
     """
     return Mixture(
         [

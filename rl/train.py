@@ -1,4 +1,4 @@
-"""One RL stage, from a policy to a better one. Reads top to bottom.
+"""Trains one RL stage. Read it from top to bottom.
 
 Differs from stock TRL:
 
@@ -6,7 +6,7 @@ Differs from stock TRL:
   groups without spread are replaced, before TRL sees them (rl.collect, rl.feed).
 - After every weight update, servers and learner must give probe completions the same probabilities (rl.rollout.parity).
 - Prompts and images are computed once per group; loss and gradients are TRL's to 1e-5 (rl.shared_prefix).
-- Where one update follows a batch, the importance-sampling correction needs no pass of its own (rl.correction).
+- If one update follows each batch, the importance-sampling correction needs no extra pass (rl.correction).
 - Updates whose loss or gradients are not finite are skipped, and end the stage (core.training.finite).
 
 Differs from the report (arXiv:2509.14033, sections 4.2 and 4.4), which leaves open how its clip value moves within
@@ -86,7 +86,7 @@ def train(cfg: RLConfig, job: ServedJob) -> Path:
 
 
 def _askable(cfg: RLConfig, job: ServedJob) -> Callable[[DataSource, Records], Records]:
-    """A filter that leaves out rows beyond the servers' limits."""
+    """A filter that drops rows beyond the servers' limits."""
 
     def askable(source: DataSource, rows: Records) -> Records:
         return limits.askable(rows, source, job.pool, job.start, cfg.rollout.max_completion_tokens)
@@ -123,7 +123,7 @@ def _trainer(
     from rl.shared_prefix.passes import SharedPasses
     from rl.trainer import RolloutTrainer, reward_function
 
-    # Rows with images first, as they test the most.
+    # Probes with images come first, because they test more parts of the model.
     probes = sorted(records, key=lambda row: not row["images"])[: cfg.parity.sequences]
     prompts = [Prompt(prompt_messages(row), seed=number) for number, row in enumerate(probes)]
     learner = cfg.learner
@@ -147,7 +147,7 @@ def _trainer(
         banned_ids=CoreFacts.of(job.start).banned_ids,
         model=policy,
         processing_class=processor,
-        # TRL draws from this; the feed puts collected prompts in its place.
+        # TRL draws rows from this data set; the feed replaces them by collected ones.
         train_dataset=Dataset.from_dict(
             {"prompt": [[{"role": "user", "content": ""}]] * cfg.completions_per_batch}
         ),

@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer with two collaborators: what feeds it, and what computes its passes. The loss is TRL's.
+"""TRL's GRPO trainer with two collaborators: a feed brings its rows, and passes compute its log-probabilities.
 
 How a training row becomes a gradient: `rl.feed` collects and broadcasts graded completions, TRL turns their rewards
 into advantages, `rl.shared_prefix.passes` computes log-probabilities, and TRL's `_compute_loss` the loss.
@@ -43,9 +43,9 @@ class Passes(Protocol):
 
 
 class RolloutTrainer(GRPOTrainer):
-    """GRPO on completions that were sampled, graded and chosen before TRL sees them.
+    """GRPO on completions that were sampled, graded and selected before TRL sees them.
 
-    Overrides these private methods of TRL 1.16, and no other; tests/rl/test_trl_contract.py fails when one changes:
+    Overrides these private methods of TRL 1.16 and no others; tests/rl/test_trl_contract.py fails if one changes:
 
     - `_generate_and_score_completions`: TRL's own prompts are placeholders. The feed puts rows in their place, so that
       dynamic sampling and grading happen once for all ranks; TRL's public `rollout_func` hands over the completions.
@@ -55,8 +55,8 @@ class RolloutTrainer(GRPOTrainer):
 
     Args:
         feed: brings the rows.
-        passes: makes what computes the passes, given this trainer; None leaves TRL's passes as they are.
-        banned_ids: tokens that sampling gives no probability; policy and reference give them none either.
+        passes: a function from this trainer to the `Passes` object; None keeps TRL's passes.
+        banned_ids: tokens with probability 0 in sampling; policy and reference give them none either.
         **trl: arguments of GRPOTrainer.
     """
 
@@ -74,12 +74,12 @@ class RolloutTrainer(GRPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None and banned_ids:
                 ban_tokens(self.accelerator.unwrap_model(model), banned_ids)
-        # TRL's branches for "completions come from vLLM": log-probabilities of the learner's own before the update,
-        # and the importance-sampling correction. Its own vLLM client is not built, as it cannot reach CPU servers.
+        # Selects TRL's branches for completions from vLLM: the learner's log-probabilities before the update, and the
+        # importance-sampling correction. TRL's vLLM client is not built, because it cannot reach CPU servers.
         self.use_vllm = True
-        # Else TRL would push the weights itself; the feed does.
+        # Keeps TRL from pushing the weights, which the feed does.
         self._last_loaded_step = 0
-        # It gathers pictures from ranks that have some only: with a text-only rank the others would wait for it.
+        # TRL's image logging gathers only on ranks with pictures; with a text-only rank the others would wait forever.
         self.log_multimodal = False
         self._buffered_inputs: Any = None
         self._rows: list[dict[str, Any]] = []
@@ -94,7 +94,7 @@ class RolloutTrainer(GRPOTrainer):
         return self.passes.build(stock, self._rows) if self.passes else stock(self._rows)
 
     def _hand_over(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
-        """TRL's rollout_func: this rank's completions, which the feed brought."""
+        """TRL's rollout_func: returns this rank's completions from the feed."""
         return {
             name: [row[name] for row in self._rows] for name in ("prompt_ids", "completion_ids", "logprobs")
         }
@@ -120,9 +120,9 @@ class RolloutTrainer(GRPOTrainer):
 def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
     """Give the learner's distribution no probability for `token_ids`, as sampling does.
 
-    Banned on one side only, every importance ratio is off by the banned tokens' share (measured: 0.0056 per token).
-    The ban is a bias of the output head, which both the plain forward and TRL's fused head add. It is a buffer that
-    no checkpoint holds and no optimizer moves.
+    If only one side bans them, every importance ratio is off by the banned tokens' share (measured: 0.0056 per token).
+    The ban is a bias of the output head, which both the plain forward and TRL's fused head add. The bias is a buffer,
+    so checkpoints do not contain it and the optimizer does not train it.
     """
     head = model.get_output_embeddings()
     bias = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
@@ -136,7 +136,7 @@ def ban_tokens(model: Any, token_ids: Sequence[int]) -> None:
 
 
 def reward_function(name: str) -> Callable[..., list[float | None]]:
-    """A TRL reward function that reads one term's score off the graded rows: None where it does not apply."""
+    """A TRL reward function that returns one term's scores of the graded rows; None for rows it does not grade."""
 
     def score(scores: list[dict[str, float]], **_: Any) -> list[float | None]:
         return [row.get(name) for row in scores]

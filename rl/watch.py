@@ -1,7 +1,7 @@
-"""Watches an RL stage for reward hacking: signs that the reward rises for another reason than better answers.
+"""Watches an RL stage for reward hacking: signs that the reward rises although answers do not improve.
 
-Each check looks at one rollout batch and the ones before it, and says in words what it saw. An alarm is written
-to the stage's alarms.jsonl and metrics, sent to W&B, and stops the run where the recipe says so. Imports no torch.
+Each check compares one rollout batch with earlier ones and describes its finding in words. An alarm is written to the
+stage's alarms.jsonl and metrics, sent to W&B, and stops the run if the recipe says so. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from rl.config import AlarmName, Watch
 from rl.data import Record, example_of
 
 HISTORY = 5
-"""Batches after which a component's usual mean and spread are known."""
+"""Number of batches from which a component's usual mean and spread are estimated."""
 LEAST_SPREAD = 0.02
-"""Smallest spread of a component: one that never moved may still move by a multiple of this."""
+"""Lower bound of a component's spread, so that a constant component may still change a little."""
 LEAST_SAMPLES = 16
-"""A share of fewer completions than this raises no alarm."""
+"""Fewest completions over which a share can raise an alarm."""
 ALARMS = "alarms.jsonl"
-"""In the stage's folder: `{"batch", "name", "text"}` a line."""
+"""File in the stage's folder with a line `{"batch", "name", "text"}` per alarm."""
 JUDGED = (Status.CORRECT, Status.WRONG)
 
 
@@ -39,16 +39,16 @@ class Alarm:
 
     name: AlarmName
     text: str
-    """What was seen, with the figures and the bound."""
+    """The finding, with its figures and the bound."""
 
 
 class RewardAlarm(RuntimeError):
-    """An alarm that ends the run, as the recipe says."""
+    """An alarm that ends the run because the recipe names it."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """Greedy accuracy on the watched rows after some batches, and the mean reward of the batches since the last."""
+    """Greedy accuracy on the watched rows, and the mean reward of the batches since the previous look."""
 
     reward: float
     accuracy: float
@@ -59,14 +59,14 @@ class Look:
 
 
 class Watcher:
-    """Looks at every batch of one stage. Lives on rank 0.
+    """Checks every batch of one stage. It exists only on rank 0.
 
     Args:
-        cfg: what is watched.
-        out: the stage's folder, which takes alarms.jsonl.
+        cfg: the bounds.
+        out: the stage's folder, in which alarms.jsonl is written.
         second: the stricter verifier, or None.
-        rows: the held-out rows; [] to do without.
-        accuracy: greedy accuracy in [0, 1] of the policy being trained on rows.
+        rows: the held-out rows; [] turns off their evaluation.
+        accuracy: a function from rows to the current policy's greedy accuracy in [0, 1].
     """
 
     def __init__(
@@ -87,9 +87,9 @@ class Watcher:
         self._rewards: list[float] = []
 
     def batch(self, groups: Sequence[Group]) -> tuple[dict[str, float], list[Alarm]]:
-        """Look at all groups sampled for one batch.
+        """Check all groups sampled for one batch.
 
-        Returns the figures to log, every alarm among them as `alarm/<name>` = 1, and the alarms, which are on disk.
+        Returns the metrics to log (with `alarm/<name>` = 1 for every alarm) and the alarms, which are on disk already.
         """
         samples = [sample for group in groups for sample in group.samples]
         metrics: dict[str, float] = {}
@@ -107,7 +107,7 @@ class Watcher:
         return metrics, alarms
 
     def state(self) -> dict[str, Any]:
-        """What was seen so far, for `restore`."""
+        """The history of the checks, for `restore`."""
         return {
             "batches": self._batches,
             "unscorable": self._unscorable,
@@ -123,7 +123,7 @@ class Watcher:
         self._looks, self._rewards = state["looks"], state["rewards"]
 
     def stop_for(self, alarms: Sequence[Alarm]) -> None:
-        """Raise RewardAlarm if the recipe lets one of the alarms end the run."""
+        """Raise RewardAlarm if `watch.stop_on` names one of the alarms."""
         fatal = [f"{alarm.name}: {alarm.text}" for alarm in alarms if alarm.name in self.cfg.stop_on]
         if fatal:
             raise RewardAlarm(
@@ -132,7 +132,7 @@ class Watcher:
             )
 
     def _check_unscorable(self, samples: Sequence[Sample], metrics: dict[str, float]) -> Iterable[Alarm]:
-        """When grading fails often, the completions that are left are not a fair sample."""
+        """Alarm if grading fails often: the scored completions are then a biased sample."""
         missing = [sample for sample in samples if sample.reward is None]
         causes = Counter(
             f"{name} {verdict.status.value}"
@@ -155,7 +155,7 @@ class Watcher:
             )
 
     def _check_components(self, samples: Sequence[Sample]) -> Iterable[Alarm]:
-        """A status that takes over, or a mean that jumps, points to a hole in a reward."""
+        """Alarm if one status dominates or a mean jumps: both indicate a hole in a reward."""
         names = dict.fromkeys(name for sample in samples for name in sample.graded.verdicts)
         for name in names:
             verdicts = [s.graded.verdicts[name] for s in samples if name in s.graded.verdicts]
@@ -182,11 +182,11 @@ class Watcher:
                         f"the mean of {name} went from {fmean(before):.3f} to {mean:.3f} within a batch, more than "
                         f"max_jump={self.cfg.max_jump:g} and six times its usual spread of {spread:.3f}",
                     )
-            if math.isfinite(mean):  # one that is not would silence all later comparisons
+            if math.isfinite(mean):  # a non-finite mean would disable all later comparisons
                 before.append(mean)
 
     def _check_repeats(self, groups: Sequence[Group], metrics: dict[str, float]) -> Iterable[Alarm]:
-        """The same text answers several prompts."""
+        """Alarm if the same text answers several prompts."""
         asked: dict[str, set[str]] = defaultdict(set)
         long = [
             (group.row["id"], " ".join(sample.completion.text.split()))
@@ -210,7 +210,7 @@ class Watcher:
             )
 
     def _check_second(self, groups: Sequence[Group], metrics: dict[str, float]) -> Iterable[Alarm]:
-        """The answer verifier credits answers that a stricter verifier does not."""
+        """Alarm if the answer verifier accepts answers that a stricter verifier rejects."""
         if self.second is None:
             return
         credited = [
@@ -259,7 +259,7 @@ class Watcher:
 
 
 def _compare(look: Look, earlier: Sequence[Look]) -> Iterable[Alarm]:
-    """Alarms of one look against the ones before it; what is within two standard errors is chance."""
+    """Alarms of one look against earlier ones; differences within two standard errors are ignored."""
     if not earlier:
         return
     best = max(earlier, key=lambda one: one.accuracy)
@@ -280,7 +280,7 @@ def _compare(look: Look, earlier: Sequence[Look]) -> Iterable[Alarm]:
         yield Alarm(
             "blind",
             f"with blanked images the policy answers {look.blanked:.3f} of the held-out rows, with the images "
-            f"{look.accuracy:.3f}; the difference was {gap:.3f} before: it has stopped looking",
+            f"{look.accuracy:.3f}; the difference was {gap:.3f} before: the policy has stopped using the images",
         )
 
 

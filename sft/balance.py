@@ -1,6 +1,6 @@
-"""Even packs: how the rows of one update spread over packs and ranks, so that none waits for another.
+"""Balances the rows of one update over packs and ranks, so that ranks do not wait for one another.
 
-Two kinds of tokens count: text tokens (the language model's work) and image tokens (the tower's). P packs, R ranks.
+It balances two kinds of tokens: text tokens (the language model's work) and image tokens (the tower's work).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ Pack = list[int]
 """Row numbers of one micro-batch of one rank."""
 
 ENOUGH = 1.02
-"""A pack or rank at most this far above the mean needs no further balancing."""
+"""Relative excess over the mean up to which a pack or rank counts as balanced."""
 GIVE = 1.05
-"""How far evening out the ranks may raise a step's largest pack."""
+"""Factor by which balancing the ranks may raise a step's largest pack."""
 
 
 class PackingError(ValueError):
@@ -25,7 +25,7 @@ class PackingError(ValueError):
 
 
 def best_fit(tokens: np.ndarray, budget: int) -> list[Pack]:
-    """As few packs as best-fit decreasing needs for items of these sizes: lists of their places."""
+    """The packs that best-fit decreasing makes of items with these sizes, as lists of item indices."""
     bins: list[Pack] = []
     room: list[tuple[int, int]] = []
     for place in np.argsort(-tokens, kind="stable").tolist():
@@ -40,14 +40,14 @@ def best_fit(tokens: np.ndarray, budget: int) -> list[Pack]:
 
 
 def balance(sizes: Sizes, packs: int, budget: int, start: np.ndarray | None = None) -> np.ndarray:
-    """The pack of each item, for `packs` packs of at most `budget` tokens, even in both kinds of tokens.
+    """The pack of each item (items,), for `packs` packs of at most `budget` tokens, balanced in both kinds of tokens.
 
-    Greedy (the largest item to the emptiest pack), or from the packs that `start` gives; then exchanges, see
+    It starts from a greedy assignment (the largest item to the emptiest pack) or from `start`, and then improves it by
     `exchange`. Raises PackingError if the items do not fit.
     """
     tokens = sizes.sum(axis=1)
     pack_of = start if start is not None else _spread_out(_weights(sizes, packs), tokens, packs, budget)
-    if pack_of is None:  # tight: as best-fit decreasing packs them
+    if pack_of is None:  # little room: use best-fit decreasing
         bins = best_fit(tokens, budget)
         if len(bins) > packs:
             raise PackingError(f"{tokens.sum()} tokens do not fit in {packs} packs of {budget}")
@@ -58,13 +58,13 @@ def balance(sizes: Sizes, packs: int, budget: int, start: np.ndarray | None = No
 
 
 def _weights(sizes: Sizes, carriers: int) -> np.ndarray:
-    """Sizes in fair shares: over all items each kind adds up to the number of carriers."""
+    """Sizes (items, kinds), scaled so that each kind sums to the number of carriers."""
     mean = sizes.sum(axis=0) / carriers
     return np.where(mean > 0, sizes / np.maximum(mean, 1e-9), 0.0)
 
 
 def _spread_out(weights: np.ndarray, tokens: np.ndarray, packs: int, budget: int) -> np.ndarray | None:
-    """The pack of each item, largest item first to where it hurts least; None if one finds no room."""
+    """The pack of each item, the largest first, each to the least loaded pack; None if one does not fit."""
     load, used = np.zeros((packs, 2)), np.zeros(packs, dtype=np.int64)
     pack_of = np.empty(len(tokens), dtype=np.int64)
     for item in np.argsort(-weights.max(axis=1), kind="stable").tolist():
@@ -87,15 +87,15 @@ def exchange(
     carrier_of: np.ndarray,
     step_of: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The pack of each item after exchanges of two, or moves of one, that bring the busiest carriers down.
+    """The pack of each item after swaps of two items, or moves of one, that lower the load of the busiest carriers.
 
-    A carrier is a pack, or a rank with its packs; `carrier_of` gives each pack's. Each of at most as many rounds as
-    packs takes the exchange with the busiest carrier after which the busier of the two is least busy; a carrier
-    that no exchange helps is left alone. With `step_of`, packs exchange within their step only, and none grows beyond
-    GIVE times the largest of its step: there the ranks wait for one another.
+    A carrier is a pack, or a rank with its packs; `carrier_of` (packs,) maps packs to them. A round chooses the swap
+    with the busiest carrier that minimises the larger load of the two carriers; there are at most as many rounds as
+    packs. A carrier that no swap improves is skipped. With `step_of`, packs swap only within their step, where ranks
+    wait for one another, and no pack grows beyond GIVE times the largest of its step.
     """
     packs, carriers = len(carrier_of), int(carrier_of.max()) + 1
-    # A phantom item of no size in each pack makes a move an exchange with it.
+    # Each pack gets an empty item, so that a move is a swap with it.
     weights = np.vstack([_weights(sizes, carriers), np.zeros((packs, 2))])
     tokens = np.concatenate([sizes.sum(axis=1), np.zeros(packs, dtype=np.int64)])
     pack_of = np.concatenate([pack_of, np.arange(packs)])
@@ -142,10 +142,10 @@ def exchange(
 
 
 def placed(loads: np.ndarray, ranks: int) -> np.ndarray:
-    """The place of each pack, step x ranks + rank, for loads (packs, 2).
+    """The position of each pack, step x ranks + rank, for loads (packs, 2).
 
-    Packs of like size share a step, where the ranks wait for one another; within it the largest goes to the
-    rank that has had least so far.
+    Packs of similar size share a step, because ranks wait for one another in it. Within a step, the largest pack goes
+    to the rank with the least load so far.
     """
     loads = loads / np.maximum(loads.mean(axis=0), 1e-9)
     order = np.argsort(-loads.sum(axis=1), kind="stable")
@@ -161,7 +161,7 @@ def placed(loads: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def imbalance(loads: np.ndarray) -> float:
-    """How far the busiest of (carriers, kinds) loads lies above the mean of its kind: 0.05 is 5%.
+    """Largest relative excess of loads (carriers, kinds) over the mean of their kind: 0.05 is 5%.
 
     >>> imbalance(np.array([[100, 3], [110, 1]]))
     0.5

@@ -13,25 +13,25 @@ from corpus.records import DataSource
 
 
 class Packing(Strict):
-    """Rows laid end to end in one row per micro-batch, without padding; see sft/packing.py."""
+    """Packing: the rows of a micro-batch are concatenated to one row without padding; see sft/packing.py."""
 
     micro_batch_tokens: int | None = Field(default=None, ge=8)
-    """Most tokens in one forward-backward pass of one rank; None: micro_batch_size x max_tokens, the most that
-    the padded path's passes hold."""
+    """Most tokens in one forward-backward pass of one rank; None: micro_batch_size x max_tokens, the most tokens of a
+    padded pass."""
     update_tokens: int | None = Field(default=None, ge=8)
-    """Tokens per optimizer update over all ranks, for phases that leave out optim.global_batch_size."""
+    """Tokens per optimizer update over all ranks, for phases without optim.global_batch_size."""
     buffer: int = Field(default=1024, ge=1)
-    """Rows to choose from when updates go by tokens; more fill the packs better."""
+    """Rows in the buffer from which updates by tokens choose; a larger buffer fills the packs better."""
     max_wait: int = Field(default=4, ge=1)
-    """Updates that may pass a buffered row over before it goes first."""
+    """Number of updates that may skip a buffered row before the row takes precedence."""
 
 
 class Phase(Strict):
-    """One step of a curriculum: its own data and hyper-parameters, from the weights of the phase before."""
+    """One phase of a curriculum, with its own data and hyper-parameters, from the previous phase's weights."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
     data: tuple[DataSource, ...] = Field(min_length=1)
-    """Sets that are put together and shuffled; `rows` of each sets the mixture."""
+    """Sets that are concatenated and shuffled; the `rows` of each set determine the mixture."""
     optim: Optim
     freeze: tuple[Module, ...] | None = None
     """Overrides learner.freeze for this phase; None keeps it."""
@@ -51,19 +51,19 @@ class SFTConfig(Strict):
     max_tokens: int = Field(ge=8)
     """Longest row, prompt with its image tokens and target together (the report's context)."""
     overlong: Literal["refuse", "drop"] = "refuse"
-    """Refuse or drop a longer row. It is never cut: a cut chain teaches to stop in mid-thought."""
+    """Refuse or drop a longer row. Rows are never truncated: a truncated chain teaches to stop in mid-thought."""
     on_bad: Literal["raise", "drop"] = "raise"
-    """Stop at a row that breaks a rule of corpus.records, or leave the row out."""
+    """Whether to stop at a row that breaks a rule of corpus.records, or drop the row."""
     learner: LearnerConfig = LearnerConfig()
     packing: Packing | None = Packing()
-    """How rows share a micro-batch; `off` pads them into batches of micro_batch_size instead. Updates hold the
-    same rows either way, so the loss is the same (of a mixture of experts, up to its balancing loss, which is a
+    """How rows are packed into micro-batches; `off` pads them into batches of micro_batch_size instead. Updates contain
+    the same rows either way, so the loss is the same (except for the balancing loss of a mixture of experts, which is a
     mean per micro-batch)."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
     save_every: int | None = Field(default=None, ge=1)
-    """Updates between checkpoints with the optimizer's states: an interrupted stage, started again unchanged, resumes
-    from the last one and keeps its finished phases. None: it starts again from its beginning."""
+    """Updates between two checkpoints with the optimizer's states. An interrupted stage that is started again unchanged
+    resumes from the last one and keeps its finished phases. None: it starts from its beginning."""
 
     @field_validator("packing", mode="before")
     @classmethod
@@ -108,8 +108,8 @@ class SFTConfig(Strict):
             )
         if budget < self.max_tokens:
             raise ValueError(
-                f"packing.micro_batch_tokens={budget} is less than max_tokens={self.max_tokens}, and a row is "
-                f"never cut; raise it to {self.max_tokens} or more"
+                f"packing.micro_batch_tokens={budget} is less than max_tokens={self.max_tokens}, and rows are "
+                f"never truncated; raise it to {self.max_tokens} or more"
             )
         whole = self.learner.processes * budget
         if tokens is not None and tokens % whole:
@@ -121,28 +121,29 @@ class SFTConfig(Strict):
 
 
 class Variant(Strict):
-    """One further fine-tuning of basic SFT's last phase, for the soup."""
+    """A repetition of basic SFT's last phase with other settings, as an ingredient of the soup."""
 
     seed_offset: int = Field(ge=1)
-    """Added to the chain's seed: another order of the rows."""
+    """Number that is added to the chain's seed, which changes the order of the rows."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Instead of the phase's own; None keeps it. Far apart rates make a heterogeneous, bad soup."""
+    """Replaces the phase's learning rate; None keeps it. Very different rates make a heterogeneous, bad soup."""
 
 
 class SoupConfig(Strict):
-    """Several homogeneous fine-tunings of one start, merged into one model."""
+    """The soup: several homogeneous fine-tunings of one start, merged into one model."""
 
     variants: tuple[Variant, ...] = Field(min_length=1)
-    """Fine-tunings besides basic SFT's own checkpoint (ingredient 0), from its last phase's start."""
+    """Further fine-tunings from the start of basic SFT's last phase; ingredient 0 is basic SFT's checkpoint."""
     method: Literal["uniform", "greedy"] = "uniform"
-    """uniform: the mean of all (the report); greedy: keep what does not lower the validation score."""
+    """uniform: the mean of all ingredients (the report); greedy: add an ingredient unless it lowers the validation
+    score."""
     validation: DataSource
-    """Rows that score the ingredients and the merge; never held-out ones."""
+    """Rows on which the ingredients and the merge are scored; never held-out rows."""
     max_distance: float = Field(default=0.3, gt=0)
-    """Largest distance of two ingredients, as a share of the start's norm; above it the soup is refused.
-    Fine-tunings of a tiny core that differ in their seed alone lie about 0.05 apart."""
+    """Largest L2 distance of two ingredients, as a share of the start's norm; above it the soup is refused.
+    Fine-tunings of a tiny core that differ only in their seed are about 0.05 apart."""
     on_worse: Literal["warn", "refuse"] = "warn"
-    """Warn or refuse when the merge scores below its worst ingredient."""
+    """Whether to warn or refuse if the merge scores below its worst ingredient."""
 
     @model_validator(mode="after")
     def _variants_differ(self) -> SoupConfig:

@@ -1,9 +1,8 @@
-"""Records as lessons: token ids in which only the assistant's turn carries a label, padded into batches.
+"""Records as lessons: token ids in which only the assistant's turn has labels, padded into batches.
 
-B rows, T tokens. The prompt is tokenized apart from the target, so a lesson's prompt ids are those that a
-rollout server makes of the same record, and the boundary between the two can never fall inside a token. Which
-text the assistant's turn is (end-of-turn token included) is the chat template's own answer: the rendered chat
-minus the rendered prompt.
+Axes: B rows, T tokens. The prompt is tokenized separately from the target. So a lesson's prompt ids equal those of a
+rollout server for the same record, and no token spans the boundary. The assistant's turn (with its end-of-turn token)
+is the rendered chat minus the rendered prompt, both by the chat template.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ log = logging.getLogger(__name__)
 IGNORED = -100
 """Label of a token that is not trained."""
 CACHE_BYTES = 1 << 30
-"""Prepared rows that a process keeps; what does not fit is prepared again in the next epoch."""
+"""Bytes of prepared rows that a process caches; other rows are prepared again in each epoch."""
 
 IMAGES = ("pixel_values", "image_grid_thw")
-"""What a lesson holds of its images; the second of an any-resolution core alone."""
+"""Image inputs of a lesson; only any-resolution cores have the second."""
 
 Lesson = dict[str, Any]
 
@@ -38,9 +37,9 @@ class OverlongError(ValueError):
 class Lessons(Sequence[Lesson]):
     """Records prepared for training, one by one and on demand.
 
-    An item holds `input_ids` and `labels` (T,), int64, and `pixel_values` (tiles, 3, size, size), float32, or
-    None for a row without images. Labels are the ids of the assistant's turn and IGNORED elsewhere. Of an
-    any-resolution core, `pixel_values` (patches, 3 x patch_size^2) and `image_grid_thw` (images, 3).
+    An item has `input_ids` and `labels` (T,), int64, and `pixel_values` (tiles, 3, size, size), float32, or None for a
+    row without images. Labels are the ids of the assistant's turn and IGNORED elsewhere. For an any-resolution core
+    an item has `pixel_values` (patches, 3 x patch_size^2) and `image_grid_thw` (images, 3).
     """
 
     def __init__(self, records: Sequence[Record], processor: Any) -> None:
@@ -65,7 +64,7 @@ class Lessons(Sequence[Lesson]):
 
 
 def prepare(record: Record, processor: Any) -> Lesson:
-    """One lesson, see `Lessons`. Raises ValueError if the template renders no assistant's turn."""
+    """One lesson, see `Lessons`. Raises ValueError if the template does not render the assistant's turn."""
     import torch
 
     prompt, target = render(record, processor)
@@ -85,7 +84,7 @@ _PLAIN = {"add_special_tokens": False}
 
 
 def render(record: Record, processor: Any) -> tuple[str, str]:
-    """The prompt as text, image placeholders unexpanded, and the assistant's turn as text."""
+    """The prompt as text, with unexpanded image placeholders, and the assistant's turn as text."""
     prompt = processor.apply_chat_template(messages(record), add_generation_prompt=True, tokenize=False)
     chat = processor.apply_chat_template(messages(record, with_target=True), tokenize=False)
     if not chat.startswith(prompt) or chat == prompt:
@@ -107,9 +106,9 @@ def count_tokens(record: Record, processor: Any) -> tuple[int, int]:
 
 
 class Mixture(Sequence[Record]):
-    """The rows of several sets, one set after another, read from disk when indexed.
+    """The concatenated rows of several sets, read from disk when indexed.
 
-    `dropped` counts the rows left out so far, by the rule they broke.
+    `dropped` counts the dropped rows by the rule they broke.
     """
 
     sizes: list[tuple[int, int]]
@@ -128,7 +127,7 @@ class Mixture(Sequence[Record]):
         return records[row]
 
     def without(self, rows: set[int], rule: str) -> Mixture:
-        """The mixture less those rows, which `dropped` counts under the rule."""
+        """The mixture without those rows, which `dropped` counts under the rule."""
         kept = [place for row, place in enumerate(self._places) if row not in rows]
         return Mixture(kept, self.dropped + Counter({rule: len(rows)}))
 
@@ -139,7 +138,7 @@ def load_mixture(
     seed: int,
     on_bad: Literal["raise", "drop"] = "raise",
 ) -> Mixture:
-    """The rows of the named sets, each drawn by the seed where its source limits them.
+    """The rows of the named sets; if a source limits its rows, the seed draws them.
 
     Raises ConfigError naming the known sets for an unknown one, and corpus.records.RecordError for bad rows.
     """
@@ -161,8 +160,7 @@ def fit(
 ) -> Mixture:
     """The rows of at most `max_tokens`, with their sizes.
 
-    Raises OverlongError naming the first longer one unless they are to be dropped, and ValueError if none is
-    left.
+    Raises OverlongError with the first longer row unless such rows are dropped, and ValueError if no row is left.
     """
     long: set[int] = set()
     sizes: list[tuple[int, int]] = []
@@ -190,9 +188,9 @@ def fit(
 class Collator:
     """Lessons by index -> one right-padded batch: input_ids, attention_mask, labels (B, T), and the images.
 
-    `blank`, if given, is added as an unlabelled row to batches without an image: the tower and the adapter
-    then get a gradient (of zeros) on every rank in every step. Without it a rank with a text-only batch would
-    not join the others in reducing theirs, and ZeRO-2 would wait for ever.
+    `blank`, if given, is added as an unlabelled row to batches without an image. The tower and the adapter then get a
+    gradient (of zeros) on every rank in every step. Without it, a rank with a text-only batch would not take part in
+    reducing these gradients, and ZeRO-2 would wait forever.
     """
 
     def __init__(self, lessons: Sequence[Lesson], pad_token_id: int, blank: Lesson | None = None) -> None:
@@ -214,7 +212,7 @@ class Collator:
 
 
 def images_of(rows: Sequence[Lesson]) -> dict[str, Any]:
-    """The images of all rows in order, as the model takes them; nothing where there are none."""
+    """The image inputs of all rows in order, as the model takes them; {} without images."""
     import torch
 
     held = {name: [row[name] for row in rows if row.get(name) is not None] for name in IMAGES}
@@ -222,7 +220,7 @@ def images_of(rows: Sequence[Lesson]) -> dict[str, Any]:
 
 
 def blank_lesson(processor: Any) -> Lesson:
-    """A short row for `Collator.blank`: one small black picture, and nothing to learn from it."""
+    """A short row for `Collator.blank`: one small black picture and no labels."""
     import torch
     from PIL import Image
 

@@ -1,11 +1,11 @@
-"""Packs as model inputs: samples end to end in one row, each attending to itself only.
+"""Packs as model inputs: samples are concatenated in one row, and each attends only to itself.
 
-T tokens of a pack, S samples. Positions restart at each sample and attention stays within it, so a sample's
-logits are those it has alone. Lengths travel in the arguments that transformers' flash attention takes for
-variable lengths; for sdpa there is `packed_sdpa`. Of what was tried for sdpa on one CPU thread, forward and
-backward: a loop over the samples 15 ms for 32 of about 50 tokens and 330 ms for 16 of 50 to 800; samples of
-like length padded into batches 22 and 405 ms; all padded 52 and 633 ms; transformers' own block mask over the
-whole row (what restarting positions give) 196 and 5,300 ms.
+Axes: T tokens of a pack, S samples. Positions restart at each sample and attention stays within it, so a sample's
+logits are the same as in a row of its own. Lengths are passed in transformers' arguments for flash attention with
+variable lengths; sdpa uses `packed_sdpa`. Measured for sdpa on one CPU thread, forward and backward, for 32 samples of
+about 50 tokens and for 16 of 50 to 800 tokens: a loop over the samples takes 15 and 330 ms; samples of similar length
+padded into batches 22 and 405 ms; all padded 52 and 633 ms; transformers' block mask over the whole row (the default
+for restarting positions) 196 and 5,300 ms.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ PACKED_SDPA = "packed_sdpa"
 
 
 class PackedCollator:
-    """Packs by their place in the plan -> one row: input_ids, labels, position_ids (1, T), cu_seq_lens (S + 1).
+    """Packs, by index in the plan -> one row: input_ids, labels, position_ids (1, T), cu_seq_lens (S + 1).
 
-    `keep` (K,) are the positions that predict a labelled token and `shift_labels` (1, K) those tokens: only they
-    reach the output layer, which off the GPU scores every position it is given (TRL 1.16).
-    The images are those of all samples in order. A pack without one gets `no_images` when they are given
-    (core.model.modeling.no_images): the core then runs a blank image times zero, so that the tower and the adapter
-    get a gradient (of zeros) on every rank in every step, for which ZeRO-2 and ZeRO-3 wait.
-    A pack without a row, of an update with fewer rows than packs, holds two padding tokens and no label.
+    `keep` (K,) are the positions that predict a labelled token and `shift_labels` (1, K) are those tokens. Only these
+    positions reach the output layer, because without a GPU it scores every position it receives (TRL 1.16).
+    The images are those of all samples in order. A pack without images gets `no_images` if given
+    (core.model.modeling.no_images). The core then runs a blank image times zero, so that the tower and the adapter
+    get a gradient (of zeros) on every rank in every step; ZeRO-2 and ZeRO-3 wait for it.
+    An empty pack, which occurs if an update has fewer rows than packs, holds two padding tokens without labels.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class PackedCollator:
         for row, lesson in zip(pack, rows, strict=True):
             if len(lesson["input_ids"]) != (planned := int(self.plan.sizes[row].sum())):
                 raise ValueError(
-                    f"row {row} has {len(lesson['input_ids'])} tokens where {planned} were counted: the data or "
-                    "the processor changed since the plan was made; start the stage again"
+                    f"row {row} has {len(lesson['input_ids'])} tokens, but {planned} were counted: the data or "
+                    "the processor changed after the plan was made; start the stage again"
                 )
         return pack_rows(rows, self.pad_token_id, self.no_images)
 
@@ -63,17 +63,17 @@ def pack_rows(
     samples = rows or [{"input_ids": blank, "labels": torch.full_like(blank, IGNORED), "pixel_values": None}]
     labels = [row["labels"].clone() for row in samples]
     for label in labels:
-        label[0] = IGNORED  # else the last token of the sample before would be asked to predict it
+        label[0] = IGNORED  # otherwise the previous sample's last token would have to predict it
     joined = torch.cat(labels)
     targets = (joined != IGNORED).nonzero()[:, 0]
-    # Where no label is, one position without a label: a loss of 0, with its gradients.
+    # Without labels, keep one unlabelled position: it gives a loss of 0 with gradients.
     keep = targets - 1 if len(targets) else torch.zeros(1, dtype=torch.long)
     lengths = torch.tensor([len(row["input_ids"]) for row in samples])
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())
     batch: dict[str, Any] = {
         "input_ids": torch.cat([row["input_ids"] for row in samples])[None],
-        "labels": joined[None],  # transformers' trainer wants some; it counts shift_labels
+        "labels": joined[None],  # transformers' trainer requires labels; the loss uses shift_labels
         "keep": keep,
         "shift_labels": joined[targets if len(targets) else keep][None],
         "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
@@ -86,10 +86,9 @@ def pack_rows(
 
 
 def attend_within_samples(model: Any) -> None:
-    """Have the core's language model attend within the samples of packed rows, and return what is scored.
+    """Make the core's language model attend within the samples of packed rows, and return only scored positions.
 
-    Flash attention does so by itself, from the lengths that the collator gives; other implementations are
-    replaced by `packed_sdpa`.
+    Flash attention uses the lengths from the collator directly; other implementations are replaced by `packed_sdpa`.
     """
     from transformers import AttentionInterface
 
@@ -111,10 +110,10 @@ def packed_sdpa(
     cu_seq_lens_q: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, None]:
-    """Causal attention of each sample of a packed row on its own: (1, heads, T, dim) -> (1, T, heads, dim).
+    """Causal attention within each sample of a packed row: (1, heads, T, dim) -> (1, T, heads, dim).
 
-    No mask is made and no score computed between samples: the cost is the sum of the lengths' squares, not
-    the square of their sum. Raises ValueError without the samples' lengths, or for several rows.
+    It needs no mask and computes no scores between samples: the cost is the sum of the squared lengths, not the square
+    of their sum. Raises ValueError without the samples' lengths, or for several rows.
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -1,19 +1,19 @@
-"""Packing: which rows share a micro-batch, so that nothing is padded.
+"""Packing: assigns rows to micro-batches so that no padding is needed.
 
-A pack is the rows of one micro-batch of one rank, laid end to end as a single row of at most `budget` tokens
-(sft/packed_rows.py). Planning needs the rows' sizes alone, so it reads no pixel and runs the same on every
-rank. A `Plan` derives each pack from its place in the run: a resumed run gets the packs of an unbroken one, and there
-is no state to save.
+A pack is the rows of one micro-batch of one rank, concatenated to a single row of at most `budget` tokens
+(sft/packed_rows.py). Planning needs only the rows' sizes, so it does not read pixels and gives the same result on every
+rank. A `Plan` derives each pack from its position in the run. So a resumed run gets the same packs as an uninterrupted
+one without saved state.
 
-Two ways to choose the rows of an update:
+The rows of an update are chosen in one of two ways:
 
-- by rows: the rows that the padded path would take, in its order. Packing then changes neither the updates
-  nor their loss, only their cost.
-- by tokens: a stream. From a buffer of the next rows, each update takes those that fill its packs best, after those
-  that have waited too long.
+- by rows: the rows of the padded path, in its order. Packing then changes neither the updates nor their loss, only
+  their cost.
+- by tokens: a stream. Each update takes rows from a buffer of the next rows: first those that have waited too long,
+  then those that fill its packs best.
 
-Either way each row is trained once per epoch, and sft/balance.py evens out the packs of an update in text and in image
-tokens: the report's stream packing and visual packing (arXiv:2509.14033, section 5).
+Either way each row is trained once per epoch, and sft/balance.py balances text and image tokens over the packs of an
+update. These are the report's stream packing and visual packing (arXiv:2509.14033, section 5).
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ import numpy as np
 from sft.balance import Pack, PackingError, Sizes, balance, best_fit, exchange, imbalance, placed
 
 SLACK = 0.03
-"""Share of a streamed pack that is left free."""
+"""Share of a streamed pack's budget that stays unused."""
 
 
 @dataclass(frozen=True)
 class ByRows:
-    """Updates of `rows` rows each, in the order of the padded path; an epoch's last one may be smaller."""
+    """Updates of `rows` rows each, in the order of the padded path; an epoch's last update may be smaller."""
 
     rows: int
 
 
 @dataclass(frozen=True)
 class ByTokens:
-    """Updates of at most `tokens` tokens over all ranks, out of a buffer of `buffer` rows.
+    """Updates of at most `tokens` tokens over all ranks, chosen from a buffer of `buffer` rows.
 
-    `tokens` is a multiple of ranks x budget (sft/config.py sees to it).
-    A row that was passed over in `max_wait` updates goes before all others, so that none waits longer than
-    `max_wait` plus buffer / packs per update.
+    `tokens` is a multiple of ranks x budget (sft/config.py checks it).
+    A row that `max_wait` updates have skipped precedes all others, so no row waits for more than `max_wait` plus
+    buffer / (packs per update) updates.
     """
 
     tokens: int
@@ -57,9 +57,9 @@ class ByTokens:
 
 @dataclass(frozen=True, eq=False)
 class Plan(Sequence[Pack]):
-    """The packs of a run: by update, within it by accumulation step, within that by rank.
+    """The packs of a run, ordered by update, then by accumulation step, then by rank.
 
-    `epochs` or `max_updates` says how long the run is. Raises PackingError if a row exceeds `budget`.
+    `epochs` or `max_updates` sets the length of the run. Raises PackingError if a row exceeds `budget`.
 
     >>> plan = Plan(np.array([[5, 0], [3, 4], [2, 4], [6, 0]]), ByRows(4), budget=12, ranks=2, seed=0, epochs=1)
     >>> plan.updates, plan.steps, sorted(sorted(pack) for pack in plan)
@@ -80,7 +80,7 @@ class Plan(Sequence[Pack]):
         if (self.epochs is None) == (self.max_updates is None):
             raise ValueError(f"epochs={self.epochs} and max_updates={self.max_updates}: give one of them")
         if not len(self.sizes):
-            raise ValueError("no rows to pack")
+            raise ValueError("there are no rows to pack")
         tokens = self.sizes.sum(axis=1)
         longest = int(tokens.argmax())
         if tokens[longest] > self.budget:
@@ -104,7 +104,7 @@ class Plan(Sequence[Pack]):
 
     @cached_property
     def updates(self) -> int:
-        """Optimizer updates of the run."""
+        """Number of optimizer updates of the run."""
         if self.max_updates is not None:
             return self.max_updates
         assert self.epochs is not None
@@ -120,7 +120,7 @@ class Plan(Sequence[Pack]):
 
     @cached_property
     def steps(self) -> int:
-        """Micro-batches per update on each rank: the fewest in which every update of the run fits."""
+        """Micro-batches per update on each rank: the smallest number that suffices for every update of the run."""
         if isinstance(self.updates_by, ByTokens):
             return self.updates_by.tokens // (self.ranks * self.budget)
         tokens = self.sizes.sum(axis=1)
@@ -135,9 +135,9 @@ class Plan(Sequence[Pack]):
         return self.steps * self.ranks
 
     def order(self, epoch: int) -> np.ndarray:
-        """The rows in the order of an epoch: that of the padded path with the same seed.
+        """The rows in the order of an epoch, which equals the padded path's order with the same seed.
 
-        That path's is accelerate's SeedableRandomSampler, which transformers' trainer shuffles by.
+        The padded path uses accelerate's SeedableRandomSampler, by which transformers' trainer shuffles.
         """
         import torch
 
@@ -148,10 +148,10 @@ class Plan(Sequence[Pack]):
         return self._state["order"]
 
     def summary(self, updates: int = 20) -> dict[str, float | int]:
-        """Counts of the run, and how even its first `updates` updates are.
+        """Counts of the run, and the balance of its first `updates` updates.
 
-        `fill` is the share of the packs' budget that is used. `imbalance` is how far the busiest rank lies
-        above the mean, in text or in image tokens, whichever is worse.
+        `fill` is the used share of the packs' budget. `imbalance` is the relative excess of the busiest rank over the
+        mean, in text or in image tokens, whichever is larger.
         """
         first = min(updates, self.updates)
         loads = np.array([self.sizes[pack].sum(axis=0) for pack in self[: first * self.packs]])
@@ -174,13 +174,13 @@ class Plan(Sequence[Pack]):
         return lengths[epoch]
 
     def _rows_of(self, update: int) -> np.ndarray:
-        """The rows of an update when updates go by rows."""
+        """The rows of an update, for updates by rows."""
         assert isinstance(self.updates_by, ByRows)
         epoch, place = divmod(update, self._updates_in(0))
         return self.order(epoch)[place * self.updates_by.rows : (place + 1) * self.updates_by.rows]
 
     def _balanced(self, update: int) -> list[Pack]:
-        """The packs of an update by step and rank: even packs first, then even ranks."""
+        """The packs of an update by step and rank; packs are balanced first, then ranks."""
         if isinstance(self.updates_by, ByRows):
             rows, start = self._rows_of(update), None
         else:
@@ -205,14 +205,14 @@ class Plan(Sequence[Pack]):
             self.order(epoch),
             self.sizes.sum(axis=1),
             packs=self.packs,
-            # A little room lets `balance` exchange rows of unlike make-up.
+            # A little room lets `balance` swap rows with different shares of text and image tokens.
             budget=max(int(self.budget * (1 - SLACK)), int(self.sizes.sum(axis=1).max())),
             buffer=by.buffer,
             max_wait=by.max_wait,
         )
 
     def _streamed(self, update: int) -> list[Pack]:
-        """The packs of an update, by tokens: the next of the stream, or replayed from its epoch's start."""
+        """The packs of an update by tokens: the stream's next, or by a replay from the epoch's start."""
         epoch, before = 0, 0
         while update >= before + self._updates_in(epoch):
             before += self._updates_in(epoch)
@@ -237,11 +237,11 @@ def stream(
     buffer: int,
     max_wait: int,
 ) -> Iterator[list[Pack]]:
-    """Updates of `packs` packs out of a buffer of at most `buffer` rows of the order; every row comes once.
+    """Updates of `packs` packs from a buffer of at most `buffer` rows of the order; every row occurs once.
 
-    Rows that `max_wait` updates have passed over go first, the oldest before all: at least `packs` of them
-    fit, so a row waits for at most max_wait + ceil(buffer / packs) updates. The others go by length, longest
-    first, each to the fullest pack that takes it. At the end of the order the buffer drains.
+    Rows that `max_wait` updates have skipped come first, the oldest before all others. At least `packs` of them fit, so
+    a row waits for at most max_wait + ceil(buffer / packs) updates. The other rows follow from longest to shortest, and
+    each goes to the fullest pack with room for it. At the end of the order the buffer is emptied.
     """
     arrivals = iter(np.asarray(order).tolist())
     waiting: deque[tuple[int, int]] = deque()  # (update of arrival, row), oldest first
@@ -263,7 +263,7 @@ def stream(
 
 
 def _fill(rows: Sequence[int], tokens: np.ndarray, packs: int, budget: int) -> tuple[list[Pack], list[int]]:
-    """Rows, in turn, each into the fullest pack that takes it; and the rows that none takes."""
+    """The packs after each row, in turn, goes to the fullest pack with room for it; and the rows that fit nowhere."""
     bins: list[Pack] = [[] for _ in range(packs)]
     room = [(budget, pack) for pack in range(packs)]  # sorted by room left
     rest = []

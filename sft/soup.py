@@ -1,11 +1,11 @@
 """Model soup: several fine-tunings of one start, averaged into one model (arXiv:2203.05482).
 
 Only homogeneous ingredients make a good soup: in the report two homogeneous checkpoints (74.9 and 74.5) merge
-to 76.6, heterogeneous ones to 12.9. So ingredients must share architecture, tokenizer and start, how far
-apart they are is measured, and a merge that scores below its worst ingredient does not pass unnoticed.
+to 76.6, heterogeneous ones to 12.9. So ingredients must share architecture, tokenizer and start; their distances are
+measured; and a merge that scores below its worst ingredient is reported or refused.
 
-Weights are read slice by slice and written file by file: memory for one file of one model, however many ingredients
-there are. Guards are written so that NaN fails them: `not far <= limit`, never `far > limit`.
+Weights are read slice by slice and written file by file, in memory for one file of one model. Guards are written so
+that NaN fails them: `not far <= limit`, never `far > limit`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sft.config import SoupConfig
 log = logging.getLogger(__name__)
 
 START = "start.json"
-"""Beside a checkpoint's weights: the hash of the weights it was fine-tuned from (sft.train writes it)."""
+"""File beside a checkpoint's weights with the hash of the weights it was fine-tuned from; sft.train writes it."""
 _SLICE_ELEMENTS = 1 << 20
 _VOLATILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "is_local", "local_files_only")
 _SAME_JSON = ("config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
@@ -46,7 +46,7 @@ Score = Callable[[Path], float]
 
 
 class SoupError(ValueError):
-    """The ingredients do not fit together, or their merge is worse than they are. The message is printable."""
+    """The ingredients do not fit together, or the merge scores below its worst ingredient. The message is printable."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
@@ -54,14 +54,14 @@ class SoupError(ValueError):
 
 @dataclass(frozen=True)
 class Distances:
-    """How far ingredients lie apart. L2 over all weights; `relative` ones are shares of the start's norm."""
+    """Distances of ingredients: L2 over all weights; relative distances are shares of the start's norm."""
 
     from_start: list[float]
-    """Relative, per ingredient; from the first ingredient if no start was given."""
+    """Relative distance of each ingredient from the start, or from the first ingredient if no start was given."""
     pairwise: dict[str, float]
-    """Relative, by "i-j"."""
+    """Relative distance of ingredients i and j, by "i-j"."""
     cosine: dict[str, float]
-    """Of the task vectors (ingredient minus start), by "i-j"; empty without a start."""
+    """Cosine of two task vectors (ingredient minus start), by "i-j"; empty without a start."""
 
 
 class _Checkpoint:
@@ -86,7 +86,7 @@ class _Checkpoint:
 def check_ingredients(paths: Sequence[Path]) -> None:
     """Raise SoupError unless the checkpoints agree in architecture, tensors, tokenizer and start.
 
-    Raises LayoutError for an ingredient that brings code or holds a tensor with NaN or infinity.
+    Raises LayoutError for an ingredient that contains code or a tensor with NaN or infinity.
     """
     if len(paths) < 2:
         raise SoupError(f"a soup needs two ingredients or more, got {[str(path) for path in paths]}")
@@ -114,7 +114,7 @@ def check_ingredients(paths: Sequence[Path]) -> None:
 
 
 def distances(paths: Sequence[Path], start: Path | None = None) -> Distances:
-    """How far the ingredients lie from their start and from one another, in one pass over the weights."""
+    """The distances of the ingredients from their start and from one another, in one pass over the weights."""
     import torch
 
     with ExitStack() as stack:
@@ -143,7 +143,7 @@ def distances(paths: Sequence[Path], start: Path | None = None) -> Distances:
 def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> Path:
     """Write the weighted mean of the checkpoints (equal weights by default) as a checkpoint; returns `out`.
 
-    Sums in float32, keeps each tensor's data type; configuration and tokenizer are the first ingredient's.
+    Sums are in float32, and each tensor keeps its data type; configuration and tokenizer are the first ingredient's.
     Raises SoupError if the tensors do not match or the weights do not sum to 1, NonFinite for a mean with NaN or
     infinity.
     """
@@ -166,15 +166,15 @@ def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = No
 
 
 def uniform(paths: Sequence[Path], out: Path) -> list[int]:
-    """Merge all ingredients with equal weights into `out`; returns the numbers of those used: all."""
+    """Merge all ingredients with equal weights into `out`; return the numbers of the used ones, which are all."""
     merge(paths, out)
     return list(range(len(paths)))
 
 
 def greedy(paths: Sequence[Path], out: Path, score: Score, scores: Sequence[float]) -> list[int]:
-    """Merge, best first, every ingredient that does not lower the validation score; returns their numbers.
+    """Merge, from the best down, every ingredient that does not lower the validation score; return their numbers.
 
-    Source: arXiv:2203.05482, Recipe 1. `scores` are the ingredients' own.
+    Source: arXiv:2203.05482, Recipe 1. `scores` are the scores of the ingredients.
     """
     order = sorted(range(len(paths)), key=lambda number: -scores[number])
     used, best = order[:1], scores[order[0]]
@@ -198,7 +198,7 @@ def soup(
     Args:
         paths: checkpoint folders, ingredient 0 first.
         out: the merged checkpoint.
-        score: on the validation split, never on held-out rows.
+        score: scores a checkpoint on the validation split, never on held-out rows.
         start: the checkpoint that all were fine-tuned from.
 
     Returns {"ingredients": [{"path", "score", "distance"}], "distances": {"pairwise", "cosine"}, "merged":
@@ -235,13 +235,13 @@ def _scored(score: Score, path: Path) -> float:
     """The score of a checkpoint. Raises SoupError unless it is a finite number: comparisons with NaN are false."""
     value = score(path)
     if not isfinite(value):
-        raise SoupError(f"{path}: its validation score is {value}; a score is a finite number")
+        raise SoupError(f"{path}: its validation score is {value}; it must be a finite number")
     return value
 
 
 def _refuse_far(paths: Sequence[Path], apart: Distances, limit: float) -> None:
     for pair, far in sorted(apart.pairwise.items(), key=lambda item: -item[1]):
-        if not far <= limit:  # NaN is far
+        if not far <= limit:  # NaN counts as too far
             i, j = (int(number) for number in pair.split("-"))
             raise SoupError(
                 f"{paths[i]} and {paths[j]} lie {far:.3f} of the start's norm apart, max_distance is {limit}: "
@@ -278,7 +278,7 @@ def _check_tensors(one: _Checkpoint, other: _Checkpoint) -> None:
     difference = sorted(one.names() ^ other.names())
     if difference:
         raise SoupError(
-            f"{one.path} and {other.path}: {len(difference)} tensors are in one of them only, "
+            f"{one.path} and {other.path}: {len(difference)} tensors are in only one of them, "
             f"e.g. {difference[0]}"
         )
     for name in sorted(one.names()):
@@ -300,11 +300,11 @@ def _start_of(path: Path) -> str:
 
 
 def _file_difference(one: Path, other: Path) -> str:
-    """The first difference of two files that matters; "" if none does."""
+    """The first relevant difference of two files; "" if there is none."""
     if not one.exists() and not other.exists():
         return ""
     if one.exists() != other.exists():
-        return f"only one has it: {one if one.exists() else other}"
+        return f"only one folder has it: {one if one.exists() else other}"
     texts = [file.read_text(encoding="utf-8") for file in (one, other)]
     if texts[0] == texts[1]:
         return ""

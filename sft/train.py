@@ -1,8 +1,8 @@
-"""One SFT stage: a curriculum of phases, each on TRL's SFTTrainer, from the weights of the phase before.
+"""Trains one SFT stage: a curriculum of phases on TRL's SFTTrainer, each from the previous phase's weights.
 
 Differs from stock TRL:
 
-- Rows are prepared once instead of once per epoch (sft/data.py). A row that is too long is refused, never cut.
+- Rows are prepared once instead of once per epoch (sft/data.py). A row that is too long is refused, never truncated.
 - Unless packing is off, a data set of packs and a collator replace padding (sft/packing.py). TRL refuses to pack rows
   with images.
 - Updates with a loss or gradients that are not finite are skipped and counted, and a few in a row end the stage
@@ -12,8 +12,8 @@ Differs from stock TRL:
 Differs from the report (arXiv:2509.14033, sections 4 and 5):
 
 - Stream packing plans a whole run from the rows' lengths before it starts, and every rank derives its packs from the
-  plan. The report packs online out of a buffer per node; in both, long rows wait for a bounded time and none is cut.
-- Visual packing evens out image tokens over the ranks of an update, as the report does over devices.
+  plan. The report packs online from a buffer per node. In both, a row waits for a bounded time and is never truncated.
+- Visual packing balances image tokens over the ranks of an update, as the report does over devices.
 - Hyper-parameters of basic SFT are not in the report: recipes mark them `ours:`.
 """
 
@@ -55,7 +55,7 @@ METRICS = {
     "entropy": "entropy",
     "nonfinite_updates": "nonfinite_updates",
 }
-"""TRL's names of what is logged, and ours in metrics.jsonl. Tokens are those read so far in the phase."""
+"""TRL's log keys -> our keys in metrics.jsonl. Tokens are those read so far in the phase."""
 
 
 def train(cfg: SFTConfig, job: Job) -> Path:
@@ -67,7 +67,7 @@ def train(cfg: SFTConfig, job: Job) -> Path:
     """
     model, out, seed, sets = job.start, job.out, job.seed, job.sets
     join_process_group(cfg.learner)
-    # Bad data of the last phase stops the stage before the first one trains.
+    # Load all phases' data first, so that bad data of the last phase stops the stage before the first one trains.
     data = [phase_data(cfg, number, model, sets, seed) for number in range(len(cfg.phases))]
     plans = [phase_plan(cfg, *each, seed) for each in zip(cfg.phases, data, strict=True)]
     if int(os.environ.get("RANK", "0")) == 0:
@@ -106,13 +106,13 @@ def train(cfg: SFTConfig, job: Job) -> Path:
 
 
 def phase_folder(cfg: SFTConfig, out: Path, number: int) -> Path:
-    """Where the checkpoint of a phase lies: the last one's is the stage's own."""
+    """The folder of a phase's checkpoint; the last phase's is the stage's checkpoint."""
     last = number == len(cfg.phases) - 1
     return out / "checkpoint" if last else out / "phases" / f"{number}_{cfg.phases[number].name}"
 
 
 def variant_of(cfg: SFTConfig, variant: Variant) -> SFTConfig:
-    """The configuration that fine-tunes the last phase once more, for the soup."""
+    """The configuration that repeats the last phase with the variant's settings, for the soup."""
     phase = cfg.phases[-1]
     if variant.learning_rate is not None:
         optim = phase.optim.model_copy(update={"learning_rate": variant.learning_rate})
@@ -121,18 +121,18 @@ def variant_of(cfg: SFTConfig, variant: Variant) -> SFTConfig:
 
 
 def variant_start(cfg: SFTConfig, out: Path, model: Path) -> Path:
-    """The checkpoint that the last phase of the stage in `out`, which began with `model`, started from."""
+    """The checkpoint from which the last phase started, for a stage in `out` that started from `model`."""
     return phase_folder(cfg, out, len(cfg.phases) - 2) if len(cfg.phases) > 1 else model
 
 
 def phase_data(cfg: SFTConfig, number: int, model: Path, sets: Mapping[str, Path], seed: int) -> Mixture:
-    """The rows of one phase, checked, and of a length the stage can take."""
+    """The rows of one phase that pass the checks and fit in max_tokens."""
     mixture = load_mixture(cfg.phases[number].data, sets, seed, cfg.on_bad)
     return fit(mixture, load_processor(model), cfg.max_tokens, cfg.overlong)
 
 
 def phase_plan(cfg: SFTConfig, phase: Phase, mixture: Mixture, seed: int) -> Plan | None:
-    """The packs of one phase, None where packing is off."""
+    """The packs of one phase; None if packing is off."""
     if not cfg.packing:
         return None
     import numpy as np
@@ -169,7 +169,7 @@ def run_phase(
 ) -> int:
     """Train one phase with a fresh optimizer and write its checkpoint; returns its optimizer updates.
 
-    With `same`, the stage's identity, the phase resumes from what an interrupted run of the same stage left in `out`.
+    With `same`, the stage's identity, the phase resumes from the checkpoints that an interrupted run left in `out`.
     """
     phase, target = cfg.phases[number], phase_folder(cfg, out, number)
     if same and (target / START).exists() and (facts := read_json(target / START))["stage"] == same:
@@ -184,7 +184,7 @@ def run_phase(
         drop_lines_after(out / "metrics.jsonl", "step", steps_before + unfinished.done["updates"])
     trainer.add_callback(_metrics_writer(out / "metrics.jsonl", phase.name, steps_before))
     trainer.add_callback(marker(lambda: {"tokens": trainer._total_train_tokens}))
-    trainer._total_train_tokens = unfinished.done["tokens"]  # of the log; TRL counts from 0
+    trainer._total_train_tokens = unfinished.done["tokens"]  # for the log; TRL would count from 0
     log.info("phase %s: %d rows from %s", phase.name, len(mixture), start)
     if plan:
         log.info("phase %s: packed: %s", phase.name, plan.summary())
@@ -219,7 +219,9 @@ def phase_trainer(
 
     freeze = cfg.learner.freeze if phase.freeze is None else phase.freeze
     processor = load_processor(start)
-    args = trl_config(cfg, phase, plan, folder, seed)  # before the model: ZeRO-3 splits it as it loads
+    args = trl_config(
+        cfg, phase, plan, folder, seed
+    )  # before the model, because ZeRO-3 splits the model while it loads
     policy = load_model(start, cfg.learner)
     if cfg.learner.lora is None:
         apply_freeze(policy, freeze)
@@ -247,8 +249,8 @@ def phase_trainer(
 def trl_config(cfg: SFTConfig, phase: Phase, plan: Plan | None, folder: Path, seed: int) -> Any:
     """TRL's configuration of one phase.
 
-    A plan is one epoch for TRL, read in order: the plan itself shuffles and repeats the rows. Each micro-batch is an
-    item of the data set, and TRL deals the items to the ranks in turn.
+    TRL reads a plan as one epoch, in order; the plan itself shuffles and repeats the rows. Each micro-batch is an item
+    of the data set, and TRL distributes the items to the ranks in turn.
     """
     from trl import SFTConfig as TRLConfig
 
@@ -274,14 +276,14 @@ def trl_config(cfg: SFTConfig, phase: Phase, plan: Plan | None, folder: Path, se
         **arguments,
         logging_steps=cfg.log_every,
         logging_first_step=True,
-        max_length=None,  # `fit` has refused what is too long
+        max_length=None,  # `fit` has refused or dropped longer rows
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
     )
 
 
 def _numbers(name: str, count: int) -> Any:
-    """The data set that TRL deals to the ranks: numbers of rows or packs, which the collator looks up."""
+    """The data set that TRL distributes to the ranks: numbers of rows or packs, which the collator looks up."""
     from datasets import Dataset
 
     return Dataset.from_dict({name: range(count)})

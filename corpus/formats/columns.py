@@ -1,4 +1,4 @@
-"""Rows with a column for each thing: Parquet from the hub, CSV, VLMEvalKit's TSV, flat JSON lines, WebDataset shards.
+"""Rows with one column per field: Parquet from the hub, CSV, VLMEvalKit's TSV, flat JSON lines, WebDataset shards.
 
 Columns are found by the names that public data sets give them (geometry3k, ChartQA, CLEVR, MMPR, VisualWebInstruct,
 ScienceQA, MMMU, MMBench), or named in `columns`.
@@ -40,14 +40,14 @@ NAMES: dict[str, tuple[str, ...]] = {
     "chain": ("chain", "rationale", "reasoning", "cot"),
     "source": ("source", "data_source", "dataset", "category"),
 }
-"""Field of a record -> columns that hold it, the best first."""
+"""Field of a record -> names of columns that may hold it, in order of preference."""
 _NUMBERED = re.compile(r"image_\d+")
 _SECTION = re.compile(r"<(SUMMARY|CAPTION|REASONING|CONCLUSION)>\s*(.*?)\s*</\1>", re.DOTALL)
 _THINK = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*(.*)", re.DOTALL)
 
 
 def mapping_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
-    """Field -> column, as given in `columns` and else by name. Raises Rejected without a question or an answer."""
+    """Field -> column, from `columns` or else by name. Raises Rejected without a question or an answer."""
     for field, column in columns.items():
         if column not in row:
             raise Rejected(field, "its column is missing", column, f"the file has {', '.join(map(str, row))}")
@@ -101,9 +101,9 @@ def record_of_columns(row: Mapping[str, Any], root: Path, columns: Mapping[str, 
 
 
 def of_reply(reply: str) -> Record:
-    """What an assistant's turn gives a record: answer, response or chain, mode.
+    """The fields of a record that come from an assistant's turn: answer, response or chain, mode.
 
-    `<think>` and LLaVA-CoT's sections are thoughts; other text is a direct response.
+    `<think>` and LLaVA-CoT's sections become a chain; other text is a direct response.
     """
     sections = dict(_SECTION.findall(reply))
     if "CONCLUSION" in sections:
@@ -121,7 +121,7 @@ def of_reply(reply: str) -> Record:
 
 
 def _single(value: Any) -> Any:
-    """A list of one value as that value; of several, as text with commas (ChartQA's label)."""
+    """The value of a list with one item; a longer list as text with commas (ChartQA's label)."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return value
     return value[0] if len(value) == 1 else ", ".join(text(one, "answer") for one in value)

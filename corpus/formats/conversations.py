@@ -17,13 +17,13 @@ ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"},
     **{"chatgpt": "assistant", "system": "system", "developer": "system"},
 }
-"""What data sets call the sides of a conversation."""
+"""Names that data sets give the roles of a conversation -> our role."""
 SYSTEM = ("strip", "keep", "refuse")
 TURNS = ("refuse", "first", "split")
 
 
 class Turn(NamedTuple):
-    """What one side says; its pictures are marked in the text."""
+    """One turn: its role, its text with marks for pictures, and the pictures."""
 
     role: str
     text: str
@@ -33,14 +33,14 @@ class Turn(NamedTuple):
 def records_of_turns(
     row: Mapping[str, Any], root: Path, *, system: str = "strip", turns: str = "refuse"
 ) -> Iterator[Record]:
-    """The records of one row's conversation: one, or with turns="split" one for each exchange.
+    """The records of one row's conversation: one, or with turns="split" one per exchange.
 
     Args:
         row: has `conversations` or `messages`.
         root: folder of the pictures.
-        system: what becomes of a system message: "strip", "keep" (in front of the question) or "refuse".
-        turns: of a conversation of several exchanges: "refuse" it, take the "first", or "split" it into rows of their
-            own, each with all pictures shown so far.
+        system: how to treat a system message: "strip", "keep" (in front of the question) or "refuse".
+        turns: how to treat several exchanges: "refuse" the row, take the "first" exchange, or "split" the row into one
+            record per exchange, each with all pictures shown so far.
 
     Raises Rejected.
     """
@@ -55,7 +55,7 @@ def records_of_turns(
         roles = [turn.role for turn in said]
         raise Rejected("messages", "user and assistant must take turns", roles, "leave the row out")
     if len(pairs) > 1 and turns == "refuse":
-        remedy = "--turns first, or --turns split: each exchange a row of its own"
+        remedy = "--turns first, or --turns split (one row per exchange)"
         raise Rejected("messages", "has several turns", f"{len(pairs)} exchanges", remedy)
     shown: list[Picture] = []
     for asked, reply in pairs[: 1 if turns == "first" else None]:
@@ -75,7 +75,7 @@ def _record(row: Mapping[str, Any], words: str, shown: list[Picture], reply: str
     if options and record["answer"]:
         try:
             letter = choice_of(record["answer"], options)
-        except Rejected:  # a free answer to a question that lists something
+        except Rejected:  # the answer is not an option: the question lists something else
             return record
         if record["answer"] != letter and record["mode"] == "direct":
             record["response"] = record["response"] or reply.strip()
@@ -98,7 +98,7 @@ def _turns(row: Mapping[str, Any], root: Path) -> list[Turn]:
         marks = len(PLACEHOLDER.findall(said.text)) if ROLES[name] == "user" else 0
         taken, waiting = waiting[: marks - len(said.images)], waiting[max(0, marks - len(said.images)) :]
         turns.append(Turn(ROLES[name], said.text, said.images + (taken if marks > len(said.images) else [])))
-    if waiting:  # nowhere marked: shown first, as LLaVA does
+    if waiting:  # unmarked pictures come first, as in LLaVA
         if any(turn.images for turn in turns):
             raise Rejected(
                 "images", "placeholders and pictures differ in number", f"{len(waiting)} left", "mark each"
@@ -109,7 +109,7 @@ def _turns(row: Mapping[str, Any], root: Path) -> list[Turn]:
 
 
 def _said(content: Any, root: Path) -> Turn:
-    """Text and pictures of a turn's content: a text, or OpenAI's list of parts."""
+    """Text and pictures of a turn's content, which is a text or OpenAI's list of parts."""
     if isinstance(content, str):
         return Turn("", content, [])
     if not isinstance(content, Sequence):

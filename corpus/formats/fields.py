@@ -1,4 +1,4 @@
-"""Parts of a record out of what other data sets write: pictures, questions with placeholders, answers."""
+"""Converts values of other data sets to fields of a record: pictures, questions with placeholders, answers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ANSWER_WORDS = re.compile(
     r"(?:^|\b)(?:the\s+)?(?:final\s+)?answer(?:\s+is|:)\s*:?\s*(.+?)\s*\.?\s*$", re.IGNORECASE
 )
 _SHORT = 60
-"""Characters of an assistant's turn that is itself the gold answer."""
+"""Most characters of an assistant's turn that counts as the gold answer as a whole."""
 
 
 class Rejected(ValueError):
-    """A row that does not fit its format; `problem` says where and why."""
+    """A row that does not fit its format; `problem` gives the field and the broken rule."""
 
     def __init__(self, field: str, rule: str, found: Any, remedy: str) -> None:
         self.problem = Problem(field, rule, f"{found!r:.120}", remedy)
@@ -41,9 +41,9 @@ def text(value: Any, field: str) -> str:
 
 
 def pictures(value: Any, root: Path, field: str = "images") -> list[Picture]:
-    """The pictures of a cell: one or a list of file names, data URLs, bytes, base64 or {"bytes", "path"}; null is none.
+    """The pictures of a cell: one or a list of file names, data URLs, bytes, base64 or {"bytes", "path"}; [] for null.
 
-    Files stay below `root`; nothing is fetched from the network. Raises Rejected.
+    Files must lie below `root`; the network is never used. Raises Rejected.
     """
     if value is None or value == "":
         return []
@@ -63,7 +63,7 @@ def _picture(value: Any, root: Path, field: str) -> Picture:
         return _base64(value.partition("base64,")[2], field)
     if "://" in value and not value.startswith("file://"):
         raise Rejected(
-            field, "nothing is fetched from the network", value, "download it and give its file name"
+            field, "pictures are not fetched from the network", value, "download it and give its file name"
         )
     if len(value) > 512:
         return _base64(value, field)
@@ -73,7 +73,7 @@ def _picture(value: Any, root: Path, field: str) -> Picture:
         raise Rejected(field, "a picture lies outside the image folder", value, remedy)
     if not file.is_file():
         raise Rejected(
-            field, "there is no such picture", value, f"looked below {root}; name the folder: --images"
+            field, "the picture does not exist", value, f"searched below {root}; name the folder: --images"
         )
     return Picture(file.read_bytes)
 
@@ -86,7 +86,7 @@ def _base64(value: str, field: str) -> Picture:
 
 
 def question(words: str, images: int) -> str:
-    """The question with `<image>` in the place of each picture, or without marks where pictures come first or last.
+    """The question with `<image>` at the place of each picture, or without marks if all pictures come first or last.
 
     Raises Rejected for marks of videos and sounds, and for marks that do not fit the number of pictures.
     """
@@ -106,12 +106,12 @@ def question(words: str, images: int) -> str:
         raise Rejected("question", "placeholders and pictures differ in number", counts, remedy)
     words = PLACEHOLDER.sub(IMAGE, words).strip()
     leading = re.match(rf"(?:{IMAGE}\s*)*", words)
-    # In front of the question is where pictures are anyway.
+    # Without marks, pictures come before the question.
     return words[leading.end() :] if leading and leading[0].count(IMAGE) == images else words
 
 
 def gold_of(reply: str) -> str:
-    r"""The gold answer that an assistant's turn ends in; "" if it is a longer text without one.
+    r"""The gold answer at the end of an assistant's turn; "" for a longer text without one.
 
     >>> gold_of(r"So \boxed{\frac{1}{2}}."), gold_of("The answer is: B."), gold_of("A red bus."), gold_of("x" * 99)
     ('\\frac{1}{2}', 'B', 'A red bus.', '')
@@ -137,5 +137,5 @@ def _braced(reply: str, start: int) -> str:
 
 
 def named(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of the names that the row has a value for."""
+    """The first name for which the row has a value; None if there is none."""
     return next((name for name in names if row.get(name) not in (None, "", [])), None)

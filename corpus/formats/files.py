@@ -1,4 +1,4 @@
-"""Rows out of files, one after another in constant memory: JSON, JSONL, CSV, TSV, Parquet, WebDataset shards."""
+"""Reads rows from files in constant memory: JSON, JSONL, CSV, TSV, Parquet, WebDataset shards."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from corpus.formats.fields import Rejected
 from corpus.parquet import check_expansion, rows_at_once
 
 Row = tuple[int, dict[str, Any] | Rejected]
-"""Number of a row in its file, from 0, and the row or why it cannot be read."""
+"""Number of a row in its file, from 0, and the row, or the reason why it cannot be read."""
 MAX_CELL = 64 << 20
-"""Characters of the longest row or cell; a 40 MB picture in base64 fits."""
+"""Most characters of a row or cell; a 40 MB picture in base64 fits."""
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
 _PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -25,7 +25,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
 
 
 def files_of(source: Path) -> list[Path]:
-    """The data files under a path: itself, or those of a folder, by name. Raises ConfigError where there are none."""
+    """The data files of a path: the file itself, or a folder's files sorted by name. Raises ConfigError without any."""
     if not source.exists():
         raise ConfigError(f"{source}: no such file or folder")
     if source.is_file():
@@ -44,7 +44,7 @@ def files_of(source: Path) -> list[Path]:
 
 
 def rows_of(file: Path) -> Iterator[Row]:
-    """The rows of one file. Raises ConfigError where the file itself cannot be read."""
+    """The rows of one file. Raises ConfigError if the file itself cannot be read."""
     readers = {
         **{".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".tar": _shard},
         **{".csv": lambda file: _table(file, ","), ".tsv": lambda file: _table(file, "\t")},
@@ -81,7 +81,7 @@ def _object(line: str) -> dict[str, Any] | Rejected:
 
 
 def _json(file: Path) -> Iterator[Row]:
-    """The items of a JSON array, each parsed on its own: the whole never lies in memory."""
+    """The items of a JSON array, parsed one by one, so that the whole array is never in memory."""
     decoder, number, at = json.JSONDecoder(), 0, 0
     with file.open(encoding="utf-8-sig") as source:
         buffer = source.read(_CHUNK)
@@ -96,7 +96,7 @@ def _json(file: Path) -> Iterator[Row]:
                 return
             try:
                 row, end = decoder.raw_decode(buffer, at)
-                if end == len(buffer):  # a number may go on in the next chunk
+                if end == len(buffer):  # a number may continue in the next chunk
                     raise ValueError
             except RecursionError:
                 raise ConfigError(f"{file}: row {number} is nested too deeply") from None
@@ -105,7 +105,7 @@ def _json(file: Path) -> Iterator[Row]:
                 more = source.read(max(_CHUNK, len(buffer)))
                 if not more or len(buffer) > MAX_CELL:
                     raise ConfigError(
-                        f"{file}: row {number} is no whole JSON value: {buffer[:60]!r}"
+                        f"{file}: row {number} is not a complete JSON value: {buffer[:60]!r}"
                     ) from None
                 buffer += more
                 continue
@@ -150,7 +150,7 @@ def _parquet(file: Path) -> Iterator[Row]:
 
 
 def _shard(file: Path) -> Iterator[Row]:
-    """The samples of a WebDataset shard: neighbouring files of one name up to its first dot, by their endings."""
+    """The samples of a WebDataset shard: adjacent files with the same name up to the first dot, keyed by extension."""
     number, key, sample = 0, None, dict[str, Any]()
     with tarfile.open(file, "r|*") as members:
         for member in members:
@@ -173,7 +173,7 @@ def _shard(file: Path) -> Iterator[Row]:
 
 
 def _merged(sample: dict[str, Any]) -> dict[str, Any] | Rejected:
-    """A sample as one row: the fields of its .json, its texts as text, everything else as bytes."""
+    """A sample as one row: the fields of its .json, text files as text, other files as bytes."""
     row: dict[str, Any] = {}
     for ending, content in sample.items():
         if ending == "json":
@@ -184,7 +184,7 @@ def _merged(sample: dict[str, Any]) -> dict[str, Any] | Rejected:
         else:
             row[ending] = content.decode("utf-8", "replace") if ending in ("txt", "cls") else content
     pictures = [content for ending, content in sample.items() if ending in _PICTURES]
-    if pictures:  # the names of files in .json mean nothing here
+    if pictures:  # the pictures are in the shard, so file names in .json are ignored
         row = {name: value for name, value in row.items() if name not in ("image", *_PICTURES)} | {
             "images": pictures
         }

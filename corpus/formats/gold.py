@@ -1,4 +1,4 @@
-"""Which kind of answer a gold answer is, and so how it is graded; and the options of multiple choice."""
+"""The kind of a gold answer and its verifier, and the options of multiple choice."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _EXPRESSION = re.compile(r"[\\^=√π]|\$.+\$|\d\s*[-+*/]\s*\d|\d[a-z]\b|^[a-z]\
 _LETTER = re.compile(r"\(?([A-H])\)?(?:[.:)]\s.*|[.:)])?", re.DOTALL)
 _LISTED = re.compile(r"^\s*\(?([A-H])[.:)]\s+(\S.*)$", re.MULTILINE)
 _WORDS = 5
-"""Words of a text that can still be compared as it is."""
+"""Most words of a gold answer that is compared as exact text."""
 
 
 def kind_of(answer: str, options: bool) -> tuple[str, str]:
-    r"""What a gold answer is (number, choice, expression, text or none), and the verifier for it.
+    r"""The kind of a gold answer (number, choice, expression, text or none), and its verifier.
 
     >>> kind_of("1,234.5", False), kind_of(r"\frac{1}{2}", False), kind_of("B", True), kind_of("a bus", False)
     (('number', 'number'), ('expression', 'math'), ('choice', 'choice'), ('text', 'exact'))
@@ -36,7 +36,7 @@ def kind_of(answer: str, options: bool) -> tuple[str, str]:
 
 
 def listed_options(question: str) -> list[str]:
-    """The options that a question lists itself, "A. red" and so on each on a line; [] if there are none."""
+    """The options that a question lists, one a line, as in "A. red"; [] if there are none."""
     found = _LISTED.findall(question)
     return (
         [words for _, words in found]
@@ -78,7 +78,7 @@ def with_options(question: str, options: Sequence[str]) -> str:
 def choice_of(answer: Any, options: Sequence[str]) -> str:
     """The letter of an answer to a question with options: a letter, an option's number from 0, or its words.
 
-    Raises Rejected where it is none of them.
+    Raises Rejected for any other answer.
     """
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return LETTERS[answer]

@@ -1,4 +1,4 @@
-"""The formats by name: how a row of each is recognised, and what makes records of it."""
+"""The table of formats: how to recognise a row of each format, and how to convert it to records."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from corpus.schema import FIELDS, REQUIRED, Record
 
 @dataclass(frozen=True)
 class Options:
-    """What a user says of a file."""
+    """The user's options for a file."""
 
     root: Path
-    """Folder of its pictures; file names do not lead out of it."""
+    """Folder of the pictures; file names that lead out of it are refused."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Field of a record -> column of the file, where names do not tell."""
+    """Field of a record -> column of the file, for columns with unknown names."""
     system: Literal["strip", "keep", "refuse"] = "strip"
     turns: Literal["refuse", "first", "split"] = "refuse"
 
@@ -31,14 +31,14 @@ Converter = Callable[[Mapping[str, Any]], Iterator[Record]]
 
 @dataclass(frozen=True)
 class Format:
-    """One shape of rows."""
+    """One format of rows."""
 
     about: str
     fits: Callable[[Mapping[str, Any]], bool]
     converter: Callable[[Options], Converter]
-    """Makes the function from a row to its records; that function raises Rejected."""
+    """Builds the function from a row to its records; that function raises Rejected."""
     mapping: Callable[[Mapping[str, Any], Options], Mapping[str, str]]
-    """What of a row becomes which field, to be shown."""
+    """Description of the mapping from a row's values to fields, for display."""
 
 
 def _conversation(options: Options) -> Converter:
@@ -59,7 +59,9 @@ def _vlmeval(options: Options) -> Converter:
             seen[row["index"]] = image
         elif image and "image_path" not in row:
             if image not in seen:
-                raise Rejected("image", "names no earlier row", image, "write base64, or an earlier index")
+                raise Rejected(
+                    "image", "is not the index of an earlier row", image, "write base64, or an earlier index"
+                )
             image = seen[image]
         if "image_path" not in row and image:
             row["image"] = f"data:image/*;base64,{image}"
@@ -116,7 +118,7 @@ FORMATS: dict[str, Format] = {
         lambda row, options: mapping_of(row, options.columns),
     ),
     "columns": Format(
-        "a column for each thing: geometry3k, ChartQA, MMPR, ScienceQA, CSV, WebDataset, ...",
+        "one column per field: geometry3k, ChartQA, MMPR, ScienceQA, CSV, WebDataset, ...",
         lambda row: True,
         _columns,
         lambda row, options: mapping_of(row, options.columns),
@@ -132,14 +134,14 @@ def _has_turns(row: Mapping[str, Any]) -> bool:
 
 
 def recognised(rows: Sequence[Mapping[str, Any]], file: Path) -> str:
-    """Name of the format that the first rows of a file have. Raises ConfigError where there is no row."""
+    """Name of the format that the first rows of a file have. Raises ConfigError if there are no rows."""
     if not rows:
-        raise ConfigError(f"{file}: holds no row")
+        raise ConfigError(f"{file}: has no rows")
     return next(name for name, one in FORMATS.items() if all(one.fits(row) for row in rows))
 
 
 def known(name: str) -> Format:
-    """The format of a name. Raises ConfigError with the nearest known one."""
+    """The format with this name. For an unknown name, raises ConfigError with the nearest known one."""
     if name not in FORMATS:
         raise ConfigError(f"format {name!r} is unknown; {nearest(name, ['auto', *FORMATS])}")
     return FORMATS[name]

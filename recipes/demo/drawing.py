@@ -1,6 +1,6 @@
 """Panels as pixels: real handwritten digits (scikit-learn's bundled scans) on coloured 2x2 panels.
 
-N panels, S scans; pixel arrays are (N, height, width, RGB).
+Axes: N panels, S scans; pixel arrays are (N, height, width, RGB).
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ handwritten digits"."""
 HELDOUT_COUNT, VALIDATION_COUNT = 360, 180
 _ORDER = sorted(range(SCANS), key=lambda scan: hash_of(f"scan {scan}"))
 HELDOUT_SCANS = frozenset(_ORDER[:HELDOUT_COUNT])
-"""Scans that the held-out sets alone show."""
+"""Number of scans that only the held-out sets show."""
 VALIDATION_SCANS = frozenset(_ORDER[HELDOUT_COUNT : HELDOUT_COUNT + VALIDATION_COUNT])
-"""Scans that the validation sets alone show."""
+"""Number of scans that only the validation sets show."""
 TRAIN_SCANS = frozenset(_ORDER[HELDOUT_COUNT + VALIDATION_COUNT :])
 
 CELL_PX = 28
 PANEL_PX = 2 * CELL_PX
 DIGIT_PX = 22
-"""Side of an enlarged scan."""
+"""Side of an enlarged scan in pixels."""
 SHIFT_PX = 1
-"""A digit lies up to so far off the middle of its cell, in both directions."""
+"""Largest offset of a digit from the middle of its cell in pixels, per direction."""
 COLOUR_JITTER = 12.0
-"""Standard deviation of a background's deviation from its colour, per channel, of 255."""
+"""Standard deviation of a background's offset from its colour, per channel, on a scale of 0 to 255."""
 INK = (232, 256)
 """Range of a digit's grey value."""
 NOISE = 10.0
-"""Standard deviation of the noise of every pixel and channel, of 255."""
+"""Standard deviation of the noise of every pixel and channel, on a scale of 0 to 255."""
 
 
 @lru_cache(maxsize=1)
@@ -49,7 +49,9 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
     digits = load_digits()
     if len(digits.images) != SCANS:
-        raise ValueError(f"scikit-learn ships {len(digits.images)} scans, the splits are made for {SCANS}")
+        raise ValueError(
+            f"scikit-learn ships {len(digits.images)} scans, but the splits are made for {SCANS}"
+        )
     side = (DIGIT_PX, DIGIT_PX)
     large = [
         Image.fromarray(scan.astype("float32") / 16).resize(side, Image.Resampling.BICUBIC)
@@ -86,13 +88,13 @@ def png(panel: np.ndarray) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    # Noise does not compress: higher levels only take longer.
+    # Noise does not compress, so higher levels only take longer.
     Image.fromarray(panel).save(file, format="PNG", compress_level=1)
     return file.getvalue()
 
 
 def _ink(chosen: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """The scans, each on a cell (CELL_PX, CELL_PX) of its own, off the middle by up to SHIFT_PX."""
+    """The scans, each in a cell (CELL_PX, CELL_PX), shifted from the middle by up to SHIFT_PX."""
     import numpy as np
 
     margin = (CELL_PX - DIGIT_PX) // 2

@@ -1,6 +1,6 @@
-"""What the tiny core is pre-trained on: rows of text pieces, each trained or only read, about scenes drawn fresh.
+"""Rows for the tiny core's pre-training: pieces of text, each trained or only read, about newly drawn scenes.
 
-Held-out and validation scenes are never drawn, in pictures or in text.
+Scenes of the held-out and validation splits are never drawn, neither as pictures nor as text.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ MIXTURES: dict[str, dict[str, int]] = {
     "reading": {"reading": 48, "sums": 12, "story": 12},
     "mixed": {"reading": 12, "sums": 16, "story": 16, "caption": 24, "question": 16},
 }
-"""Rows of each kind per step, by phase."""
+"""Number of rows of each kind per step, by phase."""
 
 Pieces = list[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One row: pieces of text in order, trained (True) or only read, and the scene of its picture if it has one."""
+    """One row: pieces of text in order, each trained (True) or only read, and the scene of its picture, if any."""
 
     pieces: Sequence[tuple[str, bool]]
     scene: Scene | None = None
@@ -32,18 +32,18 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Frame:
-    """How a core's processor writes what surrounds a lesson's own words."""
+    """The text that a core's processor writes around a lesson's words."""
 
     picture: str
     """A picture's tokens."""
     before: str
-    """From the start of a chat to its picture."""
+    """Text from the start of a chat to its picture."""
     after: str
-    """From the end of the question to the answer."""
+    """Text from the end of the question to the answer."""
     turn_end: str
     """Ends an answer in a chat."""
     text_end: str
-    """Ends a text that is no chat."""
+    """Ends a text that is not a chat."""
 
 
 def frame_of(processor: Any) -> Frame:
@@ -64,9 +64,9 @@ def draw_lessons(phase: str, frame: Frame, rng: Random) -> list[Lesson]:
 
 
 def _reading(frame: Frame, rng: Random) -> Lesson:
-    """The digits of all cells in any order, C9A0B5D1. Which cell comes next cannot be known: only digits are trained.
+    """The digits of all cells in random order, C9A0B5D1. The order is unpredictable, so only digits are trained.
 
-    After 160 steps the digits' loss is 0.15, against 0.84 for digits behind "C=" (batch 48, seed 0).
+    After 160 steps the digits' loss is 0.15; with digits after "C=" it is 0.84 (batch 48, seed 0).
     """
     scene = _scene(rng)
     pieces: Pieces = [(frame.picture, False)]
@@ -76,7 +76,7 @@ def _reading(frame: Frame, rng: Random) -> Lesson:
 
 
 def _caption(frame: Frame, rng: Random) -> Lesson:
-    """Every cell in any order, as chains will name them: C=9;A=0;B=5;D=1."""
+    """Every cell in random order, in the notation of chains: C=9;A=0;B=5;D=1."""
     scene = _scene(rng)
     pieces: Pieces = [(frame.picture, False)]
     for reading in read(scene.digits, rng.sample(CELLS, len(CELLS))):

@@ -6,10 +6,10 @@
 | dense | several readings in one answer | train |
 | worked | reasoning questions with worked solutions, without tags | train |
 | longcot | chains to imitate, a share of them hasty | train |
-| rl | reasoning questions without chains, to think about | train |
-| fusion_direct, mixed_direct | as general, other panels | train |
-| validation_think, validation_direct | as rl and general; to choose models by | validation |
-| heldout_think, heldout_direct | as rl and general; to report, and for nothing else | held-out |
+| rl | reasoning questions without chains, for thinking mode | train |
+| fusion_direct, mixed_direct | as general, with other panels | train |
+| validation_think, validation_direct | as rl and general; for model selection | validation |
+| heldout_think, heldout_direct | as rl and general; only for the reported results | held-out |
 
 The splits share neither scans nor digit 4-tuples. The same seed and sizes give the same rows and pixels, and
 a set does not change with the size of another.
@@ -52,9 +52,9 @@ def generate(
     """Write `<set>.parquet` for every set of SETS to the folder `out`.
 
     Args:
-        seed: of scenes, questions and pixels.
-        hasty_share: share of the LongCoT chains that jump from the readings to the answer. They leave RL
-            something to teach; at 0 it has nothing to gain.
+        seed: seed of scenes, questions and pixels.
+        hasty_share: share of the LongCoT chains that jump from the readings to the answer. RL can then improve on
+            them; at 0 it has nothing to improve.
         validation: rows of each of the two validation sets.
         heldout: rows of each of the two held-out sets.
         general: rows of the set of that name, and so for the others.
@@ -62,7 +62,7 @@ def generate(
     from corpus.records import write_records
 
     if not 0 <= hasty_share <= 1:
-        raise ValueError(f"hasty_share={hasty_share}: a share lies between 0 and 1")
+        raise ValueError(f"hasty_share={hasty_share}: must be between 0 and 1")
     hasty = round(hasty_share * longcot)
     sets: dict[str, tuple[int, str, tuple[str, ...], Fill]] = {
         "general": (general, TRAIN, ("digit",), _direct),
@@ -87,7 +87,7 @@ def generate(
 def rows(
     name: str, seed: int, count: int, split: str, kinds: tuple[str, ...], fill: Fill
 ) -> Iterator[dict[str, Any]]:
-    """`count` records of a set, their kinds of question in turn; `fill` gives what depends on the use."""
+    """`count` records of a set, with the kinds of question in turn; `fill` returns the fields specific to the set."""
     import numpy as np
 
     rng = Random(f"{seed} {name}")
@@ -108,7 +108,7 @@ def rows(
 
 
 def _direct(question: Question) -> dict[str, Any]:
-    # A description is no number: only the digit itself is graded as one.
+    # Only a single digit is graded as a number; a description is not one.
     return {"mode": "direct", "verifier": "number" if question.kind == "digit" else "exact"}
 
 
@@ -125,7 +125,7 @@ def _chain(question: Question) -> dict[str, Any]:
 
 
 def _made_hasty(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a chain of readings alone."""
+    """The row with a chain that consists only of readings."""
     statements = row["chain"].split(";")
     readings = [statement for statement in statements if statement[0].isalpha()]
     return {**row, "chain": ";".join(readings), "meta": {**row["meta"], "hasty": True}}

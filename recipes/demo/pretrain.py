@@ -1,11 +1,11 @@
-"""The tiny core's "pre-training": about 75 seconds on a CPU core, so that the chain starts from a core that reads.
+"""The tiny core's pre-training: about 75 seconds on a CPU core, so that the chain starts from a core that reads digits.
 
-Two phases, on pictures and texts drawn fresh for every step: *reading* teaches digits and sums, *mixed* adds
-captions and questions answered directly, as every stage asks them. Captions alone do not teach digits in so
-few steps (the project's study of the demo task). A plain loop on purpose: pre-training is not what this
-project is about.
+It has two phases with newly drawn pictures and texts in every step. *reading* teaches digits and sums; *mixed* adds
+captions and questions with direct answers, in the form that every stage uses. Captions alone do not teach digits in so
+few steps (the project's study of the demo task). The training loop is plain on purpose: pre-training is not a subject
+of this project.
 
-R rows, T tokens.
+Axes: R rows, T tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 20
 _BLOCK = 10
-"""Steps whose rows are drawn, rendered and tokenized together."""
+"""Number of steps whose rows are drawn, rendered and tokenized together."""
 _MAX_GRAD_NORM = 1.0
 
 Batch = dict[str, "torch.Tensor"]
@@ -39,10 +39,10 @@ def build(
     learning_rate: float = 2e-3,
     warmup_steps: int = 20,
 ) -> Path:
-    """Write a pre-trained tiny core to the folder `out`, and its curve to `metrics.jsonl` beside it; return `out`.
+    """Write a pre-trained tiny core to the folder `out`, and its metrics to `metrics.jsonl` beside it; return `out`.
 
-    The rate rises over the first `warmup_steps`, is constant while reading and falls to 0 along a cosine in the
-    mixed phase. The same seed, steps and number of threads give the same weights.
+    The learning rate rises over the first `warmup_steps`, is constant in the reading phase, and falls to 0 as a cosine
+    in the mixed phase. The same seed, steps and number of threads give the same weights.
     """
     import torch
 
@@ -96,7 +96,7 @@ def _update(model: Any, optimizer: Any, parts: Sequence[Batch], rate: float) -> 
 
 
 def _batches(phases: Sequence[str], processor: Any, seed: int) -> Iterator[tuple[Batch, Batch]]:
-    """Per step the rows with a picture and those without: they differ in length, and padding costs like text.
+    """Per step one batch with pictures and one without: their rows differ in length, and padding costs time.
 
     A batch holds input_ids, attention_mask and trained (R, T), and pixel_values (R, 3, side, side).
     """
@@ -119,7 +119,7 @@ def _batches(phases: Sequence[str], processor: Any, seed: int) -> Iterator[tuple
 
 
 def normalized(panels: Any, processor: Any) -> torch.Tensor:
-    """Pixels (pictures, side, side, 3), bytes, as the processor gives them to the model: (pictures, 3, side, side)."""
+    """Bytes (pictures, side, side, 3), normalised as by the processor: (pictures, 3, side, side)."""
     import numpy as np
     import torch
 

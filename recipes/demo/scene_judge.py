@@ -1,8 +1,8 @@
-r"""The demo's thinking judge: exact, as the generator knows every scene. Also an example of a reward of your own.
+r"""The demo's thinking judge. It is exact, as the row's meta has the scene. It is also an example of a user's reward.
 
-It scores the report's three criteria on the chain itself, each yes or no: factual grounding (every claim about the
-picture against the scene, and every cell that the question needs is read), logical soundness (every step is right and
-goes on from the one before) and answer consistency (the box holds the chain's last result).
+It scores the chain by the report's three criteria, each with yes or no: factual grounding (every claim about the
+picture matches the scene, and every cell that the question needs is read), logical soundness (every step is correct
+and continues the previous one) and answer consistency (the box holds the chain's last result).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rewards.extract import parse_thinking
 from rewards.verdict import Status, Verdict
 
 MAX_STATEMENTS = 64
-"""A thought with more is no chain of this task; reading stops there."""
+"""Most statements that are read; a longer thought is not a chain of this task."""
 _READING = re.compile(r"([A-Z])=([0-9]{1,4})")
 _STEP = re.compile(r"([0-9]{1,4})([+-])([0-9]{1,4})=(-?[0-9]{1,4})")
 
@@ -33,7 +33,7 @@ class SceneJudge:
     """
 
     all_or_nothing: bool = False
-    """Full marks for all three criteria, none for fewer."""
+    """Whether the score is 1 if all three criteria are met and 0 otherwise."""
 
     def __call__(self, completion: str, example: Example) -> Verdict:
         if "scene" not in example.meta:
@@ -47,7 +47,7 @@ class SceneJudge:
         strange = [text for text in statements if text.strip()][len(readings) + len(steps) :]
         faults = {
             "factual_grounding": _grounding(readings, example),
-            "logical_soundness": "a statement that is neither reading nor step"
+            "logical_soundness": "a statement is neither a reading nor a step"
             if strange
             else _soundness(readings, steps, example),
             "answer_consistency": _consistency(steps, parsed.answer),
@@ -59,7 +59,7 @@ class SceneJudge:
 
 
 def _grounding(readings: list[re.Match], example: Example) -> str:
-    """What is wrong with the claims about the picture; "" if nothing is."""
+    """The fault in the claims about the picture; "" if there is none."""
     scene = example.meta["scene"]
     for reading in readings:
         cell, value = reading.groups()
@@ -71,9 +71,9 @@ def _grounding(readings: list[re.Match], example: Example) -> str:
 
 
 def _soundness(readings: list[re.Match], steps: list[re.Match], example: Example) -> str:
-    """What is wrong with the reasoning from what was read; "" if nothing is.
+    """The fault in the reasoning from the readings; "" if there is none.
 
-    A wrong reading is a fault of grounding alone: the steps are held against the chain's own readings.
+    A wrong reading is a fault of grounding only: the steps are checked against the chain's own readings.
     """
     if not steps:
         return "no step"
@@ -96,7 +96,7 @@ def _soundness(readings: list[re.Match], steps: list[re.Match], example: Example
 
 
 def _operands(read: dict[str, int], example: Example) -> list[tuple[str, int]] | None:
-    """(sign, value) of each operand of the question, by what was read; None if a reading is missing."""
+    """(sign, value) of each operand of the question, from the chain's readings; None if a reading is missing."""
     if example.meta["kind"] == "spread":
         return [("+", max(read.values())), ("-", min(read.values()))] if read else None
     cells, signs = example.meta["expr"][::2], ["+", *example.meta["expr"][1::2]]
@@ -106,7 +106,7 @@ def _operands(read: dict[str, int], example: Example) -> list[tuple[str, int]] |
 
 
 def _consistency(steps: list[re.Match], answer: str | None) -> str:
-    """What keeps the box from following from the chain; "" if nothing does."""
+    """The reason why the box does not follow from the chain; "" if it does."""
     if not steps:
         return "nothing to compare the box with"
     result = steps[-1].group(4)

@@ -1,7 +1,7 @@
-r"""What a panel shows, what is asked about it, and the chains that answer: text only, no pixels.
+r"""Scenes, questions about them, and the chains that answer: text only, no pixels.
 
-A scene is four digits in the cells A B C D of a 2x2 panel, each on a background of its own. Reasoning
-questions need several readings and arithmetic on them:
+A scene is four digits in the cells A B C D of a 2x2 panel, each on its own background. Reasoning questions need
+several readings and arithmetic on them:
 
     compute C+A-B                     C=9;A=0;B=4;9+0=9;9-4=5
     compute largest minus smallest    A=0;B=4;C=9;D=3;9-0=9
@@ -9,7 +9,7 @@ questions need several readings and arithmetic on them:
 A chain is statements joined by ";": readings `C=9` first, then steps `9+0=9`. (No full stops: "0.9" would be
 a number.) The hasty form of a chain keeps the readings and jumps to the answer.
 
-Digit 4-tuples are split once and for all, by hash: held-out ones are used in no stage, in pictures or text.
+Digit 4-tuples are split permanently, by hash. Stages never use held-out tuples, neither in pictures nor in text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from random import Random
 from typing import Any
 
 CELLS = ("A", "B", "C", "D")
-"""Left to right, top to bottom."""
+"""Names of the cells, left to right, top to bottom."""
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (176, 44, 44),
     "orange": (196, 112, 32),
@@ -42,7 +42,7 @@ WORDS = (
     *("Which", "digit", "is", "in", "cell"),
     *("Read", "cells", "and", "Describe", "the", "panel"),
 )
-"""Every word that the demo's questions and answers use, for the tiny tokenizer (symbols and digits it has)."""
+"""Every word in the demo's questions and answers, for the tiny tokenizer, which has symbols and digits already."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its gold answer and how to get there."""
+    """A question with its gold answer and the readings and steps that lead to it."""
 
     kind: str
-    """xyz, xy, spread; digit, cells, panel."""
+    """Kind of question: xyz, xy, spread; digit, cells, panel."""
     text: str
     expr: tuple[str, ...]
-    """What is asked for: cells and operators in order, ("max", "-", "min"), or just cells."""
+    """The requested expression: cells and operators in order, ("max", "-", "min"), or only cells."""
     answer: str
     readings: tuple[str, ...] = ()
     steps: tuple[str, ...] = ()
@@ -117,10 +117,10 @@ def draw_scene(rng: Random, split: str, scans: Mapping[int, Sequence[int]]) -> S
 
 
 def ask(rng: Random, kind: str, digits: Sequence[int]) -> Question:
-    """A question of that kind about a scene with these digits.
+    """A question of this kind about a scene with these digits.
 
-    xyz, xy: two or three different cells, signs such that no partial result is negative; spread; digit: one
-    cell; cells: two cells; panel: all of it. Raises ValueError for another kind.
+    xyz, xy: three or two different cells, with signs such that partial results are not negative; spread: largest minus
+    smallest; digit: one cell; cells: two cells; panel: all cells. Raises ValueError for another kind.
     """
     if kind in ("xyz", "xy"):
         return _sum(rng, kind, digits)
@@ -175,5 +175,5 @@ def _by_hash(name: str) -> str:
 
 
 def hash_of(name: str) -> int:
-    """A number that depends on the name alone, on every machine and in every run."""
+    """A number that depends only on the name: the same on every machine and in every run."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")

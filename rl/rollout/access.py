@@ -1,12 +1,12 @@
-"""Who may ask a rollout server: whoever knows the run's token; and whom the client trusts: a server that knows it too.
+"""Mutual authentication of rollout servers and clients by the run's token.
 
-The token is random, made for each pool of servers, and handed to servers and learners in their environment, which
-other users cannot read. It is on no command line, in no log and in no file, except the one that a user names
-(servers.token_file). A server refuses every request without it, and every path that the client does not need:
-vLLM's `--api-key` guards /v1 alone, and its development endpoints write files and change weights.
+The token is random and new for each pool of servers. Servers and learners get it in their environment, which other
+users cannot read. Command lines, logs and files never contain it, except for a file that the user names
+(servers.token_file). A server refuses every request without the token, and every path that the client does not need:
+vLLM's `--api-key` guards only /v1, and vLLM's development endpoints write files and change weights.
 
-Before a client sends the token over a new connection, the other side proves that it knows it: a foreign program that
-took a server's port gets neither token nor prompts. The proof covers the port, so that it cannot be passed on.
+Before a client sends the token over a new connection, the server must prove that it knows the token. So a foreign
+program on a server's port gets neither token nor prompts. The proof includes the port, so that it cannot be relayed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from urllib.parse import parse_qs
 from core.strict import ConfigError
 
 TOKEN = "POSTTRAIN_SERVER_TOKEN"
-"""Environment variable with the token."""
+"""Environment variable that holds the token."""
 PROOF = "/proof"
 GUARD = "rl.rollout.access.Guard"
-"""For vLLM's --middleware."""
+"""Import path of the guard for vLLM's --middleware."""
 PATHS = frozenset(
     (
         *("/health", "/version", "/weight_info", "/update_weight_version", "/get_world_size", "/server_info"),
@@ -48,15 +48,15 @@ def new_token() -> str:
 
 
 def known_token(file: str | None) -> str | None:
-    """The token that a client shows: the environment's, else that of a file; None where neither is named.
+    """The token that a client sends: from the environment, or else from the file; None if neither is given.
 
-    Raises ConfigError for a file that is not there or that others may read.
+    Raises ConfigError if the file is missing or other users may read it.
     """
     return os.environ.get(TOKEN) or (_read(Path(file)) if file else None)
 
 
 def pool_token(file: str | None) -> str:
-    """The token of servers that are about to start: the one that clients know, else a new one, kept in a named file."""
+    """The token for servers that are about to start: the clients' token, or else a new one, stored in a named file."""
     if (token := os.environ.get(TOKEN)) or file is None:
         return token or new_token()
     path = Path(file)
@@ -65,7 +65,7 @@ def pool_token(file: str | None) -> str:
     with os.fdopen(descriptor, "w") as out:
         out.write(new_token() + "\n")
     try:
-        os.link(partial, path)  # whole or not at all, and never over another server's
+        os.link(partial, path)  # atomic, and never replaces another server's token
     except FileExistsError:
         pass
     finally:
@@ -91,17 +91,17 @@ def headers(token: str | None) -> dict[str, str]:
 
 
 def may_ask(header: str | None, token: str) -> bool:
-    """Whether a request's Authorization header holds the token; takes as long for a wrong one as for the right one."""
+    """Whether a request's Authorization header holds the token; the comparison takes constant time."""
     return hmac.compare_digest((header or "").encode(), headers(token)["Authorization"].encode())
 
 
 def proof(token: str, port: int, challenge: str) -> str:
-    """The answer to a client's random challenge that only a server with the token can give."""
+    """The answer to a client's random challenge, which needs the token to compute."""
     return hmac.new(token.encode(), f"proof {port} {challenge}".encode(), hashlib.sha256).hexdigest()
 
 
 def demand_proof(connection: Any, host: str, port: int, token: str) -> None:
-    """Ask the other side of a new connection (a socket) for its proof. Raises PermissionError if it has none."""
+    """Ask the server at the other end of a new socket for its proof. Raises PermissionError if the proof is wrong."""
     challenge = secrets.token_hex(16)
     request = f"GET {PROOF}?challenge={challenge} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n"
     connection.sendall(request.encode())
@@ -110,12 +110,12 @@ def demand_proof(connection: Any, host: str, port: int, token: str) -> None:
         given = reply.read(4096) if reply.status == 200 else b""
     if not hmac.compare_digest(given, json.dumps({"proof": proof(token, port, challenge)}).encode()):
         raise PermissionError(
-            "who answers there does not know the run's token: it is not a server of this run, and gets nothing"
+            "the program that answers there does not know the run's token: it is not a server of this run"
         )
 
 
 def verdict(path: str, query: str, header: str | None, port: int, token: str) -> tuple[int, dict] | None:
-    """The reply (status, JSON) to a request that the server does not let through; None for one that it serves."""
+    """The reply (status, JSON) to a request that the server refuses; None for a request that it serves."""
     if path == PROOF:
         challenge = parse_qs(query).get("challenge", [""])[0]
         return 200, {"proof": proof(token, port, challenge)}
@@ -139,7 +139,7 @@ class Guard:
         self.app, self.token = app, os.environ[TOKEN]
 
     async def __call__(self, scope: Scope, receive: Channel, send: Channel) -> None:
-        """Let a request through, or answer it here."""
+        """Pass a request on to the application, or refuse it."""
         if scope["type"] not in ("http", "websocket"):  # the application's own start and end
             await self.app(scope, receive, send)
             return

@@ -22,32 +22,32 @@ from rl.rollout.served import Served
 log = logging.getLogger(__name__)
 
 DISCARD_ALL = 2
-"""vLLM's sleep level that keeps no copy of the weights: whoever wakes a server brings new ones."""
+"""vLLM's sleep level that discards the weights: a server that wakes needs new weights."""
 LOOK_S = 5.0
-"""When no request has ended for this time, the client looks whether the servers are still there."""
+"""Seconds without a finished request after which the client checks the servers' health."""
 RETURN_PAUSE_S = 1.0
-"""Between two looks at whether a lost server is back, when no server is left to ask."""
+"""Seconds between two checks for a returned server when no server is left."""
 CACHES = ("reset_mm_cache", "reset_encoder_cache", "reset_prefix_cache")
 WAKE_WEIGHTS, WAKE_CACHE = "wake_up?tags=weights", "wake_up?tags=kv_cache"
-"""Room for weights comes before an update, and for keys and values last, so that the update can use it."""
+"""Memory for weights is allocated before an update and memory for keys and values last, so the update can use it."""
 
 
 class RolloutClient:
     """Talks to every server of a pool. Safe to use from one thread at a time.
 
-    A server that dies is left out, and its requests go to the others. It is asked again once it has taken the current
-    weights and passed `served.gate`. Answers of a server that reports another version of the weights are thrown away.
+    A lost server is left out, and its requests go to the others. It gets requests again after it has loaded the current
+    weights and passed `served.gate`. Answers from a server with another version of the weights are discarded.
 
     Args:
         urls: base URLs of the servers.
         core: facts of the served core.
         concurrency: requests in flight per server.
-        timeout_s: a server that has not answered a request by then is lost.
-        patience_s: with no server left, how long to wait for one to come back.
+        timeout_s: seconds after which a server without an answer to a request is lost.
+        patience_s: seconds to wait for a server to come back when none is left.
         max_returns: how often each server may come back.
-        warn: takes a line about every server lost and found again.
-        share_gpus: the servers are put to sleep between weight updates, so that an update has to wake them.
-        token: what the servers want to see; None takes the environment's, if there is one.
+        warn: called with a line about every lost and every returned server.
+        share_gpus: whether the servers sleep between weight updates; an update then wakes them.
+        token: the run's token; None: the environment's, if it has one.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RolloutClient:
         model: Path,
         warn: Callable[[str], None] = log.warning,
     ) -> RolloutClient:
-        """The client that a recipe's `servers` describes, of servers of the core at `model`."""
+        """The client for a recipe's `servers`, which serve the core at `model`."""
         return cls(
             urls,
             CoreFacts.of(model),
@@ -93,7 +93,7 @@ class RolloutClient:
         )
 
     def close(self) -> None:
-        """Give up what is under way, and close the connections."""
+        """Abandon running requests and close the connections."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.http.close()
 
@@ -105,9 +105,9 @@ class RolloutClient:
     ) -> list[Answer]:
         """Sample `sampling.n` completions for each prompt; answers are in the prompts' order.
 
-        One request carries a prompt's images once for all its completions, so that the server's prefix and
-        multimodal caches serve the group. `on_answer(done)` is told how many prompts are done.
-        Raises RolloutError when a server refuses, or when none is left; nothing is silently left out.
+        One request asks for all completions of a prompt, so the images are sent once and the server's prefix and
+        multimodal caches serve the group. `on_answer(done)` is called with the number of finished prompts.
+        Raises RolloutError if a server refuses a request or no server is left; no prompt is silently dropped.
         """
         answers: dict[int, Answer] = {}
         while len(answers) < len(prompts):
@@ -125,7 +125,7 @@ class RolloutClient:
     def ask_each(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
         """Every serving server's answer to every prompt: the first prompt's from each server, then the second's.
 
-        Servers that are lost meanwhile are left out throughout.
+        The answers of servers that are lost meanwhile are left out for all prompts.
         """
         while True:
             self._muster()
@@ -147,14 +147,14 @@ class RolloutClient:
                 return [own[index] for index in range(len(prompts)) for own in found]
 
     def load_checkpoint(self, folder: Path, what: Hashable | None = None) -> None:
-        """Make every server serve the weights of a checkpoint folder, which all of them can read.
+        """Load the weights of a checkpoint folder, which every server must be able to read, into every server.
 
-        The files must stay until the next update: a server that comes back gets them as well. All caches of old
-        weights are forgotten. Servers that share their GPUs are awake afterwards.
+        The files must stay until the next update, because a server that comes back loads them too. Caches of old
+        weights are reset. Servers that share their GPUs are awake afterwards.
 
         Args:
             folder: holds the whole model as safetensors files.
-            what: what `served` calls these weights; the folder's path unless given.
+            what: the name of these weights in `served`; default: the folder's path.
         """
         files = sorted(folder.resolve().glob("*.safetensors"))
         if not files:
@@ -170,13 +170,13 @@ class RolloutClient:
     def sleep(self) -> None:
         """Free the GPUs of every server: weights and caches are gone until the next update.
 
-        No request may be under way; there is none once `generate` has returned.
+        No request may be running; none is after `generate` has returned.
         """
         self.served.asleep = True
         self.on_every_server(f"sleep?level={DISCARD_ALL}")
 
     def weights_sent(self, what: Hashable | None = None) -> None:
-        """Whoever brought the servers their weights by another way than files has done so."""
+        """Note that weights have reached the servers by another way than files."""
         with self.served.update(what) as version:
             self.on_every_server("update_weight_version", {"new_version": version})
 
@@ -189,16 +189,16 @@ class RolloutClient:
         return [future.result() for future in futures]
 
     def find_lost(self) -> None:
-        """Look at every serving server, and leave out those that are gone."""
+        """Check every serving server, and mark dead ones as lost."""
         for url in self.fleet.serving:
             if self.http.gone(url):
                 self.fleet.lose(url, "it takes no connection, or says that it is not healthy")
 
     def reset_caches(self) -> None:
-        """Forget everything computed with old weights.
+        """Reset the three caches of values that were computed with old weights.
 
-        All three: image features live in the multimodal and encoder caches, keys and values in the prefix cache.
-        Leaving one out lets rollouts see images through an old vision tower.
+        Image features are in the multimodal and encoder caches, keys and values in the prefix cache. If one were not
+        reset, rollouts would see images through an old vision tower.
         """
         for cache in CACHES:
             for url, reply in self.on_every_server(cache).items():
@@ -221,7 +221,7 @@ class RolloutClient:
         return ThreadPoolExecutor(self._under_way, thread_name_prefix="rollout")
 
     def _update(self, version: str | None) -> list[tuple[str, dict]]:
-        """The requests that bring a server the current weights, caches aside."""
+        """The requests that load the current weights into a server, without the cache resets."""
         files = {"paths": [str(path) for path in self.served.files], "aliases": dict(self.core.tied)}
         return [
             *([(WAKE_WEIGHTS, {})] if self.share_gpus else []),
@@ -231,7 +231,7 @@ class RolloutClient:
         ]
 
     def _muster(self) -> None:
-        """Take back the lost servers that have returned; wait for one where none is left.
+        """Take back lost servers that have returned; if no server is left, wait for one.
 
         Raises RolloutError when none comes within `patience_s`.
         """
@@ -250,7 +250,7 @@ class RolloutClient:
             time.sleep(RETURN_PAUSE_S)
 
     def _take_back(self, url: str) -> None:
-        """Bring a lost server the current weights if it is up, and let it be asked again if it passes the gate."""
+        """If a lost server is up, load the current weights into it; readmit it if it passes the gate."""
         if not self.http.healthy(url):
             self.fleet.put_off(url)
             return
@@ -272,7 +272,7 @@ class RolloutClient:
         self.fleet.readmit(url)
 
     def _current(self, url: str) -> bool:
-        """Whether the server has had the current weights all the time since they were sent; else it is lost."""
+        """Whether the server has held the current weights ever since they were sent; if not, it is marked as lost."""
         if self.served.version is None:
             return True
         try:
@@ -283,7 +283,7 @@ class RolloutClient:
         if reply.get("weight_version") == self.served.version:
             return True
         self.fleet.lose(
-            url, "it was started anew, or somebody else changed its weights; its answers are void"
+            url, "it was restarted, or another program changed its weights; its answers are discarded"
         )
         return False
 
@@ -294,9 +294,9 @@ class RolloutClient:
         answers: dict[int, Answer],
         on_answer: Callable[[int], None] | None,
     ) -> dict[int, str]:
-        """Ask a serving server each prompt; add to `answers`, return which server gave each.
+        """Send each prompt to a serving server; add the answers to `answers`, and return each answer's server.
 
-        Prompts without an answer afterwards went to servers that are lost, the last one included.
+        A prompt without an answer afterwards went only to servers that are lost.
         """
         asked: dict[Future, list[str]] = {}
         indices: dict[Future, int] = {}
@@ -319,11 +319,11 @@ class RolloutClient:
         return found
 
     def _ended(self, asked: Mapping[Future, list[str]]) -> Iterator[Future]:
-        """The requests as they end, without those to servers that are gone.
+        """The requests in the order they end, without those to lost servers.
 
-        The last URL of each request's list is the server it asks; requests that have asked no server yet are left out
-        too once a server is gone. A server that is told to stop may close its port and leave requests unanswered,
-        their connections open.
+        The last URL in a request's list is the server that has it. Requests that no server has yet are left out too
+        once a server is lost. This check is needed because a stopping server may close its port and leave requests
+        unanswered with their connections open.
         """
         waiting = set(asked)
         while waiting:
@@ -338,19 +338,20 @@ class RolloutClient:
                 future for future in waiting if asked[future] and asked[future][-1] not in self.fleet.serving
             ]
             if lost:
-                # All threads may wait for servers that are gone: requests that no thread has begun are given back.
+                # All threads may be waiting for lost servers: requests that no thread has started are returned.
                 waiting -= {future for future in waiting if not asked[future] and future.cancel()}
                 self._threads.shutdown(wait=False)
                 self._threads = self._new_threads()
             for future in lost:
-                asked[future].clear()  # the thread that still waits there then asks no other server
+                asked[future].clear()  # the thread that still waits there then tries no other server
                 self.fleet.move()
             waiting = waiting - set(lost) if self.fleet.serving else set()
 
     def _ask_one(self, turn: int, prompt: Prompt, sampling: Sampling, asked: list[str]) -> Answer | None:
-        """The answer of the server whose turn it is, or of the next one when that one is lost; None if all are.
+        """The answer of the next server in turn, or of the one after it if that server is lost; None if all are lost.
 
-        Adds each server's URL to `asked` before it asks there. Whoever gives the request up empties `asked`.
+        Adds each server's URL to `asked` before it sends the request there. A caller that abandons the request empties
+        `asked`.
         """
         while serving := self.fleet.serving:
             url = serving[turn % len(serving)]
@@ -358,7 +359,7 @@ class RolloutClient:
             try:
                 return self._ask(url, prompt, sampling)
             except ServerLost as error:
-                if not asked:  # the server may be back since
+                if not asked:  # the server may have returned
                     return None
                 self.fleet.lose(url, str(error))
                 self.fleet.move()
@@ -366,7 +367,7 @@ class RolloutClient:
 
     def _ask(self, url: str, prompt: Prompt, sampling: Sampling) -> Answer:
         path = "v1/chat/completions"
-        # Sent again with the same seed after a lost connection, the server answers the same.
+        # The seed makes a request repeatable: if it is sent again after a lost connection, the answer is the same.
         reply = self.http.ask(url, path, completion_request(prompt, sampling, self.core))
         if any(choice["finish_reason"] == "abort" for choice in reply["choices"]):
             raise ServerLost(f"{url}/{path}: the server ended the request before its time")

@@ -1,4 +1,4 @@
-"""How one rollout server is started: its command line and its environment."""
+"""The command line and the environment of a rollout server."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rl.rollout.config import MODEL_NAME, PoolConfig
 from rl.rollout.shm_engine import BACKEND
 
 NO_DOMAIN = "images-come-in-requests.invalid"
-"""The only domain that images may be fetched from. By default vLLM fetches any URL of a request, also of services that
-only this machine can reach."""
+"""The only domain from which vLLM may fetch images. By default vLLM fetches any URL in a request, including URLs of
+services that only this machine can reach."""
 
 
 def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
@@ -32,9 +32,9 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
         "--limit-mm-per-prompt": json.dumps({"image": cfg.max_images}),
         "--allowed-media-domains": NO_DOMAIN,
         "--weight-transfer-config": json.dumps({"backend": BACKEND if cfg.sends_files else "nccl"}),
-        # Log-probabilities of the distribution that was sampled from: after temperature and the token ban.
+        # Return log-probabilities of the sampling distribution, after temperature and the token ban.
         "--logprobs-mode": "processed_logprobs",
-        # Each request says how to sample; defaults of the checkpoint's generation_config would hide in it.
+        # Each request sets its sampling parameters; defaults from the checkpoint's generation_config would be hidden.
         "--generation-config": "vllm",
         "--uvicorn-log-level": "warning",
         "--middleware": access.GUARD,
@@ -47,14 +47,14 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
 def _on_cpu(cfg: PoolConfig) -> list[str]:
     return [
         *("--block-size", "32"),  # CPU attention takes multiples of 32
-        # One worker needs no process of its own: passing it every step's batch costs a core half of what a step does.
+        # A single worker runs in the engine's process: passing every step's batch between processes costs half a step.
         *("--distributed-executor-backend", "uni"),
         *("--max-num-batched-tokens", str(max(4096, cfg.max_model_tokens))),
         "--enforce-eager",  # compilation takes a minute and gains nothing for short runs
         # vLLM rewinds a seeded request's generator after a part of a prompt, which CPU generators cannot do, and its
         # engine dies.
         "--no-enable-chunked-prefill",
-        "--disable-log-stats",  # a seventh of what the API server does, on one of few cores
+        "--disable-log-stats",  # statistics take a seventh of the API server's CPU time
     ]
 
 
@@ -71,11 +71,11 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
     env = inherited_environment() | {
         "VLLM_SERVER_DEV_MODE": "1",  # weight updates and cache resets
         "VLLM_NO_USAGE_STATS": "1",
-        # A connection that the server closes after its default of 5 idle seconds may be the client's next one.
+        # By default the server closes connections after 5 idle seconds, which may be just when the client reuses one.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
     if cfg.sends_files or cfg.is_local:
-        # Its own processes are all on this machine; weights over NCCL may come from another one.
+        # The server's processes are all on this machine; weights over NCCL may come from another machine.
         env |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), LOOPBACK) if LOOPBACK else {}
         env["VLLM_HOST_IP"] = "127.0.0.1"
     if cfg.device == "cpu":
@@ -85,13 +85,15 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
             "OMP_NUM_THREADS": str(cfg.threads),
             # Part of the sampler compiles even under --enforce-eager: 2 to 19 s at the first request.
             "TORCH_COMPILE_DISABLE": "1",
-            # Unless it is told this, vLLM gives a CPU engine's only worker a process of its own, to set its threads
-            # there. We have set them; passing every step's batch between two processes costs half of what a step does.
+            # By default vLLM starts a separate process for a CPU engine's only worker, to set its threads there. The
+            # threads are set here already, and passing every step's batch between two processes costs half a step.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
     first = cfg.first_gpu + index * cfg.gpus_per_server
     env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(first, first + cfg.gpus_per_server))
-    if cfg.share_gpus:  # vLLM's sleeping allocator refuses expandable segments, which a learner may well want
+    if (
+        cfg.share_gpus
+    ):  # vLLM's sleep mode refuses expandable segments, which the learner's environment may set
         env.pop("PYTORCH_CUDA_ALLOC_CONF", None)
         env.pop("PYTORCH_ALLOC_CONF", None)
     return env

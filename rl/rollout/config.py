@@ -20,7 +20,7 @@ BENDS_SERVING = (
     "--logits-processor-pattern",
     "--logprobs-mode",
 )
-"""Arguments of vLLM's server that do the same for every request, or report other probabilities."""
+"""Arguments of vLLM's server that change sampling for every request, or the reported probabilities."""
 
 
 class PoolConfig(Strict):
@@ -29,23 +29,23 @@ class PoolConfig(Strict):
     renamed: ClassVar[dict[str, str]] = {"servers": "count"}
 
     engine: Literal["vllm", "hf"] = "vllm"
-    """vllm, or hf: transformers' generate in a process of its own, for machines without vLLM."""
+    """vllm, or hf: a server over transformers' generate, for machines without vLLM."""
     count: int = Field(default=1, ge=1, le=4096)
-    """Server processes that we start on this machine."""
+    """Number of server processes that a run starts on this machine."""
     urls: tuple[str, ...] = ()
-    """Servers that run already (then none is started), each http://host:port, on this machine or on others."""
+    """URLs (http://host:port) of servers that run already, on this machine or others; a run then starts none."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Where the servers that we start run."""
+    """Device of the servers that a run starts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the served weights."""
     max_model_tokens: int = Field(ge=8, le=16_777_216)
-    """Longest prompt + completion."""
+    """Most tokens of a prompt and its completion together."""
     max_sequences: int = Field(default=256, ge=1, le=1_000_000)
-    """Sequences that a server decodes together."""
+    """Most sequences that a server decodes together."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """CPU only: memory for keys and values of one server, GiB."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """GPU only: share of the GPU's memory that vLLM takes."""
+    """GPU only: share of the GPU's memory that vLLM uses."""
     gpus_per_server: int = Field(default=1, ge=1)
     """GPU only: tensor parallel size."""
     first_gpu: int = Field(default=0, ge=0)
@@ -55,32 +55,31 @@ class PoolConfig(Strict):
     sleep mode, level 2: they keep neither weights nor key/value cache) and wake with the next weights. While they
     are awake the learner's weights and optimizer states stay where they are: gpu_memory_utilization is for the rest."""
     max_images: int = Field(default=8, ge=1)
-    """Images in one prompt, at most."""
+    """Most images in one prompt."""
     weights: Literal["shm", "nccl"] = "shm"
     """How weights reach the servers: shm (files that they read) or nccl (GPU to GPU)."""
     weights_dir: str | None = None
-    """Folder for these files, which learner and servers see under the same path: for servers on other machines one on
-    a shared file system. None: shared memory, which reaches servers on the learner's machine only. The files stay until
-    the next update: in shared memory they take the memory of the weights, on a disk next to none."""
+    """Folder for these files; learner and servers must see it under the same path. For servers on other machines it
+    lies on a shared file system. None: shared memory, which only servers on the learner's machine can read. The files
+    stay until the next update: in shared memory they take as much memory as the weights, on a disk almost none."""
     host: str = "127.0.0.1"
-    """Address that the servers that we start listen on. They answer whoever has the run's token (docs/security.md)."""
+    """Address on which the started servers listen. They answer only clients with the run's token (docs/security.md)."""
     first_port: int | None = Field(default=None, ge=1, le=65535)
-    """Port of the first server that we start, counted up for the others; None takes free ones."""
+    """Port of the first started server; the others get the next ports. None: free ports are chosen."""
     token_file: str | None = None
     """File of mode 0600 with the token of the servers at `urls`, which `posttrain rollout-server` with the same recipe
     makes. The environment variable POSTTRAIN_SERVER_TOKEN wins. None: servers that a run starts have a token of that
     run."""
     startup_timeout_s: float = Field(default=300, gt=0)
-    """A server has this time to become healthy. When every server is lost, a stage waits this long for one to come
+    """Seconds in which a server must become healthy. If every server is lost, a stage waits this long for one to come
     back."""
     hang_timeout_s: float = Field(default=300, gt=0)
-    """A server that we started and that has not said for this long that it is healthy hangs: it is killed and started
-    again."""
+    """A started server that does not report to be healthy for this many seconds is killed and started again."""
     request_timeout_s: float = Field(default=1800, gt=0)
-    """A server that has not answered a request by then, its wait for its turn included, is lost."""
+    """A server that does not answer a request within this many seconds, including its time in the queue, is lost."""
     max_restarts: int = Field(default=3, ge=0)
-    """How often a lost server may come back. Servers that we started are started again as often, unless they share GPUs
-    with a learner, whose turn it may be."""
+    """How often a lost server may come back. Servers that the run started are restarted as often, unless they share
+    GPUs with a learner, which may be using them."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU only: OpenMP threads of one server."""
     concurrency: int = Field(default=64, ge=1, le=65536)
@@ -110,7 +109,7 @@ class PoolConfig(Strict):
 
     @property
     def patience_s(self) -> float:
-        """Seconds to wait for a server when all are lost. Servers that share GPUs are not started again."""
+        """Seconds to wait for a server if all are lost. Servers that share GPUs are not restarted."""
         restarted = self.urls or (self.max_restarts and not self.share_gpus)
         return self.startup_timeout_s if restarted else 0.0
 

@@ -1,4 +1,4 @@
-"""Which servers of a pool may be asked. A lost server stays out until it has the current weights."""
+"""The state of a pool's servers: serving or lost. A lost server stays out until it has the current weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 LONGEST_PAUSE_S = 60.0
-"""Between two looks at a lost server, while others serve: each look at one that hangs costs seconds."""
+"""Seconds between two checks of a lost server while others serve; a check of a hanging server takes seconds."""
 
 
 class Fleet:
@@ -17,15 +17,15 @@ class Fleet:
     Args:
         urls: every server of the pool.
         max_returns: how often a lost server may come back.
-        warn: takes a line for people about every loss and return.
+        warn: called with a readable line about every loss and return.
     """
 
     def __init__(self, urls: Sequence[str], max_returns: int, warn: Callable[[str], None]) -> None:
         self.urls, self.max_returns, self.warn = tuple(urls), max_returns, warn
         self.losses = 0
-        """Servers lost so far; one that was lost twice counts twice."""
+        """Number of losses so far; a server that was lost twice counts twice."""
         self.moved = 0
-        """Requests that another server, or the same one after its return, had to answer."""
+        """Number of requests that were sent again to another server, or to the same one after its return."""
         self._lost: dict[str, str] = {}
         self._looks: Counter[str] = Counter()
         self._next_look: dict[str, float] = {}
@@ -34,7 +34,7 @@ class Fleet:
 
     @property
     def serving(self) -> list[str]:
-        """Servers that may be asked, in the pool's order."""
+        """Servers that receive requests, in the pool's order."""
         with self._lock:
             return [url for url in self.urls if url not in self._lost]
 
@@ -46,16 +46,16 @@ class Fleet:
 
     @property
     def due(self) -> list[str]:
-        """Lost servers that may come back, without those that were looked at in vain a short time ago."""
+        """Lost servers that may come back and whose next check is due."""
         return [url for url in self.awaited if time.monotonic() >= self._next_look.get(url, 0.0)]
 
     def put_off(self, url: str) -> None:
-        """A look at a lost server was in vain: each time the next one is due twice as late."""
+        """Note a failed check of a lost server; each failure doubles the time to the next check."""
         self._next_look[url] = time.monotonic() + min(LONGEST_PAUSE_S, 2.0 ** self._looks[url])
         self._looks[url] += 1
 
     def lose(self, url: str, why: str) -> None:
-        """Ask this server nothing until it is readmitted."""
+        """Send this server no requests until it is readmitted."""
         with self._lock:
             if url in self._lost:
                 return
@@ -68,7 +68,7 @@ class Fleet:
         self.warn(f"rollout server {url} is lost ({left} of {len(self.urls)} left): {why}{stays}")
 
     def readmit(self, url: str) -> None:
-        """The server has the current weights and may be asked again."""
+        """Let the server, which has the current weights, receive requests again."""
         with self._lock:
             del self._lost[url]
             self._returns[url] += 1
@@ -76,19 +76,19 @@ class Fleet:
         self.warn(f"rollout server {url} is back with the current weights ({serving} of {len(self.urls)})")
 
     def refuse(self, url: str, why: str) -> None:
-        """The server has come back but cannot be trusted with requests; counts as a return."""
+        """Keep out a server that came back but failed the gate; this counts as a return."""
         with self._lock:
             self._lost[url] = why
             self._returns[url] += 1
         self.warn(f"rollout server {url} came back but stays out for now: {why}")
 
     def move(self) -> None:
-        """Count a request that has to be asked again elsewhere."""
+        """Count a request that must be sent again to another server."""
         with self._lock:
             self.moved += 1
 
     def figures(self) -> dict[str, float]:
-        """For the metrics: servers that serve, losses and moved requests since the start."""
+        """Metrics: serving servers, and losses and moved requests since the start."""
         return {
             "rollout/servers": len(self.serving),
             "rollout/servers_lost": self.losses,
@@ -96,6 +96,6 @@ class Fleet:
         }
 
     def __str__(self) -> str:
-        """The lost servers and why, a line each."""
+        """The lost servers with the reasons, one a line."""
         with self._lock:
             return "\n".join(f"  {url}: {why}" for url, why in self._lost.items())

@@ -24,7 +24,7 @@ from rl.rollout import access
 
 MAX_BATCH = 64
 GATHER_S = 0.02
-"""How long the first request of a batch waits for others."""
+"""Seconds that the first request of a batch waits for others."""
 MAX_BODY = 256 * 2**20
 """Largest request body, bytes."""
 
@@ -57,7 +57,7 @@ class Engine:
         threading.Thread(target=self._serve, daemon=True, name="engine").start()
 
     def ask(self, kind: str, body: dict) -> dict:
-        """Hand a job to the engine's thread and wait for its reply."""
+        """Pass a job to the engine's thread and wait for its reply."""
         future: Future = Future()
         self.jobs.put((kind, body, future))
         return future.result()
@@ -74,7 +74,7 @@ class Engine:
             batch, waiting = _alike(waiting)
             try:
                 replies = self._run(batch[0][0], [body for _, body, _ in batch])
-            except Exception as error:  # one bad request must not end the server; its caller gets the words
+            except Exception as error:  # one bad request must not end the server; its caller gets the error
                 traceback.print_exc()
                 for _, _, future in batch:
                     future.set_exception(error)
@@ -131,7 +131,7 @@ class Engine:
         )
         length = inputs["input_ids"].shape[1]
         tokens = out.sequences[:, length:].cpu()
-        # Scores are logits after temperature and token ban: the distribution that was sampled from.
+        # Scores are logits after temperature and token ban, so they give the sampling distribution.
         scores = self.torch.stack(out.scores, 1).float().log_softmax(-1).cpu()
         logprobs = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         eos_ids = set(eos if isinstance(eos, list) else [eos])
@@ -158,7 +158,7 @@ class Engine:
 
 
 def _alike(jobs: list) -> tuple[list, list]:
-    """The jobs that run together with the first one, and the rest. Seeded requests run alone: they are repeatable."""
+    """The jobs that can run in one batch with the first, and the rest. Seeded requests run alone to be repeatable."""
     keys = ("n", "temperature", "top_p", "max_tokens", "logit_bias")
     kind, body, _ = jobs[0]
     if kind != "generate" or (body["temperature"] > 0 and body.get("seed") is not None):
@@ -192,7 +192,7 @@ class Handler(BaseHTTPRequestHandler):
     engine: Engine
     token: str
     weight_version = "default"
-    """Of the weights that were loaded last, as whoever loaded them calls it; also vLLM's first one."""
+    """Version of the loaded weights, given by the client that loaded them; the initial value is vLLM's."""
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -229,13 +229,13 @@ class Handler(BaseHTTPRequestHandler):
         elif path in kinds:
             try:
                 self._reply(200, self.engine.ask(kinds[path], body))
-            except Exception as error:  # told to the client, who raises it
+            except Exception as error:  # sent to the client, which raises it
                 self._reply(500, {"error": f"{type(error).__name__}: {error}"})
         else:
             self._reply(404, {"error": f"no such path: {self.path}"})
 
     def _refused(self) -> bool:
-        """Whether the run's guard has answered the request."""
+        """Whether the guard refused the request; if so, the reply is sent."""
         url = urlsplit(self.path)
         port = self.connection.getsockname()[1]
         refused = access.verdict(url.path, url.query, self.headers.get("Authorization"), port, self.token)

@@ -1,4 +1,4 @@
-"""Requests to rollout servers: kept connections, retries, the run's token, and errors that say what to do."""
+"""Requests to rollout servers: persistent connections, retries, the run's token, and errors with remedies."""
 
 from __future__ import annotations
 
@@ -14,39 +14,38 @@ from urllib3.exceptions import NewConnectionError, ReadTimeoutError
 from rl.rollout import access
 
 TRIES = 3
-"""Of a request for completions, when its connection is lost."""
+"""Number of retries of a request for completions after a lost connection."""
 RETRY_PAUSE_S = 0.2
 CONNECT_S = 10.0
-"""To connect to a server: a machine that is gone refuses nothing."""
+"""Seconds to connect to a server; a machine that is down does not refuse a connection."""
 BUSY_S = (2.0, 10.0)
-"""To connect, and to hear of a serving server whether it is healthy: in the middle of a step a CPU engine answers
-after it."""
+"""Seconds to connect to a serving server and to get its health; a CPU engine answers only after its current step."""
 IDLE_S = (2.0, 2.0)
-"""The same of a server that was lost: it has nothing to do."""
+"""The same for a lost server, which is idle and answers at once."""
 
 
 class RolloutError(RuntimeError):
-    """A rollout server refused a request or did not answer. The message has its URL and its words."""
+    """A rollout server refused a request or did not answer. The message has the URL and the server's reply."""
 
 
 class ServerLost(RolloutError):
-    """The server is gone or going: another one can be asked instead."""
+    """The server has ended or is ending; another server can take the request."""
 
 
 class Http:
     """JSON to and from rollout servers. Safe to use from many threads.
 
     Args:
-        token: the run's; None asks servers that want none, and trusts whoever answers.
-        timeout_s: a server that has not answered by then is lost.
-        connections: kept at once to each server.
+        token: the run's token; None for servers without a token, which are then trusted without proof.
+        timeout_s: seconds after which a server without an answer is lost.
+        connections: most persistent connections to each server.
     """
 
     def __init__(self, token: str | None, timeout_s: float, connections: int = 1) -> None:
         self.timeout = (CONNECT_S, timeout_s)
         retries = _LostConnections(total=TRIES - 1, allowed_methods=None, backoff_factor=RETRY_PAUSE_S)
         self._kept = _session(token, timeout_s, retries, connections)
-        # A connection of its own for what is sent once: the server may just be closing one that was kept alive.
+        # Requests that must not be repeated use a new connection: the server may be closing a persistent one.
         self._single = _session(token, timeout_s)
         self._busy, self._idle = _session(token, BUSY_S[1]), _session(token, IDLE_S[1])
 
@@ -55,7 +54,7 @@ class Http:
         self._kept.close()
 
     def ask(self, url: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """POST something that may be sent several times; when its connection is lost, it is."""
+        """POST a request that may be repeated; it is sent again after a lost connection."""
         return self._send(self._kept, "POST", url, path, body)
 
     def tell(self, url: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +66,7 @@ class Http:
         return self._send(self._single, "GET", url, path, None)
 
     def gone(self, url: str) -> bool:
-        """Whether a server takes no connection or says that it is not healthy; a busy one may be slow to answer."""
+        """Whether a server refuses connections or reports to be unhealthy; a busy server may answer slowly."""
         try:
             return not self._busy.get(f"{url}/health", timeout=BUSY_S).ok
         except requests.ConnectionError:
@@ -76,7 +75,7 @@ class Http:
             return False
 
     def healthy(self, url: str, busy: bool = False) -> bool:
-        """Whether a server says that it is healthy: at once, or after a step where it may be busy."""
+        """Whether a server reports to be healthy: at once, or if it may be `busy`, after its current step."""
         session, timeout = (self._busy, BUSY_S) if busy else (self._idle, IDLE_S)
         try:
             return session.get(f"{url}/health", timeout=timeout).ok
@@ -100,7 +99,7 @@ class Http:
 
 
 class _LostConnections(urllib3.Retry):
-    """Sends again what lost its connection, and not what took too long."""
+    """Retries requests after a lost connection, but not after a timeout."""
 
     def increment(self, method=None, url=None, response=None, error=None, _pool=None, _stacktrace=None):
         if isinstance(error, ReadTimeoutError):
@@ -111,9 +110,9 @@ class _LostConnections(urllib3.Retry):
 def _session(
     token: str | None, proof_s: float, retries: urllib3.Retry | None = None, connections: int = 0
 ) -> requests.Session:
-    """A session that keeps `connections` to each server; 0 closes each after its request."""
+    """A session with `connections` persistent connections to each server; 0: a new connection per request."""
     session = requests.Session()
-    session.trust_env = False  # no proxy, and no credentials of ~/.netrc in the token's place
+    session.trust_env = False  # no proxy, and no credentials of ~/.netrc instead of the token
     session.headers.update(access.headers(token))
     if not connections:
         session.headers["Connection"] = "close"
@@ -123,7 +122,7 @@ def _session(
 
 
 class _Adapter(HTTPAdapter):
-    """Connections whose other side has proved within `proof_s` that it knows the token."""
+    """Opens only connections to servers that prove within `proof_s` seconds that they know the token."""
 
     def __init__(self, token: str | None, proof_s: float, **options: Any) -> None:
         self.token, self.proof_s = token, proof_s
@@ -139,7 +138,7 @@ class _Adapter(HTTPAdapter):
             def connect(self) -> None:
                 super().connect()
                 try:
-                    self.sock.settimeout(proof_s)  # a server in the middle of a step answers after it
+                    self.sock.settimeout(proof_s)  # a busy server answers after its current step
                     access.demand_proof(self.sock, self.host, self.port, str(token))
                 except TimeoutError as error:
                     self.close()

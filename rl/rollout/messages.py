@@ -17,8 +17,8 @@ BAN = -100.0
 """Logit bias of a banned token, the lowest that the API takes: e**-100 of any other token's probability."""
 
 _OPENING = threading.Lock()
-"""Pillow reads a file's pixels when they are first needed, and breaks when two threads need them: the same image goes
-to several servers at once."""
+"""Guards Pillow, which decodes at first access and fails if two threads do so at once: one image may be encoded for
+several servers at the same time."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Completion:
     """One sampled completion.
 
     token_ids and logprobs have one entry per token, the end-of-turn token included when it was sampled; the
-    log-probabilities are of the distribution that was sampled from (temperature and token ban applied).
+    log-probabilities are those of the sampling distribution (temperature and token ban applied).
     """
 
     token_ids: list[int]
     logprobs: list[float]
     text: str
     finished: bool
-    """False when it was cut at max_tokens or at a banned token."""
+    """False if the completion was truncated at max_tokens or at a banned token."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class CoreFacts:
     """Facts about the served core that a client needs, from its checkpoint folder."""
 
     banned_ids: tuple[int, ...]
-    """The image token: a completion must not hold one, as no image belongs to it."""
+    """Id of the image token; a completion must not contain it, because no image belongs to it."""
     tied: Mapping[str, str] = field(default_factory=dict)
-    """Weights that a checkpoint leaves out because they share another's storage: name -> twin's name."""
+    """Weights that a checkpoint omits because they are tied: name -> name of the stored weight."""
     thought_open: bool = False
-    """The chat template opens the thought: completions of thinking rows begin inside it."""
+    """Whether the chat template opens the thought, so that completions of thinking rows start inside it."""
 
     @classmethod
     def of(cls, model: Path) -> CoreFacts:
@@ -80,8 +80,8 @@ class CoreFacts:
 
         config = read_json(model / "config.json")
         tied = config.get("tie_word_embeddings") or config["text_config"].get("tie_word_embeddings", False)
-        # vLLM's CPU engine packs lm_head's weights apart from the embedding's: unless both are sent, it keeps the old
-        # head and every log-probability after the first update is of another policy.
+        # vLLM's CPU engine packs lm_head's weights separately from the embedding's. Unless both are sent, it keeps the
+        # old head, and every log-probability after the first update belongs to another policy.
         twins = {"lm_head.weight": "model.language_model.embed_tokens.weight"} if tied else {}
         return cls((config["image_token_id"],), twins, opens_thought(model))
 
@@ -104,7 +104,7 @@ def completion_request(prompt: Prompt, sampling: Sampling, core: CoreFacts) -> d
 
 
 def read_answer(reply: Mapping[str, Any], core: CoreFacts) -> Answer:
-    """The answer in a reply. Raises ValueError for one that is not complete."""
+    """The answer in a server's reply. Raises ValueError if the reply is incomplete."""
     return Answer(
         prompt_ids=reply["prompt_token_ids"],
         completions=[_completion(choice, core) for choice in reply["choices"]],
@@ -117,7 +117,7 @@ def _completion(choice: Mapping[str, Any], core: CoreFacts) -> Completion:
     if len(ids) != len(logprobs):
         raise ValueError(f"a completion has {len(ids)} tokens but {len(logprobs)} log-probabilities")
     finished = choice["finish_reason"] == "stop"
-    # The ban makes this all but impossible; a server that ignores it must not break the learner's forward pass.
+    # The ban makes image tokens almost impossible, but a server that ignores it must not break the learner's forward.
     banned = next((at for at, token in enumerate(ids) if token in core.banned_ids), None)
     if banned is not None:
         ids, logprobs, finished = ids[:banned], logprobs[:banned], False

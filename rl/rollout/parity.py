@@ -1,7 +1,8 @@
-"""Parity guard: after a weight update, rollout engine and learner must give the same tokens the same probability.
+"""Parity guard: after a weight update, rollout servers and learner must give the same tokens the same probability.
 
-Silent off-policy training is the failure that no reward curve shows at once: a kept output head, image features from
-an old vision tower, a token banned on one side only. A few sequences scored by both sides find each of them.
+Silent off-policy training does not show in the reward curve at first. Its causes include a stale output head, image
+features from an old vision tower, and a token banned on one side only. Scoring a few sequences on both sides finds
+each of them.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ CAUSES = """likely causes:
 
 
 class ParityError(RuntimeError):
-    """Rollout engine and learner disagree about a token's probability; training on would be off-policy."""
+    """Rollout servers and learner disagree about a token's probability; further training would be off-policy."""
 
 
 class ParityGuard:
-    """Scores the same probe prompts on both sides, the same ones every time (that is what finds stale caches).
+    """Scores probe prompts on both sides. The prompts are always the same, because only repeats reveal stale caches.
 
     Args:
         cfg: number of probes, their length and the bound.
         prompts: probe conversations, images included.
-        temperature: the rollouts' temperature; the guard compares the distributions that are trained with.
+        temperature: the rollouts' temperature; the guard compares the distributions used in training.
     """
 
     def __init__(self, cfg: Parity, prompts: Sequence[Prompt], temperature: float) -> None:
@@ -42,7 +43,7 @@ class ParityGuard:
     def sample(self, client: RolloutClient) -> list[Answer]:
         """The servers' side: one short completion per probe with its log-probabilities.
 
-        Every serving server answers every probe: one that missed the update must not hide behind another.
+        Every serving server answers every probe, so that a server that missed the update is found.
         """
         return client.ask_each(self.prompts, self.sampling)
 
@@ -54,7 +55,7 @@ class ParityGuard:
         Args:
             answers: from `sample`.
             score: `score(probe index, answer)` gives the learner's log-probabilities of the completion's tokens.
-            servers: servers that answered each probe, which `answers` has side by side.
+            servers: number of servers that answered each probe; their answers are adjacent in `answers`.
         """
         worst, where, compared = 0.0, "", 0
         for at, answer in enumerate(answers):
@@ -87,9 +88,9 @@ class ParityGuard:
     def gate(self, client: RolloutClient, checked: Sequence[Answer], servers: int) -> Callable[[str], None]:
         """The check of a server that comes back between two updates: `Served.gate`.
 
-        The learner cannot score then, as all its ranks would have to take part. The server is compared with answers
-        that the learner has checked after the last update: asked the same with the same seeds, it must give the same
-        tokens the same probability, up to where rounding lets the two draw different tokens.
+        The learner cannot score then, because all its ranks would have to take part. Instead the server answers the
+        same probes with the same seeds. It must give the same tokens the same probability as the answers that the
+        learner checked after the last update, up to the first token that rounding makes different.
         """
         references = list(checked[::servers])
 
@@ -98,7 +99,7 @@ class ParityGuard:
             compared, worst = 0, 0.0
             for answer, reference in zip(answers, references, strict=True):
                 if answer.prompt_ids != reference.prompt_ids:
-                    raise ParityError(f"{url} renders a probe's prompt otherwise than the other servers did")
+                    raise ParityError(f"{url} renders a probe's prompt differently from the other servers")
                 ours, theirs = reference.completions[0], answer.completions[0]
                 for at, (known, token) in enumerate(zip(ours.token_ids, theirs.token_ids, strict=False)):
                     if known != token:

@@ -1,4 +1,4 @@
-"""Which weights the servers of a pool hold: whoever sends some says it here, everybody else asks here."""
+"""Records which weights the servers of a pool hold: code that sends weights updates it, all other code reads it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from uuid import uuid4
 
 
 class Served:
-    """The weights of a pool's servers, as one process knows them. On ranks that talk to no server it is kept as well.
+    """The weights of a pool's servers, as far as this process knows. Ranks that do not talk to servers keep it too.
 
-    Servers report the version of their weights. A server that was restarted without our noticing, or whose weights
-    somebody else changed, reports another one.
+    Servers report the version of their weights. A server that was restarted unnoticed, or whose weights another
+    program changed, reports a different version.
     """
 
     def __init__(self) -> None:
         self.what: Hashable | None = None
-        """A checkpoint folder, or an update of the learner; None where nothing is known."""
+        """The weights: a checkpoint folder or an update of the learner; None if unknown."""
         self.version: str | None = None
-        """The version that every server has to report; None: no weights were sent, and any version is right."""
+        """The version that every server must report; None: no weights were sent, and any version is accepted."""
         self.files: list[Path] = []
-        """Where a server that comes back gets the weights; empty: nowhere, if there is a version."""
+        """Files from which a returned server loads the weights; empty with a `version`: it cannot load them again."""
         self.asleep = False
-        """The servers hold no weights until the next update."""
+        """Whether the servers sleep, so that they hold no weights until the next update."""
         self.gate: Callable[[str], None] | None = None
         """Called with the URL of a server that came back and holds these weights; raises RuntimeError to keep it out.
         The next update forgets it."""
@@ -33,7 +33,7 @@ class Served:
         return self.what == what and not self.asleep
 
     def forget(self) -> None:
-        """Another process may have sent weights."""
+        """Mark the weights as unknown, because another process may have sent some."""
         self.what = None
 
     def can_be_sent_again(self) -> bool:
@@ -42,7 +42,7 @@ class Served:
 
     @contextmanager
     def update(self, what: Hashable | None, files: Sequence[Path] = ()) -> Iterator[str]:
-        """Send weights within the block, under the version that it gives; if it fails, nothing is known."""
+        """Yield a new version, under which the block sends the weights. If it fails, the weights are unknown."""
         self.what, self.gate = None, None
         self.version, self.files = uuid4().hex, list(files)
         yield self.version

@@ -1,7 +1,6 @@
-"""Rollout servers as processes of their own: started, health-checked, started again when they end or hang, stopped.
+"""Rollout server processes: starts, health checks, restarts after an end or a hang, and stops.
 
-After vLLM is imported in a process, transformers classes there are patched; a learner therefore never shares a
-process with an engine.
+Importing vLLM patches transformers' classes in the process, so a learner never shares a process with an engine.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from rl.rollout.http import Http
 log = logging.getLogger(__name__)
 
 GRACE_S = 10.0
-"""A server that was asked to end is killed after this time."""
+"""Seconds until a server that was asked to end is killed."""
 KEEP_S, PROBE_S = 1.0, 10.0
-"""Between two looks at whether the servers still run, and at whether they still answer."""
+"""Seconds between two checks that the servers run, and between two checks that they answer."""
 
 
 class ServerFailed(RuntimeError):
@@ -43,10 +42,10 @@ class RolloutServer:
         model: checkpoint folder whose architecture, tokenizer and template the server loads.
         log: file that takes its output.
         index: position in the pool, which picks the GPUs.
-        token: what the server wants to see, and proves to know.
+        token: the run's token, which requests must carry and the server proves to know.
         temporary: folder of mode 0700 for its temporary files and sockets.
 
-    Raises ConfigError where its port is taken.
+    Raises ConfigError if its port is taken.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class RolloutServer:
         self.start()
 
     def start(self) -> None:
-        """Start the process, the first one or one in place of one that has ended; it has the same URL."""
+        """Start the process, or restart one that has ended under the same URL."""
         self.process: subprocess.Popen = processes.start(
             command(self.cfg, self.model, self.port),
             log=self.log,
@@ -75,7 +74,7 @@ class RolloutServer:
             grace_s=GRACE_S,
         )
         self.answers_until = time.monotonic() + self.cfg.startup_timeout_s
-        """A server that has not said by then that it is healthy hangs."""
+        """Time after which the server counts as hanging, unless it reports to be healthy before."""
 
     def wait_until_healthy(self) -> None:
         """Return once the server answers; raise ServerFailed if it ends or takes too long."""
@@ -96,7 +95,7 @@ class RolloutServer:
             raise ServerFailed(f"rollout server {self.url} {processes.how_it_ended(code)}\n{self._log_end()}")
 
     def hangs(self) -> bool:
-        """Whether it has not said for `hang_timeout_s` that it is healthy; asks it."""
+        """Ask the server for its health; return whether it has not been healthy for `hang_timeout_s` seconds."""
         if self.http.healthy(self.url, busy=True):
             self.answers_until = time.monotonic() + self.cfg.hang_timeout_s
         return time.monotonic() > self.answers_until
@@ -107,19 +106,19 @@ class RolloutServer:
 
 @contextmanager
 def rollout_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[list[str]]:
-    """Give the URLs of healthy rollout servers for `model`'s architecture; stop the ones we started at the end."""
+    """Yield the URLs of healthy rollout servers for `model`'s architecture; stop the started ones at the end."""
     with starting_pool(cfg, model, log_dir) as wait:
         yield wait()
 
 
 @contextmanager
 def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Callable[[], list[str]]]:
-    """Start the servers, and give a function that waits until they are healthy and returns their URLs.
+    """Start the servers, and yield a function that waits until they are healthy and returns their URLs.
 
-    Servers that end or hang after that are started again, each `max_restarts` times; the function raises ServerFailed
-    once none is left. They come back with the weights of `model`: a RolloutClient notices that. At the end of the
-    block they are stopped; a thread that still waits for them then gets ServerFailed. Within the block the
-    environment has the token that the servers want to see, for clients here and in child processes.
+    Servers that end or hang after that are restarted, each up to `max_restarts` times; the function raises
+    ServerFailed once none is left. A restarted server has the weights of `model`, which a RolloutClient notices. At the
+    end of the block the servers are stopped; a thread that still waits for them then gets ServerFailed. Within the
+    block the environment has the servers' token, for clients here and in child processes.
     """
     if cfg.urls:
         known = access.known_token(cfg.token_file)
@@ -127,11 +126,11 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
             yield lambda: [url.rstrip("/") for url in cfg.urls]
         return
     servers: list[RolloutServer] = []
-    # A server that started by itself would take the GPU from under a learner whose turn it is.
+    # A restarted server would take GPU memory that a learner may be using.
     keeper = Keeper(servers, 0, "servers.share_gpus") if cfg.share_gpus else Keeper(servers, cfg.max_restarts)
 
     def wait() -> list[str]:
-        if keeper.ident is None:  # it has not been started
+        if keeper.ident is None:  # the keeper has not been started
             for server in servers:
                 server.wait_until_healthy()
             keeper.start()
@@ -144,7 +143,7 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
     with processes.held_folder(Path(tempfile.gettempdir())) as temporary, _environment(access.TOKEN, token):
         try:
             for index in range(cfg.count):
-                # One by one: should the second fail to start, the first must be known to be stopped.
+                # Started one by one, so that the first is stopped if the second fails to start.
                 file = log_dir / f"rollout-server-{index}.log"
                 servers.append(RolloutServer(cfg, model, file, index, token, temporary))
             yield wait
@@ -154,12 +153,12 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
 
 
 class Keeper(threading.Thread):
-    """Starts servers again that have ended, and kills and starts those that hang.
+    """Restarts servers that have ended, and kills and restarts servers that hang.
 
     Args:
-        servers: to look after; all have been healthy.
-        max_restarts: of each.
-        limited_by: the setting that says so.
+        servers: the servers; all have been healthy.
+        max_restarts: most restarts of each server.
+        limited_by: the setting that limits the restarts, for messages.
     """
 
     def __init__(
@@ -168,12 +167,12 @@ class Keeper(threading.Thread):
         super().__init__(name="rollout-server-keeper", daemon=True)
         self.servers, self.max_restarts, self.limited_by = servers, max_restarts, limited_by
         self.given_up: set[str] = set()
-        """URLs of servers that ended once too often."""
+        """URLs of servers that have used up their restarts and ended again."""
         self._restarts: dict[str, int] = {}
         self._over = threading.Event()
 
     def run(self) -> None:
-        """Look after the servers until `end`."""
+        """Check and restart the servers until `end`."""
         next_probe = 0.0
         while not self._over.wait(KEEP_S):
             probe = time.monotonic() >= next_probe
@@ -192,7 +191,7 @@ class Keeper(threading.Thread):
                 next_probe = time.monotonic() + PROBE_S
 
     def end(self) -> None:
-        """Start nothing any more."""
+        """Stop restarting servers."""
         self._over.set()
         if self.is_alive():
             self.join()
@@ -213,7 +212,7 @@ class Keeper(threading.Thread):
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """A variable of this process within the block."""
+    """Set an environment variable of this process within the block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

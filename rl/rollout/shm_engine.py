@@ -17,7 +17,7 @@ BACKEND = "sailvl2_shm"
 
 
 def register() -> None:
-    """Entry point: make the backend known to vLLM. Cheap and repeatable (vLLM calls plug-ins per process)."""
+    """Entry point: register the backend with vLLM. Cheap and repeatable, as vLLM calls plug-ins in each process."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:

@@ -17,23 +17,23 @@ from vllm.distributed.weight_transfer.base import (
 
 @dataclass
 class SharedMemoryInit(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
+    """Initial settings of the transfer; there are none."""
 
 
 @dataclass
 class SharedMemoryUpdate(WeightTransferUpdateInfo):
-    """Where one update lies."""
+    """The files of one weight update."""
 
     paths: list[str]
-    """safetensors files, names as in a checkpoint."""
+    """Paths of safetensors files, whose tensors have the names of a checkpoint."""
     aliases: dict[str, str] = field(default_factory=dict)
-    """Tensors that the files leave out because they are tied: name -> name of its twin."""
+    """Tensors that the files omit because they are tied: name -> name of the stored tensor."""
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
     """Loads checkpoint-format tensors through vLLM's layer-wise reload.
 
-    On CPU `load_weights` alone keeps packed weights: the reload is what re-packs them.
+    On a CPU `load_weights` alone does not change packed weights; the reload packs them again.
     """
 
     init_info_cls = SharedMemoryInit
@@ -54,11 +54,11 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
 
         finalize_layerwise_reload(self.model, self.model_config)
         for method, kernel in self._old_kernels:
-            method.moe_kernel = method.moe_kernel or kernel  # of a layer that the update left out
+            method.moe_kernel = method.moe_kernel or kernel  # for a layer that the update does not contain
         self._old_kernels = ()
 
     def update_weights(self, update_info: dict) -> None:
-        # The base class synchronizes an accelerator afterwards, which a CPU build of torch does not have.
+        # The base class then synchronizes an accelerator, which a CPU build of torch does not have.
         self.receive_weights(self.parse_update_info(update_info))
         if accelerator.is_available():
             accelerator.synchronize()
@@ -72,11 +72,11 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
 
 
 def _take_expert_kernels(model: torch.nn.Module) -> list[tuple[Any, Any]]:
-    """Let the experts' kernels of a CPU engine be set up anew; gives (method, its kernel so far).
+    """Make a CPU engine set up the experts' kernels again; returns pairs (method, previous kernel).
 
-    vLLM 0.31 packs experts for its CPU kernels when a kernel is set up, and not when weights come later: the kernel
-    then reads plain weights as packed ones and every completion is noise. Its GPU kernels take weights that come
-    later, and captured graphs hold on to them.
+    vLLM 0.31 packs experts for its CPU kernels only when a kernel is set up. If weights come later, the kernel reads
+    plain weights as packed ones, and every completion is noise. GPU kernels accept later weights, and captured graphs
+    refer to them, so they stay.
     """
     from vllm.platforms import current_platform
 

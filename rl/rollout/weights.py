@@ -1,4 +1,4 @@
-"""Learner side of a weight update: every parameter, under its checkpoint name, to every rollout server."""
+"""Learner side of a weight update: sends every parameter, under its checkpoint name, to every rollout server."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
     import torch
 
 FILE_BYTES = 500_000_000
-"""Size of a file of weights, unless a single tensor is larger."""
+"""Largest weight file in bytes; a single tensor may exceed it."""
 
 
 class WeightSync(Protocol):
     """Pushes the policy's weights. Called on every rank (gathering is collective); rank 0 talks to the servers."""
 
     served: Served
-    """Which weights the servers hold; on every rank, and the client's own on rank 0."""
+    """The record of the weights that the servers hold. Every rank has one; on rank 0 it is the client's."""
 
     def push(self, model: torch.nn.Module, what: Hashable | None = None) -> None:
-        """Send the weights, which `served` then calls `what`."""
+        """Send the weights and record them in `served` under the name `what`."""
 
 
 class NoRoomForWeights(RuntimeError):
-    """The folder that weights travel through is smaller than they are. The message has the remedy."""
+    """The folder for the weights' files has too little space. The message has the remedy."""
 
 
 class FileSync:
-    """Weights as safetensors files, in shared memory or in a folder that the servers' machines share.
+    """Sends weights as safetensors files, in shared memory or in a folder that the servers' machines share.
 
-    They take the room of the weights once, and one file's memory on the way there.
+    The files take the weights' size once; writing them needs memory for one file.
 
     Args:
         client: the pool's client on rank 0, None on the other ranks.
-        folder: takes the files, which stay until the next update: a server that comes back needs them.
-        file_bytes: size of a file, unless a single tensor is larger.
+        folder: folder for the files, which stay until the next update, because a returned server loads them.
+        file_bytes: largest file in bytes; a single tensor may exceed it.
     """
 
     def __init__(self, client: RolloutClient | None, folder: Path, file_bytes: int = FILE_BYTES) -> None:
@@ -54,18 +54,18 @@ class FileSync:
         self.served = client.served if client else Served()
 
     def push(self, model: torch.nn.Module, what: Hashable | None = None) -> None:
-        """Write the files and have every server load them; raises NoRoomForWeights before they do not fit."""
+        """Write the files and let every server load them. Raises NoRoomForWeights before writing if they do not fit."""
         if self.client is None:
             with self.served.update(what):
                 _take_part(model)
             return
-        # First, as shared memory may not have room for two policies; no server reads them meanwhile.
+        # Remove the old files first: shared memory may not have room for two policies, and no server reads them now.
         shutil.rmtree(self._path, ignore_errors=True)
         self._check_room(model)
-        # Never one name twice: a network file system may go on showing another machine the file that was there.
+        # A name is never reused: a network file system may show another machine the old file of that name.
         self.updates += 1
         self._path.mkdir()
-        # Copies: a tensor is valid until the next one, and waits until a file is full.
+        # Copy: a tensor is valid only until the next one, but must wait until its file is full.
         tensors = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in policy_tensors(model))
         write_stream(tensors, self._path, total_bytes=0, max_shard_bytes=self.file_bytes)
         self.client.load_checkpoint(self._path, what)
@@ -75,7 +75,7 @@ class FileSync:
         return self.folder / f"policy-{self.updates}"
 
     def _check_room(self, model: torch.nn.Module) -> None:
-        """Raise NoRoomForWeights before a part of them is written."""
+        """Raise NoRoomForWeights if the weights do not fit."""
         need = sum(
             getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
             for parameter in model.parameters()
@@ -90,13 +90,13 @@ class FileSync:
 
 
 class NcclSync:
-    """Weights over NCCL, GPU to GPU, through TRL's client of vLLM's weight-transfer API.
+    """Sends weights over NCCL, GPU to GPU, through TRL's client of vLLM's weight-transfer API.
 
-    A server that is lost between two updates is left out for the rest of the stage, as it would need a new group.
+    A lost server is left out for the rest of the stage, because it would need a new NCCL group.
 
     Args:
         client: the pool's client on rank 0, None on the other ranks.
-        servers: servers in the pool; one pass over the parameters each, on every rank.
+        servers: number of servers in the pool; every rank passes over the parameters once per server.
         device: the learner's CUDA device.
         first_port: one rendezvous port per server, counted up from here.
     """
@@ -110,14 +110,14 @@ class NcclSync:
         self.senders: list[Any] = []
         if client is not None:
             if all(on_this_machine(url) for url in client.urls):
-                os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # where the group's store listens
+                os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # the address of the group's store
             for index, url in enumerate(client.urls):
                 sender = _sender(url, first_port + index)
                 sender.init_communicator(device=device)
                 self.senders.append(sender)
 
     def push(self, model: torch.nn.Module, what: Hashable | None = None) -> None:
-        """Broadcast every tensor to every serving server; ranks without a client take part in the gathering."""
+        """Broadcast every tensor to every serving server; ranks without a client only take part in gathering."""
         if not self.metadata:  # the servers must know every tensor before the first one is broadcast
             self.metadata = [
                 (name, _dtype_name(tensor), list(tensor.shape)) for name, tensor in self._named(model)
@@ -151,12 +151,12 @@ def _take_part(model: torch.nn.Module) -> None:
 
 
 def _sender(url: str, group_port: int) -> Any:
-    """TRL's client of one server, which shows it the run's token."""
+    """TRL's client of one server, with the run's token in its requests."""
     from trl.generation.vllm_client import VLLMClient
 
     class Sender(VLLMClient):
         def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
-            # Called once, by the constructor, before the first request; the servers are known to be healthy.
+            # The constructor calls this once before the first request; the servers are healthy already.
             self.session.headers.update(access.headers(access.known_token(None)))
 
     return Sender(base_url=url, group_port=group_port)
@@ -164,8 +164,8 @@ def _sender(url: str, group_port: int) -> Any:
 
 @contextmanager
 def weights_folder(chosen: str | None) -> Iterator[Path]:
-    """A new folder for the policy's files, removed afterwards: in `chosen`, else in shared memory, else among the
-    temporary files. Folders of killed processes are removed first: each holds a whole model's weight."""
+    """A new folder for the policy's files, removed at the end: in `chosen`, else in shared memory, else among the
+    temporary files. Folders of killed processes are removed first, as each holds a whole model's weights."""
     root = Path(chosen or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()))
     root.mkdir(parents=True, exist_ok=True)
     remove_leftovers(root)
@@ -174,11 +174,10 @@ def weights_folder(chosen: str | None) -> Iterator[Path]:
 
 
 def policy_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give `(checkpoint name, full tensor)` for every parameter, tied ones once.
+    """Yield `(checkpoint name, full tensor)` for every parameter; tied parameters come once.
 
-    LoRA adapters are added on the way: the weights below them stay as they are, as bfloat16 ones would not come
-    back from adding and subtracting. ZeRO-3 shards are gathered, one layer at a time. A tensor is valid until the
-    next one is asked for.
+    LoRA adapters are added to copies of the weights: adding them in place and subtracting them again would change
+    bfloat16 weights. ZeRO-3 shards are gathered one layer at a time. A tensor is valid until the next one is requested.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
@@ -214,7 +213,7 @@ def _with_adapters(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def gathered(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Full parameters inside, whether DeepSpeed ZeRO-3 shards them or not."""
+    """Within the block the parameters are whole, whether or not DeepSpeed ZeRO-3 shards them."""
     with ExitStack() as stack:
         if any(hasattr(parameter, "ds_id") for parameter in parameters):
             import deepspeed

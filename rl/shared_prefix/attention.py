@@ -1,7 +1,7 @@
 """Attention over one packed row in which the completions of a group share their prompt's keys and values.
 
-A token sees its own segment up to itself and, in a completion, the whole prompt of its group. transformers calls the
-function here by the name `SHARED_PREFIX` (or `SHARED_PREFIX_FLEX`); a forward pass without a `prefix` runs plain sdpa.
+A token attends to its own segment up to itself and, in a completion, to the whole prompt of its group. transformers
+calls this function by the name `SHARED_PREFIX` (or `SHARED_PREFIX_FLEX`); a pass without a `prefix` runs plain sdpa.
 """
 
 from functools import lru_cache, partial
@@ -19,8 +19,8 @@ from rl.shared_prefix.layout import PrefixLayout
 
 SHARED_PREFIX = "shared_prefix"
 SHARED_PREFIX_FLEX = "shared_prefix_flex"
-"""The same with torch's flex attention: one compiled kernel for the whole row. GPU only, as it has no backward on a
-CPU."""
+"""Name of the variant with torch's flex attention: one compiled kernel for the whole row. It needs a GPU, because flex
+attention has no backward pass on a CPU."""
 
 
 def shared_prefix_attention(
@@ -37,9 +37,8 @@ def shared_prefix_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (1, heads, tokens, dim) in, (1, tokens, heads, dim) and None out.
 
-    `prefix` describes the packed row and takes the place of `attention_mask`. `flex` uses flex attention
-    (arXiv:2412.05496), whose mask skips blocks that no query sees. With `prefix`, raises ValueError for attention
-    dropout or a sliding window.
+    `prefix` describes the packed row and replaces `attention_mask`. `flex` uses flex attention (arXiv:2412.05496),
+    whose mask skips fully masked blocks. With `prefix`, raises ValueError for attention dropout or a sliding window.
     """
     if prefix is None:
         return sdpa_attention_forward(
@@ -66,8 +65,8 @@ def _checked(
     """Query, key and value in the data type that sdpa would compute in, and the scale of the scores."""
     if dropout or options.get("sliding_window"):
         raise ValueError(
-            f"attention dropout {dropout}, sliding window {options.get('sliding_window')}: the shared-prefix pass has "
-            "neither; set learner.prefix=stock"
+            f"attention dropout {dropout}, sliding window {options.get('sliding_window')}: the shared-prefix pass "
+            "supports neither; set learner.prefix=stock"
         )
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as sdpa under autocast does
@@ -169,7 +168,7 @@ class _Merged(torch.autograd.Function):
 def _concatenated(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PrefixLayout, scale: float
 ) -> torch.Tensor:
-    """The same with sdpa alone, for devices whose kernels return no log-sum-exp.
+    """Shared-prefix attention with sdpa only, for devices whose kernels return no log-sum-exp.
 
     Each completion attends to its prompt's keys and its own, concatenated, causal from the lower right.
     """

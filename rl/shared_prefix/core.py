@@ -1,7 +1,7 @@
-"""A native core that also takes packed rows: its backbone's forward gets two arguments that Hugging Face has not.
+"""Lets a native core take packed rows: its backbone's forward gets two arguments beyond the Hugging Face signature.
 
-`packed` (rl.shared_prefix.rows.Packed) says who sees whom and which hidden states come back; `features` are the
-tower's outputs in place of pixels. They reach the backbone as core.training.kept describes.
+`packed` (rl.shared_prefix.rows.Packed) defines which tokens attend to which and which hidden states are returned;
+`features` are the tower's outputs instead of pixels. They reach the backbone as core.training.kept describes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def core_of(model: Any) -> Any:
 
 
 def take_packed_rows(core: Any, *, flex: bool = False) -> None:
-    """Let `core.model` take `packed` and `features`; its other calls stay as they are.
+    """Let `core.model` take `packed` and `features`; calls without them are unchanged.
 
     `flex` chooses torch's flex attention for packed rows, which has a backward pass on GPUs only.
     """
@@ -37,7 +37,7 @@ def take_packed_rows(core: Any, *, flex: bool = False) -> None:
             return plain(*args, **inputs)
         if features is not None:
             inputs["inputs_embeds"] = _embedded(backbone, inputs.pop("input_ids"), features)
-        # The layout says who sees whom. With four axes transformers takes the mask as finished.
+        # The layout defines attention. transformers uses a mask with four axes unchanged.
         inputs["attention_mask"] = torch.ones((1, 1, 1, 1), device=packed.keep.device)
         return plain(*args, prefix=packed.layout, keep=packed.keep, **inputs)
 
@@ -49,7 +49,7 @@ def _embedded(backbone: Any, input_ids: torch.Tensor, features: torch.Tensor) ->
     embeds = backbone.get_input_embeddings()(input_ids)
     if not len(
         features
-    ):  # the adapter runs all the same: DDP and DeepSpeed reduce its gradients on all ranks
+    ):  # the adapter runs even without images: DDP and DeepSpeed reduce its gradients on all ranks
         blank = features.new_zeros((1, *features.shape[1:]))
         return embeds + backbone.multi_modal_projector(blank).sum() * 0
     images = backbone.multi_modal_projector(features).to(embeds.device, embeds.dtype)

@@ -1,4 +1,4 @@
-"""Where prompts and completions lie in a packed row, and which tokens see which."""
+"""The positions of prompts and completions in a packed row, and which tokens attend to which."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PrefixLayout:
     def segments(self) -> Iterator[tuple[int, int]]:
         """(start, end) of every part that is causal within itself: a prompt or a completion.
 
-        A prompt with one completion forms one part with it.
+        A prompt and its only completion form one part.
         """
         start = 0
         for group in self.groups:

@@ -43,7 +43,7 @@ class PackedLoss:
         self.parts: list[range] = passes.parts(self.rows, width)
 
     def value(self) -> torch.Tensor:
-        """The loss. All packs but the last have had their backward pass; the value is that of all."""
+        """The loss of the whole micro-batch. The backward passes of all packs but the last are done."""
         if len(self.parts) == 1:
             return self._loss_of(self.inputs, self._pass_over(0), statistics=True)
         weights = self._weights()
@@ -59,7 +59,7 @@ class PackedLoss:
             return self._loss_of(taken(self.inputs, self.parts[number]), scores) * weights[number]
 
         metrics = self.trainer._metrics
-        kept, metrics["train"] = metrics["train"], defaultdict(list)  # of single packs; the whole's follow
+        kept, metrics["train"] = metrics["train"], defaultdict(list)  # discard the metrics of single packs
         last = self._accumulated(loss_of)
         metrics["train"] = kept
         with torch.no_grad():
@@ -67,7 +67,7 @@ class PackedLoss:
         return last + (whole - last).detach()
 
     def _by_slopes(self) -> torch.Tensor:
-        """The loss of an objective that looks at the whole micro-batch, by one slope per token."""
+        """The loss of an objective that depends on the whole micro-batch, by one slope per token."""
         trainer, packs = self.trainer, range(len(self.parts))
         with (
             torch.no_grad(),
@@ -100,7 +100,7 @@ class PackedLoss:
         """The last pack's loss; the backward passes of the others are done."""
         deepspeed = {"scale_wrt_gas": False} if self.trainer.is_deepspeed_enabled else {}
         for number in range(len(self.parts) - 1):
-            with self._gradients_held_back():  # DDP wants the forward pass in there as well
+            with self._gradients_held_back():  # DDP needs the forward pass inside as well
                 loss = loss_of(number)
                 with torch.autocast(loss.device.type, enabled=False):
                     self.trainer.accelerator.backward(loss, **deepspeed)
@@ -119,7 +119,7 @@ class PackedLoss:
             accelerator.gradient_state._set_sync_gradients(synchronised)
 
     def _weights(self) -> list[Any] | None:
-        """Weights that make the packs' losses add up to the whole's; None if the loss is no such sum."""
+        """Weights with which the packs' losses sum to the micro-batch's loss; None if the loss is not such a sum."""
         trainer, parts = self.trainer, self.parts
         if trainer._entropy_bonus_enabled or trainer.top_entropy_quantile < 1.0:
             return None
@@ -136,9 +136,9 @@ class PackedLoss:
         return None
 
     def _loss_of(self, inputs: dict[str, Any], scores: Scores, *, statistics: bool = False) -> torch.Tensor:
-        """TRL's loss from scores that are there already: its call for the policy's pass returns them.
+        """TRL's loss from given scores: TRL's call for the policy's pass returns them.
 
-        TRL reads `importance_sampling_ratio` from its inputs. A batch without one gets it here, from these scores.
+        TRL reads `importance_sampling_ratio` from its inputs. If a batch has none, it is computed here from the scores.
         """
         trainer = self.trainer
         corrects = trainer.use_vllm and trainer.vllm_importance_sampling_correction

@@ -24,13 +24,13 @@ from rl.shared_prefix.tiles import TileStore, joined, tile_numbers
 class SharedPasses:
     """TRL's passes and loss, with each prompt and image computed once per group. Implements rl.trainer.Passes.
 
-    Where one update follows each generation batch, the policy's pass also serves as the old one (rl.correction).
+    If one update follows each generation batch, the policy's pass also gives the old policy's values (rl.correction).
 
     Args:
-        trainer: the GRPOTrainer, whose models get attention over packed rows. Give it all rows of an update as one
-            micro-batch (`per_device_train_batch_size`) and one accumulation step.
-        token_budget: tokens of one pack; None takes what TRL's pass over `budget_rows` padded rows would hold.
-        budget_rows: rows behind the default budget; None takes the whole micro-batch.
+        trainer: the GRPOTrainer, whose models get attention over packed rows. It must receive all rows of an update as
+            one micro-batch (`per_device_train_batch_size`) and one accumulation step.
+        token_budget: most tokens of one pack; None: the tokens of TRL's pass over `budget_rows` padded rows.
+        budget_rows: number of rows for the default budget; None: the whole micro-batch.
         flex: use torch's flex attention, on a GPU.
     """
 
@@ -51,7 +51,7 @@ class SharedPasses:
         self.budget_rows = budget_rows or trainer.args.per_device_train_batch_size
         self.tiles: TileStore | None = None
         self.given: Scores | None = None
-        """Scores that stand ready for TRL's loss: its call for the policy's pass returns them."""
+        """Computed scores for TRL's loss: TRL's call for the policy's pass returns them."""
         for model in (trainer.model, trainer.ref_model):
             if model is not None:
                 take_packed_rows(core_of(trainer.accelerator.unwrap_model(model)), flex=flex)
@@ -65,7 +65,7 @@ class SharedPasses:
         original = processor.image_processor
         self.tiles = processor.image_processor = TileStore(original)
         if trainer.args.steps_per_generation * trainer.num_iterations == 1 and trainer.model.training:
-            # One update: its policy is the old policy. Without the correction TRL makes no pass for that one.
+            # With one update per batch the policy is the old policy. Without the correction TRL skips that pass.
             trainer.vllm_importance_sampling_correction = False
         try:
             return stock(rows)
@@ -107,9 +107,9 @@ class SharedPasses:
         num_tiles: list[int] | None = None,
         **_: Any,
     ) -> Scores:
-        """TRL's log-probabilities and entropies (rows, completion tokens), 0 where nothing is scored.
+        """TRL's log-probabilities and entropies (rows, completion tokens), 0 at positions that are not scored.
 
-        Inside TRL's loss these are the scores that rl.shared_prefix.loss gave.
+        Inside TRL's loss the result is the scores that rl.shared_prefix.loss has computed.
         """
         if self.given is not None:
             return self.given
@@ -169,10 +169,12 @@ class SharedPasses:
         pixel_values: torch.Tensor | None,
         image_grid_thw: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        """The model's images, or of a frozen tower its features, computed once per image and rollout batch."""
+        """The model's images, or a frozen tower's features, computed once per image and rollout batch."""
         if pixel_values is None or (not len(pixel_values) and not pixel_values.is_floating_point()):
             return self._no_images(pixel_values is not None, device)
-        if pixel_values.is_floating_point():  # a batch that `build` did not make, such as a parity probe
+        if (
+            pixel_values.is_floating_point()
+        ):  # pixels: a batch that does not come from `build`, such as a parity probe
             if image_grid_thw is None:
                 return {"pixel_values": pixel_values[packed.tiles]}
             patches = pixel_values.split(image_grid_thw.prod(-1).tolist())
@@ -181,13 +183,13 @@ class SharedPasses:
                 "image_grid_thw": image_grid_thw[packed.tiles],
             }
         if self.tiles is None:
-            raise RuntimeError("tile numbers without a store: `build` makes the batches that hold some")
+            raise RuntimeError("tile numbers without a store: such batches must come from `build`")
         if self._frozen_tower():
             return {"features": self.tiles.features(self._core().model.tower_features, packed.tiles, device)}
         return self.tiles.images(packed.tiles, device)
 
     def _no_images(self, cut_from_images: bool, device: torch.device) -> dict[str, torch.Tensor]:
-        """Images of no tile, which run a blank one, where TRL's pass or another rank's has images."""
+        """Empty image inputs, which run a blank image, if TRL's pass or another rank's pass has images."""
         if not cut_from_images and self.trainer.accelerator.num_processes == 1:
             return {}
         return {name: value.to(device) for name, value in no_images(self._core().config).items()}
@@ -204,7 +206,7 @@ class SharedPasses:
     # Packs
 
     def parts(self, rows: Sequence[Row], width: int) -> list[range]:
-        """The rows of each pack, in order; `width` is that of the padded batch. All ranks cut alike."""
+        """The rows of each pack, in order; `width` is the padded batch's number of columns. All ranks cut alike."""
         budget = self.token_budget or self.budget_rows * width
         parts, start = [], 0
         while start < len(rows):
@@ -224,7 +226,7 @@ class SharedPasses:
     # The loss
 
     def loss(self, stock: Callable[..., torch.Tensor], model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """TRL's loss of the micro-batch. All packs but the last have had their backward pass."""
+        """TRL's loss of the micro-batch. The backward passes of all packs but the last are done."""
         return (
             PackedLoss(self, stock, model, inputs).value()
             if torch.is_grad_enabled()

@@ -16,11 +16,11 @@ from rl.shared_prefix.layout import PrefixGroup, PrefixLayout
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt with one completion, without padding; the completion is empty where it was masked."""
+    """A prompt with one completion, without padding; a masked completion is empty."""
 
     prompt: tuple[int, ...]
     tiles: tuple[int, ...]
-    """Numbers of the prompt's image tiles, in order. An image of any resolution counts as one tile."""
+    """Numbers of the prompt's image tiles, in order. An any-resolution image counts as one tile."""
     completion: tuple[int, ...]
 
     @property
@@ -61,7 +61,7 @@ def groups_of(rows: Sequence[Row]) -> dict[Any, list[int]]:
 class Packed:
     """Rows in one packed row of N tokens, of which K hidden states are scored.
 
-    A completion's last token predicts nothing and is left out, unless the router's balance is to be measured.
+    A completion's last token predicts nothing, so it is omitted, unless the router's balance is measured.
     """
 
     input_ids: torch.Tensor
@@ -83,17 +83,17 @@ class Packed:
     """Tile numbers in the order of their tokens."""
 
     def unpacked(self, values: torch.Tensor, completion_tokens: int) -> torch.Tensor:
-        """(B, completion tokens) of `values` (1, K): 0 where nothing was scored."""
+        """`values` (1, K) as (B, completion tokens), with 0 at positions that are not scored."""
         scored = values[0, : len(self.places[0])]
         padded = values.new_zeros((self.rows, completion_tokens)).index_put(self.places, scored)
         return padded if len(scored) else padded + 0 * values.sum()  # a gradient, if a zero one
 
 
 def pack(rows: Sequence[Row], device: torch.device, *, whole: bool = False) -> Packed:
-    """Rows of the same prompt and images next to each other, after one copy of that prompt.
+    """Pack rows: completions of the same prompt and images follow one copy of that prompt.
 
-    Rows whose completion is masked take no part. With `whole` the row holds every token that TRL's pass computes:
-    last tokens and the prompts of masked rows too.
+    Rows with a masked completion are omitted. With `whole` the packed row holds every token that TRL's pass computes,
+    including last tokens and the prompts of masked rows.
 
     >>> two = [Row((7, 8), (), (1, 2)), Row((7, 8), (), (3,))]
     >>> packed = pack(two, torch.device("cpu"))
@@ -101,7 +101,7 @@ def pack(rows: Sequence[Row], device: torch.device, *, whole: bool = False) -> P
     ([[7, 8, 1]], [1, 2, 1], [[1, 2, 3]])
     """
     draft = _Draft(rows, whole)
-    # With nothing to score one prompt stays: ranks run in step, and TRL wants a gradient.
+    # If no token is scored, one prompt stays: ranks run in step, and TRL needs a gradient.
     taken = [number for number, row in enumerate(rows) if row.completion or whole] or [0]
     for members in groups_of([rows[number] for number in taken]).values():
         draft.add([taken[member] for member in members])
@@ -163,7 +163,7 @@ class _Draft:
 
 
 def fitting(rows: Sequence[Row], budget: int) -> int:
-    """How many of the first rows fit into a packed row of `budget` tokens: at least one, whole groups if any fits.
+    """The number of leading rows that fit in a packed row of `budget` tokens: at least one; whole groups if any fits.
 
     >>> rows = [Row((1, 2, 3), (), (4, 5))] * 2 + [Row((6, 7), (), (8, 9))] * 2
     >>> [fitting(rows, budget) for budget in (4, 6, 7, 11, 13)]

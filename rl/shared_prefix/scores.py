@@ -1,4 +1,4 @@
-"""What passes compute for TRL, and how batches and scores are cut and joined."""
+"""The scores that passes compute for TRL, and functions that cut and join batches and scores."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 
 
 class Scores(NamedTuple):
-    """What TRL's `_get_per_token_logps_and_entropies` returns."""
+    """The results of TRL's `_get_per_token_logps_and_entropies`."""
 
     logps: torch.Tensor
-    """(rows, completion tokens), 0 where nothing is scored."""
+    """(rows, completion tokens), 0 at positions that are not scored."""
     entropies: torch.Tensor | None
     aux_loss: torch.Tensor | None
     """The router's balancing loss of a mixture of experts."""
 
     def detached(self) -> Scores:
-        """The same numbers without their graph."""
+        """The same values without their autograd graph."""
         entropies, aux = self.entropies, self.aux_loss
         return Scores(
             self.logps.detach(),
@@ -43,7 +43,7 @@ def joined_scores(parts: Sequence[Scores]) -> Scores:
 
 
 def taken(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """Some rows of TRL's batch; scalars as they are, pixels row by row."""
+    """The given rows of TRL's batch; scalars are unchanged, pixels are selected row by row."""
     by_row = split_pixel_values_by_grid(batch)
     some: dict[str, Any] = {}
     for name, value in by_row.items():

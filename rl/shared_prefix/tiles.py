@@ -1,4 +1,4 @@
-"""Images of a generation batch, each processed once and then known by its tiles' numbers."""
+"""Processes each image of a generation batch once, and then refers to it by the numbers of its tiles."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from transformers import BatchFeature
 
 TILES_AT_ONCE = 16
-"""Tiles in one pass of a frozen tower. Images of any resolution, of up to 16 tiles' patches, pass one by one."""
+"""Tiles in one pass of a frozen tower. Any-resolution images, which have up to 16 tiles' patches, pass one by one."""
 
 
 class TileStore:
     """An image processor that processes each image once and returns tile numbers in place of pixels.
 
-    TRL asks for the images of every row, and moves, shuffles and splits what it gets. Here `pixel_values` are tile
-    numbers of shape (tiles, 1, 1, 1), so that no pixel is repeated and equal images are known by their numbers.
-    Images are told apart by identity: the rows of a group hold the same objects. An image of any resolution counts
-    as one tile; its grid stays here.
+    TRL requests the images of every row, and then moves, shuffles and splits the result. Here `pixel_values` are tile
+    numbers (tiles, 1, 1, 1), so pixels are never duplicated, and equal numbers mean equal images. Images are
+    distinguished by object identity, because the rows of a group hold the same objects. An any-resolution image counts
+    as one tile; the store keeps its grid.
 
     Args:
-        processor: the image processor behind it, which also answers for all other attributes.
+        processor: the wrapped image processor, which also provides all other attributes.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -62,7 +62,7 @@ class TileStore:
         self._grids += [] if grids is None else [grids]
 
     def images(self, tiles: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
-        """The model's inputs for these tiles; a tile that is asked for twice comes twice."""
+        """The model's inputs for these tiles; repeated numbers give repeated tiles."""
         held = {"pixel_values": self._pixels, "image_grid_thw": self._grids}
         return {name: joined(values, tiles).to(device) for name, values in held.items() if values}
 

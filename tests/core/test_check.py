@@ -1,4 +1,4 @@
-"""No checkpoint with code of its own, or with a number that is none, is loaded, saved, exported or served."""
+"""Checkpoints with code, NaN or infinity are never loaded, saved, exported or served."""
 
 import json
 import shutil
@@ -133,7 +133,7 @@ PLANTED = [(file, name) for file, names in AUTO_CLASSES.items() for name in name
 
 @pytest.fixture
 def mark(folder, monkeypatch):
-    """A module in the core that leaves a file behind when it runs, and a `y` for whoever asks."""
+    """A module in the core that leaves a file behind when it runs, and a `y` on standard input."""
     mark = folder.parent / "ran"
     (folder / "planted.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Planted: pass\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")

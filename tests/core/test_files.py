@@ -1,4 +1,4 @@
-"""What is written is whole or not there, and says what made it."""
+"""Written files and folders are whole or absent, and a manifest records their origin."""
 
 import json
 import platform

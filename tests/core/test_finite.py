@@ -1,4 +1,4 @@
-"""A training whose numbers stop being finite: what is applied, what is logged, when it ends."""
+"""A training with non-finite losses or gradients skips and logs these updates, and ends after a few in a row."""
 
 import math
 

@@ -114,7 +114,7 @@ def image_places(processor: SailVL2Processor, answer: dict) -> list[int]:
 
 
 def expanded(processor: SailVL2Processor, image_tokens: list[int]) -> list[int]:
-    """The ids of `prompt_of` so many images with so many tokens each."""
+    """The ids of `prompt_of` a given number of images with a given number of tokens each."""
     images = [f"<img>{'<IMG_CONTEXT>' * count}</img>compute" for count in image_tokens]
     return processor.tokenizer("".join(images) + "A")["input_ids"]
 

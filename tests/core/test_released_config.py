@@ -1,4 +1,4 @@
-"""What a release's configuration, tokenizer and template mean natively; every guess is said aloud."""
+"""What a release's configuration, tokenizer and template mean natively; every guess is noted."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is named, all of it, with the file; nothing is skipped, run or read outside."""
+"""Every fault of a checkpoint is reported with its file; no code runs and no file outside it is read."""
 
 import json
 import pickle

@@ -371,10 +371,15 @@ GOOD = {"question": "2+2?", "answer": "4"}
     ("bad", "field", "rule", "remedy"),
     [
         ({"question": "2?"}, "answer", "no column holds it", "--columns answer=COLUMN"),
-        (GOOD | {"image": "gone.png"}, "image", "there is no such picture", "--images"),
+        (GOOD | {"image": "gone.png"}, "image", "the picture does not exist", "--images"),
         (GOOD | {"image": "../secret.png"}, "image", "a picture lies outside the image folder", "--images"),
         (GOOD | {"image": "/etc/hostname"}, "image", "a picture lies outside the image folder", "--images"),
-        (GOOD | {"image": "https://x.org/a.png"}, "image", "nothing is fetched from the network", "download"),
+        (
+            GOOD | {"image": "https://x.org/a.png"},
+            "image",
+            "pictures are not fetched from the network",
+            "download",
+        ),
         (GOOD | {"image": "data:image/png;base64,@@"}, "image", "must be base64", "encode"),
         (GOOD | {"image": "data:image/png;base64,R0lG"}, "images", "must decode", "picture"),
         (
@@ -485,13 +490,17 @@ def test_a_long_array_is_read_row_by_row(tmp_path):
     ("name", "content", "message"),
     [
         ("rows.json", b'{"a": 1}', "is an array of rows"),
-        ("rows.json", b'[{"a": 1}, {"b"', "row 1 is no whole JSON value"),
-        ("rows.json", b'[{"a": 1}, ' + b"[" * 100_000, "row 1 is (nested too deeply|no whole JSON value)"),
+        ("rows.json", b'[{"a": 1}, {"b"', "row 1 is not a complete JSON value"),
+        (
+            "rows.json",
+            b'[{"a": 1}, ' + b"[" * 100_000,
+            "row 1 is (nested too deeply|not a complete JSON value)",
+        ),
         ("rows.jsonl", b'{"a": "\xff"}\n', "not UTF-8"),
         ("rows.parquet", b"PAR1", "not readable as Parquet"),
         ("rows.tar", b"no tar", "rows.tar"),
         ("rows.txt", b"", "a data file ends in .jsonl"),
-        ("rows.jsonl", b"", "holds no row"),
+        ("rows.jsonl", b"", "has no rows"),
     ],
 )
 def test_a_broken_file_is_refused_in_one_line(tmp_path, name, content, message):

@@ -95,7 +95,7 @@ def test_without_a_seed_the_first_rows_are_taken(tmp_path):
 def test_more_rows_than_there_are_is_an_error_not_a_smaller_mixture(tmp_path):
     path = tmp_path / "set.parquet"
     write_records(path, [record()])
-    with pytest.raises(RecordError, match="rows=2 were asked for, 1 usable"):
+    with pytest.raises(RecordError, match="rows=2 were requested, but it has 1 usable"):
         load_records(path, rows=2)
 
 

@@ -41,7 +41,7 @@ def test_gold_chains_earn_full_marks(kind):
         ("C=9;A=0;B=4;9+0=9;8-4=4", "4", 2, "logical_soundness: 8-4=4 is not what comes next: 9-4"),
         ("C=9;A=0;B=4;9+0=9;9-4=5", "6", 2, "answer_consistency: the box does not hold 5"),
         ("C=9;A=0;B=4", "5", 1, "logical_soundness: no step"),
-        ("C=9;A=0;B=4;9+0=9;9-4=5;because", "5", 2, "a statement that is neither reading nor step"),
+        ("C=9;A=0;B=4;9+0=9;9-4=5;because", "5", 2, "a statement is neither a reading nor a step"),
     ],
 )
 def test_each_fault_costs_its_criterion(thought, box, score, reason):

@@ -1,4 +1,4 @@
-"""A stage's `algorithm` as TRL's switches, and what is refused."""
+"""A stage's `algorithm` as TRL's settings, and refused combinations."""
 
 import pytest
 

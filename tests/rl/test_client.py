@@ -1,4 +1,4 @@
-"""The client against a small HTTP server of our own: what it sends, what it makes of replies, how it fails."""
+"""The client against a small HTTP server: its requests, its reading of replies, and its errors."""
 
 import json
 import threading
@@ -20,7 +20,7 @@ class FakeServer:
     def __init__(self):
         self.requests, self.replies = [], {}
         self.hang_ups = 0
-        """So many of the next requests are dropped without a reply."""
+        """Number of next requests that are dropped without a reply."""
         self.healthy, self.version = True, "default"
         self.answering = threading.Event()
         """While it is not set, requests get no reply and keep their connections."""

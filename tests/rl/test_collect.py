@@ -203,5 +203,5 @@ def test_the_stream_repeats_no_prompt_before_all_were_drawn():
 
 
 def test_no_prompt_at_all_is_an_error():
-    with pytest.raises(ValueError, match="no row to draw prompts from"):
+    with pytest.raises(ValueError, match="no rows to draw prompts from"):
         PromptStream([], seed=0)

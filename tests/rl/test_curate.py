@@ -1,4 +1,4 @@
-"""What is made between the stages: kept and dropped rows, and why, with a scripted policy."""
+"""Data between the stages with a scripted policy: kept and dropped rows, and the reasons."""
 
 import pytest
 
@@ -102,7 +102,7 @@ def test_hard_cases_are_the_last_visits_worst_first(tmp_path):
     visits = [("row-0", 8), ("row-1", 2), ("row-0", 1), ("row-2", 6), ("row-1", 8)]  # row-3 was never drawn
     for name, correct in visits:
         append_jsonl(log, {"id": name, "correct": correct, "of": 8})
-    append_jsonl(log, {"id": "row-2", "correct": 0, "of": 0})  # a visit that nobody could score
+    append_jsonl(log, {"id": "row-2", "correct": 0, "of": 0})  # a visit without scored completions
     cfg = parse(HardCases, {"into": "made", "max_pass_rate": 0.8}, "test")
     report = hard_cases(cfg, [record(n) for n in range(4)], log, tmp_path)
     assert report == {"kept": 2, "dropped": {"solved more than 80% of the time": 1, "not visited": 1}}

@@ -1,4 +1,4 @@
-"""The ledger of pass rates against a simulation of what it predicts."""
+"""The ledger's predictions of spread against a simulation."""
 
 import doctest
 import random

@@ -168,7 +168,7 @@ def test_a_policy_that_stops_looking_is_told(watch):
     assert names(watcher, mixed(8)) == []
     metrics, alarms = watcher.batch([mixed(8)])
     assert metrics["watch/held_out_accuracy_blanked"] == 0.48
-    with pytest.raises(RewardAlarm, match="it has stopped looking"):
+    with pytest.raises(RewardAlarm, match="has stopped using the images"):
         watcher.stop_for(alarms)
 
 

@@ -1,4 +1,4 @@
-"""What a weight update sends: every weight once, adapters added, in files of a bounded size."""
+"""A weight update sends every weight once, with adapters added, in files of a bounded size."""
 
 import shutil
 from types import SimpleNamespace

@@ -179,7 +179,7 @@ def test_rows_that_changed_since_they_were_counted_are_refused(lessons):
     sizes = np.array([[len(lesson["input_ids"]), 0] for lesson in lessons])
     sizes[3] += 1
     plan = Plan(sizes, ByRows(5), budget=1000, ranks=1, seed=0, epochs=1)
-    with pytest.raises(ValueError, match=r"row 3 has \d+ tokens where \d+ were counted"):
+    with pytest.raises(ValueError, match=r"row 3 has \d+ tokens, but \d+ were counted"):
         PackedCollator(lessons, plan, 0)([{"pack": 0}])
 
 

@@ -159,7 +159,7 @@ def test_an_ingredient_of_unknown_start_is_refused(ingredients):
     [
         (
             lambda weights: weights.pop("model.language_model.norm.weight"),
-            "1 tensors are in one of them only",
+            "1 tensors are in only one of them",
         ),
         (lambda weights: weights.update({"extra": torch.zeros(1)}), "e.g. extra"),
         (

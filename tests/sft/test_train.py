@@ -209,7 +209,7 @@ def test_dropped_rows_are_reported_beside_the_checkpoint(run):
 
 
 def test_bad_data_of_the_last_phase_stops_before_the_first(run, tmp_path):
-    with pytest.raises(ValueError, match="rows=99 were asked for"):
+    with pytest.raises(ValueError, match="rows=99 were requested"):
         run(stage({}, {"data": [{"set": "mixed", "rows": 99}]}))
     assert not (tmp_path / "out").exists()
 
