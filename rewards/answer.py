@@ -97,9 +97,8 @@ class AnswerReward:
         if parsed.answer is None:
             return Verdict.wrong(reason=parsed.problem, status=parsed.status)
         verdict = _KINDS[kind].compare(parsed.answer, example, self)
-        if (
-            len(parsed.answer) > MAX_BOX_CHARS
-        ):  # a direct completion may be pages long; a record is kept short
+        # A direct completion may be pages long, but a record is kept short.
+        if len(parsed.answer) > MAX_BOX_CHARS:
             verdict = replace(verdict, answer=parsed.answer[:MAX_BOX_CHARS])
         if example.verifier == "auto":
             said = f": {verdict.reason}" if verdict.reason else ""

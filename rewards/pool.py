@@ -292,9 +292,8 @@ def _prepare() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would run only after a long C call ends
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(
-        OSError
-    ):  # if the machine runs out of memory, the kernel kills a worker before a trainer
+    # If the machine runs out of memory, the kernel kills a worker before a trainer.
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 

@@ -79,7 +79,7 @@ def test_a_start_per_gpu_or_on_one_node_of_several_is_refused_with_the_right_com
     ("words", "problem"),
     [
         ({"nodes": 2}, "--nnodes 2 needs --node-rank"),
-        ({"nodes": 2, "node": 2}, "lies between 0 and 1"),
+        ({"nodes": 2, "node": 2}, "must be between 0 and 1"),
         ({"node": 1}, "need --nnodes"),
         ({"nodes": 2, "node": 0, "master": "a:b"}, "write HOST or HOST:PORT"),
     ],

@@ -157,9 +157,8 @@ def test_stages_made_from_an_earlier_run_of_a_stage_before_are_not_shown(run_dir
     manifest = Manifest.read(run_dir / "rlvr")
     manifest.model_copy(update={"finished": "2026-01-02T10:00:00+00:00"}).write(run_dir / "rlvr")
     found = write(run_dir)
-    assert [stage.name for stage in found.stages] == list(
-        STAGES[:5]
-    )  # rlvr ran again; the stages after it came from the old rlvr
+    # rlvr ran again; the later stages came from the old rlvr.
+    assert [stage.name for stage in found.stages] == list(STAGES[:5])
     assert found.outdated == ["think_fusion", "mixed_rl"]
     assert "not shown: think_fusion, mixed_rl" in report.table(found).caption
 
@@ -281,9 +280,8 @@ def test_a_failed_stage_is_shown_with_its_error_and_curves_until_it_finishes(run
     assert "mixed_rl failed: RuntimeError: out of memory" in shown.text
     assert "<script>alert(1)</script>" in shown.text
     assert "script" not in shown.tags
-    assert (
-        html.count("<strong>Reward</strong>") == 2
-    )  # rlvr's alarms, and the failed stage's alarms up to the failure
+    # rlvr's chart, and the failed stage's chart up to the failure.
+    assert html.count("<strong>Reward</strong>") == 2
     (run_dir / "mixed_rl.partial").rename(run_dir / "mixed_rl")
     assert write(run_dir).failed is None
 
