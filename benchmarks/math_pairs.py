@@ -1,6 +1,6 @@
-r"""Pairs of gold answer and prediction as training meets them, each with the right verdict.
+r"""Pairs of gold answer and prediction as in training, each with the right verdict.
 
-Each family draws numbers at random and makes a gold answer of them, other spellings of it, and wrong answers.
+Each family draws random numbers and makes from them a gold answer, other spellings of that answer, and wrong answers.
 """
 
 import random
@@ -38,11 +38,11 @@ HOSTILE = (
     + r"\end{pmatrix}",
     "2^{2^{2^{2^{2^{2}}}}}x",
 )
-"""Predictions that a verifier must survive."""
+"""Hostile predictions, which must not hang or crash a verifier."""
 
 
 def distinct(seed: int, each: int) -> list[Pair]:
-    """`each` rounds with one right and one wrong prediction per family, in random order. No pair repeats."""
+    """`each` rounds with one right and one wrong prediction per family, in random order. All pairs are distinct."""
     draw = random.Random(seed)
     pairs: dict[tuple[str, str], Pair] = {}
     for family in FAMILIES:

@@ -3,7 +3,7 @@
     python -P -m benchmarks.memory [--quick]
 
 Each case trains two updates on a random core with a stage's own trainer, in a fresh process on the CPU. The measured
-figure is the process's highest resident memory above what it held before the model was loaded.
+value is the process's peak resident memory minus its resident memory before the model was loaded.
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ from core.training.config import LearnerConfig
 from core.training.memory import Memory, Work, estimate
 
 AT_ONCE = 2
-"""Cases that run at once. Their memory does not depend on each other; their time is not measured."""
+"""Cases that run concurrently. Their memory is independent, and their time is not measured."""
 PHOTO_PX, PHOTOS = 1500, 1000
 """Side and number of the photos whose rows are measured."""
 UPDATES = 2
 """Updates per case. The second one starts with the optimizer's states in memory."""
 SEPARATE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-"""glibc gives every tensor its own pages and returns them when it is freed: resident memory is live memory."""
+"""With this setting, glibc gives every tensor its own pages and frees them with the tensor. So resident memory equals
+live memory."""
 
 WIDE = Size(112, (256, 2, 4, 512), (768, 3, 8, 2048), 4, 96, 16_384)
 """33M parameters in few layers, a third of them embeddings."""
 DEEP = Size(112, (128, 2, 4, 256), (256, 12, 4, 768), 2, 64, 2048)
-"""11M parameters in many layers: activations outweigh them."""
+"""11M parameters in many layers: activations take more memory than parameters."""
 SEEING = Size(224, (512, 6, 8, 1408), (256, 2, 4, 768), 2, 64, 2048)
-"""A core that is mostly tower."""
+"""A core whose vision tower has most of the parameters."""
 SPECK = Size(112, (64, 1, 2, 64), (64, 1, 2, 64), 2, 32, 512)
 """The smallest core."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One learner and its work. Rows are `text` tokens and `images` tiles each."""
+    """One learner and its work. Each row has `text` tokens and `images` tiles."""
 
     name: str
     size: Size
@@ -61,7 +62,7 @@ class Case:
     completion: int = 0
     groups: int = 1
     passes: int = 1
-    """Passes per update; they share an update's rows (sft)."""
+    """Passes per update, which split an update's rows (sft)."""
     learner: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -124,7 +125,7 @@ def build_config(case: Case) -> Any:
 
 
 def measured(case: Case) -> float:
-    """Bytes that a case takes at its peak, measured in a child process."""
+    """Peak memory of a case in bytes, measured in a child process."""
     command = [sys.executable, "-P", "-m", "benchmarks.memory", "--case", case.name]
     environment = {**os.environ, **SEPARATE, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
@@ -134,7 +135,7 @@ def measured(case: Case) -> float:
 
 
 def peak_bytes(case: Case) -> int:
-    """Train the case in this process; returns the highest resident bytes above those before the model was loaded."""
+    """Train the case in this process; return peak resident bytes minus resident bytes before the model was loaded."""
     from chain.worker import keep_engine_out
     from core.training.ranks import join_process_group
 
@@ -142,7 +143,7 @@ def peak_bytes(case: Case) -> int:
     join_process_group(case.cfg)
     make = sft_trainer if case.kind == "sft" else rl_trainer
     with tempfile.TemporaryDirectory() as folder:
-        # What a trainer takes whatever it trains (modules imported late, threads, loaders) is there after this one.
+        # This trainer loads everything that is independent of the case (late imports, threads, data loaders).
         small = replace(
             case, size=SPECK, rows=2, text=8, images=min(case.images, 1), completion=4, groups=1, passes=1
         )
@@ -152,13 +153,13 @@ def peak_bytes(case: Case) -> int:
         before = status_kib("VmRSS")
         trainer = make(case, core, Path(folder))
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts again: loading has one of its own
+            file.write("5")  # reset the high-water mark, because loading has its own peak
         trainer.train()
         return (status_kib("VmHWM") - before) * 2**10
 
 
 def saved_core(case: Case, folder: Path) -> Path:
-    """A random core on disk. Another process makes it, so that its model leaves nothing in this one."""
+    """A random core on disk. A child process makes the core, so that its model leaves no memory in this process."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -213,19 +214,15 @@ def sft_trainer(case: Case, core: Path, folder: Path) -> Any:
 
 
 def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
-    """An RL stage's trainer on made-up completions."""
+    """An RL stage's trainer on synthetic completions."""
     import torch
     from datasets import Dataset
 
-    from benchmarks.learner import Shape, rows_of
     from core.training.model import load_model, load_processor, peft_config
-    from rewards.mix import Graded
-    from rewards.verdict import Status, Verdict
     from rl.algorithm import trl_config
-    from rl.collect import Group, Sample
     from rl.config import RLConfig
     from rl.feed import trl_rows
-    from rl.rollout.messages import Completion, CoreFacts
+    from rl.rollout.messages import CoreFacts
     from rl.shared_prefix.passes import SharedPasses
     from rl.trainer import RolloutTrainer, reward_function
 
@@ -248,22 +245,10 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
         }
     )
     processor = load_processor(core)
-    shape = Shape("", case.rows, case.images, case.text, case.completion, case.groups)
-    rows = rows_of(shape, case.size, processor)
-    groups = []
-    for number in range(case.groups):
-        own = rows[number * case.rows : (number + 1) * case.rows]
-        record: Any = {"id": str(number), "images": own[0]["images"], "question": "A", "mode": "direct"}
-        samples = []
-        for place, row in enumerate(own):
-            verdict = Verdict(place / (case.rows - 1), Status.CORRECT)
-            graded = Graded(total=verdict.score, verdicts={"answer": verdict})
-            completion = Completion(row["completion_ids"], row["logprobs"], "", True)
-            samples.append(Sample(completion, graded, 0.0, verdict))
-        groups.append(Group(record, own[0]["prompt_ids"], samples))
+    groups = synthetic_groups(case, processor)
 
     class Given:
-        """A feed of these groups."""
+        """A feed that returns these groups."""
 
         def rows(self, trainer: Any, count: int) -> list[dict[str, Any]]:
             prompt = [{"role": "user", "content": "A"}]
@@ -288,8 +273,32 @@ def rl_trainer(case: Case, core: Path, folder: Path) -> Any:
     )
 
 
+def synthetic_groups(case: Case, processor: Any) -> list[Any]:
+    """The case's groups (rl.collect.Group) of random completions with rewards spread evenly over [0, 1]."""
+    from benchmarks.learner import Shape, rows_of
+    from rewards.mix import Graded
+    from rewards.verdict import Status, Verdict
+    from rl.collect import Group, Sample
+    from rl.rollout.messages import Completion
+
+    shape = Shape("", case.rows, case.images, case.text, case.completion, case.groups)
+    rows = rows_of(shape, case.size, processor)
+    groups = []
+    for number in range(case.groups):
+        own = rows[number * case.rows : (number + 1) * case.rows]
+        record: Any = {"id": str(number), "images": own[0]["images"], "question": "A", "mode": "direct"}
+        samples = []
+        for place, row in enumerate(own):
+            verdict = Verdict(place / (case.rows - 1), Status.CORRECT)
+            graded = Graded(total=verdict.score, verdicts={"answer": verdict})
+            completion = Completion(row["completion_ids"], row["logprobs"], "", True)
+            samples.append(Sample(completion, graded, 0.0, verdict))
+        groups.append(Group(record, own[0]["prompt_ids"], samples))
+    return groups
+
+
 def table(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Print estimate and measurement of each case as they come."""
+    """Print estimate and measurement of each case as soon as it is done."""
     lines = []
     print("case                  estimated  measured  ratio")
     with ThreadPoolExecutor(AT_ONCE) as children:
@@ -304,18 +313,18 @@ def table(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def photos_line() -> dict[str, Any]:
-    """Host memory of an RL stage's rows with photos, loaded and each asked once."""
+    """Host memory of an RL stage's rows with photos, after each row was loaded and used once."""
     command = [sys.executable, "-P", "-m", "benchmarks.memory", "--photos"]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     print(
-        f"{PHOTOS:,} photos of {PHOTO_PX} px, {found['file'] / 2**20:.0f} MiB as files: rows that are loaded and asked "
+        f"{PHOTOS:,} photos of {PHOTO_PX} px, {found['file'] / 2**20:.0f} MiB as files: rows loaded and used once "
         f"take {found['held'] / 2**20:.0f} MiB of the process's own memory"
     )
     return found
 
 
 def held_by_photos() -> dict[str, int]:
-    """Bytes of the file, and of this process's memory that its rows add (files mapped into it left out)."""
+    """Bytes of the file, and bytes that its rows add to this process's memory, without memory-mapped files."""
     import numpy as np
     from PIL import Image
 
@@ -347,7 +356,7 @@ def held_by_photos() -> dict[str, int]:
 
     with tempfile.TemporaryDirectory() as folder:
         warm, path = written(20), written(PHOTOS)
-        asked(warm)  # modules, threads and buffers
+        asked(warm)  # loads modules, threads and buffers
         before = status_kib("RssAnon")
         rows = asked(path)
         held = (status_kib("RssAnon") - before) * 2**10

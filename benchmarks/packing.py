@@ -1,20 +1,20 @@
 """Packed SFT against stock TRL with padding, on a documented mixture: `python -P -m benchmarks.packing [--quick]`.
 
-The mixture is ours. It has the shape of image-text SFT data with dynamic tiling, as in SAIL-VL2's stages 1 to 4
-together, at 256 tokens per tile:
+The mixture is ours. It resembles the image-text SFT data of SAIL-VL2's stages 1 to 4 together, with dynamic tiling at
+256 tokens per tile:
 
-- images: 25% of rows have none. Of the others, half show one tile (an image of 448 px or less), 35% show an image
-  cut in 2 to 12 tiles plus the thumbnail, and 15% show two to four images of one tile.
+- images: 25% of rows have no image. Of the other rows, half have one tile (an image of 448 px or less), 35% have one
+  image cut into 2 to 12 tiles plus the thumbnail, and 15% have two to four images of one tile.
 - prompts: log-normal, median 45 tokens.
 - answers: 45% are short (median 12 tokens), 35% are descriptions (median 200), 20% are long chains (median 1,000).
   The chains' tail is the reason for contexts of 16,384 and 20,480 tokens; here it is cut at 12,000.
 
-One CPU thread cannot train at that scale. The timing therefore divides the lengths by sixteen (16 tokens per tile of
-112 px) and trains SAIL-VL2-2B with widths divided by sixteen and layers by four. Tower, linear layers and attention
-keep their shares of the work. Both paths train the same prepared rows in the same updates; they differ in the collator
-and the attention. Stock pads to the longest row of a micro-batch of 8, TRL's default. Smaller micro-batches pad less
-but keep a GPU less busy, which a CPU does not show. Imbalance is counted at full scale, not timed. On a GPU nothing is
-scaled: SAIL-VL2-2B's shapes with random weights, bf16, gradient checkpointing, wall time.
+One CPU thread cannot train at that scale. So the timing divides the lengths by sixteen (16 tokens per tile of 112 px)
+and trains SAIL-VL2-2B with widths divided by sixteen and layers by four. Tower, linear layers and attention keep their
+shares of the work. Both paths train the same prepared rows in the same updates; they differ in the collator and
+the attention. Stock pads to the longest row of a micro-batch of 8, TRL's default. Smaller micro-batches pad less but
+use a GPU less well, which a CPU does not show. Imbalance is computed at full scale and not timed. On a GPU, the
+benchmark is not scaled: SAIL-VL2-2B's shapes with random weights, bf16, gradient checkpointing, wall time.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from chain.worker import keep_engine_out
 
 TILE_TOKENS = 256
 SCALE = 16
-"""The timing divides real lengths by this."""
+"""The timing divides real lengths by this factor."""
 RANKS, GLOBAL_BATCH, PACK_TOKENS = 8, 1024, 32768
 """For the imbalance: the report's global batch (section 4) on eight ranks."""
 HEADLINE = 8
 """Rows of stock's micro-batch for the headline ratio."""
 PACK_ROWS = 2
-"""Longest rows that fit in a pack. On a CPU, packs that stay in the cache are 10 to 15% faster than packs of eight, and
-they take less memory than the padded micro-batches."""
+"""Size of a pack in longest rows. On a CPU, small packs that stay in the cache are 10 to 15% faster than packs of eight
+rows, and they take less memory than the padded micro-batches."""
 
 
 def mixture(rows: int, seed: int) -> dict[str, np.ndarray]:
     """Prompt tokens, answer tokens and tiles of each row of the documented mixture, (rows,) each.
 
-    Tiles are those of all the row's images together.
+    The tiles of a row are the tiles of all its images.
     """
     draw = np.random.default_rng(seed)
     prompt = np.clip(draw.lognormal(np.log(45), 0.6, rows), 12, 1000)
@@ -78,7 +78,7 @@ def full_scale_sizes(rows: int, seed: int) -> np.ndarray:
 
 
 def dealt_imbalance(sizes: np.ndarray) -> tuple[float, float]:
-    """How far the busiest of RANKS ranks lies above the mean over whole updates: (dealt in order, packed)."""
+    """Excess of the busiest of RANKS ranks over the mean, over whole updates: (rows dealt in order, rows packed)."""
     from sft.balance import imbalance
     from sft.packing import ByRows, Plan
 
@@ -95,7 +95,7 @@ def dealt_imbalance(sizes: np.ndarray) -> tuple[float, float]:
 
 
 def build_core(folder: Path) -> Path:
-    """SAIL-VL2-2B (Qwen3-1.7B, SAIL-ViT-Huge) with widths divided by 16 and layers by 4; undivided on a GPU."""
+    """SAIL-VL2-2B (Qwen3-1.7B, SAIL-ViT-Huge) with widths divided by 16 and layers by 4; at full size on a GPU."""
     from core.model.tiny import TinySize, build_tiny
 
     if on_gpu():
@@ -145,7 +145,7 @@ def build_lessons(rows: int, processor: Any, seed: int) -> list[dict[str, Any]]:
 
 
 def clock() -> float:
-    """A clock in seconds: the thread's CPU time on a CPU, where neighbours then do not count, else wall time."""
+    """A clock in seconds: on a CPU the thread's CPU time, which other processes do not affect; on a GPU wall time."""
     import torch
 
     if not on_gpu():
@@ -155,7 +155,7 @@ def clock() -> float:
 
 
 class Bench:
-    """Trains the same rows padded and packed, and times the updates."""
+    """Trains the same rows with padding and with packing, and times the updates."""
 
     def __init__(self, folder: Path, updates: int, rows: int) -> None:
         from core.training.model import load_processor
@@ -229,11 +229,11 @@ class Bench:
         return ends[-1] - ends[0], losses
 
     def compare(self, micro_batch: int, repetitions: int) -> dict[str, float]:
-        """Medians of both paths, which take turns in alternating order."""
+        """Medians of both paths, which run in alternating order."""
         import torch
 
         peaks: dict[str, float] = {}
-        first: dict[str, list[float]] = {}  # losses; and the warm-up
+        first: dict[str, list[float]] = {}  # compares the losses, and warms up
         for side in ("stock", "packed"):
             if on_gpu():
                 torch.cuda.reset_peak_memory_stats()
@@ -272,7 +272,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="within a minute: one micro-batch size")
+    parser.add_argument("--quick", action="store_true", help="measure one micro-batch size, within a minute")
     quick = parser.parse_args().quick
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -284,7 +284,7 @@ def main() -> None:
         full_scale_sizes((2 if quick else 16) * GLOBAL_BATCH, seed=0)
     )
     with tempfile.TemporaryDirectory() as folder:
-        # Few rows say little about a mixture with a tail: 512 are padded about as all of it is (64% and 65%).
+        # A mixture with a long tail needs many rows: with 512 rows, the padding is 64%, and 65% over all rows.
         bench = Bench(Path(folder), updates=2 if quick else 8, rows=32 if quick else 64)
         lines = [
             bench.compare(micro_batch, 5) for micro_batch in ((HEADLINE,) if quick else (1, 4, HEADLINE, 16))

@@ -1,10 +1,10 @@
-r"""How fast, and how safe, answers are verified: our service, math-verify in a process pool, TRL's reward.
+r"""Speed and safety of answer verification: our service, math-verify in a process pool, and TRL's reward.
 
     python -P -m benchmarks.rewards [--quick] [--step-seconds S]
 
-All three get the same pairs, in turn and in alternating order. Each repetition brings new pairs, and the median
-counts. Before the clock starts, our outcomes must be the expected ones, and one round warms all three up. math-verify
-and TRL use their own timeouts, on the main thread of a process, where their alarms work.
+All three systems verify the same pairs in alternating order. Each repetition has new pairs, and the result is the
+median. Before timing, our verdicts are compared with the expected verdicts, and one round warms up all systems.
+math-verify and TRL use their own timeouts, on the main thread of a process, where their alarms work.
 Prints a table and, as the last line, one JSON object.
 """
 
@@ -68,11 +68,11 @@ class Stock:
         return [equal for graded in self._pool.map(self._verifier, chunks) for equal in graded]
 
     def done_within(self, pairs: list[Pair], seconds: float) -> int:
-        """How many pairs, sent one by one, are graded in time. The processes are ended afterwards."""
+        """Number of pairs, sent one by one, that are graded in time. Ends the processes afterwards."""
         jobs = [self._pool.submit(self._verifier, [pair]) for pair in pairs]
         done = sum(job.exception() is None for job in wait(jobs, seconds).done)
         for process in list(self._pool._processes.values()):
-            process.kill()  # there is no other way to stop a job
+            process.kill()  # a running job cannot be stopped in another way
         self.close()
         return done
 
@@ -81,7 +81,7 @@ class Stock:
 
 
 def hostile_mix(seed: int, each: int) -> list[Pair]:
-    """Honest pairs with every hostile prediction among them."""
+    """Honest pairs mixed with every hostile prediction."""
     pairs = distinct(seed, each)
     for place, prediction in enumerate(HOSTILE):
         pairs.insert(place * len(pairs) // len(HOSTILE), Pair("3x", prediction, False))
@@ -109,7 +109,7 @@ def rates(
 
 
 def latencies(checker: MathChecker, pairs: list[Pair]) -> list[float]:
-    """Seconds of each single call. The checker keeps a spare worker, so that no call waits for a fork."""
+    """Seconds of each single call. The checker keeps a spare worker, so that calls do not wait for a fork."""
 
     def call(pair: Pair) -> float:
         start = time.perf_counter()
@@ -125,7 +125,7 @@ STEP_COMPLETIONS = 2048
 
 
 def step_share(step_seconds: float) -> dict[str, float]:
-    """Seconds that grading the completions of one real step takes, and their share of a step of `step_seconds`."""
+    """Seconds to grade the completions of one real step, and the share of these seconds in `step_seconds`."""
     service = Service()
     pairs = groups(7, 2)
     service.grade(pairs[: len(pairs) // 2])  # starts the workers
@@ -135,12 +135,12 @@ def step_share(step_seconds: float) -> dict[str, float]:
 
 
 def disagreements(grade: Callable[[list[Pair]], list[bool]], pairs: list[Pair]) -> list[Pair]:
-    """Pairs whose verdict is not the expected one."""
+    """Pairs whose verdict differs from the expected verdict."""
     return [pair for pair, equal in zip(pairs, grade(pairs), strict=True) if equal != pair.equal]
 
 
 def measure(quick: bool, step_seconds: float) -> dict[str, Any]:
-    """Measure everything; returns what is printed."""
+    """Run all measurements; return the results to print."""
     each, repetitions = (2, 3) if quick else (8, 5)
     service = Service()
     systems: dict[str, Service | Stock] = {
@@ -151,7 +151,7 @@ def measure(quick: bool, step_seconds: float) -> dict[str, Any]:
     checked = distinct(1, each) + groups(1, 1)
     wrong = disagreements(service.grade, checked)
     if wrong:
-        raise SystemExit(f"{len(wrong)} verdicts of ours are not the expected ones: {wrong}")
+        raise SystemExit(f"{len(wrong)} of our verdicts differ from the expected verdicts: {wrong}")
     result: dict[str, Any] = {
         "bench": "rewards",
         "quick": quick,
@@ -169,7 +169,7 @@ def measure(quick: bool, step_seconds: float) -> dict[str, Any]:
 
     mix, limit_s = hostile_mix(2, 1 if quick else 4), 4.0 if quick else 30.0
     checker = MathChecker(workers=WORKERS + 1)
-    # Starts the processes: only a worker finds out that these are different.
+    # Starts the processes: only a worker detects that these pairs differ.
     checker.compare_many([(r"\sin^2 x", rf"{n}-\cos^2 x") for n in range(2, 20)])
     calls = sorted(latencies(checker, mix))
     honest = sorted(latencies(checker, distinct(3, each)))
@@ -226,12 +226,12 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a minute instead of several")
+    parser.add_argument("--quick", action="store_true", help="take one minute instead of several")
     parser.add_argument(
         "--step-seconds",
         type=float,
         default=60.0,
-        help="a whole RL step of 2,048 completions, as metrics.jsonl has it; the default is ours, a fast one",
+        help="seconds of a whole RL step of 2,048 completions, from metrics.jsonl; the default is a fast step of ours",
     )
     arguments = parser.parse_args()
     show(measure(arguments.quick, arguments.step_seconds))

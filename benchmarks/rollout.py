@@ -1,11 +1,11 @@
-"""The rollout side: our client against vLLM in one process, weight updates, overlap, and dynamic sampling's waste.
+"""The rollout side: our client against vLLM in one process, weight updates, overlap, and waste of dynamic sampling.
 
     python -P -m benchmarks.rollout [--quick]
 
-Client path: RolloutClient asks a server of our pool; `vllm.LLM.generate` in one process is the reference. Both get the
-same prompts, with an image each and several completions, and must give the same tokens (on a GPU as many: bf16 sums
-depend on the batch). Overlap: the same RL stage with
-`rollout.overlap` off and on. Dynamic sampling: the collector over simulated prompts of known pass rates, plain DAPO
+Client path: RolloutClient samples from a server of our pool; `vllm.LLM.generate` in one process is the reference. Both
+get the same prompts, each with an image and several completions, and must return the same tokens. On a GPU they must
+return the same number of tokens, because bf16 sums depend on the batch. Overlap: the same RL stage with
+`rollout.overlap` off and on. Dynamic sampling: the collector on simulated prompts with known pass rates, plain DAPO
 against the ledger.
 """
 
@@ -42,16 +42,18 @@ from benchmarks.workload import (
 PROMPTS, GROUP, TOKENS, MODEL_TOKENS = 32, 8, 32, 512
 MODULE = "benchmarks.rollout"
 SIMULATED_PROMPTS = 500
-"""Prompts of the simulated stage. Their pass rates follow Beta(0.6, 0.6): many near 0, many near 1."""
+"""Number of prompts of the simulated stage. Their pass rates follow Beta(0.6, 0.6): many near 0, many near 1."""
 
 SIMULATED_BATCHES = (40, 160)
-"""Batches of 16 groups: about one and a half epochs, and six. A ledger helps from the second epoch on."""
+"""Numbers of batches of 16 groups: about 1.5 epochs, and 6 epochs. A ledger helps from the second epoch on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all parts; `--quick` does fewer repetitions."""
+    """Run all parts; `--quick` runs fewer repetitions."""
     options = argparse.ArgumentParser(prog="benchmarks.rollout", description=__doc__.splitlines()[0])
-    options.add_argument("--quick", action="store_true", help="fewer repetitions, no overlap part")
+    options.add_argument(
+        "--quick", action="store_true", help="run fewer repetitions, without the overlap part"
+    )
     options.add_argument("--raw", help=argparse.SUPPRESS)
     options.add_argument("--train", help=argparse.SUPPRESS)
     chosen = options.parse_args(arguments)
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare(quick: bool) -> None:
-    """Run all parts and print their figures."""
+    """Run all parts and print the results."""
     from rl.rollout.messages import CoreFacts
     from rl.rollout.server import starting_pool
 
@@ -75,7 +77,9 @@ def compare(quick: bool) -> None:
         core = random_core(Path(folder) / "core", "2b" if on_gpu() else "tiny")
         cfg = pool_of(max_model_tokens=MODEL_TOKENS, max_sequences=PROMPTS * GROUP)
         with starting_pool(cfg, core, Path(folder) / "logs") as wait:
-            with _RawEngine(core, CoreFacts.of(core).banned_ids) as raw:  # they start beside each other
+            with _RawEngine(
+                core, CoreFacts.of(core).banned_ids
+            ) as raw:  # server and engine start concurrently
                 urls = wait()
                 client = compare_client(core, urls, raw, repetitions)
             sync_s = time_weight_sync(core, urls, repetitions)
@@ -115,8 +119,8 @@ def compare(quick: bool) -> None:
 def simulate_dynamic_sampling(batches: int) -> dict[str, float]:
     """Useful groups per 1,000 completions over `batches` batches, plain DAPO and with the ledger's defaults.
 
-    The policy improves: every batch moves a prompt's pass rate a little towards 1. Both sides see the same prompts, and
-    the same random draws per prompt and visit.
+    The policy improves: every batch moves the pass rates a little towards 1. Both sides have the same prompts, and the
+    same random draws per prompt and visit.
     """
     return {
         "plain": _simulate(batches, {"oversample": 1.0, "carry": False, "rest_epochs": 0}),
@@ -153,7 +157,7 @@ def _simulate(batches: int, sampling: dict[str, Any]) -> float:
 
 
 class _SimulatedPolicy:
-    """Answers right at each prompt's own rate. The n-th visit of a prompt draws the same numbers on both sides."""
+    """Gives right answers at each prompt's pass rate. The n-th visit of a prompt has the same draws on both sides."""
 
     def __init__(self, rates: dict[str, float]) -> None:
         self.rates, self.visits = dict(rates), dict.fromkeys(rates, 0)
@@ -175,7 +179,7 @@ class _SimulatedPolicy:
 
 
 def compare_client(core: Path, urls: Sequence[str], raw: _RawEngine, repetitions: int) -> dict[str, float]:
-    """Median seconds for the same prompts through our client and in one process. Both must give the same tokens."""
+    """Median seconds for the same prompts through our client and in one process. Both must return the same tokens."""
     from rl.data import prompt_messages
     from rl.rollout.client import RolloutClient
     from rl.rollout.messages import CoreFacts, Prompt, Sampling
@@ -196,7 +200,9 @@ def compare_client(core: Path, urls: Sequence[str], raw: _RawEngine, repetitions
     for side in (ask_client, ask_raw):
         side(99)
     compared = _lengths if on_gpu() else list
-    assert compared(answers["client"]) == compared(answers["raw"]), "client and engine sample other tokens"
+    assert compared(answers["client"]) == compared(answers["raw"]), (
+        "client and engine sample different tokens"
+    )
     seconds = alternate({"client": ask_client, "raw": ask_raw}, repetitions)
     client.close()
     return {**seconds, "ratio": seconds["client"] / seconds["raw"]}
@@ -207,7 +213,7 @@ def _lengths(answers: list[list[list[int]]]) -> list[list[int]]:
 
 
 def time_weight_sync(core: Path, urls: Sequence[str], repetitions: int) -> float:
-    """Median seconds until the servers serve the learner's new weights, with all caches reset."""
+    """Median seconds until the servers serve the learner's new weights, including the reset of all caches."""
     from core.training.config import LearnerConfig
     from core.training.model import load_model
     from rl.rollout.client import RolloutClient
@@ -248,13 +254,13 @@ def compare_overlap(core: Path, urls: Sequence[str], pool: str, folder: Path) ->
             elapsed = [
                 json.loads(line)["elapsed"] for line in (out / "metrics.jsonl").read_text().splitlines()
             ]
-            # The first two batches include the start: imports, first requests, and with overlap the batch in advance.
+            # The first two batches include the start-up: imports, first requests, and with overlap the extra batch.
             seconds[name] += [after - before for before, after in pairwise(elapsed[1:])]
     return {name: median(found) for name, found in seconds.items()}
 
 
 class _RawEngine:
-    """`vllm.LLM` in another process, which takes a repetition's number."""
+    """`vllm.LLM` in a child process, which reads the number of each repetition."""
 
     def __init__(self, core: Path, banned: Sequence[int]) -> None:
         self.process = subprocess.Popen(
@@ -294,7 +300,7 @@ class _RawEngine:
 
 def _raw_engine(job: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # vLLM prints between the answers
+    os.dup2(2, 1)  # vLLM also prints to standard output
     from vllm import LLM, SamplingParams
 
     from core.training.model import load_processor

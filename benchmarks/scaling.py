@@ -1,11 +1,11 @@
-"""How the learner's cost grows with group size, prompt length, images per prompt, completion length and ranks.
+"""Growth of the learner's cost with group size, prompt length, images per prompt, completion length and ranks.
 
     python -P -m benchmarks.scaling [--quick]
 
-One factor is doubled at a time; the others stay. Seconds of a step (benchmarks.learner) are fitted by
+One factor is doubled at a time, and the others are constant. The seconds of a step (benchmarks.learner) are fitted by
 seconds = a x factor^exponent. For parts that a group shares, our exponents should be near 0 and stock TRL's near 1.
-Ranks share one batch, each with its own groups. Gradients of both sides, and of one rank and two, are compared before
-the clock starts.
+Ranks split one batch by groups. Gradients are compared before timing: between both sides, and between one rank and two
+ranks.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ FACTORS: Mapping[str, Sequence[int]] = {
     "images": (1, 4, 16),
     "completion": (32, 64, 128, 256),
 }
-"""Field of a shape -> its values; `text` is the prompt's tokens without its images."""
+"""Field of a shape -> measured values; `text` is the number of text tokens of the prompt."""
 RANKS = (1, 2)
 RANK_GROUPS = 8
-"""Groups in the batch that the ranks share."""
+"""Groups in the batch that the ranks split."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure all factors and print the exponents; `--quick` on a smaller core with fewer repetitions."""
+    """Measure all factors and print the exponents; `--quick` uses a smaller core and fewer repetitions."""
     parser = argparse.ArgumentParser(prog=MODULE, description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="a smaller core, two values per factor, no ranks"
+        "--quick", action="store_true", help="use a smaller core and two values per factor, without ranks"
     )
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(quick: bool) -> None:
-    """Run everything in turn."""
+    """Run all measurements one after another."""
     import torch
 
     torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def measure(quick: bool) -> None:
     if ranks:
         for one, other in zip(*(one["norms"] for one in found_with.values()), strict=True):
             assert math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6), (
-                "ranks train something else than one rank"
+                "several ranks compute different gradients than one rank"
             )
         show(
             f"{RANK_GROUPS} groups shared by ranks, one thread each",
@@ -115,7 +115,7 @@ def slope(values: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def _seconds(size: Size, shape: Shape, repeats: int) -> dict[str, float]:
-    """Median seconds of both sides' steps, in turns after a warm-up."""
+    """Median seconds of both sides' steps, in alternating order after a warm-up."""
     model, processor = build_core(size)
     rows = rows_of(shape, size, processor)
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ def _seconds(size: Size, shape: Shape, repeats: int) -> dict[str, float]:
 
 
 def _with_ranks(count: int) -> dict[str, Any]:
-    """Median `seconds` of a step that `count` gloo ranks share, and the `norms` of its gradients."""
+    """Median `seconds` of a step that `count` gloo ranks split, and the `norms` of its gradients."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
         command = [
@@ -145,7 +145,7 @@ def _with_ranks(count: int) -> dict[str, Any]:
 
 
 def _rank(out: Path) -> None:
-    """One rank: its share of the groups, gradients averaged by DDP."""
+    """One rank: trains its share of the groups; DDP averages the gradients."""
     import torch
 
     torch.set_num_threads(1)

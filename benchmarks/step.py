@@ -3,9 +3,9 @@
     python -P -m benchmarks.step [--quick]
 
 All sides train the same random core on the same prompts with the same reward, group size and completion length, each
-in its own processes. Ours samples from a vLLM server, with `rollout.overlap` while it trains. TRL's GRPOTrainer samples
-with transformers' generate. A random core hardly ever ends a completion early, so all sides work on the same number of
-tokens (checked to 5%). On a GPU: SAIL-VL2-2B's shapes with random weights, bf16.
+in its own processes. Our side samples from a vLLM server; with `rollout.overlap` it samples while it trains. TRL's
+GRPOTrainer samples with transformers' generate. A random core rarely ends a completion early, so all sides process the
+same number of tokens (checked to 5%). On a GPU: SAIL-VL2-2B's shapes with random weights, bf16.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
     "mid": {"prompts": 2, "tokens": 64, "side_px": 448, "rows_per_pass": 8, "steps": 3},
     "2b": {"prompts": 8, "tokens": 512, "side_px": 448, "rows_per_pass": 8, "steps": 5},
 }
-"""Per core: prompts in a batch, completion length in tokens, side of the pictures, completions in one backward pass,
-and the steps of a turn that count."""
+"""Core -> prompts in a batch, completion length in tokens, side of the pictures in pixels, completions in one backward
+pass, and counted steps of a turn."""
 SIDES = ("stock", "ours", "overlap")
 QUICK = {"prompts": 8, "steps": 2}
 PARTS = {
@@ -55,10 +55,12 @@ PARTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare on the tiny and the mid-size core; `--quick` on the tiny one, with fewer steps."""
+    """Compare on the tiny and the mid-size core; `--quick` uses only the tiny core and fewer steps."""
     parser = argparse.ArgumentParser(prog=MODULE, description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="the tiny core alone, fewer prompts and steps, no overlap"
+        "--quick",
+        action="store_true",
+        help="use only the tiny core, with fewer prompts and steps and without overlap",
     )
     parser.add_argument("--ours", help=argparse.SUPPRESS)
     parser.add_argument("--stock", help=argparse.SUPPRESS)
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare(quick: bool) -> None:
-    """Run all sizes and print their figures."""
+    """Run all sizes and print the results."""
     sizes = ["2b"] if on_gpu() else ["tiny"] if quick else ["tiny", "mid"]
     found = {name: _compare(name, quick) for name in sizes}
     shares = next(iter(found.values()))["shares"]
@@ -87,7 +89,7 @@ def compare(quick: bool) -> None:
 
 
 def _compare(name: str, quick: bool) -> dict[str, Any]:
-    """Median seconds per step of each side, in turns and without the first two steps, and the parts of ours."""
+    """Median seconds per step of each side, over alternating turns without the first two steps; shares of our step."""
     from corpus.records import write_records
     from rl.rollout.server import rollout_pool
 
@@ -101,7 +103,7 @@ def _compare(name: str, quick: bool) -> dict[str, Any]:
         pool = pool_of(max_model_tokens=1024 if on_gpu() else 512, max_sequences=128)
         job = {"model": str(core), "data": str(data), "pool": pool.model_dump_json()}
         children = []
-        for turn, side in order:  # they import while the core is made and the server starts
+        for turn, side in order:  # the children import while the core is made and the server starts
             own = {
                 **job,
                 "stage": _stage(shape, overlap=side == "overlap"),
@@ -122,7 +124,9 @@ def _compare(name: str, quick: bool) -> dict[str, Any]:
         for side, own in logs.items()
     }
     if max(tokens.values()) / min(tokens.values()) > 1.05:
-        raise AssertionError(f"the sides did not do the same work: {tokens} tokens per completion")
+        raise AssertionError(
+            f"the sides did not process the same number of tokens: {tokens} tokens per completion"
+        )
     medians = {side: _step_seconds(own) for side, own in logs.items()}
     return {
         **{f"{side}_s": seconds for side, seconds in medians.items()},
@@ -146,20 +150,20 @@ def _stage(shape: Mapping[str, int], overlap: bool) -> dict[str, Any]:
 
 
 def _step_seconds(turns: Sequence[Sequence[Mapping[str, Any]]]) -> float:
-    """Median over all turns' steps but the first two of each."""
+    """Median seconds per step over all turns, without the first two steps of each turn."""
     ends = ([line["elapsed"] for line in lines[1:]] for lines in turns)
     return median(after - before for own in ends for before, after in pairwise(own))
 
 
 def _shares(turns: Sequence[Sequence[Mapping[str, Any]]], step_s: float) -> dict[str, float]:
-    """The parts of our step: sampling, rewards, weight update, and the learner as the rest."""
+    """Shares of our step: sampling, rewards, weight update, and the learner as the remainder."""
     counted = [line for lines in turns for line in lines[2:]]
     shares = {part: median(line[figure] for line in counted) / step_s for part, figure in PARTS.items()}
     return {**shares, "learner": 1 - sum(shares.values())}
 
 
 def _train_stock(job: Mapping[str, Any]) -> None:
-    """TRL's GRPOTrainer as its documentation shows it, on the same prompts."""
+    """Train TRL's GRPOTrainer on the same prompts, as in TRL's documentation."""
     import time
 
     from chain.worker import keep_engine_out
@@ -167,7 +171,7 @@ def _train_stock(job: Mapping[str, Any]) -> None:
     keep_engine_out()
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from core.files import append_jsonl
     from core.model.pictures import Decoded
@@ -184,6 +188,7 @@ def _train_stock(job: Mapping[str, Any]) -> None:
     cfg = parse(RLConfig, job["stage"], "benchmark")
     rows = {row["id"]: row for row in load_records(Path(job["data"]))}
     answer, out, started = AnswerReward(), Path(job["out"]), time.monotonic()
+    out.mkdir(parents=True)
 
     def correct(completions: list[Any], id: list[str], **_: Any) -> list[float | None]:
         texts = [one[0]["content"] for one in completions]
@@ -197,10 +202,8 @@ def _train_stock(job: Mapping[str, Any]) -> None:
                     out / "metrics.jsonl", {k: v for k, v in line.items() if isinstance(v, int | float)}
                 )
 
-    out.mkdir(parents=True)
     model = load_model(Path(job["model"]), LearnerConfig.model_validate(learner_settings()))
-    image_token = model.config.image_token_id
-    ban_tokens(model, [image_token])
+    ban_tokens(model, [model.config.image_token_id])
     trainer = GRPOTrainer(
         model=model,
         processing_class=load_processor(Path(job["model"])),
@@ -215,29 +218,36 @@ def _train_stock(job: Mapping[str, Any]) -> None:
                 for row in rows.values()
             ]
         ),
-        args=GRPOConfig(
-            output_dir=str(out / "trainer"),
-            max_steps=cfg.batches,
-            num_generations=GROUP,
-            per_device_train_batch_size=cfg.optim.micro_batch_size,
-            gradient_accumulation_steps=cfg.mini_batch // cfg.optim.micro_batch_size,
-            max_completion_length=cfg.rollout.max_completion_tokens,
-            temperature=TEMPERATURE,
-            learning_rate=cfg.optim.learning_rate,
-            loss_type="dapo",
-            epsilon=cfg.algorithm.clip_low,
-            epsilon_high=cfg.algorithm.clip_high,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=not on_gpu(),
-            bf16=on_gpu(),
-            gradient_checkpointing=on_gpu(),
-            disable_tqdm=True,
-        ),
+        args=_stock_config(cfg, out / "trainer"),
         callbacks=[Log()],
     )
     trainer.train()
+
+
+def _stock_config(cfg: Any, out: Path) -> Any:
+    """TRL's GRPOConfig for the stage `cfg` (rl.config.RLConfig)."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=str(out),
+        max_steps=cfg.batches,
+        num_generations=GROUP,
+        per_device_train_batch_size=cfg.optim.micro_batch_size,
+        gradient_accumulation_steps=cfg.mini_batch // cfg.optim.micro_batch_size,
+        max_completion_length=cfg.rollout.max_completion_tokens,
+        temperature=TEMPERATURE,
+        learning_rate=cfg.optim.learning_rate,
+        loss_type="dapo",
+        epsilon=cfg.algorithm.clip_low,
+        epsilon_high=cfg.algorithm.clip_high,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=not on_gpu(),
+        bf16=on_gpu(),
+        gradient_checkpointing=on_gpu(),
+        disable_tqdm=True,
+    )
 
 
 if __name__ == "__main__":

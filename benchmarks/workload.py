@@ -1,4 +1,4 @@
-"""The work that the rollout and step benchmarks share: random cores, prompts with pictures of noise, an RL stage."""
+"""Shared work of the rollout and step benchmarks: random cores, prompts with pictures of noise, an RL stage."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ WORDS = (
     *("compute", "A", "B", "plus", "minus", "digit", "cell", "question"),
     *("".join(letters) for letters in islice(product("ABCDEFGHIJKLMN", repeat=3), 2328)),
 )
-"""Makes a vocabulary of 2,374 tokens, the chat's included. A random core rarely ends a turn in it. It is in proportion
-(151,936 / 64) to cores with SAIL-VL2-2B's widths divided by 16 and layers by 4."""
+"""Makes a vocabulary of 2,374 tokens, with the chat tokens. With it, a random core rarely ends a turn. The size is in
+proportion (151,936 / 64) to cores with SAIL-VL2-2B's widths divided by 16 and layers by 4."""
 TINY_WORDS = 560
-"""Vocabulary of the tiny core: its output layer is then a fifth of the language model, as the 2B's is."""
+"""Vocabulary of the tiny core. Its output layer then has a fifth of the language model's parameters, as in the 2B."""
 TEMPERATURE = 0.7
 READY = "ready"
 SIZES: Mapping[str, TinySize] = {"tiny": TinySize(text_layers=2), "mid": SMALL["mid"]}
-"""`tiny` is the demo's architecture with one layer less; `mid` has real tiles: 448 px, 256 tokens each."""
+"""`tiny` is the demo's architecture without one layer; `mid` has tiles of real size: 448 px, 256 tokens each."""
 
 
 def on_gpu() -> bool:
@@ -39,7 +39,7 @@ def on_gpu() -> bool:
 
 
 def random_core(path: Path, size: str = "tiny") -> Path:
-    """A core with random weights, which hardly ever ends its turn early; core.model.sizes has the real sizes."""
+    """A core with random weights, which rarely ends its turn early; core.model.sizes has the real sizes."""
     if size in SIZES:
         words = WORDS[:TINY_WORDS] if size == "tiny" else WORDS
         return build_tiny(path, words=words, seed=0, size=SIZES[size])
@@ -47,7 +47,7 @@ def random_core(path: Path, size: str = "tiny") -> Path:
 
 
 def pool_of(**fields: Any) -> PoolConfig:
-    """Rollout servers beside the learner: on the one GPU, or on the CPU."""
+    """Rollout servers beside the learner, on the same GPU or on the CPU."""
     if on_gpu():
         fields = {"device": "gpu", "dtype": "bfloat16", "gpu_memory_utilization": 0.3, **fields}
     return PoolConfig(**fields)
@@ -59,7 +59,7 @@ def learner_settings() -> dict[str, Any]:
 
 
 def records(count: int, first: int = 0, side_px: int = 56, images: int = 1) -> list[dict[str, Any]]:
-    """Prompts whose pictures are noise of their own, so that no cache answers for the engine."""
+    """Prompts with distinct pictures of noise, so that caches cannot replace the engine's work."""
     import numpy as np
     from PIL import Image
 
@@ -87,7 +87,7 @@ def records(count: int, first: int = 0, side_px: int = 56, images: int = 1) -> l
 def rl_stage(
     *, batches: int, prompts: int, group: int, tokens: int, rows_per_pass: int = 64
 ) -> dict[str, Any]:
-    """An RL stage on the set `rl` that trains on every sampled group: each step does the same work."""
+    """An RL stage on the set `rl` that trains on every sampled group, so that each step has the same work."""
     return {
         "data": [{"set": "rl"}],
         "rewards": [{"name": "answer", "use": "answer", "weight": 1.0}],
@@ -109,8 +109,8 @@ def rl_stage(
 
 
 def train_rl(job: Mapping[str, Any]) -> None:
-    """Run an RL stage in this process, a `Child` that is told the servers' URLs; job: stage, model, out, data, pool
-    (JSON)."""
+    """Run an RL stage in this process, a `Child` that receives the servers' URLs. Keys of `job`: stage, model, out,
+    data, pool (JSON)."""
     from chain.worker import keep_engine_out
     from core.strict import parse
     from rl.config import RLConfig
@@ -145,7 +145,7 @@ def child(module: str, option: str, job: Mapping[str, Any]) -> list[str]:
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """Environment of rollout servers and learners, so that two sides differ in nothing else."""
+    """Environment of rollout servers and learners, equal on all sides."""
     from chain.ranks import environment as learner_environment
     from rl.rollout.command import environment as server_environment
 
@@ -153,11 +153,11 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 
 class Child:
-    """A process that imports while others start, and works when told to, so that no start is timed.
+    """A process that imports its modules first and works on request, so that its start is not timed.
 
     Args:
-        command: of a program that calls `wait_for_the_word` before it works.
-        log: takes what it prints.
+        command: command line of a program that calls `wait_for_the_word` before it works.
+        log: file for the output of the process.
     """
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
@@ -180,7 +180,7 @@ class Child:
         self._process.communicate()
 
     def wait_until_ready(self) -> None:
-        """Wait until it has imported everything."""
+        """Wait until the process has imported its modules."""
         assert self._process.stdout is not None
         for line in self._process.stdout:  # imports print warnings
             if line.strip() == READY:
@@ -188,7 +188,7 @@ class Child:
         self._fail()
 
     def run(self, told: Any = None) -> None:
-        """Send it its task and wait for its end. Raises RuntimeError with the end of its log if it fails."""
+        """Send the task and wait for the process to end. Raises RuntimeError with the end of its log if it fails."""
         self._process.communicate(f"{json.dumps(told)}\n")
         if self._process.returncode:
             self._fail()
@@ -200,7 +200,7 @@ class Child:
 
 
 def wait_for_the_word() -> Any:
-    """In a `Child`: say that everything is imported, and wait for the task. Its prints go to the log."""
+    """In a `Child`: report that the imports are done, and wait for the task. Prints go to the log."""
     answer = os.dup(1)
     os.dup2(2, 1)
     os.write(answer, f"{READY}\n".encode())

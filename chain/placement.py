@@ -100,9 +100,8 @@ def _check_once_per_host(environment: Mapping[str, str]) -> None:
             f"ranks itself (learner.processes). "
             + (command if nodes > 1 else "On one host: posttrain run ...")
         )
-    if (
-        not _in_step(environment) or "RANK" in environment
-    ):  # under srun, torchrun's variables determine the place
+    # With torchrun under srun, torchrun's variables determine the place.
+    if not _in_step(environment) or "RANK" in environment:
         return
     nodes = _step_nodes(environment)
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", nodes))

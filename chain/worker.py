@@ -20,9 +20,8 @@ THREADS_END_S = 30.0
 
 def main(arguments: list[str]) -> int:
     """Run the task in the file that the only argument names; returns 0."""
-    faulthandler.register(
-        signal.SIGUSR1, all_threads=True
-    )  # chain.ranks requests a stack trace of a hung rank
+    # chain.ranks requests a stack trace of a hung rank.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     task = parse(Task, read_json(Path(arguments[0])), arguments[0])
     if not task.vllm:
         keep_engine_out()

@@ -100,11 +100,6 @@ def has_key() -> bool:
             path = Path(file).expanduser() if file else None
             if path is not None and path.is_file():
                 return netrc.netrc(str(path)).authenticators(host) is not None
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            netrc.NetrcParseError,
-        ):  # an unreadable file holds no usable key
+        except (OSError, ValueError, RuntimeError, netrc.NetrcParseError):  # the file is unreadable
             return False
     return False

@@ -74,7 +74,7 @@ def load_examples(data: str, split: str, rows: int | None, seed: int, mode: str 
         return Examples(records, records.numbers, lambda row: Example.of(row, Decoded(row["images"])), mode)
     path = Path(data)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
+        raise ConfigError(f"{path}: there is no such file")
     examples, numbers = [], []
     for line in read_lines(path):
         try:
@@ -95,9 +95,8 @@ def _records(data: str, split: str, rows: int | None, seed: int) -> Any:
     except RecordError:
         if rows is None:
             raise
-        return load_records(
-            data, split
-        )  # the set may have fewer rows than requested; any other fault raises again here
+        # The set may have fewer rows than requested. Any other fault raises again here.
+        return load_records(data, split)
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
 

@@ -101,9 +101,8 @@ def score(
         try:
             for lines in _chunks(source):
                 begun.append(_Chunk.begin(lines, source.parent, rewards, caller, mode))
-                if (
-                    len(begun) > 1
-                ):  # a chunk is graded while the last completions of the previous chunk finish
+                # A chunk is graded while the last completions of the previous chunk finish.
+                if len(begun) > 1:
                     begun.pop(0).write(file, summary, on_bytes)
             for chunk in begun:
                 chunk.write(file, summary, on_bytes)

@@ -97,7 +97,7 @@ def scores_of(accuracy: float) -> dict:
 
 @dataclass
 class Toy:
-    """The toy chain's recipe folder, and what happened when it ran."""
+    """The toy chain's recipe folder, and a record of its run."""
 
     root: Path
     evaluated: list[str] = field(default_factory=list)
@@ -144,7 +144,7 @@ class Toy:
             self.pools.append("stop")
 
     def calls(self) -> list[str]:
-        """Stages whose process has run since the last look."""
+        """Stages whose process has run since the last call."""
         file = self.root / "calls.txt"
         calls = file.read_text().split() if file.exists() else []
         file.unlink(missing_ok=True)

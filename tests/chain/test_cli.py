@@ -1,4 +1,4 @@
-"""The console command answers fast, and its errors are words."""
+"""The console command starts fast, and its errors are clear messages."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def posttrain(*arguments: str, cwd) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def importable(monkeypatch):
-    """Makes our packages importable in a child that stands elsewhere, installed or not."""
+    """Makes our packages importable in a child process with another working directory, installed or not."""
     from chain.ranks import environment
 
     monkeypatch.setenv("PYTHONPATH", environment(1)["PYTHONPATH"])
@@ -124,7 +124,7 @@ def test_folders_of_the_users_that_are_called_like_ours_hide_nothing(tmp_path):
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('a stranger')")
     (tmp_path / "mine.py").write_text("def one(completion, example):\n    return 1.0\n")
     (tmp_path / "rows.jsonl").write_text('{"completion": "4", "gold": "4"}\n')
-    # Without PYTHONPATH: an editable install is looked for only after sys.path, and where we stand is on it.
+    # Without PYTHONPATH: an editable install is searched only after sys.path, which has the working directory.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     score = ["score", "--rewards", "answer,mine:one", "--input", "rows.jsonl", "--output", "scored.jsonl"]
     command = [sys.executable, "-P", "-m", "chain.cli.main", *score]

@@ -1,4 +1,4 @@
-"""`posttrain core import` and `core export`, as a user types them."""
+"""`posttrain core import` and `core export`, called like by a user."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`posttrain data import` and sets of a recipe in other formats."""
+"""`posttrain data import`, and a recipe's sets in foreign formats."""
 
 import json
 from pathlib import Path

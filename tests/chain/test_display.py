@@ -1,4 +1,4 @@
-"""The terminal shows what is going on: whole lines of a growing file, few of them where nobody watches."""
+"""The display shows progress: complete lines of a growing file, and fewer lines without a terminal."""
 
 from io import StringIO
 
@@ -58,7 +58,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
     clock = iter(range(0, 1000, 6))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     display = Display(Console(file=StringIO(), width=80))
-    with display.step("rlvr"):  # at 0 s; then one look every 6 s
+    with display.step("rlvr"):  # at 0 s; then one call every 6 s
         for text in ("step 1", "step 2", "step 3", "step 3", "step 3", "step 4"):
             display.passing(text)
     printed = display.console.file.getvalue().splitlines()

@@ -1,4 +1,4 @@
-"""What listens while a stage trains, read from the operating system, and what a neighbour gets there: nothing.
+"""The listening sockets while a stage trains, from the operating system. Another user gets no data from them.
 
 A chain with two ranks and two rollout servers runs; docs/security.md lists everything that may listen.
 """
@@ -67,7 +67,7 @@ ATTEMPTS = [
 
 
 class Mark:
-    """Leaves a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -77,7 +77,7 @@ class Mark:
 
 
 def start(root, core, name, engine):
-    """The chain's process, in a session and working directory of its own."""
+    """The chain's process, in a separate session and working directory."""
     (root / "counted_digits.py").write_text(REWARD)
     write_records(root / "rl.parquet", [record(n, image=bool(n % 4)) for n in range(24)])
     recipe = {
@@ -116,7 +116,7 @@ def start(root, core, name, engine):
 
 
 def role(process, known={}):  # noqa: B006 - what each process was
-    """Who a process is, or was before it began to end and lost its command line."""
+    """Name of a process, or its last known name after it has lost its command line at exit."""
     words = " ".join(process.cmdline())
     if words:
         known[process] = next((role for word, role in ROLES.items() if word in words), words[:100])
@@ -124,7 +124,7 @@ def role(process, known={}):  # noqa: B006 - what each process was
 
 
 def listeners(process):
-    """(who, interface, what) of everything that listens below a process, and its address."""
+    """(process, interface, protocol) -> address, for all sockets on which descendants of a process listen."""
     found = {}
     listening = {
         line.split()[6]: line.split()[7] if len(line.split()) > 7 else "(no name)"
@@ -143,12 +143,12 @@ def listeners(process):
                     path = listening[inode[1]]
                     found[path] = (who, "private folder" if is_private(path) else path, "unix")
         except (psutil.Error, OSError):
-            continue  # it has just ended
+            continue  # the process has just ended
     return found
 
 
 def is_private(path):
-    """Whether a Unix socket's folder is its user's alone."""
+    """Whether only the owner can access a Unix socket's folder."""
     status = Path(path).parent.stat()
     return status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o077
 
@@ -218,7 +218,7 @@ def stores_that_open(addresses):
 
 
 def documented():
-    """(who, interface, what) of the table in docs/security.md for one host."""
+    """(process, interface, protocol) of the rows for one host in docs/security.md."""
     text = (ROOT / "docs" / "security.md").read_text()
     table = text[text.index("| Who |") :].split("\n\n")[0].splitlines()[2:]
     return {tuple(cell.strip().strip("`") for cell in line.split("|")[1:4]) for line in table}
@@ -267,7 +267,7 @@ def test_what_listens_is_listed_on_loopback_and_refuses_a_neighbour(tiny_core, t
     (token,) = tokens
     files = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
     assert not [file for file in files if token.encode() in file.read_bytes()]
-    # The same without a neighbour.
+    # The same without a second user.
     finish(start(tmp_path, tiny_core, "alone", engine), tmp_path / "alone.out")
     runs = [tmp_path / "runs" / name / "rlvr" for name in ("visited", "alone")]
     one, two = (

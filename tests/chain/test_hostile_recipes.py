@@ -1,4 +1,4 @@
-"""Recipes are input: whatever they hold is read within bounds, or refused by one line that names file and rule."""
+"""Recipes are untrusted input: any content is read within limits, or refused by one line that names file and rule."""
 
 import os
 

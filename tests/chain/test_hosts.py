@@ -1,4 +1,4 @@
-"""Several hosts: which one a process finds itself to be, what is refused, and how leader and followers part."""
+"""Several hosts: a process finds its place, mismatches are refused, and leader and followers end together."""
 
 import json
 import os
@@ -42,7 +42,7 @@ FACTS = {"the recipe": "a"}
         ({**STEP, "SLURM_NNODES": "1", "SLURM_NTASKS": "1", "SLURM_NODEID": "0"}, None),
         # a batch script on one node that asked for eight tasks, and starts posttrain itself
         ({"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8"}, None),
-        # torchrun under srun: torchrun has the say
+        # torchrun under srun: torchrun's variables take precedence
         ({**STEP, **TORCHRUN}, Placement(2, 1, "gpu-a")),
     ],
 )
@@ -79,7 +79,7 @@ def test_a_start_per_gpu_or_on_one_node_of_several_is_refused_with_the_right_com
     ("words", "problem"),
     [
         ({"nodes": 2}, "--nnodes 2 needs --node-rank"),
-        ({"nodes": 2, "node": 2}, "lies between 0 and 1"),
+        ({"nodes": 2, "node": 2}, "must be between 0 and 1"),
         ({"node": 1}, "need --nnodes"),
         ({"nodes": 2, "node": 0, "master": "a:b"}, "write HOST or HOST:PORT"),
     ],
@@ -155,7 +155,7 @@ def test_leader_and_followers_run_a_stages_ranks_and_part_in_peace(tmp_path, qui
         assert ticket.stat().st_mode & 0o777 == 0o600
         command.append("echo here")
         run_job(tmp_path / "stage", leader)
-        run_job(tmp_path / "stage", leader)  # and again
+        run_job(tmp_path / "stage", leader)  # a second time
     assert [host.end() for host in hosts] == [None, None]
     assert "the leader has finished" in hosts[0].console.file.getvalue()
     assert (tmp_path / "stage" / "log-rank2.txt").read_text() == "here\nhere\n"

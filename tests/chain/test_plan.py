@@ -1,4 +1,4 @@
-"""plan resolves a recipe and counts its batches; what does not exist is named with its key."""
+"""plan resolves a recipe and counts its batches; a missing file or module is reported with its key."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""plan holds a recipe against a machine: what each stage takes, and what it refuses, with the key to change."""
+"""plan compares a recipe with a machine: the resources of each stage, and refusals with the key to change."""
 
 from pathlib import Path
 from typing import get_args
@@ -45,8 +45,8 @@ def test_the_plan_says_where_the_memory_goes_and_who_is_on_which_gpu(tmp_path):
     assert "packing: passes of at most 40960 tokens, rows of at most 20480" in shown
     assert "GPU memory of a server: weights 4.5 GiB, cache" in shown
     assert "counted for a core of 2.42B parameters on 8 GPUs of 80 GiB (the recipe's hardware)" in shown
-    # Four phases of basic SFT, two more checkpoints of the soup, one of each other stage, 2 bytes per parameter; two
-    # of 16 bytes while a stage is trained: a tiny core's took 16.1 on disk.
+    # Four checkpoints of basic SFT's phases, two of the soup's variants and one of each other stage, 2 bytes per
+    # parameter; during training two of 16 bytes per parameter: a tiny core's took 16.1 on disk.
     kept, unfinished = (4 + 2 + 4) * 2 * 2_419_400_192, 2 * 16 * 2_419_400_192
     assert found.disk == kept + unfinished
     assert f"{unfinished / GIB:.1f} GiB more while it runs (save_every)" in shown
@@ -185,7 +185,7 @@ def test_every_way_of_computing_a_prefix_is_planned_as_it_is_run(prefix):
     )
     fit = resources(recipe, Path("nowhere")).fits["rlvr"]
     config = recipe.rlvr
-    # TRL is handed a whole update's rows where the learner shares prefixes, else a micro-batch.
+    # With shared prefixes, TRL gets the rows of a whole update, else of a micro-batch.
     rows = trl_config(config, Path("out"), 0).per_device_train_batch_size * config.learner.processes
     assert (rows == config.mini_batch) == config.learner.shares_prefix == (prefix != "stock")
     assert ("token_budget" in fit.largest.knob) == config.learner.shares_prefix

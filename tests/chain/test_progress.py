@@ -1,4 +1,4 @@
-"""The live line tells step, figures and the time left, and follows files that are not in order."""
+"""The live line shows step, metrics and remaining time, and copes with faulty files."""
 
 import json
 from io import StringIO
@@ -20,7 +20,7 @@ NAMES = ("core", "basic_sft", "rlvr")
 
 
 class Track:
-    """A stage's trackers that remember what they were given."""
+    """A stage's trackers that record their input."""
 
     def __init__(self):
         self.logged, self.rows, self.alerts = [], [], []
@@ -103,7 +103,7 @@ def test_a_resumed_stage_sends_each_line_on_and_tells_alarms_once(toy):
     metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "elapsed": 123456.789}\nhalf a li')
     alarms.write_text(json.dumps({"batch": 0, "name": "jump", "text": "up"}) + "\n")
     follower.look()
-    assert track.logged == [1, 2, 3, 4, 5, 3]  # StageTrack drops what it has sent
+    assert track.logged == [1, 2, 3, 4, 5, 3]  # StageTrack drops records that it has sent
     assert (track.alerts, track.rows) == (["rlvr: jump"], [{"id": "a"}])
     assert display.console.file.getvalue().count("ALARM") == 1
 

@@ -173,7 +173,7 @@ def test_numbers_without_a_source_are_found(tmp_path):
         "m: [{n: 11}]\n"
     )
     found = [problem.partition("pipeline.yaml:")[2] for problem in check_sources(tmp_path)]
-    # j's own enclosing key, i, has no source, and neither has the list m.
+    # The key i, which encloses j, has no source. The list m has no source either.
     assert found == ["3: c = 3", "7: j = 8", "8: k[0] = 9", "8: k[1] = 10", "10: n = 11"]
 
 

@@ -1,4 +1,4 @@
-"""`posttrain explain` tells every key's type, default, unit and stages, and editors get a schema that fits."""
+"""`posttrain explain` shows every key's type, default, unit and stages, and the JSON schema fits all recipes."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_the_command_prints_text_and_a_schema(capsys):
 
 
 def unknown_keys(value, part, definitions) -> list[str]:
-    """Keys of a recipe's file that the schema does not have."""
+    """Keys of a recipe's file that the schema lacks."""
     options = [part, *part.get("anyOf", [])]
     options = [definitions[one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in options]
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""report.json keeps its schema; report.html shows it, asks for nothing and trusts no completion."""
+"""report.json keeps its schema; report.html shows it, sends no requests and escapes all completions."""
 
 import json
 import math
@@ -109,7 +109,7 @@ def run_dir(tmp_path) -> Path:
 
 
 class Page(HTMLParser):
-    """Tags, text and everything a browser might fetch."""
+    """Tags, text and all URLs that a browser might fetch."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -157,9 +157,8 @@ def test_stages_made_from_an_earlier_run_of_a_stage_before_are_not_shown(run_dir
     manifest = Manifest.read(run_dir / "rlvr")
     manifest.model_copy(update={"finished": "2026-01-02T10:00:00+00:00"}).write(run_dir / "rlvr")
     found = write(run_dir)
-    assert [stage.name for stage in found.stages] == list(
-        STAGES[:5]
-    )  # rlvr is new, what came of the old is not
+    # rlvr ran again; the later stages came from the old rlvr.
+    assert [stage.name for stage in found.stages] == list(STAGES[:5])
     assert found.outdated == ["think_fusion", "mixed_rl"]
     assert "not shown: think_fusion, mixed_rl" in report.table(found).caption
 
@@ -176,7 +175,7 @@ def test_the_table_has_a_row_per_stage_with_intervals(run_dir):
     assert all(name in text for name in STAGES)
     assert "0.571 [.531, .611]" in text  # rlvr: 4 / 7
     assert "24.2/24.2" in text
-    assert "…" not in text  # it fits a terminal of 80 columns
+    assert "…" not in text  # the table fits a terminal of 80 columns
 
 
 def test_a_completion_with_markup_is_shown_as_text(run_dir):
@@ -188,7 +187,7 @@ def test_a_completion_with_markup_is_shown_as_text(run_dir):
     assert "script" not in found.tags
     assert found.handlers == []
     assert found.text.count("<script>alert(1)</script>") == 8
-    assert "<b>panels</b>" in found.text  # the recipe's own words are escaped, too
+    assert "<b>panels</b>" in found.text  # the recipe's texts are escaped as well
 
 
 def test_the_page_asks_for_nothing_outside_itself(run_dir):
@@ -281,7 +280,8 @@ def test_a_failed_stage_is_shown_with_its_error_and_curves_until_it_finishes(run
     assert "mixed_rl failed: RuntimeError: out of memory" in shown.text
     assert "<script>alert(1)</script>" in shown.text
     assert "script" not in shown.tags
-    assert html.count("<strong>Reward</strong>") == 2  # rlvr's, and its own up to the failure
+    # rlvr's chart, and the failed stage's chart up to the failure.
+    assert html.count("<strong>Reward</strong>") == 2
     (run_dir / "mixed_rl.partial").rename(run_dir / "mixed_rl")
     assert write(run_dir).failed is None
 

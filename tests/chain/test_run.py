@@ -1,4 +1,4 @@
-"""The runner: what runs, what is skipped, and what a crash leaves behind."""
+"""The runner: stages run or are skipped, and a crash leaves a consistent folder."""
 
 import json
 import shutil
@@ -90,7 +90,7 @@ def test_changed_generator_code_makes_the_data_again(toy):
 def test_a_half_written_stage_is_not_taken_for_a_finished_one(toy):
     toy.run()
     toy.calls()
-    # Killed between training and the rename: everything is there, under the other name.
+    # Killed between training and the rename: all files exist, under the partial name.
     (toy.run_dir / "rlvr").rename(toy.run_dir / "rlvr.partial")
     toy.run()
     assert toy.calls() == ["rlvr"]
@@ -300,7 +300,7 @@ def test_an_interrupt_stops_the_child_and_what_it_started(tmp_path, monkeypatch)
         run_job(task, tmp_path, on_poll=interrupt_when_running)
     time.sleep(0.1)
     for pid in map(int, pids.read_text().split()):
-        # A zombie has ended; whoever adopted it has not yet looked.
+        # A zombie has ended; its new parent has not yet waited for it.
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
@@ -408,7 +408,7 @@ def test_an_error_inside_a_child_is_told_by_its_one_line(toy, monkeypatch, kind,
     assert ("Traceback" in str(caught.value)) == (kind == "bug")
     assert "rlvr.partial/log.txt" in str(caught.value)
     monkeypatch.delenv("TOY_RAISE")
-    toy.run()  # what the failure left does not stay
+    toy.run()  # the files of the failure are removed
     assert not (toy.run_dir / "rlvr" / "error.json").exists()
 
 

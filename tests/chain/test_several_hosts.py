@@ -1,6 +1,6 @@
 """Two hosts on loopback: two `posttrain run` in sessions of their own, one rank each, and two rollout servers by URL.
 
-They share the run's folder and the weights' folder, and nothing else: working directory and home differ.
+They share only the run's folder and the weights' folder: working directory and home differ.
 """
 
 import os
@@ -75,7 +75,7 @@ class Site:
         (root / "recipe" / "pipeline.yaml").write_text(yaml.safe_dump(recipe))
 
     def posttrain(self, name: str, *words: str) -> subprocess.Popen:
-        """The command on a host of its own: session, working directory, home."""
+        """The command on a simulated host: separate session, working directory and home."""
         home = self.root / name
         home.mkdir(exist_ok=True)
         path = os.pathsep.join([str(self.root / "code"), str(Path(__file__).parents[2])])
@@ -189,7 +189,7 @@ def test_a_server_that_is_killed_and_replaced_serves_again_with_the_current_weig
         place.wait_for('"step": 2', stage / "metrics.jsonl")
         engines = below(servers[0])
         servers[0].kill()
-        for process in engines:  # as when their machine goes
+        for process in engines:  # as when their machine fails
             process.kill()
         wait_until_gone(engines)
         place.wait_for('"rollout/servers": 1', stage / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""What happens around training: samples for the report, the one pool, the soup's ingredients, hashes."""
+"""The work around training: samples for the report, the single pool, the soup's ingredients, hashes."""
 
 import os
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def test_samples_are_spread_over_modes_and_rows():
     modes = ["think"] * 100 + ["direct"] * 50
     assert spread(modes, 4) == [0, 50, 100, 125]
     assert len(spread(modes, 5)) == 5
-    assert spread(["think"] * 2, 12) == [0, 1]  # no more than there are
+    assert spread(["think"] * 2, 12) == [0, 1]  # at most the existing rows
     assert spread(modes, 0) == []
     assert spread([], 12) == []
 
@@ -50,7 +50,7 @@ def test_samples_are_written_anew_with_their_images(tmp_path):
 
 
 class FakeClient:
-    """A RolloutClient that only notes what it is asked to load."""
+    """A RolloutClient that only records the checkpoints to load."""
 
     def __init__(self, urls):
         self.urls, self.loaded, self.fails, self.closed = urls, [], False, False
@@ -96,11 +96,11 @@ def test_the_pool_starts_once_and_is_handed_weights_only_when_they_change(tmp_pa
     events: list[str] = []
     with pool(tmp_path, events) as servers:
         client = servers.serve(one)
-        assert client.loaded == []  # they started with these
+        assert client.loaded == []  # the servers started with these weights
         servers.serve(two)
         servers.serve(two)
         assert client.loaded == ["two"]
-        servers.weights_changed()  # an RL stage pushed its own
+        servers.weights_changed()  # an RL stage sent its own weights
         servers.serve(two)
         assert client.loaded == ["two", "two"]
         assert events == ["start one"]
@@ -157,7 +157,7 @@ def test_content_hashes_are_remembered_until_the_file_changes(tmp_path, monkeypa
 
 
 def test_make_has_a_target_for_every_stage_and_no_other():
-    """The Makefile lists the stages for people's fingers: in the chain's order, by names that the command knows."""
+    """The Makefile has a target per stage: in the chain's order, by names that the command knows."""
     text = (Path(__file__).parents[2] / "Makefile").read_text()
     line = next(line for line in text.splitlines() if line.startswith("core sft"))
     assert tuple(stage_named(word.rstrip(":")).name for word in line.split()) == STAGE_NAMES

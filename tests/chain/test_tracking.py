@@ -1,4 +1,4 @@
-"""Trackers: W&B never asks for a key, and no tracker ends or disturbs a training."""
+"""Trackers: W&B never prompts for a key, and a tracker cannot end or disturb training."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def no_account(monkeypatch, tmp_path):
 
 
 class FakeRun:
-    """Remembers what it was given; `fails` makes every call raise."""
+    """Records its input; `fails` makes every call raise."""
 
     def __init__(self, fails: bool = False) -> None:
         self.logged, self.summary, self.exit_code, self.fails = [], {}, None, fails
@@ -66,7 +66,7 @@ def tracker(tmp_path, said=None, **config) -> Tracker:
 
 def test_without_a_key_runs_are_offline(monkeypatch, tmp_path):
     assert resolve_mode(WandbConfig()) == "offline"
-    assert resolve_mode(WandbConfig(mode="online")) == "offline"  # online would ask for a key
+    assert resolve_mode(WandbConfig(mode="online")) == "offline"  # online mode would prompt for a key
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert resolve_mode(WandbConfig()) == "online"
 
@@ -123,7 +123,7 @@ def test_a_failing_wandb_is_told_once_and_stops_nothing(tmp_path, fake):
             stage.log({"step": 1})
             stage.log({"step": 2})
     assert said == ["wandb: ConnectionError: no route; the chain runs on without it"]
-    assert [run.exit_code for run in fake.runs] == [0, 0]  # their runs are ended all the same
+    assert [run.exit_code for run in fake.runs] == [0, 0]  # their runs are still ended
 
 
 def test_a_wandb_that_does_not_start_is_told_and_stops_nothing(tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_advantages_are_trls(algorithm):
 
 
 class Recorder:
-    """A tracker's run that remembers its tables."""
+    """A tracker's run that records its tables."""
 
     def __init__(self):
         self.tables, self.logged = [], []
@@ -236,7 +236,7 @@ def test_each_batch_of_completions_is_one_table(tmp_path, monkeypatch):
     with tracker(tmp_path, table_rows=2).stage("rlvr", {}) as stage:
         stage.log({"step": 1})
         stage.completions([row(0), row(1)])
-        assert run.tables == []  # the batch may go on
+        assert run.tables == []  # the batch may continue
         stage.log({"step": 2})
         stage.completions([row(2, batch=4), row(3, batch=4), row(4, batch=4)])
         stage.results({"thinking": {"accuracy": 0.5, "ci95": [0.4, 0.6]}}, tmp_path)
@@ -293,7 +293,7 @@ def test_wandb_itself_writes_an_offline_run_with_a_table(tmp_path, rl_set):
 def test_tensorboard_itself_gets_curves_pictures_and_text(tmp_path, rl_set):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for _ in range(2):  # a second start takes the place of the first
+    for _ in range(2):  # a second start replaces the first
         follow_a_stage(tmp_path, ["tensorboard"], rl_set)
     events = EventAccumulator(str(tmp_path / "tensorboard" / "rlvr"))
     events.Reload()
@@ -315,7 +315,7 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(tmp_path, monk
 
 
 class FakeMlflow:
-    """The part of MlflowClient that we call, with what it was given."""
+    """The methods of MlflowClient that we call; records its input."""
 
     def __init__(self, tracking_uri):
         self.uri, self.metrics, self.files, self.tags = tracking_uri, [], {}, {}

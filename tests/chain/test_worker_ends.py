@@ -1,4 +1,4 @@
-"""A stage's process ends when its work is done, whatever threads it has left."""
+"""A stage's process ends when its work is done, even if other threads are running."""
 
 import os
 import subprocess

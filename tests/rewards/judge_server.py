@@ -1,4 +1,4 @@
-"""A judge on loopback that plays any part: right, slow, broken, talkative, bribed."""
+"""A judge on loopback with configurable replies: right, slow, broken, verbose, manipulated."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ class FakeJudge(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request, client_address):
-        pass  # a client that gave up is part of the tests
+        pass  # some tests have a client that gives up
 
 
 class Handler(BaseHTTPRequestHandler):

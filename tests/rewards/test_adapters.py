@@ -1,4 +1,4 @@
-"""Reward functions of TRL and verl run as they are, and ours run as TRL's."""
+"""Reward functions of TRL and verl run unchanged, and our rewards run as TRL's."""
 
 import sys
 import textwrap
@@ -110,7 +110,7 @@ def test_a_column_of_meta_is_handed_on_or_refused_with_the_names_there_are(load,
     reward = load("trl:levels.py:level")
     check_columns(reward, "mine", [ROW, OTHER])
     assert scores(reward) == [0.3, None]
-    assert scores(reward, ["it is 6"], [OTHER]) == [None]  # a batch in which no row has it
+    assert scores(reward, ["it is 6"], [OTHER]) == [None]  # a batch whose rows all lack the column
     with pytest.raises(ValueError, match=r"reward 'mine' needs the column 'level', which no row has.*hint"):
         check_columns(reward, "mine", [OTHER])
     (tmp_path / "typo.py").write_text("def levels(completions, levels):\n    return [1.0]\n")
@@ -204,7 +204,7 @@ def test_nan_is_trls_none_and_an_error_of_verls(load, tmp_path):
 
 
 def called_as_trl_does(function, completions, **columns):
-    """As trl.GRPOTrainer._calculate_rewards calls it."""
+    """Call a reward function like trl.GRPOTrainer._calculate_rewards."""
     prompts = [[{"role": "system", "content": "Think."}, {"role": "user", "content": "2 + 2?"}]] * len(
         completions
     )

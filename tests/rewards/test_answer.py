@@ -1,4 +1,4 @@
-"""What the table of cases cannot say about the answer reward: parameters, load-time checks, failures of ours."""
+"""The answer reward beyond the table of cases: parameters, load-time checks, internal failures."""
 
 import math
 
@@ -80,7 +80,7 @@ def test_rows_that_no_rule_grades_load(kind):
 
 
 def test_a_completion_that_burns_the_deadline_is_wrong(monkeypatch):
-    monkeypatch.setattr(pool, "CPU_SHARE", 0.1)  # however busy the machine is
+    monkeypatch.setattr(pool, "CPU_SHARE", 0.1)  # independent of the machine's load
     checker = MathChecker(deadline_s=5, workers=1)
     monkeypatch.setattr(checker_module, "SHARED", checker)
     verdict = boxed("9^{9^{9^{9}}}", "3x")

@@ -1,4 +1,4 @@
-"""One reward in every form gives the same verdicts, from any thread."""
+"""A reward gives the same verdicts in every form and from any thread."""
 
 import asyncio
 import functools
@@ -63,7 +63,7 @@ class BatchAsync:
 
 
 class BatchToo:
-    """Has both; the batch is what counts."""
+    """Has both forms; the batched form is used."""
 
     def __call__(self, completion, example):
         raise AssertionError("asked one by one")
@@ -105,7 +105,7 @@ def test_every_form_gives_the_same_verdicts(form):
 
 
 def test_plain_rewards_run_side_by_side_and_async_ones_all_at_once():
-    meeting = threading.Barrier(4, timeout=30)  # passes only if four are in it together
+    meeting = threading.Barrier(4, timeout=30)  # passes only with four concurrent calls
 
     def together(completion, example):
         meeting.wait()
@@ -143,7 +143,7 @@ def test_async_rewards_meet_the_same_loop_every_time():
 
     for _ in range(3):
         Mixture([Term("a", reward, 1.0)]).grade("", ROWS[0])
-    assert len(set(loops)) == 1  # an HTTP client is bound to the loop that it met first
+    assert len(set(loops)) == 1  # an HTTP client is bound to the first loop that it uses
 
 
 def test_many_threads_grade_with_one_mixture():
@@ -242,7 +242,7 @@ def test_whatever_a_reward_raises_is_named_and_ends_nothing_else(error, is_async
     ) as caught:
         mixture.grade_batch(COMPLETIONS, ROWS)
     assert caught.value.__cause__ is error
-    assert Mixture([Term("after", plain_async, 1.0)]).grade("2", ROWS[1]).total == 1.0  # the loop lives on
+    assert Mixture([Term("after", plain_async, 1.0)]).grade("2", ROWS[1]).total == 1.0  # the loop still runs
 
 
 def test_a_batch_that_fails_under_the_lenient_policy_is_unscored_row_by_row():
@@ -259,4 +259,4 @@ def test_forms_are_told_apart_by_names():
     assert form_of(whole).batched
     assert not form_of(lambda completion, examples: 1.0).batched
     assert form_of(CalledAsync()).is_async
-    assert not form_of(str.startswith).batched  # no signature to read is no batch
+    assert not form_of(str.startswith).batched  # a callable without a signature is not batched

@@ -24,7 +24,7 @@ SCORES = {"correct": 1.0, "unscorable": None}
 
 @pytest.fixture(autouse=True, scope="module")
 def patient_checker():
-    """A shared machine may make an honest comparison wait."""
+    """On a shared machine, an honest comparison may have to wait."""
     checker, shared = MathChecker(deadline_s=30), checker_module.SHARED
     checker_module.SHARED = checker
     yield
@@ -33,7 +33,7 @@ def patient_checker():
 
 
 def text(packed):
-    """A text, written out: [text, times] stands for repetition."""
+    """An expanded text: [text, times] stands for a repetition."""
     if isinstance(packed, str):
         return packed
     return "".join(part if isinstance(part, str) else part[0] * part[1] for part in packed)

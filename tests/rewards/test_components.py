@@ -40,7 +40,8 @@ def test_what_is_not_defined_is_left_out():
     assert not {"sampled/judge/mean", "sampled/judge/std", "sampled/judge/zero_variance_groups"} & set(
         metrics
     )
-    assert metrics["sampled/answer/zero_variance_groups"] == 1  # a group of one has no variance to speak of
+    # The variance of a group of one completion is undefined.
+    assert metrics["sampled/answer/zero_variance_groups"] == 1
     assert not [key for key in metrics if "correlation" in key]
 
 

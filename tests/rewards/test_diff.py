@@ -1,4 +1,4 @@
-"""What changed between two scored files."""
+"""Differences between two scored files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The rewards that the docs and the example package show work as they are shown."""
+"""The rewards in the docs and in the example package work as shown."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What is read out of a completion, and that reading stays linear in its length."""
+"""Parsing of completions, and its linear cost."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The format rewards, of a template that opens the thought and of one that does not."""
+"""The format rewards, for templates with and without an opened thought."""
 
 import pytest
 from hypothesis import given

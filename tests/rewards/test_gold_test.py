@@ -1,4 +1,4 @@
-"""`posttrain rewards test`, as a user runs it."""
+"""`posttrain rewards test`, called like by a user."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def test_our_rewards_pass_on_records(work, reward, capsys):
     tested = {"answer": "2 rows", "think_format": "1 row", "direct_format": "2 rows"}.get(reward, "3 rows")
     shown = capsys.readouterr().out
     assert f"{reward}: {tested}; " in shown
-    # the third row's verifier is none: nothing is claimed of its verdict
+    # the third row's verifier is none, so its verdict is not checked
     assert ("answer: 1 row of verifier judge or none got a verdict" in shown) == (reward == "answer")
 
 
@@ -50,7 +50,7 @@ def test_a_reward_that_always_pays_ends_with_code_1_and_shows_file_and_row(work,
         "rows.parquet: empty: 2 rows; the first: row 0 ('a'): mine.py:Kind: empty: expected 0, got 1 (correct)"
         in shown.out
     )
-    assert "('c')" not in shown.out  # nothing there that a rule could check
+    assert "('c')" not in shown.out  # rules cannot check any of these rows
     assert "failures on 2 of 3 rows" in shown.err
     assert len(shown.out.splitlines()) <= 10
 

@@ -1,4 +1,4 @@
-"""A user's reward that misbehaves is named, costs its own row alone, and never freezes or ends the stage."""
+"""A faulty user's reward is named, affects only its own row, and never freezes or ends the stage."""
 
 import os
 import signal
@@ -124,7 +124,7 @@ def test_a_bad_call_is_named_and_costs_its_own_row_alone(load, name, says):
     results = load(name, deadline_s=1).batch(TEXTS, ROWS)
     failed = [row for row, result in enumerate(results) if isinstance(result, RewardError)]
     assert 3 in failed
-    # a call that held the interpreter may have kept its neighbours beyond the deadline as well
+    # a call that held the interpreter may also have delayed the other calls beyond the deadline
     assert failed == [3] or name in ("regex", "blocks")
     with pytest.raises(RewardError, match=rf"reward 'mine' failed on row 'row-3': .*{says}"):
         raise results[3]
@@ -186,7 +186,7 @@ def test_one_that_raises_shows_its_own_traceback(load):
 
 @pytest.mark.parametrize("name", ["hangs", "sleeps", "blocks"])
 def test_without_isolation_the_deadline_still_holds(load, name):
-    # The hanging call may keep neighbours from being graded; nobody gets a wrong score.
+    # The hanging call may block other rows, but all scores are right.
     reward = load(name, isolate=False, deadline_s=0.5)
     assert isinstance(reward, Shared)
     reward._reward = _short_sleep(reward._reward)
@@ -196,12 +196,12 @@ def test_without_isolation_the_deadline_still_holds(load, name):
     ):
         raise results[3]
     assert all(isinstance(result, RewardError) or result.score == 1 for result in results)
-    if name != "blocks":  # nothing can free an event loop that a coroutine blocks
+    if name != "blocks":  # an event loop that a coroutine blocks cannot be freed
         assert [result.score for result in reward.batch(TEXTS[:3], ROWS[:3])] == [1, 1, 1]
 
 
 def _short_sleep(reward):
-    """Its 600 s are 2 s, so that the test's own process can end."""
+    """Sleeps 2 s in place of 600 s, so that the test's process can end."""
     import asyncio
     import time as real
     from types import SimpleNamespace
@@ -253,7 +253,7 @@ def test_its_process_and_its_threads_end_with_ours(folder):
 
 
 def _gone(pid):
-    """Wait for the kernel to have ended it: init may still have to bury it."""
+    """Wait until the kernel has ended the process. Its parent may not have waited for it yet."""
     while Path(f"/proc/{pid}").exists():
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         if state == "Z":

@@ -1,4 +1,4 @@
-"""The judges against a server on loopback: what it is sent, what its words mean, what its failures never do."""
+"""The judges against a server on loopback: requests, meaning of replies, and effects of failures."""
 
 import base64
 import io
@@ -44,7 +44,7 @@ def judge(server, kind=VisionJudge, **fields):
 
 
 def examiner(request):
-    """A judge that knows the canaries and its business: no to what they say, yes to the rest."""
+    """A reliable judge: no to injected completions, yes to all others."""
     text = material(request)
     wrong = ("elephants", "green dog", "Sydney", "Dickens", "capital of France", "| What colour fills")
     if "<response-" in text:
@@ -191,9 +191,9 @@ def test_a_completion_beyond_the_limit_is_wrong_and_asks_nobody(server):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"criteria": ["soundness"]}, "some of logical_soundness"),
+        ({"criteria": ["soundness"]}, "give at least one of logical_soundness"),
         ({"criteria": []}, "at least one"),
-        ({"verdict": "all"}, 'either "holistic" or "mean"'),
+        ({"verdict": "all"}, 'must be "holistic" or "mean"'),
         ({"max_concurrency": 0}, "max_concurrency=0"),
         ({"budget_s": float("inf")}, "budget_s=inf"),
         ({"choices": ("yes", "perhaps")}, "yes and no, in either order"),

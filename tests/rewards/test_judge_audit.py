@@ -1,4 +1,4 @@
-"""The audit measures what a judge was made to do: its mistakes, its leanings, its weakness for flattery."""
+"""The audit measures a simulated judge's known faults: errors, bias, and susceptibility to flattery."""
 
 import json
 
@@ -23,7 +23,7 @@ def server():
 
 
 def examiner(request):
-    """Right about everything but SLIP, which it takes for good; falls for one flattery, and for length."""
+    """A judge that is right except on SLIP, which it finds good; one flattery and length mislead it."""
     text = material(request)
     if "elephants" in text or "green dog" in text:
         return "no"
@@ -35,7 +35,7 @@ def examiner(request):
 
 
 def rows():
-    """10 good rows, 30 wrong ones, 10 wrong ones that the judge takes for good."""
+    """10 good rows, 30 wrong rows, and 10 wrong rows that the judge finds good."""
     chains = [(GOOD, "good")] * 10 + [(WRONG, "bad")] * 30 + [(SLIP, "wrong")] * 10
     return [
         {
@@ -144,7 +144,7 @@ def test_a_judge_that_is_down_and_a_criterion_nobody_knows_are_words(server, tmp
     assert audit(server, data, tmp_path / "out") == (1, None)
     assert "does not answer" in capsys.readouterr().err
     assert audit(server, data, tmp_path / "out", "--criteria", "beauty") == (2, None)
-    assert "some of logical_soundness" in capsys.readouterr().err
+    assert "give at least one of logical_soundness" in capsys.readouterr().err
 
 
 def test_kappa_and_shares_at_their_ends():

@@ -1,4 +1,4 @@
-"""The judges' client: retries, budget, circuit, cache; threads, event loops, forks. The server plays the faults."""
+"""The judges' client: retries, budget, circuit, cache; threads, event loops, forks. The server simulates the faults."""
 
 import asyncio
 import email.utils
@@ -102,7 +102,7 @@ def test_a_hanging_server_costs_a_batch_its_deadline_and_the_next_one_nothing(se
 
 def test_a_reply_that_never_ends_does_not_outlive_the_deadline(server):
     class Cut(bytes):
-        def __len__(self):  # announces more than it sends, and keeps the connection open
+        def __len__(self):  # announces more bytes than it sends, and keeps the connection open
             return 1000
 
     server.reply = lambda request: (200, Cut(b"{"))
@@ -268,7 +268,7 @@ def test_processes_share_a_cache(server, tmp_path):
         command = [sys.executable, "-P", "-c", CHILD, server.url, str(path), str(start)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
-    together = [child(0), child(30)]  # half of their questions are the same
+    together = [child(0), child(30)]  # half of their questions are equal
     for process in together:
         process.communicate(timeout=60)
         assert process.returncode == 0
@@ -326,7 +326,7 @@ def test_a_forked_child_that_ends_leaves_the_parents_connections_alone(server, t
 
 def test_event_loops_and_threads_may_ask_at_once(server):
     async def loop(n):
-        inside = put(server, questions(n + 1)[n:])  # blocks this loop, and works
+        inside = put(server, questions(n + 1)[n:])  # blocks this loop, and still works
         outside = await asyncio.to_thread(put, server, questions(n + 11)[n + 10 :])
         return causes(inside) | causes(outside)
 

@@ -1,4 +1,4 @@
-"""Untrusted text as data: nothing in it can look like markup or leave its block."""
+"""Untrusted text as data: it cannot look like markup and cannot leave its block."""
 
 import base64
 import unicodedata

@@ -1,4 +1,4 @@
-"""The language reward: which words count, and what cannot hide them."""
+"""The language reward: counted words, and attempts to hide words."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The fast way from LaTeX to sympy ends where latex2sympy's own does."""
+"""The fast conversion from LaTeX to sympy has the same results as latex2sympy's own."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ TEXTS = [
 
 
 def form(parse, text: str) -> str:
-    """What a text parses to, to the last digit, or that it does not."""
+    """The exact result of parsing a text, or that parsing fails."""
     from sympy import srepr
 
     try:

@@ -1,4 +1,4 @@
-"""The package as a whole: light to import, and its examples run."""
+"""The whole package: it is cheap to import, and its doctests pass."""
 
 import doctest
 import importlib

@@ -1,4 +1,4 @@
-"""The checking processes: whatever they are asked, whoever kills or stops them, the others' answers come."""
+"""The checking processes: for any question, kill or stop, the other questions still get their answers."""
 
 import itertools
 import os
@@ -63,7 +63,7 @@ def make():
     made: list[MathChecker] = []
 
     def make(**settings) -> MathChecker:
-        # a shared machine may make an honest job wait
+        # on a shared machine, an honest job may have to wait
         made.append(MathChecker(**{"deadline_s": 30, "workers": 1, **settings}))
         return made[-1]
 
@@ -74,7 +74,7 @@ def make():
 
 @pytest.fixture(scope="module")
 def shared():
-    """One checker for the tests that do it no harm."""
+    """A shared checker for tests that do not damage it."""
     checker = MathChecker(deadline_s=30, workers=2)
     yield checker
     checker.close()
@@ -116,7 +116,7 @@ def gone(pid: int) -> bool:
 
 
 def run(code: str, *args: str, returncode: int = 0, **where) -> str:
-    """What the code prints in an interpreter of its own."""
+    """Output of the code in a separate interpreter."""
     command = [sys.executable, "-P", "-c", code, *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, **where)
     assert done.returncode == returncode, done.stderr
@@ -124,13 +124,13 @@ def run(code: str, *args: str, returncode: int = 0, **where) -> str:
 
 
 def new() -> tuple[str, str]:
-    """Two equal answers that no checker has seen."""
+    """Two new equal answers."""
     n = next(NUMBERS)
     return rf"\sin^2 y+{n}", rf"{n + 1}-\cos^2 y"
 
 
 def hanging() -> tuple[str, str]:
-    """A question that no deadline is enough for and no checker has seen."""
+    """A new question that exceeds every deadline."""
     return "3x", f"9^{{9^{{9^{{{next(NUMBERS) + 9}}}}}}}"
 
 
@@ -147,7 +147,7 @@ def begun(checker: MathChecker) -> bool:
 
 
 def test_a_hung_job_is_the_predictions_fault_and_its_worker_is_replaced(single, monkeypatch):
-    monkeypatch.setattr(pool, "CPU_SHARE", 0.01)  # however busy the machine is
+    monkeypatch.setattr(pool, "CPU_SHARE", 0.01)  # independent of the machine's load
     worker = started(single)
     assert single.compare(*hanging()) == Outcome.OVER_TIME
     monkeypatch.undo()
@@ -315,7 +315,7 @@ def test_who_waits_too_long_for_a_worker_is_told_so(single, threads):
         Outcome.TIMEOUT,
         Outcome.DIFFERENT,
     ]
-    assert len(single._state.open) == 1  # what nobody waits for is not begun
+    assert len(single._state.open) == 1  # an abandoned job is not started
     single.close()
     assert first.result() == Outcome.CRASHED
 
@@ -438,7 +438,7 @@ def test_workers_that_cannot_start_say_how_to_find_out_why(tmp_path, monkeypatch
 
 
 def test_text_that_is_no_text_is_answered(shared):
-    # a lone surrogate, a line break, a null: none may break the protocol
+    # a lone surrogate, a line break or a null must not break the protocol
     for odd in ("\ud800x", "x\n+1", "x\0"):
         assert shared.compare("2^x", odd) in (Outcome.DIFFERENT, Outcome.UNPARSEABLE)
     assert shared.compare(*EASY) == Outcome.EQUAL

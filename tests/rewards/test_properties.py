@@ -1,4 +1,4 @@
-"""What holds of any text: reading never raises and stays linear; equality is an equality."""
+"""Properties for any text: parsing never raises and has linear cost, and equality is an equivalence relation."""
 
 import json
 import math
@@ -153,7 +153,7 @@ def test_any_gold_has_a_kind_and_is_usable_or_has_a_problem(text):
 
 
 def steps(function, text):
-    """Lines of Python and calls of C functions that reading a text takes."""
+    """Number of Python lines and C function calls to parse a text."""
     count = 0
 
     def line(frame, event, argument):
@@ -365,7 +365,7 @@ PLAIN = expressions | numbers.map(str)
 @given(PLAIN, PLAIN)
 def test_equality_of_expressions_has_no_direction(one, other):
     outcomes = {quick(one, other), quick(other, one)} - {None}
-    # A restated question is one only on the answer's side: 9+7 is no answer to 16.
+    # A restated question counts only on the answer's side: 9+7 does not answer 16.
     if exact_number(one) is None and exact_number(other) is None:
         assert len(outcomes) <= 1
 
@@ -428,7 +428,7 @@ def test_json_lists_are_their_own_gold(kind, values):
     assert AnswerReward()(json.dumps([*values, 1]), row).score == 0
 
 
-# ---- what follows a gold, what is no mathematics, and notations of one value
+# ---- text after a gold, text without mathematics, and notations of one value
 
 WORDS = st.text(string.ascii_lowercase, min_size=3, max_size=9) | st.sampled_from(
     "incorrect eighths quadrillion chain exact fifths points left wrong divided less thirds squared apples".split()

@@ -1,4 +1,4 @@
-"""Rewards by name: built-in, a module's, a file's; and what is said when there is none."""
+"""Rewards by name: built-in, from a module, from a file; and messages for unknown names."""
 
 import subprocess
 import sys
@@ -86,7 +86,7 @@ def test_an_unknown_reward_is_a_lookup_error_too():
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("alone", "too many positional"), ("NUMBER", "is a int, not"), ("Example", "no __call__|missing")],
+    [("alone", "too many positional"), ("NUMBER", "is a int, not"), ("Example", "method __call__|missing")],
 )
 def test_what_cannot_grade_is_refused(mine, name, says):
     module = "rewards.example" if name == "Example" else "users_rewards"

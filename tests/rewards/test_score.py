@@ -1,4 +1,4 @@
-"""Stored completions are scored in order, a line out for every line in, whatever the line holds."""
+"""Stored completions are scored in order, with one output line per input line for any content."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ THINK, DIRECT = r"<think>2 + 2</think> \boxed{4}", "4"
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A folder to stand in; modules of the user's there are forgotten afterwards."""
+    """A working folder; the user's modules in it are unloaded afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path
@@ -39,7 +39,7 @@ def scored(work, *lines, rewards="answer,format", options=()):
         *options,
     ]
     assert main(command) == 0
-    assert [path.name for path in (work / "out").iterdir()] == ["scored.jsonl"]  # no draft is left
+    assert [path.name for path in (work / "out").iterdir()] == ["scored.jsonl"]  # no temporary file remains
     return [json.loads(line) for line in (work / "out" / "scored.jsonl").read_text().splitlines()]
 
 
@@ -207,7 +207,7 @@ def test_the_row_reaches_the_reward_whole(work):
     out = scored(work, row, {**row, "images": ["gone.png"]}, rewards="answer,looks.py:looks")
     assert out[0]["rewards"]["looks.py:looks"]["score"] == 1
     assert "FileNotFoundError" in out[1]["rewards"]["looks.py:looks"]["why"]
-    assert out[1]["rewards"]["answer"]["score"] == 1  # who does not look does not mind
+    assert out[1]["rewards"]["answer"]["score"] == 1  # a reward that does not use pictures is not affected
 
 
 def test_a_reward_that_raises_leaves_its_own_verdict_unscorable(work, capsys):
@@ -234,7 +234,7 @@ def test_parameters_reach_their_reward(work):
         (("--rewards", "anser"), "did you mean answer"),
         (("--rewards", ","), "--rewards is empty"),
         (("--rewards", "answer,answer"), "'answer' twice"),
-        (("--rewards", "answer", "--param", "tolerance=1"), "say whose it is"),
+        (("--rewards", "answer", "--param", "tolerance=1"), "name the reward"),
         (("--rewards", "answer", "--param", "format.x=1"), "'format', which --rewards does not name"),
         (("--rewards", "answer", "--param", "answer.tolerence=1"), "did you mean tolerance"),
         (("--rewards", "answer", "--param", "answer.tolerance"), "write KEY=VALUE"),
@@ -281,7 +281,7 @@ def test_an_interrupt_drops_what_has_not_begun(work, monkeypatch):
     go_on.set()
     for thread in set(threading.enumerate()) - before:
         thread.join(30)
-    assert len(calls) <= 6  # the first chunk, and perhaps the one completion that was under way
+    assert len(calls) <= 6  # the first chunk, and possibly the completion that was being graded
 
 
 def test_a_file_may_be_scored_into_itself(work):
@@ -296,7 +296,7 @@ def test_a_file_may_be_scored_into_itself(work):
 def test_an_unreadable_row_says_why(work):
     with pytest.raises(RowError, match="write text"):
         example_of_row({"gold": True}, 1, work)
-    with pytest.raises(ConfigError, match="names none"):
+    with pytest.raises(ConfigError, match="is empty"):
         score.rewards_of("", {}, [])
 
 

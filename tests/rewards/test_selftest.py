@@ -1,4 +1,4 @@
-"""The self-test finds rewards that pay for nothing, and lets honest ones pass."""
+"""The self-test finds rewards that score corrupted completions, and accepts honest rewards."""
 
 import pytest
 
@@ -98,7 +98,7 @@ def test_a_sample_is_drawn_by_its_seed():
 
 
 class Terse:
-    """Not about the answer; says nothing of what it may be asked."""
+    """A reward that does not check the answer and has no attribute `self_test`."""
 
     def __call__(self, completion, example):
         return float(len(completion) < 5)

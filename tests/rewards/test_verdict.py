@@ -1,4 +1,4 @@
-"""Verdicts and examples hold their own rules."""
+"""Verdicts and examples enforce their rules."""
 
 import pytest
 
