@@ -96,7 +96,7 @@ def killed_run(run: Run, kills: int, seed: int) -> list[str]:
         runner, before = run.start(), len(made)
         while len(made) < kills:
             try:
-                runner.wait(draw.uniform(1, 35))
+                runner.wait(draw.uniform(1, 45))
                 break
             except subprocess.TimeoutExpired:
                 alive = run.processes()
@@ -118,19 +118,14 @@ def killed_run(run: Run, kills: int, seed: int) -> list[str]:
             shutil.rmtree(run.folder / "smoke")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    run = Run(tmp_path_factory.mktemp("undisturbed") / "runs")
-    assert run.start().wait(1200) == 0, run.log.read_text()[-3000:]
-    return results(run.folder / "smoke")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), SAVING], ids=["stages start again", "stages are resumed"])
-def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(overrides, undisturbed, tmp_path):
+def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(overrides, tmp_path):
+    undisturbed = Run(tmp_path / "undisturbed", overrides)
+    assert undisturbed.start().wait(1200) == 0, undisturbed.log.read_text()[-3000:]
     shared = set(os.listdir("/dev/shm"))
-    run = Run(tmp_path / "runs", overrides)
+    run = Run(tmp_path / "killed", overrides)
     made = killed_run(run, KILLS // 2, seed=len(overrides))
     print(f"{len(made)} kills: {made}")
-    assert results(run.folder / "smoke") == undisturbed
+    assert results(run.folder / "smoke") == results(undisturbed.folder / "smoke")
     assert set(os.listdir("/dev/shm")) <= shared
