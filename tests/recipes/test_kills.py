@@ -76,7 +76,7 @@ class Run:
 def results(run: Path) -> dict[str, object]:
     """Weights by hash, metrics and scores without times, of every stage."""
     found: dict[str, object] = {}
-    for file in sorted(run.glob("*/checkpoint/**/*.safetensors")):
+    for file in sorted(run.rglob("*.safetensors")):
         found[str(file.relative_to(run))] = hashlib.sha256(file.read_bytes()).hexdigest()
     for file in sorted(run.glob("*/metrics.jsonl")):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
