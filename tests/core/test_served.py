@@ -189,7 +189,7 @@ BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
         [user(*[picture(5, 5)] * (MAX_IMAGES + 1), QUESTION)],
         "At most 5 image(s) may be provided in one prompt",
     ),
-    "no image": ([user(data_url(b"no image"), QUESTION)], "in no format that is read"),
+    "no image": ([user(data_url(b"no image"), QUESTION)], "its format is not one of"),
     "half an image": ([user(data_url(encoded(80, 80)[:2000]), QUESTION)], "image file is truncated"),
     "a claimed size of 10 gigapixels": (
         [user(data_url(_claiming(encoded(5, 5), 100_000, 100_000)), QUESTION)],

@@ -53,7 +53,7 @@ def test_nothing_earns_nothing():
 
 @pytest.mark.parametrize("params", [{"ngram": 0}, {"allowed": 0.6}, {"worst": 1.1}, {"allowed": -0.1}])
 def test_shares_that_make_no_sense_are_refused(params):
-    with pytest.raises(ValueError, match=r"n-gram|shares"):
+    with pytest.raises(ValueError, match=r"ngram|shares"):
         Repetition(**params)
 
 
