@@ -35,7 +35,7 @@ def evaluate_checkpoint(
     runs_dir: Path = Path("runs"),
     open_pool: OpenPool | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Score the checkpoint folder `model` in both modes; eval.json and the samples go to `out`.
+    """Score the checkpoint folder `model` on the recipe's held-out sets; eval.json and the samples go to `out`.
 
     The recipe's own sets are generated first if they do not exist. Raises ConfigError if the recipe has no `eval`.
     """

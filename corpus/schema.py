@@ -82,7 +82,8 @@ class DataSource(Strict):
     """For sets that are sent to the rollout servers: a row beyond their limits (pictures per prompt, tokens of prompt
     and completion) is refused before the first stage, or dropped and counted in the log."""
     on_bad_gold: OnBad = "raise"
-    """RL only: a gold answer that its verifier cannot use stops the load, or its row is dropped and counted."""
+    """RL and evaluation: a gold answer that its verifier cannot use stops the load, or its row is dropped and
+    counted."""
 
 
 class RecordError(ValueError):

@@ -16,7 +16,7 @@ from typing import Any
 from chain.display import Tail, duration
 from chain.report import charts
 from chain.report.curves import curves, is_number
-from chain.report.data import MODES, Failure, Report, StageReport
+from chain.report.data import Failure, Report, StageReport, extra_columns, set_names
 from core.files import PARTIAL
 from core.model.pictures import Picture
 
@@ -42,7 +42,9 @@ def page(report: Report, run_dir: Path) -> str:
         report=report,
         facts=_facts(report),
         stages=stages,
-        table=[_row(stage) for stage in report.stages],
+        sets=set_names(report),
+        extra=extra_columns(report),
+        table=[_row(stage, report) for stage in report.stages],
         overview=_overview(report),
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
     )
@@ -54,12 +56,13 @@ def _facts(report: Report) -> list[str]:
     return [f"seed {report.seed}", commit, f"{duration(seconds)} in all", report.written]
 
 
-def _row(stage: StageReport) -> dict[str, Any]:
+def _row(stage: StageReport, report: Report) -> dict[str, Any]:
     """One stage in the page's table."""
-    scores = [stage.eval.get(mode) for mode in MODES]
+    scores = [stage.eval.get(name) for name in set_names(report)]
     return {
         "name": stage.name,
         "scores": scores,
+        "extra": extra_columns(report, stage),
         "format": " / ".join(f"{score.format_rate:.2f}" if score else "–" for score in scores),
         "tokens": " / ".join(f"{score.mean_tokens:.1f}" if score else "–" for score in scores),
         "seconds": f"{stage.seconds:.0f}",
@@ -73,8 +76,8 @@ def _overview(report: Report) -> charts.Figure | None:
     if len(stages) < 2:
         return None
     series = {
-        mode: [(found.accuracy, *found.ci95) if (found := stage.eval.get(mode)) else None for stage in stages]
-        for mode in MODES
+        name: [(found.accuracy, *found.ci95) if (found := stage.eval.get(name)) else None for stage in stages]
+        for name in set_names(report)
     }
     return charts.intervals("Held-out accuracy along the chain", [stage.name for stage in stages], series)
 
@@ -139,7 +142,7 @@ def _soup(ingredients: Sequence[Mapping[str, Any]], merged: Mapping[str, Any]) -
 
 
 def _flat(measured: Mapping[str, Any]) -> dict[str, Any]:
-    held_out = {f"held-out, {mode}": scores["accuracy"] for mode, scores in measured["eval"].items()}
+    held_out = {f"held-out, {name}": scores["accuracy"] for name, scores in measured["eval"].items()}
     plain = {
         key: value for key, value in measured.items() if key not in ("name", "score") and _is_plain(value)
     }
