@@ -62,7 +62,8 @@ def evaluate_checkpoint(
             progress=display.passing,
         )
         scores = evaluate(context)
-    write_json(out / "eval.json", {"model": str(model.resolve()), "scores": scores})
+    places = {name: sets[one.set] for name, one in cfg.sets.items()}
+    write_json(out / "eval.json", {"model": str(model.resolve()), "scores": scores, "sets": places})
     display.line(report.scores_text(scores))
     display.line(f"samples and scores: {out}")
     return scores

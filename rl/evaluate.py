@@ -66,7 +66,8 @@ class Scored:
 
     def to_dict(self) -> dict[str, Any]:
         """A line of held_out.jsonl, which the report, the tracker and `posttrain compare` read."""
-        row, extra = self.record, {}
+        row = self.record
+        extra: dict[str, Any] = {}
         if self.drawn:
             extra["drawn"] = [one.to_dict() for one in self.drawn]
         if self.blind:
@@ -107,7 +108,7 @@ def evaluate(
     Returns:
         Name of an evaluation set -> its figures (rl.scores.summary), and every judged row.
     """
-    rows = {}
+    rows: dict[str, Sequence[Record]] = {}
     for name in cfg.sets:
         within = partial(askable, length=cfg.longest(name))
         rows[name] = held_out(cfg, name, sets, within)

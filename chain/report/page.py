@@ -6,8 +6,6 @@ page's content security policy forbids scripts and requests.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,28 +15,18 @@ from chain.display import Tail, duration
 from chain.report import charts
 from chain.report.curves import curves, is_number
 from chain.report.data import Failure, Report, StageReport, extra_columns, set_names
+from chain.report.pictures import data_url
+from chain.report.render import template
 from core.files import PARTIAL
 from core.model.pictures import Picture
-
-THUMBNAIL_PX = 256
-"""Larger images are reduced to this size. Smaller images keep their size, with every pixel visible."""
 
 
 def page(report: Report, run_dir: Path) -> str:
     """The whole page, with the stages' curves and sampled completions from the run's folder."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     stages = [_stage(stage, report, run_dir / stage.name) for stage in report.stages]
     if report.failed:
         stages.append(_failed(report.failed, run_dir))
-    return environment.get_template("page.html.jinja").render(
+    return template("page.html.jinja").render(
         report=report,
         facts=_facts(report),
         stages=stages,
@@ -176,13 +164,7 @@ def _picture(folder: Path, name: str | None) -> dict[str, Any] | None:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.exists():
         return None
-    shown = Picture(path.read_bytes()).rgb()
-    small = max(shown.size) <= THUMBNAIL_PX // 2
-    shown.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    shown.save(buffer, format="PNG" if small else "JPEG")
-    kind = "png" if small else "jpeg"
-    return {"kind": kind, "small": small, "data": base64.b64encode(buffer.getvalue()).decode()}
+    return data_url(Picture(path.read_bytes()).rgb())
 
 
 def _is_plain(value: Any) -> bool:
