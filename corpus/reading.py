@@ -10,21 +10,23 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from core.model.pictures import Picture
 from corpus.parquet import check_columns, check_file, features, rows_at_once
 from corpus.schema import (
+    JSON_FIELDS,
+    DataSource,
     OnBad,
     Problem,
     Record,
     RecordError,
     completed,
-    meta_of,
+    json_of,
     picture_of,
     problem_of,
 )
@@ -43,8 +45,8 @@ class Records(Sequence[Record]):
     with an animated picture, of which the model sees the first frame.
     """
 
-    def __init__(self, table: Table, found: Scan) -> None:
-        self._table, self._scan, self._indices = table, found, sorted(found.good)
+    def __init__(self, table: Table, found: Scan, strip_system: bool = False) -> None:
+        self._table, self._scan, self._indices, self._strip = table, found, sorted(found.good), strip_system
         self.dropped = dict(Counter(f"{problem.field}: {problem.rule}" for _, problem in found.bad))
         self.animated = found.animated
 
@@ -54,7 +56,8 @@ class Records(Sequence[Record]):
 
     def only(self, kept: Sequence[int]) -> Records:
         """The records with these indices."""
-        return Records(self._table, self._scan._replace(good=[self._indices[index] for index in kept]))
+        found = self._scan._replace(good=[self._indices[index] for index in kept])
+        return Records(self._table, found, self._strip)
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -75,7 +78,8 @@ class Records(Sequence[Record]):
     def _row(self, number: int) -> Record:
         (record,) = self._table.records([number])
         images = [picture_of(image) for image in record["images"]]
-        return {**record, "images": images, "meta": meta_of(record["meta"])}
+        parsed = {name: json_of(record[name]) for name in JSON_FIELDS}
+        return {**record, "images": images, **parsed, **({"system": None} if self._strip else {})}
 
 
 def load_records(
@@ -84,6 +88,7 @@ def load_records(
     rows: int | None = None,
     seed: int | None = None,
     on_bad: OnBad = "raise",
+    system: Literal["keep", "strip"] = "keep",
 ) -> Records:
     """The records of a Parquet file, a folder of Parquet files, or a dataset on the hub.
 
@@ -93,6 +98,7 @@ def load_records(
         rows: number of rows: the first ones, or with a seed a random draw in the file's order.
         seed: seed of the draw.
         on_bad: "raise" stops at bad rows; "drop" drops them and counts them in `Records.dropped`.
+        system: "strip" removes the rows' system messages.
 
     Raises RecordError for bad rows, unknown columns, or fewer good rows than requested; FileNotFoundError if `source`
     does not exist.
@@ -104,7 +110,7 @@ def load_records(
     found = _scan(table, order, rows)
     if found.bad and on_bad == "raise":
         raise RecordError(report(found.bad, table.place))
-    records = Records(table, found)
+    records = Records(table, found, system == "strip")
     if found.bad:
         log.warning("%s: dropped %d rows: %s", source, len(found.bad), records.dropped)
     if records.animated:
@@ -117,6 +123,13 @@ def load_records(
     if not records:
         raise RecordError(f"{source}: split {split!r} has no usable rows")
     return records
+
+
+def load_source(
+    source: DataSource, sets: Mapping[str, str | Path], seed: int | None, on_bad: OnBad = "raise"
+) -> Records:
+    """The rows that a stage takes of a named set, see `load_records`."""
+    return load_records(sets[source.set], source.split, source.rows, seed, on_bad, source.system)
 
 
 class Scan(NamedTuple):

@@ -13,7 +13,7 @@ from core.model.pictures import Picture
 from core.strict import nearest
 from corpus.parquet import features
 from corpus.reading import SCAN_ROWS, check_all, report
-from corpus.schema import FIELDS, Problem, Record, RecordError, completed, picture_of
+from corpus.schema import FIELDS, JSON_FIELDS, Problem, Record, RecordError, completed, picture_of
 
 
 def write_records(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -108,8 +108,11 @@ def _stored(record: Record) -> Record:
     """The record in the form that Parquet stores."""
     import json
 
-    meta = record["meta"]
-    if not isinstance(meta, str):
-        meta = json.dumps(meta, ensure_ascii=False, allow_nan=False, sort_keys=True)
+    texts = {
+        name: record[name]
+        if isinstance(record[name], str)
+        else json.dumps(record[name], ensure_ascii=False, allow_nan=False, sort_keys=True)
+        for name in JSON_FIELDS
+    }
     images = [{"bytes": image.data, "path": None} for image in record["images"]]
-    return {**record, "images": images, "meta": meta}
+    return {**record, "images": images, **texts}

@@ -16,7 +16,7 @@ from typing import Any
 
 from core.files import read_jsonl
 from core.model.pictures import as_rgb
-from corpus.records import DataSource, Records, load_records, write_records
+from corpus.records import DataSource, Records, load_source, write_records
 from rewards.answer import AnswerReward
 from rewards.extract import parse_thinking
 from rewards.style.format import ThinkFormat
@@ -149,7 +149,7 @@ def _sampled(
 ) -> list[tuple[Record, list[Completion]]]:
     """The source's rows, each with `cfg.samples` completions of the served policy."""
     source, samples = cfg.source, cfg.samples
-    rows = askable(source, load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed))
+    rows = askable(source, load_source(source, sets, seed))
     prompts = [Prompt(prompt_messages(row), seed=(seed << 32) + at * samples) for at, row in enumerate(rows)]
     sampling = Sampling(max_tokens=max_tokens, n=samples, temperature=cfg.temperature)
     report = (lambda done: progress(done, len(rows))) if progress else None

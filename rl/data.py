@@ -11,7 +11,7 @@ from typing import Any
 
 from core.model.pictures import Decoded
 from core.model.prompts import messages
-from corpus.records import DataSource, Records, load_records
+from corpus.records import DataSource, Records, load_source
 from rewards.answer import GoldError, gold_problem
 from rewards.example import Example
 
@@ -33,7 +33,7 @@ def load_rows(
     """
     rows: list[dict[str, Any]] = []
     for source in sources:
-        records = load_records(sets[source.set], source.split, source.rows, seed)
+        records = load_source(source, sets, seed)
         rows += _gradable(source, askable(source, records))
     seen: set[str] = set()
     for row in rows:

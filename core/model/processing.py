@@ -114,6 +114,11 @@ class SailVL2Processor(ProcessorMixin):
             num_image_tokens=[2 + self._image_tokens(count) for count in counts], num_image_patches=counts
         )
 
+    def image_lengths(self, images: Sequence[Any]) -> list[int]:
+        """Tokens of each image, `<img>` and `</img>` included; no pixel is read."""
+        sizes = [(image.height, image.width) for image in images]
+        return list(self._get_num_multimodal_tokens(sizes)["num_image_tokens"] or ())
+
     def costliest_image(self) -> tuple[int, int]:
         """(height, width) of an image with the most tokens; among those, of one with few pixels."""
         size, most = dict(self.image_processor.size), getattr(self.image_processor, "max_patches", 1)

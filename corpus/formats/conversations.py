@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from core.model.pictures import Picture
 from core.model.prompts import IMAGE, THINK_CONTRACT
-from corpus.formats.columns import NAMES, of_reply
-from corpus.formats.fields import Rejected, named, pictures, question, text
+from corpus.formats.columns import NAMES, of_reply, system_of
+from corpus.formats.fields import Rejected, named, pictures, questions, text
 from corpus.formats.gold import choice_of, listed_options
 from corpus.schema import PLACEHOLDER, Record
 
@@ -18,8 +18,6 @@ ROLES = {
     **{"chatgpt": "assistant", "system": "system", "developer": "system"},
 }
 """Names that data sets give the roles of a conversation -> our role."""
-SYSTEM = ("strip", "keep", "refuse")
-TURNS = ("refuse", "first", "split")
 
 
 class Turn(NamedTuple):
@@ -31,45 +29,47 @@ class Turn(NamedTuple):
 
 
 def records_of_turns(
-    row: Mapping[str, Any], root: Path, *, system: str = "strip", turns: str = "refuse"
+    row: Mapping[str, Any], root: Path, *, system: str = "keep", turns: str = "keep"
 ) -> Iterator[Record]:
     """The records of one row's conversation: one, or with turns="split" one per exchange.
 
     Args:
-        row: has `conversations` or `messages`.
+        row: has `conversations` or `messages`, and the system message there or in `system`.
         root: folder of the pictures.
-        system: how to treat a system message: "strip", "keep" (in front of the question) or "refuse".
-        turns: how to treat several exchanges: "refuse" the row, take the "first" exchange, or "split" the row into one
-            record per exchange, each with all pictures shown so far.
+        system: how to treat a system message: "keep" it as the record's, "strip" it, or "refuse" the row.
+        turns: how to treat several exchanges: "keep" them (the earlier ones become the record's history), keep the
+            "first" one, "split" the row into one record per exchange with those before it as history, or "refuse" it.
 
     Raises Rejected.
     """
     said = _turns(row, root)
-    first = said[0].text if said and said[0].role == "system" else ""
-    if first:
-        said = said[1:]
-        if system == "refuse":
-            raise Rejected("messages", "there is a system message", first, "--system strip, or --system keep")
+    first = said.pop(0).text if said and said[0].role == "system" else row.get("system")
+    own = system_of(first, system)
     pairs = list(zip(said[::2], said[1::2], strict=False))
     if not pairs or len(said) % 2 or any((a.role, b.role) != ("user", "assistant") for a, b in pairs):
         roles = [turn.role for turn in said]
         raise Rejected("messages", "user and assistant must take turns", roles, "leave the row out")
     if len(pairs) > 1 and turns == "refuse":
-        remedy = "--turns first, or --turns split (one row per exchange)"
-        raise Rejected("messages", "has several turns", f"{len(pairs)} exchanges", remedy)
-    shown: list[Picture] = []
-    for asked, reply in pairs[: 1 if turns == "first" else None]:
-        words = asked.text if not shown else IMAGE * len(shown) + asked.text
-        shown = shown + asked.images
-        words = question(words.replace(THINK_CONTRACT, ""), len(shown))
-        if first and system == "keep":
-            words = f"{first}\n{words}"
-        yield _record(row, words, shown, reply.text)
+        raise Rejected("messages", "has several turns", f"{len(pairs)} exchanges", "--turns keep")
+    ends = {"first": [1], "split": range(1, len(pairs) + 1)}.get(turns, [len(pairs)])
+    for end in ends:
+        yield _record(row, own, pairs[:end])
 
 
-def _record(row: Mapping[str, Any], words: str, shown: list[Picture], reply: str) -> Record:
+def _record(row: Mapping[str, Any], system: str | None, pairs: Sequence[tuple[Turn, Turn]]) -> Record:
+    asked = [(turn.text.replace(THINK_CONTRACT, ""), len(turn.images)) for turn, _ in pairs]
+    *earlier, words = questions(asked)
+    replies = [reply.text.strip() for _, reply in pairs]
+    record = {
+        "images": [image for turn, _ in pairs for image in turn.images],
+        "system": system,
+        "history": [
+            {"user": user, "assistant": reply} for user, reply in zip(earlier, replies, strict=False)
+        ],
+        "question": words,
+        **of_reply(replies[-1]),
+    }
     source = named(row, NAMES["source"])
-    record = {"images": shown, "question": words, **of_reply(reply)}
     record["source"] = row[source] if source and isinstance(row[source], str) else ""
     options = listed_options(words)
     if options and record["answer"]:
@@ -78,7 +78,7 @@ def _record(row: Mapping[str, Any], words: str, shown: list[Picture], reply: str
         except Rejected:  # the answer is not an option: the question lists something else
             return record
         if record["answer"] != letter and record["mode"] == "direct":
-            record["response"] = record["response"] or reply.strip()
+            record["response"] = record["response"] or replies[-1]
         return {**record, "answer": letter, "options": True}
     return record
 

@@ -85,8 +85,25 @@ def _base64(value: str, field: str) -> Picture:
         raise Rejected(field, "must be base64", f"{value[:40]}: {error}", "encode the file again") from None
 
 
-def question(words: str, images: int) -> str:
-    """The question with `<image>` at the place of each picture, or without marks if all pictures come first or last.
+def questions(turns: Sequence[tuple[str, int]]) -> list[str]:
+    """The user's turns with `<image>` at the place of each picture, or without marks if all pictures come first.
+
+    Args:
+        turns: the text of each turn, and the number of its pictures.
+
+    Raises Rejected as `_marked`.
+    """
+    texts = [_marked(words, images) for words, images in turns]
+    every = sum(images for _, images in turns)
+    leading = re.match(rf"(?:{IMAGE}\s*)*", texts[0])
+    # Without marks, pictures come before the first turn's text.
+    if leading and leading[0].count(IMAGE) == every and texts[0][leading.end() :]:
+        texts[0] = texts[0][leading.end() :]
+    return texts
+
+
+def _marked(words: str, images: int) -> str:
+    """A text with one `<image>` per picture. Text without marks gets them in front.
 
     Raises Rejected for marks of videos and sounds, and for marks that do not fit the number of pictures.
     """
@@ -95,7 +112,7 @@ def question(words: str, images: int) -> str:
         if re.search("video|audio", mark, re.IGNORECASE):
             raise Rejected("question", "videos and sounds are not read", mark, "leave the row out")
     if not marks:
-        return words.strip()
+        return IMAGE * images + words.strip()
     numbers = [int(found[0]) for mark in marks if (found := _NUMBER.search(mark))]
     if numbers and numbers not in (list(range(1, images + 1)), list(range(images))):
         remedy = "name each picture once, in order"
@@ -104,10 +121,7 @@ def question(words: str, images: int) -> str:
         counts = f"{len(marks)} placeholders, {images} pictures"
         remedy = "write one placeholder for each picture, or none"
         raise Rejected("question", "placeholders and pictures differ in number", counts, remedy)
-    words = PLACEHOLDER.sub(IMAGE, words).strip()
-    leading = re.match(rf"(?:{IMAGE}\s*)*", words)
-    # Without marks, pictures come before the question.
-    return words[leading.end() :] if leading and leading[0].count(IMAGE) == images else words
+    return PLACEHOLDER.sub(IMAGE, words).strip()
 
 
 def gold_of(reply: str) -> str:

@@ -22,8 +22,8 @@ class Options:
     """Folder of the pictures; file names that lead out of it are refused."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Field of a record -> column of the file, for columns with unknown names."""
-    system: Literal["strip", "keep", "refuse"] = "strip"
-    turns: Literal["refuse", "first", "split"] = "refuse"
+    system: Literal["keep", "strip", "refuse"] = "keep"
+    turns: Literal["keep", "first", "split", "refuse"] = "keep"
 
 
 Converter = Callable[[Mapping[str, Any]], Iterator[Record]]
@@ -46,7 +46,7 @@ def _conversation(options: Options) -> Converter:
 
 
 def _columns(options: Options) -> Converter:
-    return lambda row: iter([record_of_columns(row, options.root, options.columns)])
+    return lambda row: iter([record_of_columns(row, options.root, options.columns, options.system)])
 
 
 def _vlmeval(options: Options) -> Converter:

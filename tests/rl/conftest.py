@@ -72,7 +72,13 @@ def record(number: int, *, mode: str = "think", image: bool = True, answer: str 
 
 @pytest.fixture(scope="session")
 def records() -> list[dict]:
-    return [record(n, mode="think" if n % 3 else "direct", image=bool(n % 4)) for n in range(24)]
+    rows = [record(n, mode="think" if n % 3 else "direct", image=bool(n % 4)) for n in range(24)]
+    history = [
+        {"user": "compute A minus B", "assistant": "<think>A</think>\\boxed{7}"},
+        {"user": "yes", "assistant": "no"},
+    ]
+    rows[2] |= {"system": "compute in A", "history": history}
+    return rows
 
 
 TEMPERATURE = 0.7
