@@ -6,6 +6,7 @@ A record is a dict:
 |---|---|---|
 | id | str | unique within its set |
 | images | list of pictures | shown first, or at the `<image>` marks of the user's turns; [] for a row without images |
+| videos | list of videos | shown after the images, or at the `<video>` marks; as files, bytes, or lists of frames |
 | system | str or None | the system message |
 | history | list of {"user", "assistant"} | the turns before the question, earliest first; a JSON string in the file |
 | question | str | the last user's turn, without the thinking contract: core.model.prompts adds it by `mode` |
@@ -31,7 +32,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from core.model.pictures import Picture
-from core.model.prompts import IMAGE, THINK_CONTRACT
+from core.model.prompts import IMAGE, THINK_CONTRACT, VIDEO
+from core.model.videos import Caps, Clip
 from core.strict import Name, Strict, nearest
 
 Record = dict[str, Any]
@@ -55,16 +57,17 @@ VERIFIERS = (
 )
 """Values of `verifier`: the kinds of rewards.answer."""
 DEFAULTS: Record = {
-    **{"images": [], "system": None, "history": [], "chain": None, "response": None},
+    **{"images": [], "videos": [], "system": None, "history": [], "chain": None, "response": None},
     **{"source": "", "meta": {}},
 }
 """Fields that a file may omit."""
 REQUIRED = ("id", "question", "answer", "mode", "verifier")
 FIELDS = (
-    *("id", "images", "system", "history", "question", "answer", "chain", "response"),
+    *("id", "images", "videos", "system", "history", "question", "answer", "chain", "response"),
     *("mode", "verifier", "source", "meta"),
 )
-TEXTS = tuple(name for name in FIELDS if name != "images")
+MEDIA = ("images", "videos")
+TEXTS = tuple(name for name in FIELDS if name not in MEDIA)
 """Columns of text; JSON_FIELDS hold JSON."""
 JSON_FIELDS = ("history", "meta")
 _OPTIONAL = ("system", "chain", "response")
@@ -94,6 +97,10 @@ class DataSource(Strict):
     and completion) is refused before the first stage, or dropped and counted in the log."""
     system: Literal["keep", "strip"] = "keep"
     """The rows' system messages: kept, or stripped (the report strips them from chains)."""
+    frames: int = Field(default=16, ge=1)
+    """Most frames that are sampled from a video; the report evaluates with 16."""
+    fps: float | None = Field(default=None, gt=0)
+    """Most frames that are sampled per second of a video; None: no such limit."""
     on_bad_gold: OnBad = "raise"
     """RL only: a gold answer that its verifier cannot use stops the load, or its row is dropped and counted."""
 
@@ -126,7 +133,7 @@ def problem_of(record: Mapping[str, Any]) -> Problem | None:
     """
     checks: tuple[Callable[[Mapping[str, Any]], Problem | None], ...] = (
         *(_text_problem, _empty_problem, _kind_problem, _history_problem, _markup_problem),
-        *(_placeholder_problem, _meta_problem, _image_problem),
+        *(_placeholder_problem, _meta_problem, _media_problem),
     )
     whole = completed(record)
     return next((problem for check in checks if (problem := check(whole))), None)
@@ -146,6 +153,20 @@ def picture_of(stored: Any) -> Picture:
     if isinstance(stored, Mapping):
         stored = stored.get("bytes") or f"only a path, {stored.get('path')!r}"
     return Picture.of(stored)
+
+
+def clip_of(stored: Any, caps: Caps = Caps()) -> Clip:  # noqa: B008
+    """The video of one item of a videos column: {"bytes": ...}, bytes or a Clip.
+
+    Raises TypeError for anything else: a path in a file is never followed.
+    """
+    if isinstance(stored, Mapping):
+        stored = stored.get("bytes") or f"only a path, {stored.get('path')!r}"
+    if isinstance(stored, Clip):
+        return stored
+    if not isinstance(stored, bytes):
+        raise TypeError(f"expected the bytes of an encoded video, got {stored!r:.80}")
+    return Clip(stored, caps)
 
 
 def json_of(value: Any) -> Any:
@@ -255,18 +276,19 @@ def _user_fields(record: Mapping[str, Any]) -> list[str]:
 
 
 def _placeholder_problem(record: Mapping[str, Any]) -> Problem | None:
-    """The problem of user's turns that mark some but not all pictures, or contain other data sets' marks."""
-    texts, images = users_of(record), record["images"]
+    """The problem of user's turns that mark some but not all media, or contain other data sets' marks."""
+    texts = users_of(record)
     for name, text in zip(_user_fields(record), texts, strict=True):
-        other = next((mark[0] for mark in PLACEHOLDER.finditer(text) if mark[0] != IMAGE), None)
+        other = next((mark[0] for mark in PLACEHOLDER.finditer(text) if mark[0] not in (IMAGE, VIDEO)), None)
         if other:
-            remedy = f"write {IMAGE}, or import the file: posttrain data import"
+            remedy = f"write {IMAGE} or {VIDEO}, or import the file: posttrain data import"
             return Problem(name, "holds the placeholder of another data set", repr(other), remedy)
-    marks = sum(text.count(IMAGE) for text in texts)
-    if marks and isinstance(images, list) and marks != len(images):
-        remedy = "write one for each picture, or none: pictures then come first"
-        found = f"{marks} {IMAGE} for {len(images)} pictures"
-        return Problem("question", f"placeholders ({IMAGE}) and pictures differ in number", found, remedy)
+    for mark, name in ((IMAGE, "images"), (VIDEO, "videos")):
+        marks, media = sum(text.count(mark) for text in texts), record[name]
+        if marks and isinstance(media, list) and marks != len(media):
+            remedy = f"write one for each, or none: {name} then come first"
+            found = f"{marks} {mark} for {len(media)} {name}"
+            return Problem("question", f"placeholders ({mark}) and {name} differ in number", found, remedy)
     return None
 
 
@@ -283,15 +305,20 @@ def _meta_problem(record: Mapping[str, Any]) -> Problem | None:
     return None
 
 
-def _image_problem(record: Mapping[str, Any]) -> Problem | None:
-    images = record["images"]
-    if not isinstance(images, list):
-        return Problem("images", "must be a list", f"{images!r:.60}", "write [] for a text-only row")
-    for place, image in enumerate(images):
-        try:
-            picture_of(image).rgb()
-        except Exception as error:  # Pillow passes on errors of any type from its decoders
-            found = f"images[{place}]: {type(error).__name__}: {error}"
-            remedy = "put the encoded picture itself in the file, or remove the row"
-            return Problem("images", "must decode", f"{found:.240}", remedy)
+def _media_problem(record: Mapping[str, Any]) -> Problem | None:
+    decoders: dict[str, Callable[[Any], Any]] = {
+        "images": lambda image: picture_of(image).rgb(),
+        "videos": lambda video: clip_of(video).decode(),
+    }
+    for name, decode in decoders.items():
+        media = record[name]
+        if not isinstance(media, list):
+            return Problem(name, "must be a list", f"{media!r:.60}", f"write [] for a row without {name}")
+        for place, one in enumerate(media):
+            try:
+                decode(one)
+            except Exception as error:  # Pillow and PyAV pass on errors of any type from their decoders
+                found = f"{name}[{place}]: {type(error).__name__}: {error}"
+                remedy = "put the encoded file itself in the row, or remove the row"
+                return Problem(name, "must decode", f"{found:.240}", remedy)
     return None

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_jsonl
-from core.model.pictures import as_rgb
+from core.model.prompts import shown
+from core.model.videos import Decoded
 from corpus.records import DataSource, Records, load_source, write_records
 from rewards.answer import AnswerReward
 from rewards.extract import parse_thinking
@@ -166,8 +167,8 @@ def _pass_rate(row: Record, completions: Sequence[Completion], thought_open: boo
 
 
 def _image_key(row: Record) -> tuple[bytes, ...]:
-    """A hash of each picture's pixels."""
-    return tuple(hashlib.sha256(as_rgb(image).tobytes()).digest() for image in row["images"])
+    """A hash of the pixels of each picture and frame."""
+    return tuple(hashlib.sha256(image.tobytes()).digest() for image in Decoded(shown(row)))
 
 
 def _finish(what: str, kept: list[dict], dropped: Counter, min_rows: int, path: Path) -> dict[str, Any]:

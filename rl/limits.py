@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import write_json
+from core.model.prompts import messages, shown
 from core.strict import Strict
 from core.training.job import Job
 from corpus.records import DataSource, Records, load_source
@@ -88,8 +89,6 @@ def askable(
 
 def prompt_tokens(record: Mapping[str, Any], processor: Any) -> int:
     """Tokens of a record's prompt as a server counts them, including image tokens; pixels are not read."""
-    from core.model.prompts import messages, shown
-
     text = processor.apply_chat_template([messages(record)], add_generation_prompt=True, tokenize=False)[0]
     tokens = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
     # Each expansion replaces its one placeholder.
@@ -102,8 +101,9 @@ def _unaskable(
     """Rows beyond a limit: row number -> (kind of limit, the row's value in words)."""
     found: dict[int, tuple[str, str]] = {}
     for row, record in enumerate(records):
-        if len(record["images"]) > max_images:
-            found[row] = ("pictures", f"{len(record['images'])} pictures")
+        if (images := len(shown(record))) > max_images:
+            frames = ", frames of videos included" if record.get("videos") else ""
+            found[row] = ("pictures", f"{images} pictures{frames}")
         elif processor is not None and (tokens := prompt_tokens(record, processor)) > room:
             found[row] = ("tokens", f"a prompt of {tokens} tokens")
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core.model.prompts import THINK_CONTRACT
-from corpus.formats.fields import Rejected, gold_of, named, pictures, questions, text
+from corpus.formats.fields import Asked, Rejected, gold_of, named, pictures, questions, text, videos
 from corpus.formats.gold import choice_of, listed_options, options_of, with_options
 from corpus.schema import Record
 
@@ -29,6 +29,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "png",
         "webp",
     ),
+    "videos": ("videos", "video", "video_path", "mp4", "webm", "avi", "mov", "mkv"),
     "question": ("question", "problem", "query", "prompt", "instruction", "txt"),
     "system": ("system", "system_prompt"),
     "history": ("history",),
@@ -85,9 +86,13 @@ def record_of_columns(
         words = f"{text(row[found['hint']], 'hint')}\n{words}"
     options = options_of(row, found.get("options"))
     earlier = _history(row, found)
-    *users, words = questions([*((user, 0) for user, _ in earlier), (words, len(shown))])
+    own = found.get("videos")
+    clips = videos(row[own], root, own) if own else []
+    *users, words = questions(
+        [*(Asked(user, 0) for user, _ in earlier), Asked(words, len(shown), len(clips))]
+    )
     words = with_options(words, options)
-    record: Record = {"images": shown, "question": words, "source": _source(row, found)}
+    record: Record = {"images": shown, "videos": clips, "question": words, "source": _source(row, found)}
     record["history"] = [
         {"user": user, "assistant": reply.strip()} for user, (_, reply) in zip(users, earlier, strict=True)
     ]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.model.pictures import Picture
-from core.model.prompts import IMAGE, THINK_CONTRACT
+from core.model.prompts import IMAGE, THINK_CONTRACT, VIDEO
+from core.model.videos import Clip
 from corpus.formats.columns import NAMES, of_reply, system_of
-from corpus.formats.fields import Rejected, named, pictures, questions, text
+from corpus.formats.fields import Asked, Rejected, named, pictures, questions, text, videos
 from corpus.formats.gold import choice_of, listed_options
 from corpus.schema import PLACEHOLDER, Record
 
@@ -21,11 +22,12 @@ ROLES = {
 
 
 class Turn(NamedTuple):
-    """One turn: its role, its text with marks for pictures, and the pictures."""
+    """One turn: its role, its text with marks for pictures and videos, and these."""
 
     role: str
     text: str
     images: list[Picture]
+    videos: list[Clip]
 
 
 def records_of_turns(
@@ -57,11 +59,14 @@ def records_of_turns(
 
 
 def _record(row: Mapping[str, Any], system: str | None, pairs: Sequence[tuple[Turn, Turn]]) -> Record:
-    asked = [(turn.text.replace(THINK_CONTRACT, ""), len(turn.images)) for turn, _ in pairs]
+    asked = [
+        Asked(turn.text.replace(THINK_CONTRACT, ""), len(turn.images), len(turn.videos)) for turn, _ in pairs
+    ]
     *earlier, words = questions(asked)
     replies = [reply.text.strip() for _, reply in pairs]
     record = {
         "images": [image for turn, _ in pairs for image in turn.images],
+        "videos": [video for turn, _ in pairs for video in turn.videos],
         "system": system,
         "history": [
             {"user": user, "assistant": reply} for user, reply in zip(earlier, replies, strict=False)
@@ -87,42 +92,59 @@ def _turns(row: Mapping[str, Any], root: Path) -> list[Turn]:
     given = row.get("conversations") if row.get("conversations") is not None else row.get("messages")
     if not isinstance(given, list) or not all(isinstance(turn, Mapping) for turn in given):
         raise Rejected("messages", "must be a list of turns", given, "write role and content for each")
-    own = named(row, NAMES["images"])
-    waiting = pictures(row[own], root, own) if own else []
     turns = []
     for turn in given:
         name = turn.get("from", turn.get("role"))
         if name not in ROLES:
             raise Rejected("messages", f"a role is one of {', '.join(ROLES)}", name, "rename it")
-        said = _said(turn.get("value", turn.get("content")), root)
-        marks = len(PLACEHOLDER.findall(said.text)) if ROLES[name] == "user" else 0
-        taken, waiting = waiting[: marks - len(said.images)], waiting[max(0, marks - len(said.images)) :]
-        turns.append(Turn(ROLES[name], said.text, said.images + (taken if marks > len(said.images) else [])))
-    if waiting:  # unmarked pictures come first, as in LLaVA
-        if any(turn.images for turn in turns):
-            raise Rejected(
-                "images", "placeholders and pictures differ in number", f"{len(waiting)} left", "mark each"
-            )
-        at = next((at for at, turn in enumerate(turns) if turn.role == "user"), 0)
-        turns[at : at + 1] = [turn._replace(images=waiting) for turn in turns[at : at + 1]]
-    return turns
+        turns.append(_said(turn.get("value", turn.get("content")), root)._replace(role=ROLES[name]))
+    column = named(row, NAMES["images"])
+    if column:
+        turns = _dealt(turns, "images", pictures(row[column], root, column))
+    column = named(row, NAMES["videos"])
+    return _dealt(turns, "videos", videos(row[column], root, column)) if column else turns
+
+
+def _dealt(turns: list[Turn], kind: str, waiting: list[Any]) -> list[Turn]:
+    """The turns with the row's pictures or videos: each turn gets as many as it marks; the first, unmarked ones."""
+    out = []
+    for turn in turns:
+        marks = (
+            [mark[0].casefold() for mark in PLACEHOLDER.finditer(turn.text)] if turn.role == "user" else []
+        )
+        own: list[Any] = getattr(turn, kind)
+        count = max(0, sum(("video" in mark) == (kind == "videos") for mark in marks) - len(own))
+        out.append(turn._replace(**{kind: [*own, *waiting[:count]]}))
+        waiting = waiting[count:]
+    if waiting:  # unmarked ones come first, as in LLaVA
+        if any(getattr(turn, kind) for turn in out):
+            found = f"{len(waiting)} left"
+            raise Rejected(kind, f"placeholders and {kind} differ in number", found, "mark each")
+        at = next((at for at, turn in enumerate(out) if turn.role == "user"), 0)
+        out[at : at + 1] = [turn._replace(**{kind: waiting}) for turn in out[at : at + 1]]
+    return out
 
 
 def _said(content: Any, root: Path) -> Turn:
-    """Text and pictures of a turn's content, which is a text or OpenAI's list of parts."""
+    """Text, pictures and videos of a turn's content, which is a text or OpenAI's list of parts."""
+    turn = Turn("", "", [], [])
     if isinstance(content, str):
-        return Turn("", content, [])
+        return turn._replace(text=content)
     if not isinstance(content, Sequence):
         raise Rejected("messages", "a turn needs a text or parts", content, "write content")
-    words, shown = "", []
+    words = ""
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
             words += text(part.get("text"), "messages")
         elif kind in ("image_url", "image"):
             value = part.get("image_url", part.get("image", part.get("url", part.get("path"))))
-            shown += pictures(value, root, "messages")
+            turn.images.extend(pictures(value, root, "messages"))
             words += IMAGE
+        elif kind in ("video_url", "video"):  # Qwen gives a list of frames as one video
+            value = part.get("video_url", part.get("video", part.get("url", part.get("path"))))
+            turn.videos.extend(videos([value], root, "messages"))
+            words += VIDEO
         else:
-            raise Rejected("messages", "a part is a text or an image", part, "leave the row out")
-    return Turn("", words, shown)
+            raise Rejected("messages", "a part is a text, an image or a video", part, "leave the row out")
+    return turn._replace(text=words)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from core.strict import ConfigError, nearest
 from corpus.formats.columns import mapping_of, record_of_columns
 from corpus.formats.conversations import records_of_turns
-from corpus.formats.fields import Rejected
+from corpus.formats.fields import Rejected, pictures, videos
 from corpus.schema import FIELDS, REQUIRED, Record
 
 
@@ -72,9 +72,11 @@ def _vlmeval(options: Options) -> Converter:
 
 def _records(options: Options) -> Converter:
     def convert(row: Mapping[str, Any]) -> Iterator[Record]:
-        from corpus.formats.fields import pictures
-
-        yield {**row, "images": pictures(row.get("images"), options.root)}
+        media = {
+            "images": pictures(row.get("images"), options.root),
+            "videos": videos(row.get("videos"), options.root),
+        }
+        yield {**row, **media}
 
     return convert
 

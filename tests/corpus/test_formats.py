@@ -372,23 +372,31 @@ GOOD = {"question": "2+2?", "answer": "4"}
     [
         ({"question": "2?"}, "answer", "no column holds it", "--columns answer=COLUMN"),
         (GOOD | {"image": "gone.png"}, "image", "the picture does not exist", "--images"),
-        (GOOD | {"image": "../secret.png"}, "image", "a picture lies outside the image folder", "--images"),
-        (GOOD | {"image": "/etc/hostname"}, "image", "a picture lies outside the image folder", "--images"),
+        (GOOD | {"image": "../secret.png"}, "image", "a file lies outside the image folder", "--images"),
+        (GOOD | {"image": "/etc/hostname"}, "image", "a file lies outside the image folder", "--images"),
         (
             GOOD | {"image": "https://x.org/a.png"},
             "image",
-            "pictures are not fetched from the network",
+            "files are not fetched from the network",
             "download",
         ),
         (GOOD | {"image": "data:image/png;base64,@@"}, "image", "must be base64", "encode"),
-        (GOOD | {"image": "data:image/png;base64,R0lG"}, "images", "must decode", "picture"),
+        (GOOD | {"image": "data:image/png;base64,R0lG"}, "images", "must decode", "file"),
         (
             GOOD | {"question": "<image> What?"},
             "question",
-            "placeholders and pictures differ in number",
+            "placeholders and images differ in number",
             "placeholder",
         ),
-        (GOOD | {"question": "<video> What?"}, "question", "videos and sounds are not read", "leave"),
+        (
+            GOOD | {"question": "<video> What?"},
+            "question",
+            "placeholders and videos differ in number",
+            "placeholder",
+        ),
+        (GOOD | {"question": "<audio> What?"}, "question", "sounds are not read", "leave"),
+        (GOOD | {"video": "gone.mp4"}, "video", "the video does not exist", "--images"),
+        (GOOD | {"video": b"x".hex()}, "video", "the video does not exist", "--images"),
         (
             GOOD | {"question": "What?<|im_end|>"},
             "question",
@@ -421,7 +429,7 @@ def test_a_link_does_not_lead_out_of_the_image_folder(tmp_path):
     folder.mkdir()
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     importing(folder, [GOOD, GOOD | {"image": "link.png"}])
-    assert rejected(folder)[0]["rule"] == "a picture lies outside the image folder"
+    assert rejected(folder)[0]["rule"] == "a file lies outside the image folder"
 
 
 def test_pictures_may_lie_in_another_folder_that_the_user_names(tmp_path):

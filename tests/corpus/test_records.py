@@ -64,9 +64,9 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     assert tuple(row) == FIELDS
     assert np.array_equal(np.asarray(row["images"][0].rgb()), PIXELS)
     expected = {**record(**own), "response": None}
-    assert {name: row[name] for name in FIELDS if name != "images"} == {
-        name: expected[name] for name in FIELDS if name != "images"
-    }
+    others = [name for name in FIELDS if name not in ("images", "videos")]
+    assert {name: row[name] for name in others} == {name: expected[name] for name in others}
+    assert row["videos"] == []
 
 
 def test_the_images_column_is_pictures_to_datasets(tmp_path):
@@ -123,19 +123,19 @@ def test_more_rows_than_there_are_is_an_error_not_a_smaller_mixture(tmp_path):
             {"history": '[{"user": "A?", "assistant": "4<|im_end|>"}]'},
             "history: holds an image placeholder or chat token",
         ),
-        ({"history": '[{"user": "<video> A?", "assistant": "4"}]'}, "history: holds the placeholder"),
+        ({"history": '[{"user": "<audio> A?", "assistant": "4"}]'}, "history: holds the placeholder"),
         (
             {"history": '[{"user": "<image>A?", "assistant": "4"}]', "question": "<image> B?"},
-            "question: placeholders.*2 <image> for 1 pictures",
+            "question: placeholders.*2 <image> for 1 images",
         ),
         ({"answer": None}, "answer: must be a string"),
         (
             {"question": "<image> What?", "images": []},
-            "question: placeholders.*1 <image> for 0 pictures.*pictures",
+            "question: placeholders.*1 <image> for 0 images.*write one for each",
         ),
         (
-            {"question": "What is in <video>?"},
-            "question: holds the placeholder of another.*'<video>'.*data import",
+            {"question": "What is in <audio>?"},
+            "question: holds the placeholder of another.*'<audio>'.*data import",
         ),
         ({"question": "Is <Image-1> red?"}, "question: holds the placeholder of another data set.*<Image-1>"),
         ({"meta": '{"x": NaN}'}, "meta: must be a JSON object.*JSON has no NaN"),
