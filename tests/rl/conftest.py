@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.model.videos import Caps, Clip
 from rl.rollout.config import PoolConfig
+
+from ..core.films import film
 
 WORDS = [
     "compute",
@@ -77,6 +80,7 @@ def records() -> list[dict]:
         {"user": "compute A minus B", "assistant": "<think>A</think>\\boxed{7}"},
         {"user": "yes", "assistant": "no"},
     ]
+    rows[1]["videos"] = [Clip(film(noise=True), Caps(frames=3))]
     rows[2] |= {"system": "compute in A", "history": history}
     return rows
 
