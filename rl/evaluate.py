@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.stats import wilson
-from corpus.records import DataSource, Records, load_records
+from corpus.records import DataSource, Records, load_source
 from rewards.answer import AnswerReward
 from rewards.mix import Reward
 from rewards.style.format import DirectFormat, ThinkFormat
@@ -40,7 +40,7 @@ class Scored:
         return {
             "id": self.record["id"],
             "mode": self.record["mode"],
-            "question": self.record["question"],
+            "question": example_of(self.record).question,
             "answer": self.record["answer"],
             "completion": self.completion.text,
             "verdicts": {"answer": self.answer.to_dict(), "format": self.format.to_dict()},
@@ -84,7 +84,7 @@ def evaluate(
 def held_out(cfg: EvalConfig, name: str, sets: Mapping[str, Path]) -> Records:
     """The rows of one mode; a row of another mode in the set is an error."""
     source = getattr(cfg, name)
-    records = load_records(sets[source.set], split=source.split, rows=source.rows)
+    records = load_source(source, sets, None)
     wrong = [row["id"] for row in records if row["mode"] != MODES[name]]
     if wrong:
         raise ValueError(

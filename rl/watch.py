@@ -16,6 +16,7 @@ from typing import Any
 
 from core.files import append_jsonl
 from core.model.pictures import Picture
+from core.model.videos import Clip
 from rewards.mix import Reward
 from rewards.verdict import Status, as_verdict
 from rl.collect import Group, Sample
@@ -78,7 +79,7 @@ class Watcher:
         accuracy: Callable[[Sequence[Record]], float],
     ) -> None:
         self.cfg, self.out, self.second, self.rows, self.accuracy = cfg, out, second, rows, accuracy
-        self.shown = [row for row in rows if row["images"]]
+        self.shown = [row for row in rows if row["images"] or row.get("videos")]
         self._blank: list[Record] = []
         self._batches = 0
         self._unscorable: deque[tuple[int, int]] = deque(maxlen=cfg.window)
@@ -290,8 +291,14 @@ def _error(first: float, second: float, n: int) -> float:
 
 
 def blanked(row: Record) -> dict[str, Any]:
-    """The row with each image replaced by a grey one of its size."""
+    """The row with each image, and each frame of its videos, replaced by a grey one of its size."""
     from PIL import Image
 
-    grey = [Picture.of(Image.new("RGB", image.size, (128, 128, 128))) for image in row["images"]]
-    return {**row, "images": grey}
+    def grey(picture: Picture) -> Picture:
+        return Picture.of(Image.new("RGB", picture.size, (128, 128, 128)))
+
+    videos = [
+        Clip.of_frames([grey(video.frames[0])] * len(video.frames), video.caps)
+        for video in row.get("videos") or ()
+    ]
+    return {**row, "images": [grey(image) for image in row["images"]], "videos": videos}
