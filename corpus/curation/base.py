@@ -1,0 +1,147 @@
+"""The two kinds of operators, and the tools that they are given.
+
+A row operator maps a batch of rows to outcomes, one by one. A set operator looks at the whole set: `sign` maps a batch
+to small arrays, and `decide` maps the arrays of all rows to drops. Only the arrays of `sign` are in memory together.
+
+A working row is a record (corpus.schema) with its pictures, and `hashes`: a perceptual hash of each picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from core.strict import Name, Strict
+from corpus.schema import Record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Signs = Mapping[str, "np.ndarray"]
+"""Name -> one value or row of values for each row of a batch."""
+
+
+class Dropped(NamedTuple):
+    """The reason why a row is dropped. Drops are counted by `reason`; `detail` belongs to the row."""
+
+    reason: str
+    detail: str = ""
+
+
+Outcome = Record | Dropped
+
+
+class Request(NamedTuple):
+    """One question to a model about one row."""
+
+    row: Record
+    """The row; its pictures are shown to the model."""
+    system: str
+    material: Mapping[str, str]
+    """Untrusted texts by name; they are quoted so that they cannot pose as instructions."""
+    asked: str
+    choices: tuple[str, ...] = ()
+    """The reply is one of these; (): any text."""
+    max_tokens: int = 16
+    temperature: float = 0.0
+    sample: int = 0
+    """Number of the sample. Equal requests with different numbers get separate replies."""
+
+
+class NoReply(NamedTuple):
+    """A request without a usable reply."""
+
+    cause: str
+
+
+class Unanswered(RuntimeError):
+    """The model's server did not answer, or a budget is spent. Finished batches are kept for the next run."""
+
+
+class Tools(Protocol):
+    """What the chain gives to operators."""
+
+    def ask(self, model: str, requests: Sequence[Request]) -> list[str | NoReply]:
+        """A reply to each request, in order. Raises Unanswered if the server is down or a budget is spent."""
+
+    def sample(
+        self, model: str, rows: Sequence[Record], samples: int, max_tokens: int, temperature: float
+    ) -> list[list[float | None]]:
+        """For each row, the scores (0 or 1; None: not gradable) of `samples` completions of its prompt."""
+
+    def right(self, row: Record, text: str) -> bool | None:
+        """Whether the completion's answer is the row's gold answer; None if it cannot be graded."""
+
+    def embed(self, embedder: str, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings of unit length, (texts, dimensions), float32."""
+
+
+class Decision(NamedTuple):
+    """The result of a set operator."""
+
+    drops: Sequence[Dropped | None]
+    """For each row of the set, in order."""
+    facts: Mapping[str, Any] = {}
+    """Figures for the report."""
+
+
+class Parts(Sequence[Signs]):
+    """The arrays that `sign` returned, batch by batch. An item is read from disk when it is indexed."""
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def column(self, name: str) -> np.ndarray:
+        """One array over all batches."""
+        import numpy as np
+
+        return np.concatenate([part[name] for part in self]) if len(self) else np.zeros(0)
+
+    def rows(self) -> int:
+        """Number of rows of all batches."""
+        return sum(len(next(iter(part.values()))) for part in self)
+
+
+class Operator(Strict):
+    """The configuration of one step, and the step itself."""
+
+    op: str
+    asks: ClassVar[bool] = False
+    """Whether the operator asks a model. Such steps run in threads of one process, so that one budget holds."""
+
+    def models(self) -> tuple[Name, ...]:
+        """Names of the models that the operator asks."""
+        model = getattr(self, "model", None)
+        return (model,) if model else ()
+
+
+class RowOperator(Operator):
+    """An operator that looks at one row at a time."""
+
+    def __call__(self, rows: Sequence[Record], tools: Tools) -> list[Outcome]:
+        """The outcome of each row: the row, perhaps changed, or the reason why it is dropped."""
+        raise NotImplementedError
+
+
+class SetOperator(Operator):
+    """An operator whose decision about a row depends on the other rows."""
+
+    def sign(self, rows: Sequence[Record], tools: Tools) -> Signs:
+        """Arrays with one entry for each row."""
+        raise NotImplementedError
+
+    def decide(self, parts: Parts, seed: int) -> Decision:
+        """The drops, from the arrays of all rows."""
+        raise NotImplementedError
+
+    def reads_held_out(self) -> bool:
+        """Whether `sign` is also applied to the held-out rows, which come after the set's rows in `parts`."""
+        return False
+
+
+def answers(replies: Sequence[str | NoReply]) -> Iterator[str | Dropped]:
+    """Replies, with a drop in place of a missing one."""
+    return (Dropped("no usable reply", reply.cause) if isinstance(reply, NoReply) else reply for reply in replies)
