@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -102,17 +103,18 @@ class Problem(NamedTuple):
         return f"{self.field}: {self.rule} (found {self.found}); {self.remedy}"
 
 
-def problem_of(record: Mapping[str, Any]) -> Problem | None:
+def problem_of(record: Mapping[str, Any], look: Callable[[Picture], Any] = Picture.rgb) -> Problem | None:
     """The first rule that a record breaks, or None.
 
     Args:
         record: all FIELDS. Pictures may be `Picture`s, files' bytes, PIL images or {"bytes": ...}; they are decoded.
+        look: decodes a picture, and raises if it is broken.
 
     It checks a single row, so it does not find duplicate ids.
     """
     checks: tuple[Callable[[Mapping[str, Any]], Problem | None], ...] = (
         *(_text_problem, _empty_problem, _kind_problem, _markup_problem),
-        *(_placeholder_problem, _meta_problem, _image_problem),
+        *(_placeholder_problem, _meta_problem, partial(_image_problem, look=look)),
     )
     return next((problem for check in checks if (problem := check(record))), None)
 
@@ -227,13 +229,13 @@ def _meta_problem(record: Mapping[str, Any]) -> Problem | None:
     return None
 
 
-def _image_problem(record: Mapping[str, Any]) -> Problem | None:
+def _image_problem(record: Mapping[str, Any], look: Callable[[Picture], Any]) -> Problem | None:
     images = record["images"]
     if not isinstance(images, list):
         return Problem("images", "must be a list", f"{images!r:.60}", "write [] for a text-only row")
     for place, image in enumerate(images):
         try:
-            picture_of(image).rgb()
+            look(picture_of(image))
         except Exception as error:  # Pillow passes on errors of any type from its decoders
             found = f"images[{place}]: {type(error).__name__}: {error}"
             remedy = "put the encoded picture itself in the file, or remove the row"

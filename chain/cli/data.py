@@ -1,4 +1,4 @@
-"""`posttrain data generate` and `data import`: a recipe's own sets, and foreign files as records."""
+"""`posttrain data`: a recipe's own sets, foreign files as records, curation, and a look at a set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chain.cli.options import command, count, load, recipe_argument
 
 def add(commands: Any) -> None:
     """Add the family to the command line."""
-    summary = "generate a recipe's data, or import foreign files"
+    summary = "generate, import, curate and show data"
     family = commands.add_parser("data", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     data = family.add_subparsers(metavar="COMMAND", required=True, help="what to do")
     generate = command(data, "generate", _generate, "generate a recipe's data")
@@ -50,6 +50,40 @@ def add(commands: Any) -> None:
     )
     taken.add_argument("--rows", type=count, help="import only the first N rows")
     taken.add_argument("--strict", action="store_true", help="stop at the first row that cannot be imported")
+
+    curate = command(
+        data, "curate", _curate, "run a curation: filter, rewrite and sample rows, with a report"
+    )
+    curate.add_argument("curation", type=Path, help="YAML file, or a folder with curation.yaml")
+    curate.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="override values",
+    )
+    curate.add_argument(
+        "--plan", action="store_true", help="check the curation and estimate its time; run nothing"
+    )
+    curate.add_argument(
+        "--rows", type=count, help="with --plan: rows to estimate for, in place of the input's"
+    )
+
+
+def _curate(options: argparse.Namespace) -> None:
+    from chain.curation.config import load_curation
+
+    curation = load_curation(options.curation, options.overrides)
+    if options.plan:
+        from chain.curation.plan import plan
+
+        print(plan(curation, options.rows))
+        return
+    from chain.curation.run import curate
+
+    curate(curation)
 
 
 def _generate(options: argparse.Namespace) -> None:

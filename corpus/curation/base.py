@@ -9,7 +9,7 @@ A working row is a record (corpus.schema) with its pictures, and `hashes`: a per
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from core.strict import Name, Strict
 from corpus.schema import Record
@@ -69,6 +69,9 @@ class Tools(Protocol):
     ) -> list[list[float | None]]:
         """For each row, the scores (0 or 1; None: not gradable) of `samples` completions of its prompt."""
 
+    def check_judge(self, score: Any) -> None:
+        """Raise an error if the judge of a `score` step credits rows that address it. Asks once per judge."""
+
     def right(self, row: Record, text: str) -> bool | None:
         """Whether the completion's answer is the row's gold answer; None if it cannot be graded."""
 
@@ -88,6 +91,9 @@ class Decision(NamedTuple):
 class Parts(Sequence[Signs]):
     """The arrays that `sign` returned, batch by batch. An item is read from disk when it is indexed."""
 
+    own: int
+    """Number of the set's own rows; held-out rows follow them."""
+
     def __getitem__(self, index: Any) -> Any:
         raise NotImplementedError
 
@@ -96,24 +102,24 @@ class Parts(Sequence[Signs]):
 
     def column(self, name: str) -> np.ndarray:
         """One array over all batches."""
-        import numpy as np
-
-        return np.concatenate([part[name] for part in self]) if len(self) else np.zeros(0)
+        raise NotImplementedError
 
     def rows(self) -> int:
         """Number of rows of all batches."""
-        return sum(len(next(iter(part.values()))) for part in self)
+        raise NotImplementedError
+
+    def ids(self, rows: Sequence[int]) -> Mapping[int, str]:
+        """The ids of some rows, by number."""
+        raise NotImplementedError
 
 
 class Operator(Strict):
     """The configuration of one step, and the step itself."""
 
     op: str
-    asks: ClassVar[bool] = False
-    """Whether the operator asks a model. Such steps run in threads of one process, so that one budget holds."""
 
     def models(self) -> tuple[Name, ...]:
-        """Names of the models that the operator asks."""
+        """Names of the models that the operator asks. Such steps run in threads of one process: one budget holds."""
         model = getattr(self, "model", None)
         return (model,) if model else ()
 
@@ -144,4 +150,6 @@ class SetOperator(Operator):
 
 def answers(replies: Sequence[str | NoReply]) -> Iterator[str | Dropped]:
     """Replies, with a drop in place of a missing one."""
-    return (Dropped("no usable reply", reply.cause) if isinstance(reply, NoReply) else reply for reply in replies)
+    return (
+        Dropped("no usable reply", reply.cause) if isinstance(reply, NoReply) else reply for reply in replies
+    )

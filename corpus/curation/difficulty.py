@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -34,7 +34,6 @@ class PassAtK(RowOperator):
     """
 
     op: Literal["pass_at_k"]
-    asks: ClassVar[bool] = True
     model: Name
     """The policy: a model of the curation."""
     samples: int = Field(default=4, ge=1)

@@ -75,8 +75,13 @@ class BalanceLengths(SetOperator):
         for row, drop in zip(chained.tolist(), chosen, strict=True):
             drops[row] = drop
         names, counts = np.unique(bins, return_counts=True)
-        return Decision(drops, {f"chains of {2**name} to {2 ** (name + 1) - 1} tokens": int(n)
-                                for name, n in zip(names.tolist(), counts, strict=True)})
+        return Decision(
+            drops,
+            {
+                f"chains of {2**name} to {2 ** (name + 1) - 1} tokens": int(n)
+                for name, n in zip(names.tolist(), counts, strict=True)
+            },
+        )
 
 
 class LatentClasses(SetOperator):
@@ -104,7 +109,7 @@ class LatentClasses(SetOperator):
 
         texts = [str(row["meta"].get("phrase") or row["question"]) for row in rows]
         embedded = tools.embed(self.embedder, texts) if self.embedder else hashed(texts)
-        sources = np.array([xxhash.xxh64_intdigest(row["source"]) for row in rows], np.uint64)
+        sources = np.array([xxhash.xxh64_intdigest(row["source"].encode()) for row in rows], np.uint64)
         return {"embedding": embedded.astype(np.float16), "source": sources}
 
     def decide(self, parts: Parts, seed: int) -> Decision:
@@ -114,14 +119,23 @@ class LatentClasses(SetOperator):
         rows = parts.rows()
         random = np.random.default_rng(seed)
         share = min(1.0, _FIT_ROWS / max(1, rows))
-        sample = np.concatenate([one["embedding"][random.random(len(one["embedding"])) < share] for one in parts])
+        sample = np.concatenate(
+            [one["embedding"][random.random(len(one["embedding"])) < share] for one in parts]
+        )
         sources = len(np.unique(parts.column("source")))
         count = min(self.classes or 10 * sources, max(2, rows // 2), len(sample))
-        clusters = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=4096).fit(sample.astype(np.float32))
+        clusters = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=4096).fit(
+            sample.astype(np.float32)
+        )
         labels = np.concatenate([clusters.predict(one["embedding"].astype(np.float32)) for one in parts])
         drops = evenly(labels, round(rows * self.keep_share), seed, "its latent class is too frequent")
         sizes = np.sort(np.bincount(labels, minlength=count))
-        facts = {"sources": sources, "classes": count, "largest class": int(sizes[-1]), "median class": int(sizes[count // 2])}
+        facts = {
+            "sources": sources,
+            "classes": count,
+            "largest class": int(sizes[-1]),
+            "median class": int(sizes[count // 2]),
+        }
         return Decision(drops, facts)
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HASH_SIDE = 16
 HASH_BYTES = HASH_SIDE * HASH_SIDE // 8
-_GREY_PX = 64
+_GREY_PX = 2 * HASH_SIDE
 """Side to which a picture is reduced before it is hashed, at least."""
 _PERMUTATIONS, _BAND_ROWS, _SHINGLE = 32, 4, 4
 _WINDOW = 64
@@ -38,7 +38,7 @@ _NOT_WORDS = re.compile(r"[\W_]+")
 class Similar(SetOperator):
     """The limits of similarity, shared by the operators."""
 
-    max_distance: int = Field(default=14, ge=0, le=64)
+    max_distance: int = Field(default=24, ge=0, le=64)
     """Most differing bits, of 256, between the hashes of two pictures that count as one."""
     min_jaccard: float = Field(default=0.7, gt=0, le=1)
     """Least estimated share of common shingles of two questions that count as one."""
@@ -54,8 +54,10 @@ class Similar(SetOperator):
         first = [one[0] if one else bytes(HASH_BYTES) for one in hashes]
         return {
             "text": np.stack([_minhash(text) for text in plain]),
-            "exact": np.array([xxhash.xxh64_intdigest(text) for text in plain], np.uint64),
-            "numbers": np.array([xxhash.xxh64_intdigest(" ".join(_NUMBER.findall(t))) for t in plain], np.uint64),
+            "exact": np.array([xxhash.xxh64_intdigest(text.encode()) for text in plain], np.uint64),
+            "numbers": np.array(
+                [xxhash.xxh64_intdigest(" ".join(_NUMBER.findall(t)).encode()) for t in plain], np.uint64
+            ),
             "count": np.array([len(one) for one in hashes], np.uint8),
             "pictures": np.frombuffer(b"".join(first), np.uint8).reshape(len(rows), HASH_BYTES),
             "others": np.array([xxhash.xxh64_intdigest(b"".join(one[1:])) for one in hashes], np.uint64),
@@ -65,7 +67,9 @@ class Similar(SetOperator):
         """Similar pairs (pairs, 3): the earlier row, the later row, and whether they are equal; each pair once."""
         import numpy as np
 
-        signs = {name: parts.column(name) for name in ("text", "exact", "numbers", "count", "pictures", "others")}
+        signs = {
+            name: parts.column(name) for name in ("text", "exact", "numbers", "count", "pictures", "others")
+        }
         found = [pair for key in _keys(signs) for pair in self._in_groups(key, signs)]
         if not found:
             return np.zeros((0, 3), np.int64)
@@ -85,7 +89,9 @@ class Similar(SetOperator):
             distance = np.bitwise_count(signs["pictures"][one] ^ signs["pictures"][two]).sum(1)
             jaccard = (signs["text"][one] == signs["text"][two]).mean(1)
             alike = (distance <= self.max_distance) & (jaccard >= self.min_jaccard)
-            alike &= (signs["others"][one] == signs["others"][two]) & (signs["numbers"][one] == signs["numbers"][two])
+            alike &= (signs["others"][one] == signs["others"][two]) & (
+                signs["numbers"][one] == signs["numbers"][two]
+            )
             equal = (distance == 0) & (signs["exact"][one] == signs["exact"][two])
             one, two, equal = one[alike], two[alike], equal[alike]
             yield np.stack([np.minimum(one, two), np.maximum(one, two), equal], 1).astype(np.int64)
@@ -95,7 +101,9 @@ def _keys(signs: Signs) -> Iterator[np.ndarray]:
     """For each band of the text and of the picture, one number per row; similar rows are equal in some of them."""
     import numpy as np
 
-    low = np.unpackbits(signs["pictures"], axis=1).reshape(-1, HASH_SIDE, HASH_SIDE)[:, :8, :8].reshape(-1, 64)
+    low = (
+        np.unpackbits(signs["pictures"], axis=1).reshape(-1, HASH_SIDE, HASH_SIDE)[:, :8, :8].reshape(-1, 64)
+    )
     bands = np.packbits(low, axis=1).view(np.uint16).astype(np.uint64)
     base = _mixed(signs["numbers"], signs["count"].astype(np.uint64))
     for start in range(0, _PERMUTATIONS, _BAND_ROWS):
@@ -110,7 +118,9 @@ def _mixed(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     """A hash of two columns of uint64 (the constants of splitmix64)."""
     import numpy as np
 
-    mixed = (one ^ (two + np.uint64(0x9E3779B97F4A7C15) + (one << np.uint64(6)))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (one ^ (two + np.uint64(0x9E3779B97F4A7C15) + (one << np.uint64(6)))) * np.uint64(
+        0xBF58476D1CE4E5B9
+    )
     return mixed ^ (mixed >> np.uint64(31))
 
 
@@ -126,9 +136,10 @@ class Duplicates(Similar):
     def decide(self, parts: Parts, seed: int) -> Decision:
         drops: list[Dropped | None] = [None] * parts.rows()
         pairs = self.pairs(parts)
-        for first, later, equal in pairs[pairs[:, 1].argsort(kind="stable")]:
+        ids = parts.ids(pairs[:, 0].tolist())
+        for first, later, equal in pairs[pairs[:, 1].argsort(kind="stable")].tolist():
             if drops[first] is None and drops[later] is None:
-                drops[later] = Dropped("duplicate" if equal else "near duplicate", f"of row {first}")
+                drops[later] = Dropped("duplicate" if equal else "near duplicate", f"of {ids[first]}")
         return Decision(drops)
 
 
@@ -145,13 +156,15 @@ class Decontaminate(Similar):
         return True
 
     def decide(self, parts: Parts, seed: int) -> Decision:
-        total, mine = parts.rows(), getattr(parts, "own_rows", parts.rows())
+        total, mine = parts.rows(), parts.own
         drops: list[Dropped | None] = [None] * mine
-        for first, later, equal in self.pairs(parts):
+        pairs = self.pairs(parts)
+        ids = parts.ids(pairs[:, 1].tolist())
+        for first, later, equal in pairs.tolist():
             if first < mine <= later:
                 words = "equal to a held-out row" if equal else "nearly equal to a held-out row"
                 if drops[first] is None or equal:
-                    drops[first] = Dropped(words, f"held-out row {later - mine}")
+                    drops[first] = Dropped(words, ids[later])
         return Decision(drops, {"held-out rows": total - mine})
 
 
@@ -162,13 +175,13 @@ def normalised(question: str) -> str:
 
 
 def _minhash(text: str) -> np.ndarray:
-    from datasketch import MinHash
-
-    signature = MinHash(permutations=_permutations(), hashfunc=_hash, num_perm=_PERMUTATIONS)
-    padded = f" {text} "
-    signature.update_batch({padded[at : at + _SHINGLE].encode() for at in range(len(padded) - _SHINGLE + 1)} or {b" "})
     import numpy as np
 
+    signature = _blank().copy()
+    padded = f" {text} "
+    signature.update_batch(
+        {padded[at : at + _SHINGLE].encode() for at in range(len(padded) - _SHINGLE + 1)} or {b" "}
+    )
     return signature.hashvalues.astype(np.uint32)
 
 
@@ -179,10 +192,11 @@ def _hash(data: bytes) -> int:
 
 
 @cache
-def _permutations() -> Any:
+def _blank() -> Any:
+    """An empty MinHash; its copies share the permutations."""
     from datasketch import MinHash
 
-    return MinHash(num_perm=_PERMUTATIONS, hashfunc=_hash, seed=1).permutations
+    return MinHash(num_perm=_PERMUTATIONS, hashfunc=_hash, seed=1)
 
 
 def picture_hash(picture: Picture) -> bytes:
@@ -190,5 +204,5 @@ def picture_hash(picture: Picture) -> bytes:
     import imagehash
     import numpy as np
 
-    bits = imagehash.phash(picture.grey(_GREY_PX), hash_size=HASH_SIDE).hash
+    bits = imagehash.phash(picture.grey(_GREY_PX), hash_size=HASH_SIDE, highfreq_factor=2).hash
     return np.packbits(bits).tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 from pydantic import Field
@@ -14,16 +15,16 @@ from corpus.formats.gold import kind_of
 from corpus.schema import Record
 
 _SYSTEM = re.compile(
-    r"^\s*(?:(?:system|<<SYS>>)\s*[:\n]\s*|you are (?:an?|the) [^.\n]{0,80}(?:assistant|expert|model|ai|tutor|solver)\b)"
+    r"^\s*(?:(?:system|<<SYS>>)\s*[:\n]\s*|you are (?:an?|the) [^.\n]{0,80}(?:assistant|expert|model|ai|tutor)\b)"
     r"[^\n]*(?:\n|$)",
     re.IGNORECASE,
 )
 _CLAUSES = "|".join(
     (
-        r"(?:please )?(?:directly )?answer (?:the question )?(?:directly )?(?:using|with|in) (?:a single|one|a short|only)"
+        r"(?:please )?(?:directly )?answer (?:the question )?(?:directly )?(?:using|with|in) (?:a |one|only)"
         r"[^.\n]*",
         r"(?:please )?(?:directly )?answer (?:directly )?with the (?:option'?s? )?(?:correct )?letter[^.\n]*",
-        r"(?:please )?(?:provide|give|put|write|enclose|place|output) (?:your |the )?(?:final |short )?(?:answer|solution)"
+        r"(?:please )?(?:provide|give|put|write|enclose|output) (?:your |the )?(?:final |short )?(?:answer|solution)"
         r"[^.\n]*(?:box|tag|at the end|<answer>|<think>|directly)[^.\n]*",
         r"(?:please )?(?:let'?s )?(?:think|reason|solve)[^.\n]{0,40} step[- ]by[- ]step[^.\n]*",
         r"(?:first|please) (?:think|reason|analy[sz]e)[^.\n]*(?:then|before) [^.\n]*answer[^.\n]*",
@@ -33,7 +34,9 @@ _CLAUSES = "|".join(
         r"you (?:first|must) think[^.\n]*",
     )
 )
-_INSTRUCTION = re.compile(rf"(?:(?<=^)|(?<=[\n.?!:>)])\s*)(?:{_CLAUSES})[.:]?(?=\s|$)", re.IGNORECASE | re.MULTILINE)
+_INSTRUCTION = re.compile(
+    rf"(?:(?<=^)|(?<=[\n.?!:>)])\s*)(?:{_CLAUSES})[.:]?(?=\s|$)", re.IGNORECASE | re.MULTILINE
+)
 _LABEL = re.compile(r"^\s*question:\s*", re.IGNORECASE)
 
 
@@ -68,8 +71,10 @@ def stripped(question: str) -> str:
 
 _THINK = re.compile(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>(.*)", re.DOTALL)
 _SECTIONS = re.compile(
-    r"<(SUMMARY|CAPTION|REASONING)>(.*?)</\1>|<CONCLUSION>(?P<end>.*?)</CONCLUSION>", re.DOTALL | re.IGNORECASE
+    r"<(SUMMARY|CAPTION|REASONING)>(.*?)</\1>|<CONCLUSION>(?P<end>.*?)</CONCLUSION>",
+    re.DOTALL | re.IGNORECASE,
 )
+_MARKED = re.compile(r"\\boxed|</?(?:think|summary|reasoning|conclusion|answer)", re.IGNORECASE)
 _FINAL = re.compile(
     r"\s*(?:(?:therefore|thus|so|hence),?\s*)?(?:the )?(?:final )?answer(?: is|:)\s*:?[^\n]*$", re.IGNORECASE
 )
@@ -98,9 +103,9 @@ class UnifyFormat(RowOperator):
     def _one(self, row: Record) -> Outcome:
         if row["mode"] != "think" or not (row.get("response") or row.get("chain")):
             return row
+        if not row.get("response") and not _MARKED.search(row["chain"]):
+            return row
         chain, found = split(row.get("response") or row["chain"])
-        if not row.get("response") and not found:
-            chain, found = row["chain"].strip(), row["answer"]
         if not found:
             return Dropped("no answer at the end of the reply")
         if not chain:
@@ -109,7 +114,9 @@ class UnifyFormat(RowOperator):
         if _plain(found) != _plain(gold) and self.gold == "keep":
             return Dropped("the reply's answer differs from the gold", f"{found!r:.60} and {gold!r:.60}")
         answer = gold if self.gold == "keep" else found
-        verifier = kind_of(answer, row["verifier"] == "choice")[1] if row["verifier"] == "none" else row["verifier"]
+        verifier = (
+            kind_of(answer, row["verifier"] == "choice")[1] if row["verifier"] == "none" else row["verifier"]
+        )
         return {**row, "chain": chain, "answer": answer, "response": None, "verifier": verifier}
 
 
@@ -128,7 +135,11 @@ def split(reply: str) -> tuple[str, str]:
     at = reply.rfind("\\boxed")
     if at >= 0:
         before = reply[:at].rsplit("\n", 1)
-        chain = reply[:at] if len(before) == 1 else before[0] + ("\n" + before[1] if len(before[1].split()) > 6 else "")
+        chain = (
+            reply[:at]
+            if len(before) == 1
+            else before[0] + ("\n" + before[1] if len(before[1].split()) > 6 else "")
+        )
         return re.sub(r"[\s$]*(?:(?:is|:|=)\s*)?[\s$]*$", "", _FINAL.sub("", chain)).strip(), answer
     return _FINAL.sub("", reply).strip(), answer
 
@@ -141,9 +152,9 @@ def _plain(answer: str) -> str:
 
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]")
 _EMPTY_WORDS = frozenset(
-    "a an the is are was be it its this that so thus therefore hence answer final result correct and of to in as for "
-    "we can see from picture image shown option choice".split()
+    "answer final correct result therefore hence picture image shown seen option choice".split()
 )
+"""Words that say nothing about a solution, beside scikit-learn's list of English stop words."""
 
 
 class Redundancy(RowOperator):
@@ -181,5 +192,12 @@ class Redundancy(RowOperator):
         return row
 
 
+@cache
+def _stop_words() -> frozenset[str]:
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    return ENGLISH_STOP_WORDS | _EMPTY_WORDS
+
+
 def _tokens(text: str) -> set[str]:
-    return {word for word in _TOKEN.findall(text.casefold()) if word.isalnum() or "." in word} - _EMPTY_WORDS - {"."}
+    return {word for word in _TOKEN.findall(text.casefold()) if word[0].isalnum()} - _stop_words()

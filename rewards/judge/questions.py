@@ -27,6 +27,8 @@ a choice, or a text that is empty or cut off."""
 _FORMAT = 1
 """Part of the cache's keys. Increase it when the format of requests changes."""
 _REPLY_TOKENS = 8
+_MARK = "<image>"
+"""core.model.prompts.IMAGE."""
 
 
 @dataclass(frozen=True)
@@ -157,16 +159,10 @@ def _text_of(said: Any, choice: Any, question: Question, tokens: int) -> Reply |
 
 
 def body_of(model: str, question: Question, constrained: bool) -> bytes:
-    pictures = [
-        {"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in question.images
-    ]
-    texts = [{"type": "text", "text": text} for text in (question.material, question.asked)]
+    system = [{"role": "system", "content": question.system}] if question.system else []
     request: dict[str, Any] = {
         "model": model,
-        "messages": [
-            {"role": "system", "content": question.system},
-            {"role": "user", "content": [*pictures, *texts]},
-        ],
+        "messages": [*system, {"role": "user", "content": _content(question)}],
         "temperature": question.temperature,
         "max_tokens": question.max_tokens,
     }
@@ -177,6 +173,24 @@ def body_of(model: str, question: Question, constrained: bool) -> bytes:
     ):  # vLLM restricts the reply to these choices. Other servers ignore or refuse the field.
         request["structured_outputs"] = {"choice": list(question.choices)}
     return json.dumps(request).encode()
+
+
+def _content(question: Question) -> list[dict[str, Any]]:
+    """The parts of the user's turn: pictures, material and question; pictures stand at `<image>` marks if it has them.
+
+    Quoted material never has marks (rewards.judge.quoting).
+    """
+    pictures = [
+        {"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in question.images
+    ]
+    texts = [text for text in (question.material, question.asked) if text]
+    pieces = question.asked.split(_MARK)
+    if question.material or len(pieces) != len(pictures) + 1:
+        return [*pictures, *({"type": "text", "text": text} for text in texts)]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}]
+    for picture, words in zip(pictures, pieces[1:], strict=True):
+        parts += [picture, {"type": "text", "text": words}]
+    return [part for part in parts if part["type"] != "text" or part["text"]]
 
 
 @lru_cache(maxsize=32)  # the same picture occurs in several requests: per criterion and per completion
