@@ -70,6 +70,40 @@ def add(commands: Any) -> None:
     curate.add_argument(
         "--rows", type=count, help="with --plan: rows to estimate for, in place of the input's"
     )
+    show = command(data, "show", _show, "show statistics and rows of a set, in the terminal and on a page")
+    show.add_argument("set", help="Parquet file, folder or hub id of records; or a set of --recipe")
+    show.add_argument("--n", type=count, default=12, help="rows on the page; default: %(default)s")
+    show.add_argument("--recipe", type=Path, help="recipe with the set, the stages' limits and the core")
+    show.add_argument(
+        "--model", type=Path, help="checkpoint whose processor counts tokens; default: the recipe's core"
+    )
+    show.add_argument("--split", default="train", help="default: %(default)s")
+    show.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
+    show.add_argument(
+        "--tokens", metavar="ROW", help="print one row (id, or number from 0) as the model sees it"
+    )
+    show.add_argument(
+        "--out", type=Path, default=Path("data-show.html"), help="the page; default: %(default)s"
+    )
+
+
+def _show(options: argparse.Namespace) -> None:
+    from chain.recipe import load_recipe
+    from chain.show import Shown, tables
+    from core.console import new_console
+    from core.files import write_text
+
+    recipe = load_recipe(options.recipe) if options.recipe else None
+    shown, console = Shown(options.set, recipe, options.model, options.split, options.runs_dir), new_console()
+    if options.tokens is not None:
+        for line in shown.tokens(options.tokens):
+            console.print(line, soft_wrap=True)
+        return
+    statistics = shown.statistics()
+    for table in tables(statistics):
+        console.print(table)
+    write_text(options.out, shown.page(options.n, statistics))
+    console.print(f"page: {options.out}", markup=False, soft_wrap=True)
 
 
 def _curate(options: argparse.Namespace) -> None:

@@ -127,6 +127,18 @@ class Operator(Strict):
 class RowOperator(Operator):
     """An operator that looks at one row at a time."""
 
+    sources: tuple[str, ...] = ()
+    """Values of `source` of the rows that the step looks at; other rows pass. (): all rows. A row without a source has
+    the name of its set."""
+
+    def run(self, rows: Sequence[Record], tools: Tools) -> list[Outcome]:
+        """The outcome of each row; rows of other sources pass."""
+        if not self.sources:
+            return self(rows, tools)
+        mine = [row for row in rows if row["source"] in self.sources]
+        outcomes = iter(self(mine, tools) if mine else ())
+        return [next(outcomes) if row["source"] in self.sources else row for row in rows]
+
     def __call__(self, rows: Sequence[Record], tools: Tools) -> list[Outcome]:
         """The outcome of each row: the row, perhaps changed, or the reason why it is dropped."""
         raise NotImplementedError

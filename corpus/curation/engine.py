@@ -29,6 +29,8 @@ class Engine:
 
     def each(self, do: Do, tasks: Sequence[Any], asks: bool = False) -> Iterator[Any]:
         """The results of `do(task)`. Tasks that ask a model run in threads of this process."""
+        if not tasks:
+            return
         if asks:
             yield from _in_threads(do, tasks)
         elif self.name == "ray":
@@ -39,7 +41,7 @@ class Engine:
             yield from _in_processes(do, tasks, self.workers)
 
     def _on_ray(self, do: Do, tasks: Sequence[Any]) -> Iterator[Any]:
-        with on_ray(self.workers, self.address) as ray:
+        with _safe_path(), on_ray(self.workers, self.address) as ray:
             items = ray.data.from_items(list(tasks), override_num_blocks=len(tasks))
             made = items.map(lambda row: {"item": do(row["item"])}, concurrency=self.workers)
             for row in made.iter_rows():
@@ -117,8 +119,12 @@ def on_ray(workers: int, address: str | None) -> Iterator[Any]:
         raise ConfigError("engine: ray needs Ray Data: pip install 'sailvl2-posttrain[ray]'") from None
     started = not ray.is_initialized()
     if started:
-        local = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level="warning", **local)
+        local: dict[str, Any] = {
+            "num_cpus": workers,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
+        ray.init(address=address, log_to_driver=False, logging_level="error", **({} if address else local))
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield ray

@@ -344,7 +344,7 @@ def _done(work: Work) -> tuple[int, Outline]:
             work, numbers, rows, [drop or row for drop, row in zip(work.drops, rows, strict=True)]
         )
     assert isinstance(work.step, RowOperator)
-    return _finished(work, numbers, rows, work.step(rows, work.tools) if rows else [])
+    return _finished(work, numbers, rows, work.step.run(rows, work.tools) if rows else [])
 
 
 def _finished(

@@ -96,6 +96,8 @@ def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
     outcomes: list[Outcome] = []
     records = Source(shard).records()
     for record in records:
+        if isinstance(record["id"], str) and record["id"].strip():
+            record["id"] = shard.prefix + record["id"]
         hashes: list[bytes] = []
         problem: Problem | None = problem_of(
             record, lambda picture, kept=hashes: kept.append(picture_hash(picture))
@@ -105,7 +107,7 @@ def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
         else:
             made = {
                 **record,
-                "id": shard.prefix + record["id"],
+                "source": record["source"] or shard.set,
                 "meta": meta_of(record["meta"]),
                 HASHES: hashes,
             }

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.curation_rows import near, row
 from chain.cli.main import main
 from core.manifest import Manifest
 from corpus.curation import running
@@ -14,7 +15,6 @@ from corpus.records import load_records, write_records
 from rewards.judge import client as judge_client
 
 from ..rewards.judge_server import asked, material, serving
-from .rows import near, row
 
 STEPS = [{"op": "strip_instructions"}, {"op": "unify_format"}, {"op": "duplicates"}, {"op": "decontaminate"}]
 
@@ -220,7 +220,8 @@ def test_pass_at_k_drops_what_is_always_and_never_solved(folder, server):
     assert [part["type"] for part in server.requests[0]["messages"][0]["content"]] == ["image_url", "text"]
 
 
-def test_ray_keeps_the_same_rows(folder, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # Ray Data sets its own deprecated options
+def test_ray_keeps_the_same_rows(folder):
     pytest.importorskip("ray")
     assert main(["data", "curate", str(curation(folder))]) == 0
     assert main(["data", "curate", str(curation(folder, output="by-ray", engine="ray", workers=2))]) == 0

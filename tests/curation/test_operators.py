@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.curation_rows import encoded, picture
 from core.model.pictures import Picture
 from corpus.curation.asking import VIDEO_SCALES, DistilAnswer, FreeResponse, GuidedChain, Score
 from corpus.curation.base import Dropped, NoReply
@@ -15,8 +16,6 @@ from corpus.curation.sampling import BalanceLengths, LatentClasses, caps, hashed
 from corpus.curation.similar import Decontaminate, Duplicates, picture_hash
 from corpus.curation.steps import OPERATORS
 from corpus.curation.texts import Redundancy, StripInstructions, UnifyFormat, split, stripped
-
-from .rows import encoded, picture
 
 ROW = {
     "id": "r",

@@ -1,4 +1,4 @@
-"""Rows for tests of curation: smooth random pictures with drawn figures, questions, and planted defects."""
+"""Rows for the benchmark and the tests of curation: pictures of figures, questions about them, and planted defects."""
 
 import io
 import random
