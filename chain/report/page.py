@@ -26,6 +26,22 @@ THUMBNAIL_PX = 256
 
 def page(report: Report, run_dir: Path) -> str:
     """The whole page, with the stages' curves and sampled completions from the run's folder."""
+    stages = [_stage(stage, report, run_dir / stage.name) for stage in report.stages]
+    if report.failed:
+        stages.append(_failed(report.failed, run_dir))
+    return rendered(
+        "page.html.jinja",
+        report=report,
+        facts=_facts(report),
+        stages=stages,
+        table=[_row(stage) for stage in report.stages],
+        overview=_overview(report),
+        versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
+    )
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template of this folder with its values, every one of them escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -35,17 +51,7 @@ def page(report: Report, run_dir: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    stages = [_stage(stage, report, run_dir / stage.name) for stage in report.stages]
-    if report.failed:
-        stages.append(_failed(report.failed, run_dir))
-    return environment.get_template("page.html.jinja").render(
-        report=report,
-        facts=_facts(report),
-        stages=stages,
-        table=[_row(stage) for stage in report.stages],
-        overview=_overview(report),
-        versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
-    )
+    return environment.get_template(template).render(**values)
 
 
 def _facts(report: Report) -> list[str]:
@@ -173,7 +179,12 @@ def _picture(folder: Path, name: str | None) -> dict[str, Any] | None:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.exists():
         return None
-    shown = Picture(path.read_bytes()).rgb()
+    return thumbnail(Picture(path.read_bytes()))
+
+
+def thumbnail(picture: Picture) -> dict[str, Any]:
+    """A picture for a data URL: kind, whether it is small, and base64. Raises ValueError or OSError if it is broken."""
+    shown = picture.rgb()
     small = max(shown.size) <= THUMBNAIL_PX // 2
     shown.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     buffer = io.BytesIO()
