@@ -103,7 +103,8 @@ class DataSource(Strict):
     fps: float | None = Field(default=None, gt=0)
     """Most frames that are sampled per second of a video; None: no such limit."""
     on_bad_gold: OnBad = "raise"
-    """RL only: a gold answer that its verifier cannot use stops the load, or its row is dropped and counted."""
+    """RL and evaluation: a gold answer that its verifier cannot use stops the load, or its row is dropped and
+    counted."""
 
 
 class RecordError(ValueError):
