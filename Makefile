@@ -99,7 +99,7 @@ bench: setup ## run the benchmarks; each prints a table and one JSON line (QUICK
 check: setup ## check lint, formatting, types and the links of the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy core corpus rewards sft rl chain recipes benchmarks
+	$(BIN)/mypy sailvl2_posttrain core corpus rewards sft rl chain recipes benchmarks
 	$(BIN)/python -P -m mkdocs build --quiet
 
 docs: setup ## build the documentation in build/docs
