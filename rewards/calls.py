@@ -129,7 +129,7 @@ class Caller:
         form = form_of(reward)
         batch = _Batch(form.call, name, list(zip(completions, examples, strict=True)), watch or Watch())
         if form.is_async:
-            return Pending([_on_loop(batch.whole_async() if form.batched else batch.each_async())], True)
+            return Pending([on_loop(batch.whole_async() if form.batched else batch.each_async())], True)
         threads = self._threads()
         if form.batched:
             return Pending([threads.submit(batch.whole)], True)
@@ -154,7 +154,7 @@ class _Batch:
         try:
             value = self.call(*self.pairs[row])
             if inspect.isawaitable(value):  # a plain function that returns a coroutine
-                value = _on_loop(_awaited(value)).result()
+                value = on_loop(_awaited(value)).result()
             result = self._result(row, value)
         except KeyboardInterrupt:
             raise
@@ -171,7 +171,7 @@ class _Batch:
         try:
             values = self.call(*self._columns())
             if inspect.isawaitable(values):
-                values = _on_loop(_awaited(values)).result()
+                values = on_loop(_awaited(values)).result()
             results = self._results(values)
         except KeyboardInterrupt:
             raise
@@ -284,7 +284,8 @@ async def _awaited(value: Awaitable[Any]) -> Any:
     return await value
 
 
-def _on_loop(work: Any) -> Future:
+def on_loop(work: Any) -> Future:
+    """Start a coroutine on the background event loop. Raises RuntimeError in that loop's own thread."""
     import asyncio
 
     loop, thread = _background()

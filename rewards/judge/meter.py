@@ -16,7 +16,7 @@ class Limits:
     timeout_s: float = 30.0
     max_retries: int = 2
     max_concurrency: int = 8
-    step_s: float = 120.0
+    budget_s: float = 120.0
     step_calls: int | None = None
     step_tokens: int | None = None
     run_s: float | None = None

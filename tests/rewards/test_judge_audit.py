@@ -7,7 +7,6 @@ from PIL import Image
 
 from chain.cli.main import main
 from corpus.records import write_records
-from rewards.judge import client as judge_client
 from rewards.offline.judge_audit import AuditError, Share, kappa, load_labelled
 
 from ..rewards.judge_server import asked, criterion, material, serving
@@ -19,7 +18,6 @@ GOOD, WRONG, SLIP = "A is 2, so A + A is 4.", "A is 3, so A + A is 9.", "A is 2,
 def server():
     with serving() as server:
         yield server
-    judge_client.close()
 
 
 def examiner(request):
