@@ -20,6 +20,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from enum import Enum
 from multiprocessing import context, forkserver, popen_forkserver, process, reduction, util
 from pathlib import Path
@@ -35,6 +36,8 @@ POLL_S = 0.01
 """Interval at which pebble checks deadlines and dead workers."""
 SERVER_VARIABLE = "POSTTRAIN_POOL_SERVER"
 """Environment variable that is set while the server of a pool's workers preloads a module."""
+BREAKS = 3
+"""Broken pools that a job survives. pebble gives up a whole pool if a worker dies before its first message is read."""
 _OUT_OF_MEMORY, _WORN_OUT = 70, 71
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,6 +64,8 @@ class Job:
         """Receives the result, an Ending or an exception."""
         self.task: Future | None = None
         self.tried = False
+        """Whether a worker died under the job."""
+        self.breaks = 0
 
     def begun(self) -> bool:
         """Whether a worker has started the job."""
@@ -120,7 +125,7 @@ class Pool:
             try:
                 arguments = (self.function, job.argument, CPU_SHARE * job.deadline_s)
                 job.task = processes.schedule(_run, arguments, job.deadline_s)
-            except RuntimeError:  # includes concurrent.futures' BrokenProcessPool
+            except RuntimeError:  # pebble's for a pool that broke or was stopped
                 self._replace(processes)
                 continue
             processes.watch(job)
@@ -139,10 +144,12 @@ class Pool:
             target=broken.stop, daemon=True
         ).start()  # the current thread may be one of the threads that stop() joins
         for job in waiting:
-            self._again(job, lost=False)
+            self._again(job)
 
     def _done(self, job: Job, task: Future) -> None:
         """A worker has finished a job, failed at it, or died."""
+        if job.future.done() or job.task is not task:  # the pool was closed, or the job was started again
+            return
         if task.cancelled():
             job.future.cancel()
             return
@@ -151,21 +158,27 @@ class Pool:
             job.end(task.result())
         elif isinstance(error, TimeoutError):
             job.end(Ending.TIMEOUT)
-        elif not isinstance(error, OSError | RuntimeError):
+        elif isinstance(error, BrokenProcessPool):  # perhaps through another job
+            job.breaks += 1
+            job.end(Ending.CRASHED) if job.breaks > BREAKS else self._again(job)
+        elif hasattr(error, "exitcode"):  # pebble's ProcessExpired: this worker died
+            self._lost(job, error.exitcode)
+        else:
             job.end(error)  # the function raised
-        else:  # this worker or all workers are dead
-            code = getattr(error, "exitcode", None)
-            if code == -signal.SIGPROF:
-                job.end(Ending.OVER_TIME)
-            elif code == _OUT_OF_MEMORY:
-                job.end(Ending.OVER_MEMORY)
-            elif job.tried and code != _WORN_OUT:
-                job.end(Ending.CRASHED)
-            else:
-                self._again(job, code != _WORN_OUT)
 
-    def _again(self, job: Job, lost: bool) -> None:
-        job.tried = job.tried or lost
+    def _lost(self, job: Job, code: int) -> None:
+        """A job's worker ended with an exit code."""
+        if code == -signal.SIGPROF:
+            job.end(Ending.OVER_TIME)
+        elif code == _OUT_OF_MEMORY:
+            job.end(Ending.OVER_MEMORY)
+        elif job.tried and code != _WORN_OUT:
+            job.end(Ending.CRASHED)
+        else:
+            job.tried = job.tried or code != _WORN_OUT
+            self._again(job)
+
+    def _again(self, job: Job) -> None:
         try:
             self._start(job)
         except BaseException as error:
@@ -204,13 +217,13 @@ class _Processes:
         return list(self._pool._pool_manager.worker_manager.workers) if self._pool else []
 
     def stop(self) -> None:
-        """End the workers; their running jobs end as CRASHED."""
+        """End the workers; open jobs end as CRASHED."""
+        for job in list(self.jobs):  # before the workers end, or a dead worker would start its job again
+            job.end(Ending.CRASHED)
         with self._lock:
             if self._pool is not None:
                 self._pool.stop()
                 self._pool.join()
-        for job in list(self.jobs):
-            job.end(Ending.CRASHED)
 
 
 class _Context(context.ForkServerContext):

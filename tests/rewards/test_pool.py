@@ -1,5 +1,6 @@
 """The checking processes: for any question, kill or stop, the other questions still get their answers."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -170,12 +171,14 @@ def test_a_worker_stopped_at_its_job_is_nobodys_fault(single, threads, monkeypat
 
 
 def test_a_job_that_loses_two_workers_is_crashed_and_not_remembered(single, threads):
-    first = started(single)
+    started(single)
     answer = threads.submit(single.compare, *hanging())
     until(lambda: begun(single))
-    os.kill(first, signal.SIGKILL)
-    until(lambda: single.worker_pids not in ([], [first]))
-    os.kill(single.worker_pids[0], signal.SIGKILL)
+    while not answer.done():  # a worker killed before it took the job up does not count
+        for worker in single.worker_pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        time.sleep(0.05)
     assert answer.result() == Outcome.CRASHED
     assert single.compare(*new()) == Outcome.EQUAL
     single.deadline_s = 0.2
@@ -205,7 +208,7 @@ def test_workers_killed_in_mid_batch_cost_their_own_jobs_at_most(make):
     right = [Outcome.DIFFERENT if n % 2 else Outcome.EQUAL for n in range(1, 61)]
     lost = [found for found, wanted in zip(outcomes, right, strict=True) if found != wanted]
     assert set(lost) <= {Outcome.CRASHED}
-    assert len(lost) <= killed
+    assert len(lost) <= killed // 2  # a job is given up after its second worker
 
 
 def test_when_all_workers_die_idle_the_next_question_starts_others(make):
