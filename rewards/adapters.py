@@ -16,7 +16,6 @@ A column of meta takes precedence over `solution` and `ground_truth`. A score ou
 parameter `scale: [low, high]` gives its range.
 """
 
-import functools
 import inspect
 import json
 import math
@@ -27,6 +26,7 @@ from typing import Any
 from rewards.calls import Caller, Reward, form_of
 from rewards.example import MODES, Example
 from rewards.names import nearest
+from rewards.registry import with_params
 from rewards.verdict import Status, Verdict
 
 ROUNDING = 1e-6
@@ -268,20 +268,7 @@ def _own_params(
 
 def _bound(function: Any, params: dict[str, Any], name: str, needed: str) -> Any:
     """The function with its parameters bound. Raises TypeError if it does not take the argument `needed`."""
-    if not callable(function):
-        raise TypeError(f"reward {name!r} is a {type(function).__name__}, not a function")
-    if inspect.isclass(function):
-        try:
-            bound = function(**params)
-        except TypeError as error:
-            raise ValueError(f"reward {name!r}: {error}") from None
-    else:
-        named, _ = _arguments(function)
-        for key in params:  # **kwargs takes columns; a misspelt parameter is still refused
-            if key not in named:
-                known = ["scale", *(word for word in named if word != needed)]
-                raise ValueError(f"reward {name!r}: unknown parameter {key!r}; {nearest(key, known)}")
-        bound = functools.partial(function, **params) if params else function
+    bound = with_params(function, params, name, taken=0, also=["scale"])
     named, wants_all = _arguments(bound)
     if needed not in named and not wants_all:
         raise TypeError(

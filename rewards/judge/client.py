@@ -56,8 +56,7 @@ def ask(
     Equal questions of a batch are sent once. Raises ValueError if the key's environment variable is not set.
     """
     key = endpoint.key()
-    meter.started()
-    try:
+    with meter.waiting():
         now = time.monotonic()
         deadline = now + limits.budget_s if deadline is None else deadline
         if limits.run_s is not None:
@@ -70,10 +69,8 @@ def ask(
             step = _Step(endpoint.model, limits, meter, cache, deadline, open_questions)
             server = _servers().setdefault((endpoint.base_url, key), _Server(endpoint.base_url, key))
             settled.update(server.run(step))
-        late = Failure("budget", f"no reply within this batch's {max(0.0, deadline - now):.3g} s")
-        outcomes = [settled.get(name, late) for name in keys]
-    finally:
-        meter.ended()
+    late = Failure("budget", f"no reply within this batch's {max(0.0, deadline - now):.3g} s")
+    outcomes = [settled.get(name, late) for name in keys]
     meter.add(cache_hits=sum(isinstance(outcome, Reply) and outcome.cached for outcome in outcomes))
     meter.fail([outcome for outcome in outcomes if isinstance(outcome, Failure)])
     return outcomes
