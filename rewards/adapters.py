@@ -19,7 +19,7 @@ parameter `scale: [low, high]` gives its range.
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -83,20 +83,13 @@ def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str)
             key: value for key, value in columns.items() if (wants_all or key in named) and key not in rest
         }
 
-    # `form_of` recognises both functions as batched by their parameters' names.
-    if form_of(bound).is_async:
+    # `form_of` recognises a batched reward by these names of its parameters.
+    def reward(completions: Sequence[str], examples: Sequence[Example]) -> Any:
+        values = bound(**arguments(completions, examples))
+        return read.later(values) if inspect.isawaitable(values) else read.all(values)
 
-        async def later(completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
-            return read.all(await bound(**arguments(completions, examples)))
-
-        later.needs = needs  # type: ignore[attr-defined]
-        return later
-
-    def now(completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
-        return read.all(bound(**arguments(completions, examples)))
-
-    now.needs = needs  # type: ignore[attr-defined]
-    return now
+    reward.needs = needs  # type: ignore[attr-defined]
+    return reward
 
 
 def check_columns(reward: Reward, name: str, examples: Sequence[Example]) -> None:
@@ -228,6 +221,9 @@ class _Scale:
         if not isinstance(values, Sequence) or isinstance(values, str | bytes):
             raise TypeError(f"it returned {type(values).__name__}, not a list with a score per completion")
         return [self.one(value) for value in values]
+
+    async def later(self, values: Awaitable[Any]) -> list[Verdict]:
+        return self.all(await values)
 
     def one(self, value: Any) -> Verdict:
         """The verdict of a number, a mapping with "score", or a sequence that begins with the score.

@@ -141,12 +141,6 @@ def compare(gold: Answer, given: Answer, question: str = "", part: bool = False)
         return Outcome.DIFFERENT  # f(3)=9 does not say that f(4)=9
     if isinstance(gold, Relation | Named) and isinstance(given, Relation | Named):
         return _compare_relations(_as_relation(gold), _as_relation(given))
-    if (
-        isinstance(gold, Region | Matrix) == isinstance(given, Region | Matrix)
-        and _is_value(gold)
-        and _is_value(given)
-    ):
-        return Pair(gold.text, given.text)
     if isinstance(gold, Matrix | Term) and isinstance(given, Matrix | Term):
         return Pair(gold.text, given.text)
     return Outcome.DIFFERENT
@@ -286,6 +280,8 @@ def _compare_terms(gold: str, given: str, question: str) -> Result:
     texts = _compare_texts(gold, given)
     if texts:
         return texts
+    if gold.count("'") > given.count("'"):  # math-verify ignores primes
+        return Outcome.DIFFERENT
     return _unsuited(gold, given) or _compare_values(gold, given) or Pair(gold, given)
 
 
@@ -337,7 +333,7 @@ def _formula(text: str) -> str:
 
 def _unsuited(gold: str, given: str) -> Outcome | None:
     """The outcome for an answer that must not be compared as mathematics; None if it may be."""
-    if strange(given) or given.count("'") != gold.count("'") or "?" in given or ";" in given:
+    if strange(given) or given.count("'") > gold.count("'") or "?" in given or ";" in given:
         return Outcome.UNPARSEABLE
     unknown = {found[1] for found in _COMMAND.finditer(given)} - _COMMANDS
     if relation(given)[1] == [r"\in"] and relation(gold)[1] != [r"\in"]:
