@@ -248,7 +248,9 @@ class _Film:
             if at is None or key > at:
                 self._container.seek(key, stream=self._stream)
                 decoder = self._container.decode(self._stream)
-            found = next((frame for frame in decoder if frame.pts is not None and frame.pts >= target), None)
+            found: Any = next(
+                (frame for frame in decoder if frame.pts is not None and frame.pts >= target), None
+            )
             if found is None:
                 raise ValueError("it ends before its last frame")
             at = found.pts

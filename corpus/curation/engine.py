@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,7 +125,9 @@ def on_ray(workers: int, address: str | None) -> Iterator[Any]:
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
         }
-        ray.init(address=address, log_to_driver=False, logging_level="error", **({} if address else local))
+        ray.init(
+            address=address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else local)
+        )
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield ray

@@ -16,7 +16,7 @@ from core.model.pictures import Picture
 from corpus.curation.base import Dropped, Outcome
 from corpus.curation.similar import picture_hash
 from corpus.parquet import check_file
-from corpus.schema import FIELDS, TEXTS, Problem, Record, completed, meta_of, picture_of, problem_of
+from corpus.schema import FIELDS, TEXTS, Problem, Record, completed, json_of, picture_of, problem_of
 
 SHARD_BYTES = 64 << 20
 """A shard ends when its row groups have this many uncompressed bytes; a single group may be larger."""
@@ -99,16 +99,19 @@ def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
         if isinstance(record["id"], str) and record["id"].strip():
             record["id"] = shard.prefix + record["id"]
         hashes: list[bytes] = []
-        problem: Problem | None = problem_of(
-            record, lambda picture, kept=hashes: kept.append(picture_hash(picture))
-        )
+
+        def look(picture: Picture, hashes: list[bytes] = hashes) -> None:
+            hashes.append(picture_hash(picture))
+
+        problem: Problem | None = problem_of(record, look)
         if problem:
             outcomes.append(Dropped(f"{problem.field}: {problem.rule}", problem.found))
         else:
             made = {
                 **record,
                 "source": record["source"] or shard.set,
-                "meta": meta_of(record["meta"]),
+                "history": json_of(record["history"]),
+                "meta": json_of(record["meta"]),
                 HASHES: hashes,
             }
             outcomes.append(made)
