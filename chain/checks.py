@@ -17,7 +17,7 @@ from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
 from corpus.formats.files import files_of
 from corpus.formats.table import known
-from corpus.records import DataSource, load_records
+from corpus.records import DataSource, load_source
 from rewards.example import Example
 from rl.config import RLConfig
 from rl.limits import FOUND, Asked, Limits
@@ -242,7 +242,7 @@ def _examples(recipe: Recipe, data: Sequence[DataSource]) -> list[Example] | Non
     return [
         Example.of(record, ())
         for source, place in zip(data, there, strict=True)
-        for record in load_records(place, source.split, source.rows, recipe.seed)
+        for record in load_source(source, {source.set: place}, recipe.seed)
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from chain.context import Context, Scores
 from core.files import append_jsonl
 from core.model.pictures import as_rgb
+from core.model.prompts import shown
 from core.strict import ConfigError
 
 
@@ -35,7 +36,7 @@ def evaluate(context: Context, model: Path | None = None, keep_samples: bool = T
         (Path.cwd(),),
     )
     if keep_samples:
-        write_samples(context.out, [(row.to_dict(), row.record["images"]) for row in judged], cfg.samples)
+        write_samples(context.out, [(row.to_dict(), shown(row.record)) for row in judged], cfg.samples)
     return scores
 
 

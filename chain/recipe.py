@@ -80,10 +80,11 @@ class ForeignSet(Strict):
     """Field of a record -> column of the file, for columns whose names do not match a field."""
     images: str | None = None
     """Folder of the pictures; None: the folder of the file. A picture path that leaves this folder is refused."""
-    system: Literal["strip", "keep", "refuse"] = "strip"
-    """strip: drop system messages; keep: put them before the question; refuse: reject rows that have one."""
-    turns: Literal["refuse", "first", "split"] = "refuse"
-    """Conversations of several exchanges. refuse: reject; first: keep the first exchange; split: a row per exchange."""
+    system: Literal["keep", "strip", "refuse"] = "keep"
+    """System messages. keep: as the row's own; strip: drop them; refuse: reject rows that have one."""
+    turns: Literal["keep", "first", "split", "refuse"] = "keep"
+    """Conversations of several exchanges. keep: one row, whose history is the earlier ones; first: the first exchange;
+    split: a row per exchange, with those before it as history; refuse: reject."""
     strict: bool = False
     """Stop at the first row that cannot be imported. Otherwise such rows go to `<set>.rejected.jsonl`."""
 

@@ -29,10 +29,10 @@ ADAPTER_NAME = "adapter"
 
 def evaluate_checkpoint(
     recipe: Recipe,
-    model: Path,
-    out: Path,
+    model: str | Path,
+    out: str | Path,
     *,
-    runs_dir: Path = Path("runs"),
+    runs_dir: str | Path = "runs",
     open_pool: OpenPool | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Score the checkpoint folder `model` on the recipe's held-out sets; eval.json and the samples go to `out`.
@@ -42,6 +42,7 @@ def evaluate_checkpoint(
     cfg = recipe.eval
     if cfg is None:
         raise ConfigError(f"recipe {recipe.name} has no eval, which names the held-out sets; add it")
+    model, out, runs_dir = Path(model), Path(out), Path(runs_dir)
     _require_checkpoint(model)
     display = Display()
     runner.data(recipe, runs_dir=runs_dir, display=display)

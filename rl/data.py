@@ -10,9 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from core.model.pictures import Decoded
-from core.model.prompts import messages
-from corpus.records import DataSource, Records, load_records
+from core.model.prompts import messages, shown
+from core.model.videos import Decoded
+from corpus.records import DataSource, Records, load_source
 from rewards.answer import GoldError, gold_problem
 from rewards.example import Example
 
@@ -34,7 +34,7 @@ def load_rows(
     """
     rows: list[dict[str, Any]] = []
     for source in sources:
-        records = load_records(sets[source.set], source.split, source.rows, seed)
+        records = load_source(source, sets, seed)
         rows += gradable(source, askable(source, records))
     seen: set[str] = set()
     for row in rows:
@@ -76,7 +76,7 @@ def gradable(
 
 def example_of(record: Record) -> Example:
     """A record as rewards see it; its pictures decode when a reward accesses them."""
-    return Example.of(record, Decoded(record["images"]))
+    return Example.of(record, Decoded(shown(record)))
 
 
 def prompt_messages(record: Record) -> list[dict[str, Any]]:

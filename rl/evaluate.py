@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from corpus.records import DataSource, Records, load_records
+from corpus.records import DataSource, Records, load_source
 from rewards.answer import AnswerReward
 from rewards.isolation import load_limited
 from rewards.mix import Mixture, Reward, Term
@@ -145,7 +145,7 @@ def held_out(
     verifier cannot use, unless the set drops such rows (`on_bad_gold`).
     """
     source = cfg.sets[name]
-    records = askable(source, load_records(sets[source.set], split=source.split, rows=source.rows))
+    records = askable(source, load_source(source, sets, None))
     if source.mode is None:
         modes = {row["mode"]: row["id"] for row in records}
         if len(modes) > 1:

@@ -78,7 +78,7 @@ class Watcher:
         accuracy: Callable[[Sequence[Record]], float],
     ) -> None:
         self.cfg, self.out, self.second, self.rows, self.accuracy = cfg, out, second, rows, accuracy
-        self.shown = [row for row in rows if row["images"]]
+        self.shown = [row for row in rows if row["images"] or row.get("videos")]
         self._blank: list[Record] = []
         self._batches = 0
         self._unscorable: deque[tuple[int, int]] = deque(maxlen=cfg.window)

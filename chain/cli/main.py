@@ -21,6 +21,8 @@ Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML file
   posttrain explain rlvr.rollout                    what a recipe's keys mean
   posttrain eval runs/demo/rlvr/checkpoint          score a checkpoint on the held-out set
   posttrain data import llava.json mine.parquet      foreign files as records, which every stage reads
+  posttrain data curate recipes/curation_demo        filter, rewrite and sample rows, with a report
+  posttrain data show mine.parquet                   statistics, and rows with pictures
   posttrain judge-audit rows.jsonl --base-url http://127.0.0.1:8100/v1 --model judge
   posttrain compare runs/demo/longcot_sft runs/demo/rlvr   paired by question; --gate for CI
   posttrain report runs/demo                        write report.json and report.html again

@@ -197,12 +197,20 @@ def _term(term: RewardTerm) -> str:
 
 
 def _packs(config: SFTStage) -> str:
+    rows = " or ".join(str(most) for most in sorted(set(map(config.row_tokens, config.phases))))
     if not config.packing:
-        return f"packing: off; rows of at most {config.max_tokens} tokens"
+        return f"packing: off; rows of at most {rows} tokens"
     budgets = {config.micro_batch_tokens(phase) for phase in config.phases}
     sizes = " or ".join(str(budget) for budget in sorted(budgets))
     by = f", updates of {config.packing.update_tokens} tokens" if config.packing.update_tokens else ""
-    return f"packing: passes of at most {sizes} tokens, rows of at most {config.max_tokens}{by}"
+    return f"packing: passes of at most {sizes} tokens, rows of at most {rows}{by}{_overlong(config)}"
+
+
+def _overlong(config: SFTStage) -> str:
+    if config.overlong != "periodic":
+        return ""
+    longest = max(map(config.longest_row, config.phases))
+    return f"; rows of up to {longest} every {config.periodic.every} updates"
 
 
 def _prefix(config: RLConfig) -> str:
