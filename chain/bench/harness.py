@@ -23,6 +23,7 @@ from core.strict import ConfigError
 
 VERSION = "0.7.3"
 DEFAULT = Path(".venv-bench/bin/python")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _MARK = re.compile(r"<image(?: \d+)?>")
 _LOCATE = (
     "import importlib.metadata as m, importlib.util as u; "
@@ -65,7 +66,7 @@ class Harness:
         base = self.tasks / benchmark.yaml
         if not base.is_file():
             raise ConfigError(f"{benchmark.yaml}: lmms-eval {self.version} has no such task file")
-        changes = {"task": f"posttrain_{name}", **benchmark.changes, "tag": None}
+        changes = {"task": f"posttrain_{name}", **benchmark.changes}
         if data:
             changes |= {"dataset_path": data, "dataset_name": None, "dataset_kwargs": None}
         return yaml.safe_dump({"include": str(base), **changes}, sort_keys=False)
@@ -113,10 +114,12 @@ class Harness:
             code = subprocess.run(
                 command, stdout=log, stderr=log, env=environment, cwd=folder, check=False
             ).returncode
-        results = sorted(out.rglob("*_results.json"))
+        # A task may write a submission file of its own, which has the same ending.
+        found = [read_json(file) for file in sorted(out.rglob("*_results.json"))]
+        results = [one for one in found if isinstance(one, dict) and "results" in one]
         if code or not results:
             raise HarnessFailed(f"lmms-eval ended with code {code}: {_last_words(folder / 'log.txt')}")
-        return read_json(results[-1])
+        return results[-1]
 
 
 def outcome(
@@ -198,7 +201,15 @@ def _score(sample: Mapping[str, Any], path: str) -> float:
     if not equals:
         return float(value)
     given, gold = value if isinstance(value, list) else [value], _at(sample, right)
-    return float(any(str(one).strip().casefold() == str(gold).strip().casefold() for one in given))
+    return float(any(_plain_value(one) == _plain_value(gold) for one in given))
+
+
+def _plain_value(value: Any) -> Any:
+    """A value for comparison: a number, else text without case."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value).strip().casefold()
 
 
 def _at(value: Any, path: str) -> Any:
@@ -208,6 +219,8 @@ def _at(value: Any, path: str) -> Any:
 
 
 def _last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in _COLOUR.sub("", log.read_text(errors="replace")).splitlines() if line.strip()
+    ]
     errors = [line for line in lines if "Error" in line or "error" in line]
     return f"{(errors or lines or ['no output'])[-1]:.400} (log: {log})"
