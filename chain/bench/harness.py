@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from core.strict import ConfigError
 VERSION = "0.7.3"
 DEFAULT = Path(".venv-bench/bin/python")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_MARK = re.compile(r"<image(?: \d+)?>")
 _LOCATE = (
     "import importlib.metadata as m, importlib.util as u; "
     "print(m.version('lmms-eval')); print(u.find_spec('lmms_eval').origin)"
@@ -132,7 +130,7 @@ def outcome(
     own = results["results"][task]
     value = next((own[key] for key in own if key.partition(",")[0] == benchmark.metric), None)
     (file,) = (folder / "harness").rglob(f"*_samples_{task}.jsonl")
-    samples = _samples(benchmark, read_jsonl(file), folder, relay)
+    samples = _samples(benchmark, read_jsonl(file), folder)
     if value is None or value == "":  # MathVista's aggregation returns None for 0 right answers
         value = 0.0 if not any(sample["score"] for sample in samples) else None
     if not isinstance(value, int | float):
@@ -149,44 +147,32 @@ def outcome(
     }
 
 
-def _samples(
-    benchmark: Benchmark, logged: Sequence[Mapping[str, Any]], folder: Path, relay: Relay
-) -> list[dict[str, Any]]:
+def _samples(benchmark: Benchmark, logged: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The harness's samples with the relay's record of each: completion, tokens, pictures.
 
-    The harness's log names no request. A sample belongs to a reply with its prompt and its answer; among several such
-    replies (their pictures differ) the order of arrival decides, which is the harness's order of documents.
+    The relay puts the number of its record in a reply's `usage.prompt_tokens`, which the harness logs.
     """
-    by_text: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for line in read_jsonl(folder / REPLIES):
-        if line["role"] == "policy":
-            by_text[_plain(line["text"])].append(line)
+    replies = {line["number"]: line for line in read_jsonl(folder / REPLIES)}
     found = []
     for sample in sorted(logged, key=lambda one: one["doc_id"]):
-        answer, own = _first(sample["filtered_resps"]), by_text.get(_plain(str(sample["input"])), [])
-        alike = [reply for reply in own if relay.extracted(reply["completion"]) == answer] or own
-        reply: Mapping[str, Any] = alike[0] if alike else {}
-        if len(alike) > 1:
-            own.remove(reply)
+        counts = (sample.get("token_counts") or [None])[0]
+        if counts is None or counts["input_tokens"] not in replies:
+            raise HarnessFailed(f"sample {sample['doc_id']}: the harness's log names no reply of the relay")
+        reply = replies[counts["input_tokens"]]
         found.append(
             {
                 "id": sample["doc_id"],
-                "prompt": reply.get("text", sample["input"]),
-                "completion": reply.get("completion", ""),
-                "extracted": answer,
+                "prompt": reply["text"],
+                "completion": reply["completion"],
+                "extracted": _first(sample["filtered_resps"]),
                 "gold": sample["target"],
                 "score": _score(sample, benchmark.score),
-                "tokens": reply.get("tokens"),
-                "truncated": reply.get("truncated"),
-                "pictures": [f"{folder.name}/{name}" for name in reply.get("pictures", ())],
+                "tokens": reply["tokens"],
+                "truncated": reply["truncated"],
+                "pictures": [f"{folder.name}/{name}" for name in reply["pictures"]],
             }
         )
     return found
-
-
-def _plain(text: str) -> str:
-    """A prompt without white space and the marks of its pictures, which the harness's log has and the request lacks."""
-    return "".join(_MARK.sub("", text).split())
 
 
 def _first(value: Any) -> str:

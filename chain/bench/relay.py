@@ -115,11 +115,8 @@ class Relay:
             self.failures[role].append(f"{type(error).__name__}: {error}")
             raise
         content = self.extracted(line["completion"]) if role == "policy" else line["completion"]
-        usage = {
-            "prompt_tokens": 0,
-            "completion_tokens": line["tokens"] or 0,
-            "total_tokens": line["tokens"] or 0,
-        }
+        # The harness logs these counts with each sample, so the first one can name the reply (harness.py).
+        usage = {"prompt_tokens": line["number"], "completion_tokens": line["tokens"] or 0, "total_tokens": 0}
         message = {"role": "assistant", "content": content}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         frame = {"id": line["key"][:16], "object": "chat.completion", "created": 0, "model": MODEL_NAME}
@@ -172,6 +169,9 @@ class Relay:
             return self._known[digest]
         line = {"key": digest, "role": role, **more, **ask()}
         with self._writing:
+            if digest in self._known:  # two equal requests at a time
+                return self._known[digest]
+            line["number"] = len(self._known) + 1
             self._known[digest] = line
             append_jsonl(self.folder / REPLIES, line)
         return line

@@ -35,7 +35,8 @@ def option(name):
 def post(url, body):
     headers = {"Authorization": "Bearer " + os.environ["OPENAI_API_KEY"]}
     request = urllib.request.Request(url + "/chat/completions", json.dumps(body).encode(), headers)
-    return json.loads(urllib.request.urlopen(request).read())["choices"][0]["message"]["content"]
+    reply = json.loads(urllib.request.urlopen(request).read())
+    return reply["choices"][0]["message"]["content"], reply["usage"]["prompt_tokens"]
 
 model = dict(pair.split("=", 1) for pair in option("--model_args").split(","))
 file = Path(os.environ["FAKE_TASKS"]) / (option("--tasks") + ".json")
@@ -47,12 +48,12 @@ out.mkdir(parents=True)
 samples = []
 for number, (question, gold) in enumerate(task["rows"]):
     message = {"role": "user", "content": [{"type": "text", "text": question}]}
-    answer = post(model["base_url"], {"messages": [message], "max_tokens": 16, "temperature": 0})
+    answer, count = post(model["base_url"], {"messages": [message], "max_tokens": 16, "temperature": 0})
     right = answer == gold
     if task.get("judge"):
-        right = post(os.environ["OPENAI_API_URL"], {"messages": [{"role": "user", "content": answer}]}) == "1"
+        right = post(os.environ["OPENAI_API_URL"], {"messages": [{"role": "user", "content": answer}]})[0] == "1"
     sample = {"doc_id": number, "input": question, "target": gold, "filtered_resps": [answer]}
-    samples.append({**sample, "acc": float(right)})
+    samples.append({**sample, "acc": float(right), "token_counts": [{"input_tokens": count}]})
 name = option("--tasks")
 score = sum(sample["acc"] for sample in samples) / len(samples)
 lines = "".join(json.dumps(sample) + chr(10) for sample in samples)
