@@ -242,15 +242,14 @@ class _Film:
 
     def _sought(self, numbers: Sequence[int]) -> Iterator[Any]:
         """The frames, each read from the last key frame before it unless the decoder is past that already."""
-        at, decoder = None, iter(())
+        at: int | None = None
+        decoder: Iterator[Any] = iter(())
         for target in (self._times[number] for number in numbers):
             key = self._keys[bisect_right(self._keys, target) - 1]
             if at is None or key > at:
                 self._container.seek(key, stream=self._stream)
                 decoder = self._container.decode(self._stream)
-            found: Any = next(
-                (frame for frame in decoder if frame.pts is not None and frame.pts >= target), None
-            )
+            found = next((frame for frame in decoder if frame.pts is not None and frame.pts >= target), None)
             if found is None:
                 raise ValueError("it ends before its last frame")
             at = found.pts
