@@ -19,6 +19,7 @@ from chain.report.pictures import data_url
 from chain.report.render import template
 from core.files import PARTIAL
 from core.model.pictures import Picture
+from rl.watch import ALARMS
 
 
 def page(report: Report, run_dir: Path) -> str:
@@ -26,6 +27,7 @@ def page(report: Report, run_dir: Path) -> str:
     stages = [_stage(stage, report, run_dir / stage.name) for stage in report.stages]
     if report.failed:
         stages.append(_failed(report.failed, run_dir))
+    stages += [_unfinished(name, run_dir) for name in report.unfinished]
     return template("page.html.jinja").render(
         report=report,
         facts=_facts(report),
@@ -110,6 +112,22 @@ def _failed(failure: Failure, run_dir: Path) -> dict[str, Any]:
         "prepared": [],
         "error": failure.error,
         "alarms": _alarms(failure.alarms),
+        "soup": None,
+        "charts": curves(metrics),
+        "cards": [],
+    }
+
+
+def _unfinished(name: str, run_dir: Path) -> dict[str, Any]:
+    """The template's values for a stage that trains now, or whose run was killed."""
+    folder = run_dir / f"{name}{PARTIAL}"
+    metrics = Tail(folder / "metrics.jsonl").new()
+    return {
+        "name": name,
+        "origin": f"not finished; the last logged step is {metrics[-1].get('step', len(metrics))}",
+        "prepared": [],
+        "error": "",
+        "alarms": _alarms(Tail(folder / ALARMS).new()),
         "soup": None,
         "charts": curves(metrics),
         "cards": [],
