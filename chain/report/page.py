@@ -98,6 +98,7 @@ def _stage(stage: StageReport, report: Report, folder: Path) -> dict[str, Any]:
         "error": "",
         "alarms": _alarms(stage.alarms),
         "soup": _soup(soup.ingredients, soup.merged) if soup else None,
+        "figures": _figures(stage),
         "charts": curves(Tail(folder / "metrics.jsonl").new()),
         "cards": [_card(sample, folder) for sample in Tail(folder / "samples.jsonl").new()],
     }
@@ -113,6 +114,7 @@ def _failed(failure: Failure, run_dir: Path) -> dict[str, Any]:
         "error": failure.error,
         "alarms": _alarms(failure.alarms),
         "soup": None,
+        "figures": None,
         "charts": curves(metrics),
         "cards": [],
     }
@@ -129,6 +131,7 @@ def _unfinished(name: str, run_dir: Path) -> dict[str, Any]:
         "error": "",
         "alarms": _alarms(Tail(folder / ALARMS).new()),
         "soup": None,
+        "figures": None,
         "charts": curves(metrics),
         "cards": [],
     }
@@ -149,6 +152,33 @@ def _alarms(alarms: Sequence[Mapping[str, Any]]) -> list[str]:
         times = "once" if count == 1 else f"{count} times"
         lines.append(f"{name}: raised {times}, first in batch {first['batch']}: {first['text']}")
     return lines
+
+
+def _figures(stage: StageReport) -> dict[str, Any] | None:
+    """The table of a stage's held-out sets beyond their accuracy."""
+    known = {name: one for name, one in stage.eval.items() if one.truncated_rate is not None}
+    if not known:
+        return None
+    rows = []
+    for name, one in known.items():
+        bins = [f"{part['tokens'][0]}–{part['tokens'][1]}: {part['accuracy']:.2f}" for part in one.by_length]
+        per, auc = one.tokens_per_correct, one.length_auc
+        rows.append(
+            [
+                *(name, f"{one.format_rate:.2f}", f"{one.truncated_rate:.2f}"),
+                *("–" if per is None else charts.number(per), "–" if auc is None else f"{auc:.2f}"),
+                ", ".join(bins),
+            ]
+        )
+    heads = [
+        "set",
+        "format",
+        "truncated",
+        "tokens per right answer",
+        "P(right shorter)",
+        "accuracy by tokens",
+    ]
+    return {"heads": heads, "rows": rows}
 
 
 def _soup(ingredients: Sequence[Mapping[str, Any]], merged: Mapping[str, Any]) -> dict[str, Any]:

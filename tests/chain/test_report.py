@@ -323,3 +323,11 @@ def test_a_served_report_shows_a_stage_while_it_trains(run_dir):
         assert requests.get(url, headers={"Host": "evil.example:80"}, timeout=10).status_code == 404
     with pytest.raises(ConfigError, match="not a run's folder"), serving(run_dir / "rlvr"):
         pass
+
+
+def test_lengths_and_truncation_have_a_table(run_dir):
+    scores = mode_scores(0.5) | {"truncated_rate": 0.25, "tokens_per_correct": 48.5, "length_auc": 0.75}
+    scores["by_length"] = [{"tokens": [2, 9], "n": 5, "accuracy": 0.875}]
+    write_json(run_dir / "rlvr" / "eval.json", {"scores": {"mcq": scores}, "seconds": 1, "fingerprint": "e"})
+    write(run_dir)
+    assert "mcq0.980.2548.50.752–9: 0.88" in Page((run_dir / "report.html").read_text()).text
