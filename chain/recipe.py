@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field, model_validator
 from chain.yaml_files import read_folder
 from core.strict import ConfigError, KeyPath, Name, Strict, key_path, nearest, parse
 from corpus.records import DataSource
-from rl.config import EvalConfig, Prepare, RLConfig
+from rl.config import Prepare, RLConfig
+from rl.eval_config import EvalConfig
 from rl.rollout.config import PoolConfig
 from sft.config import SFTConfig, SoupConfig
 
@@ -196,6 +197,8 @@ class Recipe(Stages):
     def _completions_fit_the_servers(self) -> Recipe:
         limit = self.servers.max_model_tokens if self.servers else None
         lengths = {"eval": self.eval.max_completion_tokens if self.eval else 0}
+        for name, one in self.eval.sets.items() if self.eval else ():
+            lengths[f"eval.sets.{name}"] = one.max_completion_tokens or 0
         for name in STAGE_NAMES:
             config = getattr(self, name)
             if isinstance(config, RLConfig):
@@ -272,7 +275,11 @@ def sources(config: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Da
     """Every data source at any depth of a configuration, with its key path."""
     for name in type(config).model_fields:
         value = getattr(config, name)
-        items = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
+        items: Iterable[tuple[Any, Any]] = [(None, value)]
+        if isinstance(value, list | tuple):
+            items = enumerate(value)
+        elif isinstance(value, dict):
+            items = value.items()
         for index, item in items:
             here = (*path, name) if index is None else (*path, name, index)
             if isinstance(item, DataSource):

@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -102,7 +103,8 @@ class DataSource(Strict):
     fps: float | None = Field(default=None, gt=0)
     """Most frames that are sampled per second of a video; None: no such limit."""
     on_bad_gold: OnBad = "raise"
-    """RL only: a gold answer that its verifier cannot use stops the load, or its row is dropped and counted."""
+    """RL and evaluation: a gold answer that its verifier cannot use stops the load, or its row is dropped and
+    counted."""
 
 
 class RecordError(ValueError):
@@ -122,18 +124,19 @@ class Problem(NamedTuple):
         return f"{self.field}: {self.rule} (found {self.found}); {self.remedy}"
 
 
-def problem_of(record: Mapping[str, Any]) -> Problem | None:
+def problem_of(record: Mapping[str, Any], look: Callable[[Picture], Any] = Picture.rgb) -> Problem | None:
     """The first rule that a record breaks, or None.
 
     Args:
         record: missing fields have their defaults. Pictures may be `Picture`s, files' bytes, PIL images or
             {"bytes": ...}; they are decoded.
+        look: decodes a picture, and raises if it is broken.
 
     It checks a single row, so it does not find duplicate ids.
     """
     checks: tuple[Callable[[Mapping[str, Any]], Problem | None], ...] = (
         *(_text_problem, _empty_problem, _kind_problem, _history_problem, _markup_problem),
-        *(_placeholder_problem, _meta_problem, _media_problem),
+        *(_placeholder_problem, _meta_problem, partial(_media_problem, look=look)),
     )
     whole = completed(record)
     return next((problem for check in checks if (problem := check(whole))), None)
@@ -305,9 +308,9 @@ def _meta_problem(record: Mapping[str, Any]) -> Problem | None:
     return None
 
 
-def _media_problem(record: Mapping[str, Any]) -> Problem | None:
+def _media_problem(record: Mapping[str, Any], look: Callable[[Picture], Any]) -> Problem | None:
     decoders: dict[str, Callable[[Any], Any]] = {
-        "images": lambda image: picture_of(image).rgb(),
+        "images": lambda image: look(picture_of(image)),
         "videos": lambda video: clip_of(video).decode(),
     }
     for name, decode in decoders.items():

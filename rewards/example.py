@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MODES = ("think", "direct")
+UNGRADED = ("judge", "none")
+"""Verifiers of rows that no rule can grade. All other verifiers are rules (rewards.answer)."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from core.model.prompts import messages, shown
@@ -34,7 +35,7 @@ def load_rows(
     rows: list[dict[str, Any]] = []
     for source in sources:
         records = load_source(source, sets, seed)
-        rows += _gradable(source, askable(source, records))
+        rows += gradable(source, askable(source, records))
     seen: set[str] = set()
     for row in rows:
         if row["id"] in seen:
@@ -45,10 +46,16 @@ def load_rows(
     return rows
 
 
-def _gradable(source: DataSource, records: Records) -> list[dict[str, Any]]:
-    """The records whose gold answers their verifiers can use."""
+def gradable(
+    source: DataSource, records: Records, changes: Mapping[str, Any] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """The records, with `changes` to their fields, whose gold answers their verifiers can use.
+
+    Raises GoldError for other records, unless the source drops them.
+    """
     good, bad = [], []
-    for index, record in enumerate(records):
+    for index, stored in enumerate(records):
+        record = {**stored, **changes}
         problem = gold_problem(example_of(record))
         if problem:
             bad.append(f"{records.place(index)} ({record['id']!r}): answer: {problem}")

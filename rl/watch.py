@@ -15,10 +15,9 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from core.files import append_jsonl
-from core.model.pictures import Picture
-from core.model.videos import Clip
 from rewards.mix import Reward
 from rewards.verdict import Status, as_verdict
+from rl.blank import blanked
 from rl.collect import Group, Sample
 from rl.config import AlarmName, Watch
 from rl.data import Record, example_of
@@ -288,17 +287,3 @@ def _compare(look: Look, earlier: Sequence[Look]) -> Iterable[Alarm]:
 def _error(first: float, second: float, n: int) -> float:
     """Standard error of the difference of two accuracies on n rows each."""
     return math.sqrt(max(first * (1 - first) + second * (1 - second), 1 / n) / n)
-
-
-def blanked(row: Record) -> dict[str, Any]:
-    """The row with each image, and each frame of its videos, replaced by a grey one of its size."""
-    from PIL import Image
-
-    def grey(picture: Picture) -> Picture:
-        return Picture.of(Image.new("RGB", picture.size, (128, 128, 128)))
-
-    videos = [
-        Clip.of_frames([grey(video.frames[0])] * len(video.frames), video.caps)
-        for video in row.get("videos") or ()
-    ]
-    return {**row, "images": [grey(image) for image in row["images"]], "videos": videos}

@@ -257,10 +257,11 @@ def _amount(source: DataSource) -> str:
 def _evaluation(recipe: Recipe) -> str:
     cfg = recipe.eval
     assert cfg is not None
-    return (
-        f"thinking on {_amount(cfg.thinking)}, direct on {_amount(cfg.direct)}, greedy, "
-        f"at most {cfg.max_completion_tokens} tokens"
-    )
+    parts = []
+    for name, one in cfg.sets.items():
+        drawn = f" + {one.draws} samples" if one.draws else ""
+        parts.append(f"{name} on {_amount(one)}, greedy{drawn}, at most {cfg.longest(name)} tokens")
+    return "; ".join(parts) + ("; each also with blanked images" if cfg.blind else "")
 
 
 def _pool(recipe: Recipe) -> str:

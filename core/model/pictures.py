@@ -105,6 +105,18 @@ class Picture:
         self._size = seen.size
         return seen
 
+    def grey(self, at_least: int) -> Image:
+        """The picture in mode L, with sides of at least `at_least` pixels if it has them, for hashes and thumbnails.
+
+        A JPEG is decoded at a reduced scale, which takes half the time. Raises as `rgb`.
+        """
+        image = _opened(self.data)
+        if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+            return self.rgb().convert("L")
+        self.animated = False
+        image.draft("L", (at_least, at_least))
+        return _turned(image.convert("L"), _orientation(image))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Picture, (self.data,)
 
