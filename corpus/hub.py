@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,13 @@ _ADDRESS = re.compile(
 )
 _OTHER_SPLITS = ("test", "val", "dev")
 """What the names of files of other splits than train begin with."""
+
+
+log = logging.getLogger(__name__)
+
+
+class NoConnection(ConfigError):
+    """The hub does not answer."""
 
 
 class HubSet(NamedTuple):
@@ -111,19 +119,26 @@ def _listed(address: HubSet) -> list[str]:
     from huggingface_hub import is_offline_mode
 
     if not is_offline_mode():
-        return _asked(address, lambda hub: hub.HfApi().list_repo_files(**_where(address)), str)
+        try:
+            return _asked(address, lambda hub: hub.HfApi().list_repo_files(**_where(address)), str)
+        except NoConnection:
+            log.warning("%s: the hub does not answer; looking in its cache", address)
     found = _asked(address, lambda hub: hub.snapshot_download(local_files_only=True, **_where(address)))
     return [file.relative_to(found).as_posix() for file in found.rglob("*") if file.is_file()]
 
 
 def _asked(address: HubSet, ask: Any, kind: type = Path) -> Any:
     """The hub's reply, a path or a list of names. Raises ConfigError if there is none."""
+    import httpx
     import huggingface_hub
-    from huggingface_hub import errors
 
     try:
         reply = ask(huggingface_hub)
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+    except httpx.TransportError as error:
+        raise NoConnection(
+            f"{address}: no connection to the hub ({error}); download it and give its path"
+        ) from None
+    except (httpx.HTTPError, OSError, ValueError) as error:  # the hub's own errors are of these types
         cause = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ConfigError(
             f"{address}: the hub does not serve it ({type(error).__name__}: {cause}); check the name, log in with "

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
@@ -79,3 +80,16 @@ def test_a_path_is_no_hub_name(tmp_path, monkeypatch):
     assert hub_set("data/rows.tsv") is None
     assert hub_set("/data/rows") is None
     assert hub_set(str(Path("hf://datasets/org/set"))) == ("org/set", None, "")
+
+
+def test_a_hub_that_does_not_answer_leaves_its_cache(cached, tmp_path, monkeypatch, caplog):
+    def nobody(self, **where):
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", nobody)
+    assert hub_set("org/set") is not None
+    with pytest.raises(ConfigError, match="org/other: the hub does not serve it"):
+        HubFiles(hub_set("org/other"))
+    assert len(HubFiles(hub_set("org/set"))) == 1
+    assert "the hub does not answer; looking in its cache" in caplog.text
