@@ -184,7 +184,8 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
     for name, place in recipe.data.sets.items():
         if isinstance(place, ForeignSet):
             try:
-                files_of(Path(place.path).expanduser())
+                if not is_hub_id(place.path):  # a plan asks the hub for nothing
+                    files_of(place.path)
                 if place.format != "auto":
                     known(place.format)
             except ConfigError as error:

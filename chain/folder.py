@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from chain.display import duration
 from chain.errors import ERROR
 from chain.fingerprints import Fingerprints, identity
-from chain.inputs import data_folder, imported_folder, locate_sets, prepared_folder
+from chain.inputs import absolute, data_folder, imported_folder, locate_sets, prepared_folder
 from chain.job import DONE
 from chain.recipe import ForeignSet, Recipe, made_between
 from core.files import PARTIAL, atomic_dir, read_json, write_json
@@ -167,7 +167,7 @@ class RunFolder:
         steps = []
         for name, given in self.recipe.data.sets.items():
             if isinstance(given, ForeignSet):
-                inputs = {"path": self.prints.hashes.of(str(Path(given.path).expanduser().resolve()))}
+                inputs = {"path": self.prints.hashes.of(absolute(given.path))}
                 fingerprint = self.prints.fingerprint(f"import {name}", given, inputs)
                 steps.append(Step(name, imported_folder(self.path, name), given, inputs, fingerprint))
         return steps

@@ -23,8 +23,11 @@ def add(commands: Any) -> None:
         data, "import", _import, "convert files of other formats to records, which every stage reads"
     )
     taken.add_argument(
-        "source", type=Path, help=".json, .jsonl, .csv, .tsv, .parquet or .tar file, or a folder of one kind"
+        "source",
+        help=".json, .jsonl, .csv, .tsv, .parquet or .tar file, a folder of one kind, or a data set on the hub: "
+        "owner/name, or hf://datasets/owner/name@revision/folder",
     )
+    taken.add_argument("--split", default="train", help="split of a data set on the hub; default: train")
     taken.add_argument(
         "destination", type=Path, help="Parquet file; rejected rows go to a .rejected.jsonl beside it"
     )
@@ -137,7 +140,8 @@ def _import(options: argparse.Namespace) -> None:
             f"--columns {' '.join(options.columns)}: write FIELD=COLUMN, such as question=query"
         )
     given = {
-        "path": str(options.source),
+        "path": options.source,
+        "split": options.split,
         "format": options.format,
         "columns": columns,
         "strict": options.strict,

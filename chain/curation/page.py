@@ -115,7 +115,7 @@ def _example(
     _, shard, number = place
     row = _stored(folder, shard, number)
     reason, detail = row.pop(REASON) or "", row.pop(DETAIL) or ""
-    images = Source(shards[shard]).pictures(number)
+    images = Source(shards[shard]).media(number)["images"]
     old = _stored(before, shard, number) if before and not reason else None
     return card({**row, "images": images}, old, reason, detail)
 

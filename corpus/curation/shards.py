@@ -1,4 +1,4 @@
-"""Shards: runs of row groups of Parquet files. Texts go from step to step in small files; pictures stay at the source.
+"""Shards: runs of row groups of Parquet files. Texts go from step to step in small files; media stay at the source.
 
 A step's file for one shard has a row for each row that the step received: `row` (its number in the shard), the texts,
 the pictures' hashes, and `reason` and `detail` if the step dropped it. The next step reads the rows without a reason.
@@ -13,10 +13,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.model.pictures import Picture
+from core.model.videos import Clip
 from corpus.curation.base import Dropped, Outcome
 from corpus.curation.similar import picture_hash
 from corpus.parquet import check_file
-from corpus.schema import FIELDS, TEXTS, Problem, Record, completed, json_of, picture_of, problem_of
+from corpus.schema import (
+    FIELDS,
+    JSON_FIELDS,
+    MEDIA,
+    TEXTS,
+    Problem,
+    Record,
+    clip_of,
+    completed,
+    json_of,
+    picture_of,
+    problem_of,
+)
 
 SHARD_BYTES = 64 << 20
 """A shard ends when its row groups have this many uncompressed bytes; a single group may be larger."""
@@ -56,7 +69,7 @@ def shards_of(name: str, files: Sequence[Path], rows: int, prefix: str = "") -> 
 
 
 class Source:
-    """The rows of a shard in their file. Pictures are read when the first one is used."""
+    """The rows of a shard in their file. Pictures and videos are read when the first one is used."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -70,25 +83,27 @@ class Source:
             return file.read_row_groups(groups, columns=present, use_threads=False)
 
     @cached_property
-    def _pictures(self) -> Any:
-        table = self._table(["images"])
-        return table.column("images").combine_chunks() if table.num_columns else None
+    def _columns(self) -> dict[str, Any]:
+        table = self._table(MEDIA)
+        return {name: table.column(name) for name in table.column_names}
 
-    def pictures(self, row: int) -> list[Picture]:
-        """The pictures of a row; they decode when they are used. Raises TypeError for what is not a picture."""
-        if self._pictures is None:
-            return []
-        cell = self._pictures[row]
-        count = len(cell) if cell.is_valid else 0
-        return [Picture(partial(self._bytes, row, place)) for place in range(count)]
+    def media(self, row: int) -> dict[str, list[Any]]:
+        """The pictures and videos of a row; they decode when they are used, and raise TypeError for anything else."""
+        found: dict[str, list[Any]] = {}
+        for name, kind in (("images", Picture), ("videos", Clip)):
+            cell = self._columns[name][row] if name in self._columns else None
+            count = len(cell) if cell is not None and cell.is_valid else 0
+            found[name] = [kind(partial(self._bytes, name, row, place)) for place in range(count)]
+        return found
 
-    def _bytes(self, row: int, place: int) -> bytes:
-        return picture_of(self._pictures[row][place].as_py()).data
+    def _bytes(self, name: str, row: int, place: int) -> bytes:
+        stored = self._columns[name][row][place].as_py()
+        return picture_of(stored).data if name == "images" else clip_of(stored).data
 
     def records(self) -> list[Record]:
-        """All rows of the shard with their pictures, unchecked."""
+        """All rows of the shard with their pictures and videos, unchecked."""
         texts = self._table(TEXTS).to_pylist()
-        return [completed({**text, "images": self.pictures(row)}) for row, text in enumerate(texts)]
+        return [completed({**text, **self.media(row)}) for row, text in enumerate(texts)]
 
 
 def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
@@ -131,9 +146,11 @@ def write_outcomes(
     for number, old, new in zip(numbers, before, after, strict=True):
         drop = new if isinstance(new, Dropped) else None
         row = old if isinstance(new, Dropped) else new
-        texts = {name: _text(row.get(name)) for name in TEXTS if name != "meta"}
+        texts = {
+            name: _json(row.get(name)) if name in JSON_FIELDS else _text(row.get(name)) for name in TEXTS
+        }
         rows.append(
-            {ROW: number, **texts, "meta": _meta(row.get("meta")), HASHES: row.get(HASHES)}
+            {ROW: number, **texts, HASHES: row.get(HASHES)}
             | {REASON: drop and drop.reason, DETAIL: drop and drop.detail}
         )
     fields = [(ROW, pa.int64()), *((name, pa.string()) for name in TEXTS), (HASHES, pa.list_(pa.binary()))]
@@ -151,14 +168,14 @@ def _text(value: Any) -> str | None:
     return str(value).encode("utf-8", "replace").decode()
 
 
-def _meta(meta: Any) -> str:
-    if isinstance(meta, str):
-        return _text(meta) or ""
-    return json.dumps(meta or {}, ensure_ascii=False, allow_nan=False, sort_keys=True)
+def _json(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return _text(value)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True)
 
 
 def read_outcomes(path: Path, shard: Shard) -> tuple[list[int], list[Record]]:
-    """The rows that a step kept: their numbers in the shard, and the rows with their pictures."""
+    """The rows that a step kept: their numbers in the shard, and the rows with their pictures and videos."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -168,7 +185,8 @@ def read_outcomes(path: Path, shard: Shard) -> tuple[list[int], list[Record]]:
     for row in kept:
         number = row.pop(ROW)
         numbers.append(number)
-        rows.append({**row, "images": source.pictures(number), "meta": json.loads(row["meta"])})
+        parsed = {name: json_of(row[name]) for name in JSON_FIELDS}
+        rows.append({**row, **source.media(number), **parsed})
     return numbers, rows
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from benchmarks.curation_rows import near, row
 from chain.cli.main import main
@@ -59,6 +60,19 @@ def test_the_steps_run_and_every_dropped_row_is_named(folder, capsys):
     page = Path("out/report.html").read_text()
     assert page.count("<img") >= 42
     assert "10 of 10 dropped rows" in page
+
+
+def test_conversations_and_videos_pass_through(folder):
+    history = [{"user": "And here?", "assistant": "no"}]
+    first, *rest = load_records("rows/00.parquet")
+    clip = [Image.new("RGB", (8, 8), (k, 0, 0)) for k in (0, 99)]
+    write_records(
+        "rows/00.parquet", [{**first, "system": "Be brief.", "history": history, "videos": [clip]}, *rest]
+    )
+    assert main(["data", "curate", str(curation(folder))]) == 0
+    found = next(one for one in load_records("out") if one["id"] == first["id"])
+    assert (found["system"], found["history"]) == ("Be brief.", history)
+    assert [image.getpixel((0, 0))[0] for image in found["videos"][0].decode()] == [0, 99]
 
 
 def test_a_finished_curation_is_up_to_date_and_a_changed_step_keeps_the_steps_before_it(folder, capsys):
