@@ -94,6 +94,9 @@ class UnifyFormat(RowOperator):
     """
 
     op: Literal["unify_format"]
+    mode: Literal["keep", "think", "direct"] = "keep"
+    """think: rows become think rows; a reply without reasoning leaves a row without a chain, for `guided_chain` or RL.
+    direct: think rows with a gold answer lose their chains; direct rows keep their reply."""
     gold: Literal["keep", "replace"] = "keep"
     """keep: drop a row whose reply has another answer than its gold; replace: the reply's answer becomes the gold."""
 
@@ -101,6 +104,10 @@ class UnifyFormat(RowOperator):
         return [self._one(row) for row in rows]
 
     def _one(self, row: Record) -> Outcome:
+        if self.mode == "direct" and row["mode"] == "think" and row["answer"]:
+            return {**row, "mode": "direct", "chain": None, "response": None}
+        if self.mode == "think":
+            row = {**row, "mode": "think"}
         if row["mode"] != "think" or not (row.get("response") or row.get("chain")):
             return row
         if not row.get("response") and not _MARKED.search(row["chain"]):
@@ -108,7 +115,7 @@ class UnifyFormat(RowOperator):
         chain, found = split(row.get("response") or row["chain"])
         if not found:
             return Dropped("no answer at the end of the reply")
-        if not chain:
+        if not chain and self.mode != "think":
             return Dropped("no reasoning before the answer")
         gold = row["answer"] or found
         if _plain(found) != _plain(gold) and self.gold == "keep":
@@ -117,7 +124,7 @@ class UnifyFormat(RowOperator):
         verifier = (
             kind_of(answer, row["verifier"] == "choice")[1] if row["verifier"] == "none" else row["verifier"]
         )
-        return {**row, "chain": chain, "answer": answer, "response": None, "verifier": verifier}
+        return {**row, "chain": chain or None, "answer": answer, "response": None, "verifier": verifier}
 
 
 def split(reply: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,15 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
 
 
 def files_of(source: Path) -> list[Path]:
-    """The data files of a path: the file itself, or a folder's files sorted by name. Raises ConfigError without any."""
+    """The data files of a path: the file itself, or a folder's files sorted by name; without any, those of the folders
+    below it. Raises ConfigError if there is none."""
     if not source.exists():
         raise ConfigError(f"{source}: no such file or folder")
     if source.is_file():
         if source.suffix not in SUFFIXES:
             raise ConfigError(f"{source}: a data file ends in {', '.join(SUFFIXES)}")
         return [source]
-    files = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    files = _data_files(source.iterdir()) or _data_files(source.rglob("*"))
     if not files:
         raise ConfigError(f"{source}: holds no file that ends in {', '.join(SUFFIXES)}")
     kinds = {file.suffix for file in files}
@@ -41,6 +42,10 @@ def files_of(source: Path) -> list[Path]:
             f"{source}: holds files of several kinds ({', '.join(sorted(kinds))}); name one of them"
         )
     return files
+
+
+def _data_files(paths: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in paths if file.suffix in SUFFIXES and file.is_file())
 
 
 def rows_of(file: Path) -> Iterator[Row]:
