@@ -44,7 +44,7 @@ def curate(curation: Curation, display: Display | None = None) -> Path:
     output = Path(curation.output).expanduser().resolve()
     work = output.with_name(output.name + ".work")
     engine = Engine(curation.engine, curation.workers or os.cpu_count() or 1, curation.ray_address)
-    with _locked(work), Servers(work, curation.seed) as servers, display.step(curation.name):
+    with _locked(work), engine, Servers(work, curation.seed) as servers, display.step(curation.name):
         inputs = Inputs(curation, work, engine)
         inputs.prepare()
         fingerprint = hash_config(

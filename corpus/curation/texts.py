@@ -167,8 +167,9 @@ _EMPTY_WORDS = frozenset(
 class Redundancy(RowOperator):
     """Drop chains whose tokens overlap too much with the answer: they restate it and do not reason.
 
-    Source: SAIL-VL2 (arXiv:2509.14033), section 4, LongCoT data, step 6. The report gives no measure. Ours is the share
-    of the chain's distinct tokens that are in the answer or the question, without words such as "the", "is", "answer".
+    Source: SAIL-VL2 (arXiv:2509.14033), section 4, LongCoT data, step 6. The report gives no measure. Ours are the
+    share of the chain's distinct tokens that are in the answer, and the number of those that are in neither answer nor
+    question, without words such as "the", "is", "answer".
 
     >>> row = {"mode": "think", "chain": "The answer is 12.", "answer": "12", "question": "How many?"}
     >>> Redundancy(op="redundancy")([row], None)[0].reason
@@ -177,9 +178,9 @@ class Redundancy(RowOperator):
 
     op: Literal["redundancy"]
     max_overlap: float = Field(default=0.8, gt=0, le=1)
-    """Largest share of the chain's tokens that may come from the answer and the question."""
-    min_new: int = Field(default=2, ge=0)
-    """Least number of distinct tokens that are in neither of them."""
+    """Largest share of the chain's tokens that may come from the answer."""
+    min_new: int = Field(default=1, ge=0)
+    """Least number of distinct tokens that are in neither of them; a chain with fewer restates both."""
 
     def __call__(self, rows: Sequence[Record], tools: Tools) -> list[Outcome]:
         return [self._one(row) for row in rows]
@@ -191,9 +192,10 @@ class Redundancy(RowOperator):
         if not of_chain - of_answer:
             return Dropped("the chain restates the answer")
         new = of_chain - of_answer - _tokens(row["question"])
-        overlap = 1 - len(new) / len(of_chain)
-        if len(new) < self.min_new and overlap > self.max_overlap:
-            return Dropped("the chain restates question and answer", f"overlap {overlap:.2f}")
+        if len(new) < self.min_new:
+            return Dropped(
+                "the chain restates question and answer", f"new: {', '.join(sorted(new)) or 'nothing'}"
+            )
         if len(of_chain & of_answer) / len(of_chain) > self.max_overlap:
             return Dropped("the chain restates the answer", "overlap with the answer alone")
         return row
