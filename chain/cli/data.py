@@ -40,12 +40,12 @@ def add(commands: Any) -> None:
         help="columns whose names do not match a field: question=q answer=a",
     )
     taken.add_argument(
-        "--system", choices=("strip", "keep", "refuse"), default="strip", help="system messages"
+        "--system", choices=("keep", "strip", "refuse"), default="keep", help="system messages"
     )
     taken.add_argument(
         "--turns",
-        choices=("refuse", "first", "split"),
-        default="refuse",
+        choices=("keep", "first", "split", "refuse"),
+        default="keep",
         help="treatment of conversations with several exchanges",
     )
     taken.add_argument("--rows", type=count, help="import only the first N rows")

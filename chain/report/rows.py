@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chain.report.page import rendered, thumbnail
+from chain.report.pictures import data_url
+from chain.report.render import template
 from core.manifest import now, versions
 
 _PICTURES = 4
@@ -37,7 +38,7 @@ def _pictures(images: Sequence[Any]) -> list[dict[str, Any]]:
     found = []
     for image in images[:_PICTURES]:
         try:
-            found.append(thumbnail(image))
+            found.append(data_url(image.rgb()))
         except Exception:  # Pillow raises errors of any type; a broken picture is the reason of the drop
             continue
     return found
@@ -56,8 +57,7 @@ def rows_page(
     parts: Sequence[Mapping[str, Any]],
 ) -> str:
     """A page of tables and of parts with cards."""
-    return rendered(
-        "curation.html.jinja",
+    return template("curation.html.jinja").render(
         title=title,
         about=about,
         facts=[*facts, now()],

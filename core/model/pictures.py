@@ -20,9 +20,9 @@ import base64
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,25 +122,6 @@ class Picture:
 
     def __deepcopy__(self, memo: Any) -> Picture:
         return self
-
-
-class Decoded(Sequence[Any]):
-    """Pictures as PIL images in mode RGB, decoded at access."""
-
-    def __init__(self, pictures: Sequence[Any]) -> None:
-        self.pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return Decoded(self.pictures[index])
-        return as_rgb(self.pictures[index])
 
 
 def as_rgb(image: Image | Picture) -> Image:
