@@ -115,9 +115,9 @@ def _example(
     _, shard, number = place
     row = _stored(folder, shard, number)
     reason, detail = row.pop(REASON) or "", row.pop(DETAIL) or ""
-    images = Source(shards[shard]).pictures(number)
+    media = Source(shards[shard]).media(number)
     old = _stored(before, shard, number) if before and not reason else None
-    return card({**row, "images": images}, old, reason, detail)
+    return card({**row, **media}, old, reason, detail)
 
 
 def _stored(folder: Path, shard: int, number: int) -> dict[str, Any]:

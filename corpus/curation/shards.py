@@ -13,13 +13,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.model.pictures import Picture
+from core.model.videos import Caps, Clip
 from corpus.curation.base import Dropped, Outcome
-from corpus.curation.similar import picture_hash
+from corpus.curation.similar import image_hash, picture_hash
 from corpus.parquet import check_file
-from corpus.schema import FIELDS, TEXTS, Problem, Record, completed, meta_of, picture_of, problem_of
+from corpus.schema import (
+    FIELDS,
+    JSON_FIELDS,
+    MEDIA,
+    TEXTS,
+    Problem,
+    Record,
+    clip_of,
+    completed,
+    json_of,
+    picture_of,
+    problem_of,
+)
 
 SHARD_BYTES = 64 << 20
 """A shard ends when its row groups have this many uncompressed bytes; a single group may be larger."""
+_HASHED_FRAMES = Caps(frames=3)
+"""Frames of a video whose hashes are compared."""
 HASHES, ROW, REASON, DETAIL = "hashes", "row", "reason", "detail"
 
 
@@ -70,25 +85,30 @@ class Source:
             return file.read_row_groups(groups, columns=present, use_threads=False)
 
     @cached_property
-    def _pictures(self) -> Any:
-        table = self._table(["images"])
-        return table.column("images").combine_chunks() if table.num_columns else None
+    def _media(self) -> dict[str, Any]:
+        table = self._table(MEDIA)
+        return {name: table.column(name).combine_chunks() for name in table.column_names}
 
-    def pictures(self, row: int) -> list[Picture]:
-        """The pictures of a row; they decode when they are used. Raises TypeError for what is not a picture."""
-        if self._pictures is None:
+    def media(self, row: int) -> dict[str, list[Any]]:
+        """The pictures and videos of a row by column; they are read and decoded when they are used."""
+        return {name: self._files(name, row) for name in MEDIA}
+
+    def _files(self, name: str, row: int) -> list[Any]:
+        if name not in self._media:
             return []
-        cell = self._pictures[row]
-        count = len(cell) if cell.is_valid else 0
-        return [Picture(partial(self._bytes, row, place)) for place in range(count)]
+        cell = self._media[name][row]
+        count = len(cell) if cell.is_valid and hasattr(cell, "values") else 0
+        reads = [partial(self._bytes, name, row, place) for place in range(count)]
+        return [Picture(read) if name == "images" else Clip(read) for read in reads]
 
-    def _bytes(self, row: int, place: int) -> bytes:
-        return picture_of(self._pictures[row][place].as_py()).data
+    def _bytes(self, name: str, row: int, place: int) -> bytes:
+        stored = self._media[name][row][place].as_py()
+        return picture_of(stored).data if name == "images" else clip_of(stored).data
 
     def records(self) -> list[Record]:
-        """All rows of the shard with their pictures, unchecked."""
+        """All rows of the shard with their media, unchecked."""
         texts = self._table(TEXTS).to_pylist()
-        return [completed({**text, "images": self.pictures(row)}) for row, text in enumerate(texts)]
+        return [completed({**text, **self.media(row)}) for row, text in enumerate(texts)]
 
 
 def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
@@ -104,14 +124,12 @@ def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
         )
         if problem:
             outcomes.append(Dropped(f"{problem.field}: {problem.rule}", problem.found))
-        else:
-            made = {
-                **record,
-                "source": record["source"] or shard.set,
-                "meta": meta_of(record["meta"]),
-                HASHES: hashes,
-            }
-            outcomes.append(made)
+            continue
+        for clip in record["videos"]:
+            clip.caps = _HASHED_FRAMES
+            hashes += [image_hash(frame.convert("L")) for frame in clip.decode()]
+        parsed = {name: json_of(record[name]) for name in JSON_FIELDS}
+        outcomes.append({**record, **parsed, "source": record["source"] or shard.set, HASHES: hashes})
     return records, outcomes
 
 
@@ -128,9 +146,10 @@ def write_outcomes(
     for number, old, new in zip(numbers, before, after, strict=True):
         drop = new if isinstance(new, Dropped) else None
         row = old if isinstance(new, Dropped) else new
-        texts = {name: _text(row.get(name)) for name in TEXTS if name != "meta"}
+        texts = {name: _text(row.get(name)) for name in TEXTS if name not in JSON_FIELDS}
+        texts |= {name: _json(row.get(name)) for name in JSON_FIELDS}
         rows.append(
-            {ROW: number, **texts, "meta": _meta(row.get("meta")), HASHES: row.get(HASHES)}
+            {ROW: number, **texts, HASHES: row.get(HASHES)}
             | {REASON: drop and drop.reason, DETAIL: drop and drop.detail}
         )
     fields = [(ROW, pa.int64()), *((name, pa.string()) for name in TEXTS), (HASHES, pa.list_(pa.binary()))]
@@ -148,14 +167,14 @@ def _text(value: Any) -> str | None:
     return str(value).encode("utf-8", "replace").decode()
 
 
-def _meta(meta: Any) -> str:
-    if isinstance(meta, str):
-        return _text(meta) or ""
-    return json.dumps(meta or {}, ensure_ascii=False, allow_nan=False, sort_keys=True)
+def _json(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return _text(value)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True)
 
 
 def read_outcomes(path: Path, shard: Shard) -> tuple[list[int], list[Record]]:
-    """The rows that a step kept: their numbers in the shard, and the rows with their pictures."""
+    """The rows that a step kept: their numbers in the shard, and the rows with their media."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -165,7 +184,8 @@ def read_outcomes(path: Path, shard: Shard) -> tuple[list[int], list[Record]]:
     for row in kept:
         number = row.pop(ROW)
         numbers.append(number)
-        rows.append({**row, "images": source.pictures(number), "meta": json.loads(row["meta"])})
+        parsed = {name: json.loads(row[name]) for name in JSON_FIELDS}
+        rows.append({**row, **source.media(number), **parsed})
     return numbers, rows
 
 

@@ -41,7 +41,7 @@ _LABEL = re.compile(r"^\s*question:\s*", re.IGNORECASE)
 
 
 class StripInstructions(RowOperator):
-    """Remove system prompts and hints about the form of the answer from the question.
+    """Remove the system message, and system prompts and hints about the form of the answer in the question.
 
     Source: SAIL-VL2 (arXiv:2509.14033), section 4, LongCoT data, step 1: strip what does not belong to the reasoning
     (system prompts, conflicting hints). The chain's mode alone decides the form of the reply. The patterns are ours.
@@ -59,7 +59,11 @@ class StripInstructions(RowOperator):
 
     def _one(self, row: Record) -> Outcome:
         question = stripped(row["question"])
-        return {**row, "question": question} if question else Dropped("the question is only instructions")
+        return (
+            {**row, "system": None, "question": question}
+            if question
+            else Dropped("the question is only instructions")
+        )
 
 
 def stripped(question: str) -> str:
