@@ -85,7 +85,7 @@ class Models:
             timeout_s=server.timeout_s,
             max_retries=server.max_retries,
             max_concurrency=server.max_concurrency,
-            step_s=_BATCH_S,
+            budget_s=_BATCH_S,
             run_s=server.run_s,
             run_calls=server.run_calls,
             run_tokens=server.run_tokens,

@@ -242,7 +242,8 @@ class _Film:
 
     def _sought(self, numbers: Sequence[int]) -> Iterator[Any]:
         """The frames, each read from the last key frame before it unless the decoder is past that already."""
-        at, decoder = None, iter(())
+        at: int | None = None
+        decoder: Iterator[Any] = iter(())
         for target in (self._times[number] for number in numbers):
             key = self._keys[bisect_right(self._keys, target) - 1]
             if at is None or key > at:

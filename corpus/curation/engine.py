@@ -140,7 +140,9 @@ def _ray(workers: int, address: str | None) -> Iterator[Any]:
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
         }
-        ray.init(address=address, log_to_driver=False, logging_level="error", **({} if address else local))
+        ray.init(
+            address=address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else local)
+        )
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:

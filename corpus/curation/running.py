@@ -372,7 +372,7 @@ def _finished(
 def _write_signs(after: Path, rows: Sequence[Record], signs: Signs) -> None:
     import numpy as np
 
-    arrays = {**signs, "ids": np.array([row["id"] for row in rows], str)}
+    arrays: dict[str, Any] = {**signs, "ids": np.array([row["id"] for row in rows], str)}
     draft = after.with_suffix(".draft")
     with draft.open("wb") as file:
         np.savez(file, **arrays)

@@ -119,9 +119,11 @@ def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
         if isinstance(record["id"], str) and record["id"].strip():
             record["id"] = shard.prefix + record["id"]
         hashes: list[bytes] = []
-        problem: Problem | None = problem_of(
-            record, lambda picture, kept=hashes: kept.append(picture_hash(picture))
-        )
+
+        def look(picture: Picture, hashes: list[bytes] = hashes) -> None:
+            hashes.append(picture_hash(picture))
+
+        problem: Problem | None = problem_of(record, look)
         if problem:
             outcomes.append(Dropped(f"{problem.field}: {problem.rule}", problem.found))
             continue

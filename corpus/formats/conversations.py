@@ -114,14 +114,16 @@ def _dealt(turns: list[Turn], kind: str, waiting: list[Any]) -> list[Turn]:
         )
         own: list[Any] = getattr(turn, kind)
         count = max(0, sum(("video" in mark) == (kind == "videos") for mark in marks) - len(own))
-        out.append(turn._replace(**{kind: [*own, *waiting[:count]]}))
+        given: dict[str, Any] = {kind: [*own, *waiting[:count]]}
+        out.append(turn._replace(**given))
         waiting = waiting[count:]
     if waiting:  # unmarked ones come first, as in LLaVA
         if any(getattr(turn, kind) for turn in out):
             found = f"{len(waiting)} left"
             raise Rejected(kind, f"placeholders and {kind} differ in number", found, "mark each")
         at = next((at for at, turn in enumerate(out) if turn.role == "user"), 0)
-        out[at : at + 1] = [turn._replace(**{kind: waiting}) for turn in out[at : at + 1]]
+        rest: dict[str, Any] = {kind: waiting}
+        out[at : at + 1] = [turn._replace(**rest) for turn in out[at : at + 1]]
     return out
 
 

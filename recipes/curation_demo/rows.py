@@ -2,7 +2,7 @@
 
 | file | rows |
 |---|---|
-| chains.parquet | records: chains in three formats, system prompts, wordy answers, duplicates, leaks, restating chains |
+| chains.parquet | chains in three formats, system prompts, wordy answers, duplicates, leaks, restating chains |
 | sums.parquet | records without pictures: arithmetic without chains, and multiple choice with numeric options |
 | digits.jsonl | questions and answers with picture files; some rows lack a picture or an answer |
 | held.parquet | held-out rows |
