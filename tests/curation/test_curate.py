@@ -144,7 +144,6 @@ def server(monkeypatch):
     monkeypatch.setattr(judge_client, "_PAUSE_S", 0.01)
     with serving() as server:
         yield server
-    judge_client.close()
 
 
 def models(server) -> dict:
@@ -158,7 +157,7 @@ def test_a_server_that_is_down_loses_no_row_and_the_next_run_continues(folder, s
     assert main(["data", "curate", str(path)]) == 1
     assert "run the command again to continue" in capsys.readouterr().err
     assert not Path("out").exists()
-    judge_client.close()  # as a new process
+    judge_client._servers.drop()  # as a new process
     server.reply, answered = lambda request: "a phrase", len(server.requests)
     assert main(["data", "curate", str(path)]) == 0
     assert len(load_records("out")) == 42
