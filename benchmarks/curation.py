@@ -223,7 +223,8 @@ def planted(good: int, folder: Path) -> list[dict[str, Any]]:
         found.append(
             {"defect": name, "planted": part, "found": caught, "recall": caught / part, "precision": share}
         )
-    rejected = sum(1 for _ in (folder / "out.work").rglob("*wrong.rejected.jsonl") for _ in _.open())
+    (rejects,) = (folder / "out.work").rglob("*wrong.rejected.jsonl")
+    rejected = len(read_jsonl(rejects))
     kept = part - part // 2
     found.append(
         {

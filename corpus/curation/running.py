@@ -84,7 +84,7 @@ class Outline:
     kept: int = 0
     changed: int = 0
     cpu_s: float = 0.0
-    """CPU seconds of the workers."""
+    """CPU seconds of the workers, and of the decision of a set operator."""
     reasons: Counter[str] = field(default_factory=Counter)
     dropped_examples: list[tuple[int, int, int]] = field(default_factory=list)
     """(random number, shard, row): a sample that does not depend on the engine or on the order."""
@@ -196,14 +196,16 @@ class Runner:
         if isinstance(step, RowOperator):
             return self._pass(op, "rows", shards, before, out, step), {}
         assert isinstance(step, SetOperator)
-        self._pass(op, "sign", shards, before, out, step)
+        outline = self._pass(op, "sign", shards, before, out, step)
         own = len(shards)
         if step.reads_held_out() and self.held_out:
-            self._pass(op, "sign", self.held_out, self.folder / "held_out", out, step, first=own)
+            outline.add(self._pass(op, "sign", self.held_out, self.folder / "held_out", out, step, first=own))
         count = own + (len(self.held_out) if step.reads_held_out() else 0)
         parts = StoredParts([out / f"sign-{number:05d}.npz" for number in range(count)], own)
+        began = time.thread_time()
         decision = step.decide(parts, self.seed)
-        outline = self._pass(op, "mark", shards, before, out, step, drops=decision.drops, parts=parts)
+        outline.cpu_s += time.thread_time() - began
+        outline.add(self._pass(op, "mark", shards, before, out, step, drops=decision.drops, parts=parts))
         for file in parts.files:
             file.unlink()
         return outline, decision.facts
