@@ -14,6 +14,7 @@ from corpus.curation import running
 from corpus.records import load_records, write_records
 from rewards.judge import client as judge_client
 
+from ..core.films import film
 from ..rewards.judge_server import asked, material, serving
 
 STEPS = [{"op": "strip_instructions"}, {"op": "unify_format"}, {"op": "duplicates"}, {"op": "decontaminate"}]
@@ -91,6 +92,49 @@ def test_an_interrupted_step_continues_with_its_next_shard(folder, monkeypatch):
     assert len(load_records("out")) == 30
 
 
+def test_videos_system_messages_and_earlier_turns_are_kept_and_compared(folder):
+    base = {**row(random.Random(9), 0), "images": [], "system": "Be brief."}
+    told = [{"user": "What is this?", "assistant": "A film."}]
+    rows = [
+        {**base, "id": "first", "videos": [film(frames=4)], "history": told},
+        {**base, "id": "again", "videos": [film(frames=4)], "history": told},
+        {
+            **base,
+            "id": "other turns",
+            "videos": [film(frames=4)],
+            "history": [{**told[0], "user": "Who made it?"}],
+        },
+        {**base, "id": "still", "videos": [film(frames=4)[:200]]},
+    ]
+    write_table(rows, "films.parquet")
+    assert main(["data", "curate", str(curation(folder, sets={"films": "films.parquet"}))]) == 0
+    first, other = load_records("out")
+    assert (first["id"], other["id"]) == ("first", "other turns")
+    assert first["system"] is None  # strip_instructions
+    assert first["history"] == told
+    assert len(first["videos"][0].frames) == 4
+    reasons = [json.loads(line)["reason"] for line in Path("out/dropped.jsonl").read_text().splitlines()]
+    assert reasons == ["videos: must decode", "duplicate"]
+
+
+def write_table(rows, path) -> None:
+    """Write rows as they are, without the checks of write_records."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def stored(value):
+        return [{"bytes": data, "path": None} for data in value]
+
+    texts = [{**one, "history": json.dumps(one.get("history", []))} for one in rows]
+    media = ("images", "videos")
+    pq.write_table(
+        pa.Table.from_pylist(
+            [{**one, **{name: stored(one.get(name, [])) for name in media}} for one in texts]
+        ),
+        path,
+    )
+
+
 def same_rows(one: Path, two: Path) -> None:
     """Both outputs hold the same files and drops."""
     names = sorted(file.name for file in one.glob("*.parquet"))
@@ -122,19 +166,14 @@ def test_a_wrong_curation_is_refused_in_one_line(folder, capsys, change, said):
 
 
 def test_a_broken_picture_and_a_wrong_column_are_named(folder, capsys):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     good = [row(random.Random(n), n) for n in range(4)]
     good[2]["images"] = [good[2]["images"][0][:300]]
-    for one in good:
-        one["images"] = [{"bytes": data, "path": None} for data in one["images"]]
-    pq.write_table(pa.Table.from_pylist(good), "rows.parquet")
+    write_table(good, "rows.parquet")
     given = {"sets": {"rows": "rows.parquet"}}
     assert main(["data", "curate", str(curation(folder, **given))]) == 0
     (dropped,) = [json.loads(line) for line in Path("out/dropped.jsonl").read_text().splitlines()]
     assert (dropped["id"], dropped["step"], dropped["reason"]) == ("row-2", "read", "images: must decode")
-    pq.write_table(pa.Table.from_pylist([{**one, "gold": "1"} for one in good]), "rows.parquet")
+    write_table([{**one, "gold": "1"} for one in good], "rows.parquet")
     assert main(["data", "curate", str(curation(folder, **given))]) == 1
     assert "rows.parquet: unknown column 'gold'" in capsys.readouterr().err
 
