@@ -159,7 +159,7 @@ def _watch(peaks: dict[str, int], done: threading.Event) -> None:
         peaks["main"] = max(peaks["main"], mine.memory_info().rss)
         for child in mine.children(recursive=True):
             try:
-                words = " ".join(child.cmdline()[:3])
+                words = " ".join(child.cmdline()[:5])
                 if "spawn_main" in words or "ray::" in words:
                     peaks["worker"] = max(peaks["worker"], child.memory_info().rss)
             except psutil.Error:

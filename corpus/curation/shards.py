@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,9 +86,23 @@ class Source:
             return file.read_row_groups(groups, columns=present, use_threads=False)
 
     @cached_property
-    def _media(self) -> dict[str, Any]:
+    def _media(self) -> dict[str, tuple[Any, Any]]:
+        """For each column of media: where each row's files begin (rows + 1,), and the files' bytes."""
+        import pyarrow as pa
+        import pyarrow.types as types
+
+        found = {}
         table = self._table(MEDIA)
-        return {name: table.column(name).combine_chunks() for name in table.column_names}
+        for name in table.column_names:
+            column = table.column(name).combine_chunks()
+            if types.is_null(column.type):
+                continue
+            # Nulls become empty lists, so that the offsets alone tell a row's files.
+            column = column.fill_null([]) if column.null_count else column
+            items = column.values
+            files = items.field("bytes") if types.is_struct(items.type) else items
+            found[name] = column.offsets.to_pylist(), files if not types.is_null(files.type) else pa.nulls(0)
+        return found
 
     def media(self, row: int) -> dict[str, list[Any]]:
         """The pictures and videos of a row by column; they are read and decoded when they are used."""
@@ -96,14 +111,13 @@ class Source:
     def _files(self, name: str, row: int) -> list[Any]:
         if name not in self._media:
             return []
-        cell = self._media[name][row]
-        count = len(cell) if cell.is_valid and hasattr(cell, "values") else 0
-        reads = [partial(self._bytes, name, row, place) for place in range(count)]
+        offsets = self._media[name][0]
+        reads = [partial(self._bytes, name, place) for place in range(offsets[row], offsets[row + 1])]
         return [Picture(read) if name == "images" else Clip(read) for read in reads]
 
-    def _bytes(self, name: str, row: int, place: int) -> bytes:
-        stored = self._media[name][row][place].as_py()
-        return picture_of(stored).data if name == "images" else clip_of(stored).data
+    def _bytes(self, name: str, place: int) -> bytes:
+        data = self._media[name][1][place].as_py()
+        return picture_of(data).data if name == "images" else clip_of(data).data
 
     def records(self) -> list[Record]:
         """All rows of the shard with their media, unchecked."""
@@ -123,16 +137,25 @@ def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
         def look(picture: Picture, hashes: list[bytes] = hashes) -> None:
             hashes.append(picture_hash(picture))
 
-        problem: Problem | None = problem_of(record, look)
+        parsed = {**record, **_parsed(record)}
+        problem: Problem | None = problem_of(parsed, look)
         if problem:
             outcomes.append(Dropped(f"{problem.field}: {problem.rule}", problem.found))
             continue
         for clip in record["videos"]:
             clip.caps = _HASHED_FRAMES
             hashes += [image_hash(frame.convert("L")) for frame in clip.decode()]
-        parsed = {name: json_of(record[name]) for name in JSON_FIELDS}
-        outcomes.append({**record, **parsed, "source": record["source"] or shard.set, HASHES: hashes})
+        outcomes.append({**parsed, "source": record["source"] or shard.set, HASHES: hashes})
     return records, outcomes
+
+
+def _parsed(record: Record) -> Record:
+    """The JSON fields, parsed once instead of by each rule; a broken one stays text, which the rules refuse."""
+    found = {}
+    for name in JSON_FIELDS:
+        with suppress(ValueError):
+            found[name] = json_of(record[name])
+    return found
 
 
 def write_outcomes(

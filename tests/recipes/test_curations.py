@@ -18,7 +18,7 @@ FILES = [
 
 
 def test_the_curations_are_found():
-    assert len(FILES) == 7
+    assert len(FILES) == 8
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
