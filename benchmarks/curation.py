@@ -25,6 +25,8 @@ from benchmarks.common import emit, show
 from benchmarks.curation_rows import near, restating, row
 
 FILE_ROWS = 5000
+PICTURES = 10_000
+"""Different pictures; later rows ask other questions about them."""
 STEPS: list[dict[str, Any]] = [
     {"op": "strip_instructions"},
     {"op": "unify_format"},
@@ -102,12 +104,16 @@ def _speed(options: argparse.Namespace, folder: Path) -> None:
 
 
 def make_rows(count: int, folder: Path) -> None:
-    """Write rows with pictures of 200 px to Parquet files, and 1,000 held-out rows."""
+    """Write rows with pictures of 200 px to Parquet files of 5,000 rows, and 1,000 held-out rows."""
     from corpus.records import write_records
 
-    rng = random.Random(0)
+    rng, pictures = random.Random(0), list[list[bytes]]()
     for start in range(0, count, FILE_ROWS):
-        some = [row(rng, number, 200) for number in range(start, min(count, start + FILE_ROWS))]
+        some = []
+        for number in range(start, min(count, start + FILE_ROWS)):
+            made = row(rng, number, 200 if number < PICTURES else 8)
+            pictures += [made["images"]] if number < PICTURES else []
+            some.append({**made, "images": pictures[number % PICTURES]})
         write_records(folder / "rows" / f"{start:07d}.parquet", some)
     held = [{**row(rng, number, 200), "id": f"held-{number}"} for number in range(1000)]
     write_records(folder / "held.parquet", held)
