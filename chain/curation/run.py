@@ -63,10 +63,9 @@ def curate(curation: Curation, display: Display | None = None) -> Path:
             curation.seed,
             hash_config({name: inputs.hashes[name] for name in curation.sets}),
             _progress(display),
+            lambda result: display.line(line(result)),
         )
         results = runner.run(curation.steps)
-        for result in results:
-            display.line(line(result))
         if not results[-1].outline.kept:
             raise NothingLeft(f"{curation.name}: no row is left after {results[-1].op}; see the lines above")
         with atomic_dir(output, same=fingerprint) as out:

@@ -84,11 +84,22 @@ class Engine:
         # Tasks travel pickled: Ray Data would try to convert them to Arrow columns.
         items = [{"task": pickle.dumps(task)} for task in tasks]
         made = self._ray.data.from_items(items, override_num_blocks=len(tasks)).map(
-            lambda row: {"done": pickle.dumps(do(pickle.loads(row["task"])))},
+            lambda row: {"done": pickle.dumps(_outcome(do, pickle.loads(row["task"])))},
             compute=self._ray.data.TaskPoolStrategy(size=self.workers),
         )
         for row in made.iter_rows():
-            yield pickle.loads(row["done"])
+            result, error = pickle.loads(row["done"])
+            if error is not None:
+                raise error
+            yield result
+
+
+def _outcome(do: Do, task: Any) -> tuple[Any, Exception | None]:
+    """The result or the error; Ray would wrap an error in its own, and its message would be lost."""
+    try:
+        return do(task), None
+    except Exception as error:
+        return None, error
 
 
 def _submitted(pool: Any, do: Do, tasks: Sequence[Any]) -> Iterator[Any]:

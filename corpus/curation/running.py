@@ -132,7 +132,8 @@ class Runner:
         engine: runs shards.
         seed: seed of draws and clusters.
         origin: hash of the inputs and their contents.
-        progress: told after each shard.
+        progress: called after each shard.
+        finished: called after each step.
     """
 
     def __init__(
@@ -145,9 +146,11 @@ class Runner:
         seed: int,
         origin: str,
         progress: Progress = lambda *told: None,
+        finished: Callable[[StepResult], None] = lambda result: None,
     ) -> None:
         self.folder, self.shards, self.held_out = folder, list(shards), list(held_out)
-        self.tools, self.engine, self.seed, self.progress = tools, engine, seed, progress
+        self.tools, self.engine, self.seed = tools, engine, seed
+        self.progress, self.finished = progress, finished
         self.results: list[StepResult] = []
         self._same = hash_config(
             {"inputs": origin, "seed": seed, "shards": [list(one) for one in self.shards]}
@@ -184,9 +187,9 @@ class Runner:
                 write_json(partial / STEP, {**told, "facts": facts, **vars(outline)})
         if op != "held_out":
             found = read_json(folder / STEP)
-            self.results.append(
-                StepResult(op, folder, Outline.read(folder / STEP), found["seconds"], found["facts"])
-            )
+            result = StepResult(op, folder, Outline.read(folder / STEP), found["seconds"], found["facts"])
+            self.results.append(result)
+            self.finished(result)
 
     def _made(
         self, op: str, step: Operator | None, shards: Sequence[Shard], before: Path | None, out: Path
