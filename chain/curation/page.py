@@ -10,6 +10,7 @@ from chain.curation.config import Curation
 from chain.curation.inputs import Inputs
 from chain.display import duration
 from chain.report.rows import card, rows_page
+from corpus.curation.base import Operator
 from corpus.curation.running import IDS, READ, Runner, StepResult
 from corpus.curation.shards import DETAIL, REASON, ROW, Shard, Source
 from corpus.curation.steps import OPERATORS
@@ -90,9 +91,7 @@ def _part(
     return {
         "name": result.op,
         "about": about,
-        "settings": ", ".join(f"{name}: {value}" for name, value in step.model_dump(exclude={"op"}).items())
-        if step
-        else "",
+        "settings": _settings(step) if step else "",
         "tables": tables,
         "open": False,
         "cards": [
@@ -106,6 +105,11 @@ def _part(
             )
         ],
     }
+
+
+def _settings(step: Operator) -> str:
+    values = step.model_dump(mode="json", exclude={"op"})
+    return ", ".join(f"{name}: {value}" for name, value in values.items() if value not in (None, [], {}))
 
 
 def _example(

@@ -258,6 +258,42 @@ def test_pass_at_k_drops_what_is_always_and_never_solved(folder, server):
     assert [part["type"] for part in server.requests[0]["messages"][0]["content"]] == ["image_url", "text"]
 
 
+def test_an_embedding_server_makes_the_classes(folder, server):
+    def reply(request):
+        if "input" not in request:
+            return "birds" if "harbour" in material(request) else "boats"
+        data = [
+            {"index": at, "embedding": [3.0, 0.0] if text == "birds" else [0.0, 1.0]}
+            for at, text in enumerate(request["input"])
+        ]
+        return 200, json.dumps({"data": data[::-1]}).encode()
+
+    server.reply = reply
+    steps = [
+        {"op": "describe", "model": "judge"},
+        {"op": "latent_classes", "classes": 2, "keep_share": 0.2, "embedder": "judge"},
+    ]
+    assert main(["data", "curate", str(curation(folder, steps, **models(server)))]) == 0
+    phrases = [one["meta"]["phrase"] for one in load_records("out")]
+    assert (phrases.count("birds"), phrases.count("boats")) == (4, 4)
+
+
+def test_a_broken_embedding_server_stops_the_step(folder, server, capsys):
+    server.reply = lambda request: (200, b"{}")
+    steps = [{"op": "latent_classes", "keep_share": 0.5, "embedder": "judge"}]
+    assert main(["data", "curate", str(curation(folder, steps, **models(server)))]) == 1
+    assert "models.judge: no embeddings (KeyError" in capsys.readouterr().err
+
+
+def test_pass_at_k_refuses_what_it_cannot_ask(folder, server, capsys):
+    write_records("told.parquet", [{**row(random.Random(1), 1), "system": "Be brief."}])
+    step = {"op": "pass_at_k", "model": "judge", "samples": 1, "max_completion_tokens": 5}
+    path = curation(folder, [step], sets={"told": "told.parquet"}, **models(server))
+    assert main(["data", "curate", str(path)]) == 1
+    assert "prepare.pass_at_k of an RL stage" in capsys.readouterr().err
+    assert server.requests == []
+
+
 @pytest.mark.filterwarnings("ignore")  # Ray Data sets its own deprecated options
 def test_ray_keeps_the_same_rows(folder):
     pytest.importorskip("ray")
