@@ -184,7 +184,6 @@ def planted(good: int, folder: Path) -> list[dict[str, Any]]:
     from chain.curation.run import curate
     from chain.display import Display
     from core.console import Console
-    from core.files import read_jsonl
     from corpus.records import write_records
 
     rng, part = random.Random(1), max(1, good // 10)
@@ -215,6 +214,13 @@ def planted(good: int, folder: Path) -> list[dict[str, Any]]:
         }
     )
     curate(curation, Display(Console(stderr=True)))
+    return _found(folder, defects, part)
+
+
+def _found(folder: Path, defects: dict[str, list[dict[str, Any]]], part: int) -> list[dict[str, Any]]:
+    """What a curation of planted rows found."""
+    from core.files import read_jsonl
+
     dropped = {
         one["id"].partition("/")[2]: one["step"] for one in read_jsonl(folder / "out" / "dropped.jsonl")
     }
@@ -232,14 +238,15 @@ def planted(good: int, folder: Path) -> list[dict[str, Any]]:
     (rejects,) = (folder / "out.work").rglob("*wrong.rejected.jsonl")
     rejected = len(read_jsonl(rejects))
     kept = part - part // 2
+    recall, share = rejected / max(1, part // 2), kept / (part - rejected) if part > rejected else 0.0
     found.append(
         {
             "defect": "wrong column",
             "planted": part // 2,
             "found": rejected,
-            "recall": rejected / max(1, part // 2),
+            "recall": recall,
+            "precision": share,
         }
-        | {"precision": kept / (part - rejected) if part > rejected else 0.0}
     )
     return found
 

@@ -34,10 +34,6 @@ from corpus.curation.running import Runner, StepResult
 REPORT = "report.html"
 
 
-class NothingLeft(RuntimeError):
-    """The steps dropped every row."""
-
-
 def curate(curation: Curation, display: Display | None = None) -> Path:
     """Bring a curation's output up to date; return its folder. Raises ConfigError before anything runs."""
     display, began = display or Display(), Began()
@@ -66,8 +62,6 @@ def curate(curation: Curation, display: Display | None = None) -> Path:
             lambda result: display.line(line(result)),
         )
         results = runner.run(curation.steps)
-        if not results[-1].outline.kept:
-            raise NothingLeft(f"{curation.name}: no row is left after {results[-1].op}; see the lines above")
         with atomic_dir(output, same=fingerprint) as out:
             kept = runner.write(out)
             _write_dropped(results, out / "dropped.jsonl")

@@ -15,7 +15,7 @@ import hashlib
 import heapq
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -121,6 +121,10 @@ class StepResult:
     facts: Mapping[str, Any]
 
 
+class NothingLeft(RuntimeError):
+    """A step dropped every row."""
+
+
 class Runner:
     """Runs steps in order; `folder` is the work folder.
 
@@ -128,7 +132,7 @@ class Runner:
         folder: the work folder.
         shards: the rows.
         held_out: rows that `decontaminate` compares with.
-        tools: reaches models; it must be picklable.
+        tools: reaches models; only steps that ask get it.
         engine: runs shards.
         seed: seed of draws and clusters.
         origin: hash of the inputs and their contents.
@@ -157,7 +161,10 @@ class Runner:
         )
 
     def run(self, steps: Sequence[Operator]) -> list[StepResult]:
-        """Bring every step up to date. Steps that are finished and unchanged are not run again."""
+        """Bring every step up to date. Steps that are finished and unchanged are not run again.
+
+        Raises NothingLeft if a step drops every row.
+        """
         if self.held_out:
             self._step("held_out", None, self.held_out)
         self._step(READ, None, self.shards)
@@ -190,6 +197,8 @@ class Runner:
             result = StepResult(op, folder, Outline.read(folder / STEP), found["seconds"], found["facts"])
             self.results.append(result)
             self.finished(result)
+            if not result.outline.kept:
+                raise NothingLeft(f"no row is left after {op}: {dict(result.outline.reasons)}")
 
     def _made(
         self, op: str, step: Operator | None, shards: Sequence[Shard], before: Path | None, out: Path
@@ -282,6 +291,10 @@ class StoredParts(Parts):
     def __len__(self) -> int:
         return len(self.files)
 
+    def __iter__(self) -> Iterator[Signs]:
+        """The batches that have rows."""
+        return (self[number] for number, size in enumerate(self._sizes) if size)
+
     def __getitem__(self, index: Any) -> Any:
         import numpy as np
 
@@ -292,11 +305,11 @@ class StoredParts(Parts):
         import numpy as np
 
         columns = []
-        for file in self.files:
-            with np.load(file) as arrays:
-                if len(arrays["ids"]):
+        for file, size in zip(self.files, self._sizes, strict=True):
+            if size:
+                with np.load(file) as arrays:
                     columns.append(arrays[name])
-        return np.concatenate(columns) if columns else np.zeros(0)
+        return np.concatenate(columns)
 
     def rows(self) -> int:
         return sum(self._sizes)
