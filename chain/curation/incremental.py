@@ -67,18 +67,22 @@ def _losses(
     config = SFTConfig(phases=(phase,), max_tokens=cfg.max_tokens, overlong="drop", learner=cfg.learner)
     same = hash_config({"config": config, "core": str(core), "sets": inputs.hashes, "seed": seed})
     folder = work / "incremental" / f"{'-'.join(names)}-{same[:12]}"
-    with atomic_dir(folder) as out:
-        job = Job(
-            stage=f"incremental check, {' and '.join(names)}", model=core, out=out, seed=seed, sets=sets
-        )
-        learner = cfg.learner
-        run_job(
-            Task.of("sft.train:train", config, job), out, processes=learner.processes, threads=learner.threads
-        )
-        validation = Validation(
-            data=DataSource(set=cfg.validation), max_tokens=cfg.max_tokens, learner=learner
-        )
-        its_sets = {cfg.validation: inputs.files(cfg.validation)}
-        job = Job(stage="validation", model=out / "checkpoint", out=out, seed=seed, sets=its_sets)
-        run_job(Task.of("sft.validate:validate", validation, job), out, threads=learner.threads)
+    if not folder.exists():
+        with atomic_dir(folder) as out:
+            job = Job(
+                stage=f"incremental check, {' and '.join(names)}", model=core, out=out, seed=seed, sets=sets
+            )
+            learner = cfg.learner
+            run_job(
+                Task.of("sft.train:train", config, job),
+                out,
+                processes=learner.processes,
+                threads=learner.threads,
+            )
+            validation = Validation(
+                data=DataSource(set=cfg.validation), max_tokens=cfg.max_tokens, learner=learner
+            )
+            its_sets = {cfg.validation: inputs.files(cfg.validation)}
+            job = Job(stage="validation", model=out / "checkpoint", out=out, seed=seed, sets=its_sets)
+            run_job(Task.of("sft.validate:validate", validation, job), out, threads=learner.threads)
     return read_json(folder / LOSSES)["losses"]
