@@ -53,7 +53,11 @@ def add(commands: Any) -> None:
     )
     taken.add_argument("--rows", type=count, help="import only the first N rows")
     taken.add_argument("--strict", action="store_true", help="stop at the first row that cannot be imported")
+    _add_curate(data)
+    _add_show(data)
 
+
+def _add_curate(data: Any) -> None:
     curate = command(
         data, "curate", _curate, "run a curation: filter, rewrite and sample rows, with a report"
     )
@@ -73,6 +77,9 @@ def add(commands: Any) -> None:
     curate.add_argument(
         "--rows", type=count, help="with --plan: rows to estimate for, in place of the input's"
     )
+
+
+def _add_show(data: Any) -> None:
     show = command(data, "show", _show, "show statistics and rows of a set, in the terminal and on a page")
     show.add_argument("set", help="Parquet file, folder or hub id of records; or a set of --recipe")
     show.add_argument("--n", type=count, default=12, help="rows on the page; default: %(default)s")

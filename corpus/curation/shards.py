@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.model.pictures import Picture
-from core.model.videos import Clip
+from core.model.videos import Caps, Clip
 from corpus.curation.base import Dropped, Outcome
-from corpus.curation.similar import picture_hash
+from corpus.curation.similar import image_hash, picture_hash
 from corpus.parquet import check_file
 from corpus.schema import (
     FIELDS,
@@ -33,6 +34,8 @@ from corpus.schema import (
 
 SHARD_BYTES = 64 << 20
 """A shard ends when its row groups have this many uncompressed bytes; a single group may be larger."""
+_HASHED_FRAMES = Caps(frames=3)
+"""Frames of a video whose hashes are compared."""
 HASHES, ROW, REASON, DETAIL = "hashes", "row", "reason", "detail"
 
 
@@ -83,25 +86,41 @@ class Source:
             return file.read_row_groups(groups, columns=present, use_threads=False)
 
     @cached_property
-    def _columns(self) -> dict[str, Any]:
-        table = self._table(MEDIA)
-        return {name: table.column(name) for name in table.column_names}
+    def _media(self) -> dict[str, tuple[Any, Any]]:
+        """For each column of media: where each row's files begin (rows + 1,), and the files' bytes."""
+        import pyarrow as pa
+        import pyarrow.types as types
 
-    def media(self, row: int) -> dict[str, list[Any]]:
-        """The pictures and videos of a row; they decode when they are used, and raise TypeError for anything else."""
-        found: dict[str, list[Any]] = {}
-        for name, kind in (("images", Picture), ("videos", Clip)):
-            cell = self._columns[name][row] if name in self._columns else None
-            count = len(cell) if cell is not None and cell.is_valid else 0
-            found[name] = [kind(partial(self._bytes, name, row, place)) for place in range(count)]
+        found = {}
+        table = self._table(MEDIA)
+        for name in table.column_names:
+            column = table.column(name).combine_chunks()
+            if types.is_null(column.type):
+                continue
+            # Nulls become empty lists, so that the offsets alone tell a row's files.
+            column = column.fill_null([]) if column.null_count else column
+            items = column.values
+            files = items.field("bytes") if types.is_struct(items.type) else items
+            found[name] = column.offsets.to_pylist(), files if not types.is_null(files.type) else pa.nulls(0)
         return found
 
-    def _bytes(self, name: str, row: int, place: int) -> bytes:
-        stored = self._columns[name][row][place].as_py()
-        return picture_of(stored).data if name == "images" else clip_of(stored).data
+    def media(self, row: int) -> dict[str, list[Any]]:
+        """The pictures and videos of a row by column; they are read and decoded when they are used."""
+        return {name: self._files(name, row) for name in MEDIA}
+
+    def _files(self, name: str, row: int) -> list[Any]:
+        if name not in self._media:
+            return []
+        offsets = self._media[name][0]
+        reads = [partial(self._bytes, name, place) for place in range(offsets[row], offsets[row + 1])]
+        return [Picture(read) if name == "images" else Clip(read) for read in reads]
+
+    def _bytes(self, name: str, place: int) -> bytes:
+        data = self._media[name][1][place].as_py()
+        return picture_of(data).data if name == "images" else clip_of(data).data
 
     def records(self) -> list[Record]:
-        """All rows of the shard with their pictures and videos, unchecked."""
+        """All rows of the shard with their media, unchecked."""
         texts = self._table(TEXTS).to_pylist()
         return [completed({**text, **self.media(row)}) for row, text in enumerate(texts)]
 
@@ -118,19 +137,25 @@ def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
         def look(picture: Picture, hashes: list[bytes] = hashes) -> None:
             hashes.append(picture_hash(picture))
 
-        problem: Problem | None = problem_of(record, look)
+        parsed = {**record, **_parsed(record)}
+        problem: Problem | None = problem_of(parsed, look)
         if problem:
             outcomes.append(Dropped(f"{problem.field}: {problem.rule}", problem.found))
-        else:
-            made = {
-                **record,
-                "source": record["source"] or shard.set,
-                "history": json_of(record["history"]),
-                "meta": json_of(record["meta"]),
-                HASHES: hashes,
-            }
-            outcomes.append(made)
+            continue
+        for clip in record["videos"]:
+            clip.caps = _HASHED_FRAMES
+            hashes += [image_hash(frame.convert("L")) for frame in clip.decode()]
+        outcomes.append({**parsed, "source": record["source"] or shard.set, HASHES: hashes})
     return records, outcomes
+
+
+def _parsed(record: Record) -> Record:
+    """The JSON fields, parsed once instead of by each rule; a broken one stays text, which the rules refuse."""
+    found = {}
+    for name in JSON_FIELDS:
+        with suppress(ValueError):
+            found[name] = json_of(record[name])
+    return found
 
 
 def write_outcomes(
@@ -146,9 +171,8 @@ def write_outcomes(
     for number, old, new in zip(numbers, before, after, strict=True):
         drop = new if isinstance(new, Dropped) else None
         row = old if isinstance(new, Dropped) else new
-        texts = {
-            name: _json(row.get(name)) if name in JSON_FIELDS else _text(row.get(name)) for name in TEXTS
-        }
+        texts = {name: _text(row.get(name)) for name in TEXTS if name not in JSON_FIELDS}
+        texts |= {name: _json(row.get(name)) for name in JSON_FIELDS}
         rows.append(
             {ROW: number, **texts, HASHES: row.get(HASHES)}
             | {REASON: drop and drop.reason, DETAIL: drop and drop.detail}
@@ -175,7 +199,7 @@ def _json(value: Any) -> str | None:
 
 
 def read_outcomes(path: Path, shard: Shard) -> tuple[list[int], list[Record]]:
-    """The rows that a step kept: their numbers in the shard, and the rows with their pictures and videos."""
+    """The rows that a step kept: their numbers in the shard, and the rows with their media."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -185,7 +209,7 @@ def read_outcomes(path: Path, shard: Shard) -> tuple[list[int], list[Record]]:
     for row in kept:
         number = row.pop(ROW)
         numbers.append(number)
-        parsed = {name: json_of(row[name]) for name in JSON_FIELDS}
+        parsed = {name: json.loads(row[name]) for name in JSON_FIELDS}
         rows.append({**row, **source.media(number), **parsed})
     return numbers, rows
 

@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def files_of(source: str | Path, split: str = "train") -> Sequence[Path]:
         if source.suffix not in SUFFIXES:
             raise ConfigError(f"{source}: a data file ends in {', '.join(SUFFIXES)}")
         return [source]
-    files = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    files = _data_files(source.iterdir()) or _data_files(source.rglob("*"))
     if not files:
         raise ConfigError(f"{source}: holds no file that ends in {', '.join(SUFFIXES)}")
     kinds = {file.suffix for file in files}
@@ -48,6 +48,10 @@ def files_of(source: str | Path, split: str = "train") -> Sequence[Path]:
             f"{source}: holds files of several kinds ({', '.join(sorted(kinds))}); name one of them"
         )
     return files
+
+
+def _data_files(paths: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in paths if file.suffix in SUFFIXES and file.is_file())
 
 
 def rows_of(file: Path) -> Iterator[Row]:
