@@ -37,6 +37,11 @@ def _add_run(commands: Any) -> None:
     run.add_argument(
         "--master", metavar="HOST[:PORT]", help="address of node 0, reachable from the other hosts"
     )
+    several = run.add_mutually_exclusive_group()
+    several.add_argument("--seeds", metavar="N,N", help="one run per seed, and a table over all of them")
+    several.add_argument(
+        "--sweep", metavar="KEY=V,V", help="one run per value of a key, and a table over all of them"
+    )
 
 
 def _add_plan(commands: Any) -> None:
@@ -59,6 +64,11 @@ def _run(options: argparse.Namespace) -> None:
     from chain.placement import placement
     from chain.run import run
 
+    if options.seeds or options.sweep:
+        from chain.cli.members import run_members
+
+        run_members(options)
+        return
     place = placement(nodes=options.nnodes, node=options.node_rank, master=options.master)
     run(
         load(options),
