@@ -172,7 +172,7 @@ def _lead(
     overlong = None
     if cfg.overlong:
         overlong = SoftOverlong(cfg.rollout.max_completion_tokens, cfg.overlong.cache_tokens)
-    client = RolloutClient.of_pool(job.pool, job.urls, job.start, record.alarm_of_servers)
+    client = RolloutClient.of_pool(job.pool, job.urls, job.start, record.alarm_of_servers, job.addresses)
     answer = AnswerReward(thought_open=client.core.thought_open)
     collector = Collector(cfg, client, records, mixture, answer, overlong, job.seed)
     left = cfg.batches - unfinished.done["batches"]
