@@ -289,7 +289,7 @@ class AddressKeeper(threading.Thread):
             self.join()
 
     def _first(self) -> list[str]:
-        from ray.exceptions import GetTimeoutError, RayTaskError
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
         try:
             return self._ray.get(
@@ -297,6 +297,8 @@ class AddressKeeper(threading.Thread):
             )
         except RayTaskError as error:
             raise error.cause from None
+        except RayActorError as error:
+            raise ServerFailed(f"a rollout server's actor ended while it started: {error}") from None
         except GetTimeoutError:
             raise ServerFailed("the rollout servers' actors did not start; see Ray's dashboard") from None
 
