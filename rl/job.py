@@ -15,5 +15,3 @@ class ServedJob(Job):
     """Running rollout servers, which serve a core of the policy's architecture."""
     weights: Path
     """Folder through which the policy's weights reach the servers: the learner writes files, the servers read them."""
-    folders: tuple[Path, ...] = ()
-    """Folders that are searched for users' reward modules, after the installed packages."""

@@ -31,6 +31,8 @@ assert load_reward("answer")("1+2*2^x", hard).score == 1  # compared in a proces
 isolated = load_limited("my_reward:four", {}, ["."])
 print([verdict.score for verdict in isolated.batch(["4", "5"], [row, row])], Verdict.__module__)
 isolated.close()
+import importlib
+importlib.invalidate_caches()  # as pytest and pip do
 """
 REWARD = """
 from sailvl2_posttrain import Verdict
