@@ -87,7 +87,7 @@ rollout-server: setup ## serve MODEL=path/to/checkpoint until interrupted
 	$(POSTTRAIN) rollout-server $(MODEL) --recipe $(RECIPE) $(foreach assignment,$(SET),--set $(assignment))
 
 test: setup ## run the tests that CI runs; they need neither a GPU nor a network
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: setup ## run the slow tests as well
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest

@@ -12,7 +12,7 @@ from chain.voices import Voice
 from core.checkpoint.shards import printable
 from core.files import append_jsonl
 from core.model.pictures import Picture
-from core.model.prompts import user_parts, user_text
+from core.model.prompts import IMAGE, user_text, user_turns
 from core.strict import ConfigError, nearest
 
 HELP = """\
@@ -76,17 +76,23 @@ class Chat:
         return f"{len(self.turns)} exchanges added to {rest[0]}"
 
     def _messages(self, last: dict[str, Any]) -> list[dict[str, Any]]:
-        out = []
-        for turn in self.turns:
-            out.append(_asked(turn, "direct"))
-            answer = turn["completion"].rpartition("</think>")[2]
-            out.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return [*out, _asked(last, last["mode"])]
+        turns = [*self.turns, last]
+        modes = ["direct"] * len(self.turns) + [last["mode"]]
+        texts = [_marked(turn, mode) for turn, mode in zip(turns, modes, strict=True)]
+        images = [Picture(Path(name).read_bytes()).rgb() for turn in turns for name in turn["images"]]
+        out: list[dict[str, Any]] = []
+        for turn, parts in zip(turns, user_turns(texts, images), strict=True):
+            out.append({"role": "user", "content": parts})
+            if turn is not last:
+                answer = turn["completion"].rpartition("</think>")[2]
+                out.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return out
 
 
-def _asked(turn: dict[str, Any], mode: str) -> dict[str, Any]:
-    images = [Picture(Path(name).read_bytes()).rgb() for name in turn["images"]]
-    return {"role": "user", "content": user_parts(user_text(turn["question"], mode), images)}
+def _marked(turn: dict[str, Any], mode: str) -> str:
+    """The text of a turn; its pictures stand at its own marks, or before it."""
+    text = user_text(turn["question"], mode)
+    return text if IMAGE in text else IMAGE * len(turn["images"]) + text
 
 
 def picture(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """`posttrain init`: a recipe folder of one's own, from a shipped recipe and optionally from one's own data.
 
 The files are templates in chain/starter. With data, the folder gets sets that the recipe's stages need: prompts for RL,
-direct answers, chains, and held-out rows in both modes.
+direct answers, chains, and held-out rows.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 from random import Random
 
 from core.files import atomic_dir, write_text
-from core.model.prompts import target_text, user_text
+from core.model.prompts import shown, target_text
 from core.model.tokenizer import pieces
 from core.strict import ConfigError
 from corpus.records import Record, Records, load_records, write_records
+from corpus.vocabulary import texts_of
 
 BASES = ("demo", "smoke", "sailvl2_2b")
 TINY = ("demo", "smoke")
@@ -123,8 +124,7 @@ def _split(file: Path, records: Records, rows: list[int], left_out: int, folder:
         "prompts": (train, lambda row: {**row, "mode": "think", "chain": None, "response": None}),
         "direct": (train, lambda row: {**row, "mode": "direct", "chain": None, "response": None}),
         "chains": (chains, lambda row: {**row, "mode": "think", "response": None}),
-        "heldout_think": (sorted(held_out), lambda row: {**row, "mode": "think"}),
-        "heldout_direct": (sorted(held_out), lambda row: {**row, "mode": "direct"}),
+        "heldout": (sorted(held_out), lambda row: row),
     }
     sets = {name: len(numbers) for name, (numbers, _) in plans.items() if numbers}
     for name in sets:
@@ -143,7 +143,7 @@ def _split(file: Path, records: Records, rows: list[int], left_out: int, folder:
         text=f"rows per set: {parts}{dropped}",
         max_tokens=min(TINY_CONTEXT, 32 * math.ceil((most + 32) / 32)),
         completion_tokens=min(TINY_CONTEXT // 2, max(32, longest + 16)),
-        max_images=max(1, *(len(records[row]["images"]) for row in rows)),
+        max_images=max(1, *(len(shown(records[row])) for row in rows)),
     )
 
 
@@ -155,8 +155,8 @@ def _changed(records: Records, rows: list[int], change: Callable[[Record], Recor
 def tokens(record: Record) -> int:
     """Most tokens of a row's prompt and target in the tiny core: a word, a digit and a symbol are one token each."""
     target = target_text({**record, "mode": "think", "chain": record["chain"] or "-"})
-    prompt = user_text(record["question"], "direct")
-    return _TEMPLATE_TOKENS + IMAGE_TOKENS * len(record["images"]) + _pieces(prompt) + _pieces(target) + 16
+    prompt, _ = texts_of(record)
+    return _TEMPLATE_TOKENS + IMAGE_TOKENS * len(shown(record)) + _pieces(prompt) + _pieces(target) + 16
 
 
 def _pieces(text: str) -> int:

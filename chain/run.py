@@ -344,7 +344,9 @@ class Loop:
         started = time.monotonic()
         scores = stage.evaluate(self.context(stage, folder / "checkpoint", folder, self.background.progress))
         seconds = time.monotonic() - started
-        write_json(folder / "eval.json", {"scores": scores, "seconds": seconds, "fingerprint": fingerprint})
+        sets = {name: self.folder.sets[one.set] for name, one in self.recipe.eval.sets.items()}
+        found = {"scores": scores, "seconds": seconds, "fingerprint": fingerprint, "sets": sets}
+        write_json(folder / "eval.json", found)
         self.display.line(f"{stage.name}: {report.scores_text(scores)}  ({duration(seconds)})")
         return scores
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 from pydantic import BaseModel
@@ -30,11 +30,18 @@ _SAME = ".same"
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a reader sees the old text or the new text, never a part."""
+    with writing(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[str]]:
+    """A text file that becomes `path` when the block ends, or is dropped if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(path)
     try:
         with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_json
-from core.model.prompts import target_text
+from core.model.prompts import messages, target_text
 from core.strict import ConfigError
 
 PARTS = ("questions", "targets")
@@ -26,9 +26,11 @@ def has_unknown(model: Path) -> bool:
 
 
 def texts_of(record: Mapping[str, Any]) -> tuple[str, str]:
-    """The question of a record, and the text that the policy is trained to write or graded against."""
+    """The text of a record's prompt, and the text that the policy is trained to write or graded against."""
     trains = record["mode"] == "direct" or record["chain"] or record["response"]
-    return record["question"], target_text(record) if trains else record["answer"]
+    parts = (part for message in messages(record) for part in message["content"])
+    prompt = " ".join(part["text"] for part in parts if part["type"] == "text")
+    return prompt, target_text(record) if trains else record["answer"]
 
 
 def unknown(records: Iterable[Mapping[str, Any]], tokenizer: Any) -> dict[str, tuple[float, Counter[str]]]:

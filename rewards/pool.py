@@ -8,8 +8,7 @@ module adds:
 - A worker has a limited address space. A job may compute for CPU_SHARE of the deadline. A job that uses up its
   computing time ends as OVER_TIME; a job that reaches the deadline before that ends as TIMEOUT.
 - A job that loses its worker to an outside cause, such as an out-of-memory killer, is tried once more.
-- A forked child starts its own processes. No fork hook is needed: processes are stored under the id of the process
-  that started them, and a child finds no entry under its own id.
+- A forked child starts its own processes (rewards.forks).
 """
 
 import contextlib
@@ -25,6 +24,8 @@ from enum import Enum
 from multiprocessing import context, forkserver, popen_forkserver, process, reduction, util
 from pathlib import Path
 from typing import Any
+
+from rewards.forks import PerProcess
 
 MEMORY_BYTES = 2 << 30
 """Bytes of a worker's address space; honest comparisons need a tenth of it."""
@@ -97,7 +98,7 @@ class Pool:
 
     def __init__(self, function: Callable[[Any], Any], preload: str, size: int, deadline_s: float) -> None:
         self.function, self.preload, self.size, self.deadline_s = function, preload, size, deadline_s
-        self._by_process: dict[int, _Processes] = {}
+        self._processes = PerProcess(lambda: _Processes(self.preload, self.size))
 
     def submit(self, argument: Any) -> Job:
         """Start a job. Raises PoolError if the workers do not start."""
@@ -107,21 +108,18 @@ class Pool:
 
     def close(self) -> None:
         """End this process's workers; the next job starts new ones."""
-        processes = self._by_process.pop(os.getpid(), None)
+        processes = self._processes.drop()
         if processes:
             processes.stop()
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the running workers."""
-        processes = self._by_process.get(os.getpid())
-        return processes.pids if processes else []
+        return self._processes().pids
 
     def _start(self, job: Job) -> None:
         for _ in range(3):  # replace a pool that breaks, or that another thread closes
-            processes = self._by_process.get(os.getpid())
-            if processes is None:
-                processes = self._by_process.setdefault(os.getpid(), _Processes(self.preload, self.size))
+            processes = self._processes()
             try:
                 arguments = (self.function, job.argument, CPU_SHARE * job.deadline_s)
                 job.task = processes.schedule(_run, arguments, job.deadline_s)
@@ -136,8 +134,7 @@ class Pool:
         )
 
     def _replace(self, broken: "_Processes") -> None:
-        if self._by_process.get(os.getpid()) is broken:
-            self._by_process.pop(os.getpid(), None)
+        self._processes.drop(broken)
         waiting = [job for job in list(broken.jobs) if job.task and not job.task.done()]
         broken.jobs.clear()
         threading.Thread(

@@ -15,7 +15,7 @@ from chain.recipe import Recipe
 from chain.report import data as report
 from core.files import read_json
 from core.manifest import Manifest
-from core.strict import ConfigError, nearest
+from core.strict import ConfigError, nearest, parse
 
 PRIVATE = ("base_url", "urls", "host", "token_file", "weights_dir", "api_key_env", "path", "images")
 """Keys of a recipe whose values name places of the machine or the network that trained."""
@@ -51,7 +51,8 @@ def released(run: Path, stage: str | None = None) -> Released:
         raise ConfigError(f"{run}: no stage of this run is finished")
     if stage is not None and stage not in names:
         raise ConfigError(f"--stage {stage}: not a finished stage of {run}; {nearest(stage, names)}")
-    return Released(run, stage or names[-1], built, Recipe.model_validate(read_json(run / "recipe.json")))
+    recipe = parse(Recipe, read_json(run / "recipe.json"), str(run / "recipe.json"))
+    return Released(run, stage or names[-1], built, recipe)
 
 
 def card(what: Released, repo: str, licence: str, base_model: str | None = None) -> str:
@@ -84,7 +85,8 @@ def card(what: Released, repo: str, licence: str, base_model: str | None = None)
         licence=licence,
         base_model=base_model,
         what=what,
-        percent=report.accuracy_text,
+        accuracy=report.accuracy_text,
+        names=report.set_names(what.report),
         core=what.recipe.core.build or base_model or "a checkpoint folder",
         sets=[*_sets(what)],
         recipe=yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True, width=110),

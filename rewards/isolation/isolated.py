@@ -96,7 +96,7 @@ class Isolated:
             process.end()
 
     def _start(self) -> "Process":
-        return Process(self._setup, self._name)
+        return Process(self._setup, self._name, self._deadline_s)
 
     def _failures(self, wave: "_Wave", pairs: Sequence[Pair], rows: Sequence[int]) -> dict[int, Result]:
         """The rows' errors after a death. If one call graded many rows, they share one error."""
@@ -152,7 +152,7 @@ class _Wave(Progress):
         self.process.printed = 0
         self.last = time.monotonic()
         try:
-            self.process.tell(packet, self.deadline_s)
+            self.process.tell(packet)
             while len(self.results) < len(self.pairs):
                 left_s = self.late_at(self.deadline_s) - time.monotonic()
                 if left_s <= 0:
@@ -215,4 +215,4 @@ class _Wave(Progress):
         except Exception as error:
             problem = f"picture {place}: {type(error).__name__}: {error}"
             packet = pickle.dumps(("picture", (example, place), None, problem))
-        self.process.tell(packet, self.deadline_s)
+        self.process.tell(packet)

@@ -27,7 +27,8 @@ def run(tmp_path):
     for stage, parent in (("core", None), ("basic_sft", "core")):
         build_tiny(folder / stage / "checkpoint", words=["how"], seed=0)
         write_json(folder / stage / "config.json", {})
-        write_json(folder / stage / "eval.json", {"scores": {"thinking": scores}, "seconds": 1.0})
+        found = {"thinking": scores, **({"direct": scores} if stage == "core" else {})}
+        write_json(folder / stage / "eval.json", {"scores": found, "seconds": 1.0})
         times = {
             "started": "2026-01-01T00:00:00+00:00",
             "finished": "2026-01-01T00:00:10+00:00",
@@ -94,7 +95,7 @@ def test_a_dry_run_shows_card_and_files_and_sends_nothing(run, hub, capsys):
     shown = capsys.readouterr().out
     meta = yaml.safe_load(shown.split("---")[1])
     assert (meta["license"], meta["base_model"]) == ("apache-2.0", "theirs/core")
-    assert "| basic_sft | 0.500 [.314, .686] | - | 24 | 1.00 | 12.0 |" in shown
+    assert "| basic_sft | 0.500 [.314, .686] | - | 24/- | 1.00/- | 12.0/- |" in shown
     assert "| basic_sft | rows | local | abababababab |" in shown
     assert "2. `basic_sft`, from `core`, 2026-01-01, 10 s" in shown
     assert "learning_rate: 0.001" in shown

@@ -54,11 +54,10 @@ def test_own_rows_become_prompts_answers_chains_and_held_out_rows(here):
     sets = {file.stem: load_records(file) for file in (here / "mine" / "data").glob("*.parquet")}
     ids = {name: {row["id"] for row in records} for name, records in sets.items()}
     sizes = {name: len(records) for name, records in sets.items() if name != "chains"}
-    assert sizes == {"prompts": 36, "direct": 36, "heldout_think": 4, "heldout_direct": 4}
+    assert sizes == {"prompts": 36, "direct": 36, "heldout": 4}
     assert ids["chains"] == {name for name in ids["prompts"] if int(name.partition("-")[2]) % 2}
     assert ids["prompts"] == ids["direct"] >= ids["chains"]
-    assert ids["heldout_think"] == ids["heldout_direct"]
-    assert not ids["prompts"] & ids["heldout_think"]
+    assert not ids["prompts"] & ids["heldout"]
     assert {row["mode"] for row in sets["direct"]} == {"direct"}
     assert all(row["chain"] for row in sets["chains"])
     recipe = load_recipe(here / "mine")

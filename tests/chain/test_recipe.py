@@ -258,3 +258,16 @@ def test_a_shipped_recipe_is_extended_by_its_name_unless_a_folder_has_that_name(
     (mine / "smoke").mkdir()
     (mine / "smoke" / "pipeline.yaml").write_text("core: {path: own}\n")
     assert load_recipe(mine).core.path == "own"
+
+
+def test_eval_takes_any_number_of_sets_and_null_drops_one(toy):
+    mcq = "eval.sets.mcq={set: held, split: mcq, mode: direct, verifier: choice}"
+    recipe = load_recipe(
+        toy.recipe_dir, [mcq, "eval.sets.thinking=null", "eval.sets.mcq.max_completion_tokens=4"]
+    )
+    assert list(recipe.eval.sets) == ["direct", "mcq"]
+    assert (recipe.eval.longest("direct"), recipe.eval.longest("mcq")) == (8, 4)
+    with pytest.raises(ConfigError, match=r"verifier = 'coice': no such verifier; did you mean choice"):
+        load_recipe(toy.recipe_dir, [mcq, "eval.sets.mcq.verifier=coice"])
+    with pytest.raises(ConfigError, match=r"data\[0\]\.set = 'held': this is the held-out set of eval"):
+        load_recipe(toy.recipe_dir, [mcq, "basic_sft.phases.0.data.0={set: held, split: mcq}"])
