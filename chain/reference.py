@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -196,6 +196,8 @@ def _annotation_text(annotation: Any) -> str:
         return " or ".join(str(value) for value in inner)
     if origin in (Union, UnionType):
         return " or ".join(_annotation_text(one) for one in inner)
+    if origin is Annotated:
+        return _annotation_text(inner[0])
     if origin in (tuple, list):
         items = [one for one in inner if one is not Ellipsis]
         if Ellipsis in inner or origin is list:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,14 @@ class Checkpoint:
     """A checkpoint folder, loaded by transformers; on a GPU if there is one. Args: as `voice`."""
 
     def __init__(self, folder: Path, temperature: float, max_tokens: int) -> None:
+        self.temperature, self.max_tokens = temperature, max_tokens
+        with redirect_stdout(
+            sys.stderr
+        ):  # DeepSpeed writes a line at its import; standard output is for answers
+            self._load(folder)
+        self.context = int(self.model.config.text_config.max_position_embeddings)
+
+    def _load(self, folder: Path) -> None:
         import torch
 
         import core
@@ -53,13 +63,11 @@ class Checkpoint:
         core.register()
         from transformers import AutoModelForImageTextToText
 
-        self.torch, self.temperature, self.max_tokens = torch, temperature, max_tokens
-        self.processor = load_processor(folder)
+        self.torch, self.processor = torch, load_processor(folder)
         model: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype="auto", trust_remote_code=False
         )
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        self.context = int(self.model.config.text_config.max_position_embeddings)
 
     def __call__(self, messages: Messages, say: Say) -> str:
         """Answer. Raises ConfigError if the conversation leaves no room for an answer."""
@@ -116,11 +124,11 @@ class Server:
 
     def __call__(self, messages: Messages, say: Say) -> str:
         """Answer. Raises rl.rollout.http.RolloutError if the server refuses or does not answer."""
-        from rl.rollout.messages import openai_messages
+        from rl.rollout.messages import CoreFacts, openai_messages
 
         body = {
             "model": self.model,
-            "messages": openai_messages(messages),
+            "messages": openai_messages(messages, CoreFacts.frame_px),  # a chat shows no videos
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
             "stream": True,

@@ -86,6 +86,7 @@ def test_piped_lines_are_answered_and_errors_do_not_end_the_conversation(monkeyp
 
 def test_a_checkpoint_answers_in_this_process(tmp_path, monkeypatch, capsys):
     build_tiny(tmp_path / "core", words=["how", "many"], seed=0)
+    capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.StringIO("how many?\n"))
     assert main(["chat", str(tmp_path / "core"), "--max-tokens", "4"]) == 0
     streamed = capsys.readouterr().out

@@ -61,7 +61,7 @@ def test_own_rows_become_prompts_answers_chains_and_held_out_rows(here):
     assert {row["mode"] for row in sets["direct"]} == {"direct"}
     assert all(row["chain"] for row in sets["chains"])
     recipe = load_recipe(here / "mine")
-    assert recipe.servers.max_model_tokens == recipe.basic_sft.max_tokens < 128
+    assert recipe.servers.max_model_tokens == recipe.basic_sft.max_tokens == 128
     assert set(recipe.core.vocabulary) == {*sets}
 
 

@@ -27,7 +27,7 @@ def row(question="How many pears?", answer="4", chain=None, **more):
 def test_the_share_counts_unknown_words_per_part():
     assert unknown([row()], TOKENIZER) == {}
     found = unknown([row("How many kiwis?"), row(answer="four", chain="4 pears")], TOKENIZER)
-    assert found["questions"] == (1 / 8, {"kiwis": 1})
+    assert found["questions"] == (1 / 10, {"kiwis": 1})  # four words and the contract, twice
     # "4", then <think> 4 pears </think> \boxed{ four }
     assert found["targets"] == (1 / 8, {"four": 1})
 
@@ -35,7 +35,7 @@ def test_the_share_counts_unknown_words_per_part():
 def test_a_few_unknown_words_are_a_warning_and_many_are_refused_with_the_remedy():
     rows = [row()] * 30 + [row("How many kiwis?")]
     (line,) = check_words("fruit", rows, TOKENIZER, most=0.05)
-    assert "set fruit: the core's tokenizer does not know 0.8% of the tokens of its questions" in line
+    assert "set fruit: the core's tokenizer does not know 0.6% of the tokens of its questions" in line
     with pytest.raises(
         ConfigError, match=r"'kiwis'; at most core.max_unknown=0.005 .*add fruit to core.vocabulary"
     ):
