@@ -159,7 +159,9 @@ def _details(stage: Stage, config: Strict, recipe: Recipe, states: _Sets) -> lis
             f"{config.method} merge of {len(config.variants) + 1}",
             _learner(recipe.basic_sft.learner),
         ]
-    return [f"checkpoint {recipe.core.path}" if recipe.core.path else f"built by {recipe.core.build}"]
+    core = recipe.core
+    built = f"built by {core.build}" + (f", words of {', '.join(core.vocabulary)}" if core.vocabulary else "")
+    return [f"checkpoint {recipe.place(core.path)}" if core.path else built]
 
 
 def _prepared(config: SFTStage | RLConfig) -> list[str]:
