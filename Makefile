@@ -87,7 +87,7 @@ rollout-server: setup ## serve MODEL=path/to/checkpoint until interrupted
 	$(POSTTRAIN) rollout-server $(MODEL) --recipe $(RECIPE) $(foreach assignment,$(SET),--set $(assignment))
 
 test: setup ## run the tests that CI runs; they need neither a GPU nor a network
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: setup ## run the slow tests as well
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest
@@ -99,7 +99,7 @@ bench: setup ## run the benchmarks; each prints a table and one JSON line (QUICK
 check: setup ## check lint, formatting, types and the links of the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy core corpus rewards sft rl chain recipes benchmarks
+	$(BIN)/mypy sailvl2_posttrain core corpus rewards sft rl chain recipes benchmarks
 	$(BIN)/python -P -m mkdocs build --quiet
 
 docs: setup ## build the documentation in build/docs

@@ -17,7 +17,7 @@ from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
 from corpus.formats.files import files_of
 from corpus.formats.table import known
-from corpus.records import DataSource, load_records
+from corpus.records import DataSource, load_source
 from rewards.example import Example
 from rl.config import RLConfig
 from rl.limits import FOUND, Asked, Limits
@@ -99,11 +99,15 @@ def asked(recipe: Recipe) -> Iterator[tuple[KeyPath, DataSource, int, int | None
             if config.watch.held_out:
                 yield (name, "watch", "held_out"), config.watch.held_out, length, recipe.seed
     if recipe.eval:
-        length = recipe.eval.max_completion_tokens
-        yield ("eval", "thinking"), recipe.eval.thinking, length, None
-        yield ("eval", "direct"), recipe.eval.direct, length, None
+        for name, source in recipe.eval.sets.items():
+            yield ("eval", "sets", name), source, recipe.eval.longest(name), None
         if recipe.soup:
-            yield ("soup", "validation"), recipe.soup.validation, length, recipe.seed
+            yield (
+                ("soup", "validation"),
+                recipe.soup.validation,
+                recipe.eval.max_completion_tokens,
+                recipe.seed,
+            )
 
 
 def room_for(recipe: Recipe, stage: str, run_dir: Path) -> None:
@@ -223,6 +227,10 @@ def _reward_problems(recipe: Recipe, online: bool, thought_open: bool | None) ->
             problem := _reward_problem(watch.second_verifier, watch.second_params, online, thought_open)
         ):
             yield f"{stage}.watch.second_verifier = {watch.second_verifier!r}: {problem}"
+    for name, one in recipe.eval.sets.items() if recipe.eval else ():
+        expected = thought_open if one.mode == "think" else None
+        if one.use and (problem := _reward_problem(one.use, one.params, online, expected)):
+            yield f"eval.sets.{name}.use = {one.use!r}: {problem}"
 
 
 def _examples(recipe: Recipe, data: Sequence[DataSource]) -> list[Example] | None:
@@ -234,7 +242,7 @@ def _examples(recipe: Recipe, data: Sequence[DataSource]) -> list[Example] | Non
     return [
         Example.of(record, ())
         for source, place in zip(data, there, strict=True)
-        for record in load_records(place, source.split, source.rows, recipe.seed)
+        for record in load_source(source, {source.set: place}, recipe.seed)
     ]
 
 

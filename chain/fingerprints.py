@@ -21,6 +21,7 @@ from chain.recipe import CoreConfig, GenerateConfig, sources
 from core.files import append_jsonl, hash_tree, sha256_file
 from core.manifest import Manifest, hash_config
 from rl.config import RLConfig
+from rl.eval_config import EvalConfig
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Fingerprints:
             names.append(config.by)
         if isinstance(config, RLConfig):
             names += [term.use for term in config.rewards]
+        if isinstance(config, EvalConfig):
+            names += [one.use for one in config.sets.values()]
         found = {f"code:{name}": self.of_code(name) for name in names if name and ":" in name}
         if isinstance(config, CoreConfig) and config.path:
             found["core"] = self.hashes.of(str(Path(config.path).expanduser()))

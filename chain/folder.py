@@ -194,7 +194,11 @@ class RunFolder:
         cfg = self.recipe.eval
         if cfg is None:
             return ""
-        inputs = {**self.prints.of_sources(cfg), "stage": identity(self.manifest(name))}
+        inputs = {
+            **self.prints.of_sources(cfg),
+            **self.prints.of_files(cfg),
+            "stage": identity(self.manifest(name)),
+        }
         return self.prints.fingerprint("eval", cfg, inputs)
 
     @contextmanager

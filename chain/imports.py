@@ -39,7 +39,9 @@ def lines(summary: Summary) -> list[str]:
         f"format {summary.format}: " + ", ".join(f"{name} = {of}" for name, of in summary.mapping.items())
     ]
     for row in summary.first:
-        pictures = " ".join(f"[{image.width}x{image.height}]" for image in row["images"])
+        media = [f"[{image.width}x{image.height}]" for image in row["images"]]
+        media += [f"[video: {len(video.frames)} frames]" for video in row["videos"]]
+        pictures = " ".join([*media, *[f"[{len(row['history'])} earlier turns]"] * bool(row["history"])])
         asked = printable(f"{pictures} {user_text(row['question'], row['mode'])}".strip(), 160)
         gold = f"gold {row['answer']!r}, {row['verifier']}" if row["answer"] else "no gold"
         said.append(f"  {row['id']}, {row['mode']}: {asked}")

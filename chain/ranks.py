@@ -6,7 +6,6 @@ client that reaches its port.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ GRACE_S = 5.0
 """After the first failure, the other ranks have this time to end by themselves. A rank that does not end hangs."""
 TRACE_S = 1.0
 """Time that a hung rank has to write its stack trace."""
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -137,13 +135,10 @@ def command(job_file: Path) -> list[str]:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The ranks' environment: this process's environment without an outer launcher's variables, with thread counts, and
-    with our packages before other packages of the same names."""
-    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """The ranks' environment: this process's environment without an outer launcher's variables, with thread counts."""
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     return {
         **processes.inherited_environment(),
         **counts,
-        "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
     }

@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field, model_validator
 from chain.yaml_files import read_folder
 from core.strict import ConfigError, KeyPath, Name, Strict, key_path, nearest, parse
 from corpus.records import DataSource
-from rl.config import EvalConfig, Prepare, RLConfig
+from rl.config import Prepare, RLConfig
+from rl.eval_config import EvalConfig
 from rl.rollout.config import PoolConfig
 from sft.config import SFTConfig, SoupConfig
 
@@ -79,10 +80,11 @@ class ForeignSet(Strict):
     """Field of a record -> column of the file, for columns whose names do not match a field."""
     images: str | None = None
     """Folder of the pictures; None: the folder of the file. A picture path that leaves this folder is refused."""
-    system: Literal["strip", "keep", "refuse"] = "strip"
-    """strip: drop system messages; keep: put them before the question; refuse: reject rows that have one."""
-    turns: Literal["refuse", "first", "split"] = "refuse"
-    """Conversations of several exchanges. refuse: reject; first: keep the first exchange; split: a row per exchange."""
+    system: Literal["keep", "strip", "refuse"] = "keep"
+    """System messages. keep: as the row's own; strip: drop them; refuse: reject rows that have one."""
+    turns: Literal["keep", "first", "split", "refuse"] = "keep"
+    """Conversations of several exchanges. keep: one row, whose history is the earlier ones; first: the first exchange;
+    split: a row per exchange, with those before it as history; refuse: reject."""
     strict: bool = False
     """Stop at the first row that cannot be imported. Otherwise such rows go to `<set>.rejected.jsonl`."""
 
@@ -192,6 +194,8 @@ class Recipe(Stages):
     def _completions_fit_the_servers(self) -> Recipe:
         limit = self.servers.max_model_tokens if self.servers else None
         lengths = {"eval": self.eval.max_completion_tokens if self.eval else 0}
+        for name, one in self.eval.sets.items() if self.eval else ():
+            lengths[f"eval.sets.{name}"] = one.max_completion_tokens or 0
         for name in STAGE_NAMES:
             config = getattr(self, name)
             if isinstance(config, RLConfig):
@@ -268,7 +272,11 @@ def sources(config: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Da
     """Every data source at any depth of a configuration, with its key path."""
     for name in type(config).model_fields:
         value = getattr(config, name)
-        items = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
+        items: Iterable[tuple[Any, Any]] = [(None, value)]
+        if isinstance(value, list | tuple):
+            items = enumerate(value)
+        elif isinstance(value, dict):
+            items = value.items()
         for index, item in items:
             here = (*path, name) if index is None else (*path, name, index)
             if isinstance(item, DataSource):

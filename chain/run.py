@@ -48,7 +48,7 @@ class StageIncomplete(RuntimeError):
 def run(
     recipe: Recipe,
     *,
-    runs_dir: Path = Path("runs"),
+    runs_dir: str | Path = "runs",
     from_: str | None = None,
     until: str | None = None,
     force: bool = False,
@@ -65,6 +65,7 @@ def run(
     Raises ConfigError before anything runs, StageFailed when a stage's process fails, and HostLost or LeaderEnded when
     another host is lost.
     """
+    runs_dir = Path(runs_dir)
     check(recipe, model=core_folder(recipe, (runs_dir / recipe.name).resolve()))
     display = display or Display()
     chain = [stage for stage in stages if stage.config(recipe) is not None]
@@ -335,7 +336,9 @@ class Loop:
         started = time.monotonic()
         scores = stage.evaluate(self.context(stage, folder / "checkpoint", folder, self.background.progress))
         seconds = time.monotonic() - started
-        write_json(folder / "eval.json", {"scores": scores, "seconds": seconds, "fingerprint": fingerprint})
+        sets = {name: self.folder.sets[one.set] for name, one in self.recipe.eval.sets.items()}
+        found = {"scores": scores, "seconds": seconds, "fingerprint": fingerprint, "sets": sets}
+        write_json(folder / "eval.json", found)
         self.display.line(f"{stage.name}: {report.scores_text(scores)}  ({duration(seconds)})")
         return scores
 

@@ -29,19 +29,20 @@ ADAPTER_NAME = "adapter"
 
 def evaluate_checkpoint(
     recipe: Recipe,
-    model: Path,
-    out: Path,
+    model: str | Path,
+    out: str | Path,
     *,
-    runs_dir: Path = Path("runs"),
+    runs_dir: str | Path = "runs",
     open_pool: OpenPool | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Score the checkpoint folder `model` in both modes; eval.json and the samples go to `out`.
+    """Score the checkpoint folder `model` on the recipe's held-out sets; eval.json and the samples go to `out`.
 
     The recipe's own sets are generated first if they do not exist. Raises ConfigError if the recipe has no `eval`.
     """
     cfg = recipe.eval
     if cfg is None:
         raise ConfigError(f"recipe {recipe.name} has no eval, which names the held-out sets; add it")
+    model, out, runs_dir = Path(model), Path(out), Path(runs_dir)
     _require_checkpoint(model)
     display = Display()
     runner.data(recipe, runs_dir=runs_dir, display=display)
@@ -62,7 +63,8 @@ def evaluate_checkpoint(
             progress=display.passing,
         )
         scores = evaluate(context)
-    write_json(out / "eval.json", {"model": str(model.resolve()), "scores": scores})
+    places = {name: sets[one.set] for name, one in cfg.sets.items()}
+    write_json(out / "eval.json", {"model": str(model.resolve()), "scores": scores, "sets": places})
     display.line(report.scores_text(scores))
     display.line(f"samples and scores: {out}")
     return scores

@@ -392,13 +392,3 @@ class RLConfig(Strict):
         except ValueError as error:
             raise ValueError(f"rewards: {error}") from None
         return self
-
-
-class EvalConfig(Strict):
-    """Greedy evaluation on the held-out sets through the rollout engine."""
-
-    thinking: DataSource
-    direct: DataSource
-    max_completion_tokens: int = Field(ge=1)
-    samples: int = Field(default=12, ge=0)
-    """Number of held-out rows per evaluated set that the report shows with their images."""

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_jsonl
-from core.model.pictures import as_rgb
-from corpus.records import DataSource, Records, load_records, write_records
+from core.model.prompts import shown
+from core.model.videos import Decoded
+from corpus.records import DataSource, Records, load_source, write_records
 from rewards.answer import AnswerReward
 from rewards.extract import parse_thinking
 from rewards.style.format import ThinkFormat
@@ -149,7 +150,7 @@ def _sampled(
 ) -> list[tuple[Record, list[Completion]]]:
     """The source's rows, each with `cfg.samples` completions of the served policy."""
     source, samples = cfg.source, cfg.samples
-    rows = askable(source, load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed))
+    rows = askable(source, load_source(source, sets, seed))
     prompts = [Prompt(prompt_messages(row), seed=(seed << 32) + at * samples) for at, row in enumerate(rows)]
     sampling = Sampling(max_tokens=max_tokens, n=samples, temperature=cfg.temperature)
     report = (lambda done: progress(done, len(rows))) if progress else None
@@ -166,8 +167,8 @@ def _pass_rate(row: Record, completions: Sequence[Completion], thought_open: boo
 
 
 def _image_key(row: Record) -> tuple[bytes, ...]:
-    """A hash of each picture's pixels."""
-    return tuple(hashlib.sha256(as_rgb(image).tobytes()).digest() for image in row["images"])
+    """A hash of the pixels of each picture and frame."""
+    return tuple(hashlib.sha256(image.tobytes()).digest() for image in Decoded(shown(row)))
 
 
 def _finish(what: str, kept: list[dict], dropped: Counter, min_rows: int, path: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from core.model.prompts import shown
+from core.model.videos import tiles
 from rewards.judge.judges import statistics
 from rl.collect import Batch, Group, Pipeline
 from rl.data import Record, prompt_messages
@@ -173,12 +175,16 @@ class RolloutFeed:
                 f"collected {len(rows)} completions for {ranks} ranks x {count}; "
                 "rollout.prompts_per_batch x group_size must be what TRL's generation batch holds"
             )
-        return [self._with_prompt(row) for row in rows[rank * count : (rank + 1) * count]]
+        own = rows[rank * count : (rank + 1) * count]
+        # The rows of a group share their images as objects: rl.shared_prefix.tiles computes each object once.
+        side = trainer.processing_class.frame_px
+        images = {row: tiles(shown(self.records[row]), side) for row in {row["id"]: None for row in own}}
+        return [self._with_prompt(row, images[row["id"]]) for row in own]
 
-    def _with_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _with_prompt(self, row: dict[str, Any], images: Sequence[Any]) -> dict[str, Any]:
         """The row with its prompt and images. Every rank has these, so rank 0 does not broadcast them."""
-        record = self.records[row["id"]]
-        return {**row, "prompt": _text_only(prompt_messages(record)), "images": list(record["images"])}
+        prompt = _text_only(prompt_messages(self.records[row["id"]]))
+        return {**row, "prompt": prompt, "images": list(images)}
 
     def _update_servers(self, trainer: Any) -> dict[str, float]:
         """Push the weights if the servers lack them, then compare servers and learner."""

@@ -124,7 +124,7 @@ def _trainer(
     from rl.trainer import RolloutTrainer, reward_function
 
     # Probes with images come first, because they test more parts of the model.
-    probes = sorted(records, key=lambda row: not row["images"])[: cfg.parity.sequences]
+    probes = sorted(records, key=lambda row: not (row["images"] or row.get("videos")))[: cfg.parity.sequences]
     prompts = [Prompt(prompt_messages(row), seed=number) for number, row in enumerate(probes)]
     learner = cfg.learner
     trainer = RolloutTrainer(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from chain.cli import chain, checkpoint, core, data, rewards
+from chain.cli import chain, checkpoint, compare, core, data, rewards
 from chain.errors import words_of
 
 DESCRIPTION = """\
@@ -21,7 +21,10 @@ Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML file
   posttrain explain rlvr.rollout                    what a recipe's keys mean
   posttrain eval runs/demo/rlvr/checkpoint          score a checkpoint on the held-out set
   posttrain data import llava.json mine.parquet      foreign files as records, which every stage reads
+  posttrain data curate recipes/curation_demo        filter, rewrite and sample rows, with a report
+  posttrain data show mine.parquet                   statistics, and rows with pictures
   posttrain judge-audit rows.jsonl --base-url http://127.0.0.1:8100/v1 --model judge
+  posttrain compare runs/demo/longcot_sft runs/demo/rlvr   paired by question; --gate for CI
   posttrain report runs/demo                        write report.json and report.html again
   posttrain rewards test answer data/held.parquet   gold answers must earn 1, corrupted ones 0
   posttrain score --rewards answer,format --input rows.jsonl --output scored.jsonl
@@ -77,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for family in (chain, data, checkpoint, rewards, core):
+    for family in (chain, data, checkpoint, compare, rewards, core):
         family.add(commands)
     return top
 

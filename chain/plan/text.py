@@ -197,12 +197,20 @@ def _term(term: RewardTerm) -> str:
 
 
 def _packs(config: SFTStage) -> str:
+    rows = " or ".join(str(most) for most in sorted(set(map(config.row_tokens, config.phases))))
     if not config.packing:
-        return f"packing: off; rows of at most {config.max_tokens} tokens"
+        return f"packing: off; rows of at most {rows} tokens"
     budgets = {config.micro_batch_tokens(phase) for phase in config.phases}
     sizes = " or ".join(str(budget) for budget in sorted(budgets))
     by = f", updates of {config.packing.update_tokens} tokens" if config.packing.update_tokens else ""
-    return f"packing: passes of at most {sizes} tokens, rows of at most {config.max_tokens}{by}"
+    return f"packing: passes of at most {sizes} tokens, rows of at most {rows}{by}{_overlong(config)}"
+
+
+def _overlong(config: SFTStage) -> str:
+    if config.overlong != "periodic":
+        return ""
+    longest = max(map(config.longest_row, config.phases))
+    return f"; rows of up to {longest} every {config.periodic.every} updates"
 
 
 def _prefix(config: RLConfig) -> str:
@@ -249,10 +257,11 @@ def _amount(source: DataSource) -> str:
 def _evaluation(recipe: Recipe) -> str:
     cfg = recipe.eval
     assert cfg is not None
-    return (
-        f"thinking on {_amount(cfg.thinking)}, direct on {_amount(cfg.direct)}, greedy, "
-        f"at most {cfg.max_completion_tokens} tokens"
-    )
+    parts = []
+    for name, one in cfg.sets.items():
+        drawn = f" + {one.draws} samples" if one.draws else ""
+        parts.append(f"{name} on {_amount(one)}, greedy{drawn}, at most {cfg.longest(name)} tokens")
+    return "; ".join(parts) + ("; each also with blanked images" if cfg.blind else "")
 
 
 def _pool(recipe: Recipe) -> str:

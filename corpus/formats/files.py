@@ -21,6 +21,7 @@ MAX_CELL = 64 << 20
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
 _PICTURES = ("jpg", "jpeg", "png", "webp")
+_VIDEOS = ("mp4", "webm", "avi", "mov", "mkv")
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
 
 
@@ -187,5 +188,9 @@ def _merged(sample: dict[str, Any]) -> dict[str, Any] | Rejected:
     if pictures:  # the pictures are in the shard, so file names in .json are ignored
         row = {name: value for name, value in row.items() if name not in ("image", *_PICTURES)} | {
             "images": pictures
+        }
+    if clips := [content for ending, content in sample.items() if ending in _VIDEOS]:
+        row = {name: value for name, value in row.items() if name not in ("video", *_VIDEOS)} | {
+            "videos": clips
         }
     return row

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rewards.calls import THREADS, Pair, RewardError, failure
@@ -29,6 +30,8 @@ from rewards.verdict import Status, Verdict
 log = logging.getLogger(__name__)
 
 MOST_DEATHS = 4
+_OURS = str(Path(__file__).resolve().parents[2])
+"""The folder that contains this package."""
 
 
 class Isolated:
@@ -51,7 +54,7 @@ class Isolated:
             "params": params,
             "folders": [os.fspath(folder) for folder in folders],
             "name": name,
-            "path": list(sys.path),
+            "path": [_OURS, *sys.path],  # the folder of the user's script may hold a `rewards.py`
             "memory_gib": memory_gib,
         }
         self._name, self._deadline_s, self._memory_gib = name, deadline_s, memory_gib

@@ -1,4 +1,4 @@
-"""Asks a model on an OpenAI-compatible server to choose a word: many questions concurrently, within a budget.
+"""Asks a model on an OpenAI-compatible server to choose a word or to write a text: many questions concurrently.
 
 Callers from any thread or event loop submit a batch to the background event loop (rewards.calls) and wait for it, at
 most until the batch's deadline. A batch has its own connections. All batches for a server share its circuit and slots.
@@ -80,7 +80,9 @@ def _kept(asked: Mapping[str, Question], cache: ReplyCache | None) -> dict[str, 
     """Key -> reply, for the questions in the cache."""
     found = cache.get(list(asked)) if cache is not None else {}
     return {
-        name: Reply(choice, cached=True) for name, choice in found.items() if choice in asked[name].choices
+        name: Reply(choice, cached=True)
+        for name, choice in found.items()
+        if not asked[name].choices or choice in asked[name].choices
     }
 
 

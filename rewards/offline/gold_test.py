@@ -67,10 +67,11 @@ def load_examples(data: str, split: str, rows: int | None, seed: int, mode: str 
     Raises ConfigError for a bad line or a missing file, RecordError for bad records.
     """
     if not data.endswith((".jsonl", ".json")):
-        from core.model.pictures import Decoded
+        from core.model.prompts import shown
+        from core.model.videos import Decoded
 
         records = _records(data, split, rows, seed)
-        return Examples(records, records.numbers, lambda row: Example.of(row, Decoded(row["images"])), mode)
+        return Examples(records, records.numbers, lambda row: Example.of(row, Decoded(shown(row))), mode)
     path = Path(data)
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file")

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.model.pictures import Decoded
-from core.model.prompts import target_text
+from core.model.prompts import shown, target_text
+from core.model.videos import Decoded
 from corpus.records import load_records
 from rewards.example import Example
 from rewards.offline.rows import EMPTY, Line, RowError, completion_of_row, example_of_row, read_lines
@@ -81,7 +81,7 @@ def _of_record(path: Path, place: int, record: Mapping[str, Any]) -> Labelled:
         completion = target_text(record)
     except ValueError as error:
         raise AuditError(f"{where}: {error}") from None
-    return Labelled(completion, Example.of(record, Decoded(record["images"])), good)
+    return Labelled(completion, Example.of(record, Decoded(shown(record))), good)
 
 
 def _label(value: Any, where: str, field: str) -> bool:

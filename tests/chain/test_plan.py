@@ -187,9 +187,13 @@ def test_every_set_that_servers_are_asked_is_named():
 
     recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "smoke")
     found = {key_path(path): length for path, _, length, _ in asked(recipe)}
-    assert {"eval.thinking", "eval.direct", "soup.validation", "rlvr.data[0]", "rlvr.watch.held_out"} <= set(
-        found
-    )
+    assert {
+        "eval.sets.thinking",
+        "eval.sets.direct",
+        "soup.validation",
+        "rlvr.data[0]",
+        "rlvr.watch.held_out",
+    } <= set(found)
     assert found["rlvr.prepare.pass_at_k.source"] == recipe.rlvr.prepare.max_completion_tokens
     assert found["think_fusion.prepare.harvest.source"] == recipe.think_fusion.prepare.max_completion_tokens
 

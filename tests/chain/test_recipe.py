@@ -224,3 +224,16 @@ def test_hard_cases_come_from_an_earlier_rl_stage(toy):
         ConfigError, match=r"hard_cases\.stage='rlvr': no RL stage of this recipe before rlvr"
     ):
         load_recipe(toy.recipe_dir, ["rlvr.prepare.hard_cases={into: hard2, max_pass_rate: 0.5}"])
+
+
+def test_eval_takes_any_number_of_sets_and_null_drops_one(toy):
+    mcq = "eval.sets.mcq={set: held, split: mcq, mode: direct, verifier: choice}"
+    recipe = load_recipe(
+        toy.recipe_dir, [mcq, "eval.sets.thinking=null", "eval.sets.mcq.max_completion_tokens=4"]
+    )
+    assert list(recipe.eval.sets) == ["direct", "mcq"]
+    assert (recipe.eval.longest("direct"), recipe.eval.longest("mcq")) == (8, 4)
+    with pytest.raises(ConfigError, match=r"verifier = 'coice': no such verifier; did you mean choice"):
+        load_recipe(toy.recipe_dir, [mcq, "eval.sets.mcq.verifier=coice"])
+    with pytest.raises(ConfigError, match=r"data\[0\]\.set = 'held': this is the held-out set of eval"):
+        load_recipe(toy.recipe_dir, [mcq, "basic_sft.phases.0.data.0={set: held, split: mcq}"])

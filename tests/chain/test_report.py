@@ -139,7 +139,7 @@ def test_report_json_has_the_documented_keys(run_dir):
     stage = found["stages"][4]
     assert stage["seconds"] == 61.5
     assert set(stage["eval"]) == {"thinking", "direct"}
-    assert set(stage["eval"]["thinking"]) == {"accuracy", "n", "ci95", "format_rate", "mean_tokens"}
+    assert {"accuracy", "n", "ci95", "format_rate", "mean_tokens"} < set(stage["eval"]["thinking"])
     assert stage["train"]["steps"] == 40
     assert stage["train"]["last"]["reward"] == pytest.approx(1 - math.exp(-40 / 12))
     assert stage["prepare"]["pass_at_k"]["kept"] == 9

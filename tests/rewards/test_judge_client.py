@@ -58,6 +58,32 @@ def test_what_cannot_pass_is_not_tried_again(server, reply):
     assert meter.calls == 1
 
 
+def test_a_question_without_choices_gets_a_text(server, tmp_path):
+    server.reply = lambda request: " Canberra, the capital. "
+    asked = [Question("s", "m", "Which city?", choices=(), max_tokens=40, temperature=0.5, sample=3)]
+    cache = ReplyCache(tmp_path / "replies.sqlite3")
+    assert put(server, asked, cache=cache) == [Reply("Canberra, the capital.", 10)]
+    assert put(server, asked, cache=cache) == [Reply("Canberra, the capital.", cached=True)]
+    (request,) = server.requests
+    assert (request["max_tokens"], request["temperature"], request["seed"]) == (40, 0.5, 3)
+    assert "structured_outputs" not in request
+
+
+def test_samples_of_one_question_are_all_sent(server):
+    replies = iter(["first", "second"])
+    server.reply = lambda request: next(replies)
+    one = [Question("s", "m", "?", choices=(), temperature=1.0, sample=n) for n in range(2)]
+    assert {reply.choice for reply in put(server, one, Limits(max_concurrency=1))} == {"first", "second"}
+
+
+def test_a_text_that_is_cut_off_is_a_failure(server):
+    cut = chat("half a sen").replace(b'"stop"', b'"length"')
+    server.reply = lambda request: (200, cut)
+    (failure,) = put(server, [Question("s", "m", "?", choices=(), max_tokens=4)])
+    assert failure.cause == "no_choice"
+    assert "cut off after 4 tokens" in failure.detail
+
+
 def test_retry_after_is_respected(server, monkeypatch):
     slept = []
     sleep = asyncio.sleep
