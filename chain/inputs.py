@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, made_between, split_import
+from corpus.hub import hub_set
 from rewards.registry import split_adapter
 from sft.config import Phase
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def data_folder(run: Path) -> Path:
@@ -36,7 +34,7 @@ def locate_sets(recipe: Recipe, run: Path) -> dict[str, str]:
     located = {name: str(data_folder(run) / f"{name}.parquet") for name in generated}
     for name, given in recipe.data.sets.items():
         made = imported_folder(run, name) / f"{name}.parquet"
-        located[name] = str(made) if isinstance(given, ForeignSet) else _absolute(given)
+        located[name] = str(made) if isinstance(given, ForeignSet) else absolute(given)
     for stage in STAGE_NAMES:
         config = recipe.stage(stage)
         for name in made_between(config) if config else ():
@@ -73,9 +71,8 @@ def phase_updates(phase: Phase, rows: Callable[[str], int | None]) -> int | None
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a set's place is an `owner/name` on the hub. An existing path, or one that ends in .parquet, is local."""
-    is_path = text.startswith(".") or text.endswith(".parquet") or Path(text).exists()
-    return not is_path and _HUB_ID.fullmatch(text) is not None
+    """Whether a set's place is a data set on the hub (corpus.hub)."""
+    return hub_set(text) is not None
 
 
 def code_file(import_string: str) -> Path | None:
@@ -90,5 +87,6 @@ def code_file(import_string: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin else None
 
 
-def _absolute(text: str) -> str:
+def absolute(text: str) -> str:
+    """A set's path from the root; a data set on the hub as it is."""
     return text if is_hub_id(text) else str(Path(text).expanduser().resolve())

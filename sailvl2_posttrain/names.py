@@ -21,12 +21,14 @@ PACKAGES = ("chain", "core", "corpus", "recipes", "rewards", "rl", "sft")
 class Finder(MetaPathFinder):
     """Finds this project's packages in ROOT; everything else is left to Python's own finders."""
 
-    @classmethod
     def find_spec(
-        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec of one of PACKAGES; None for any other module."""
         return PathFinder.find_spec(fullname, [str(ROOT)]) if fullname in PACKAGES else None
+
+
+_FINDER = Finder()
 
 
 def claim() -> None:
@@ -35,8 +37,8 @@ def claim() -> None:
     A user's module of such a name that is already imported is taken out of `sys.modules`. Code that has imported it
     keeps it; a later import of the name gets this project's package.
     """
-    if Finder not in sys.meta_path:
-        sys.meta_path.insert(0, Finder)
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
     for name in PACKAGES:
         module = sys.modules.get(name)
         if module is None:

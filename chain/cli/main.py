@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from chain.cli import chain, checkpoint, compare, core, data, rewards
+from chain.cli import bench, chain, checkpoint, compare, core, data, rewards
 from chain.errors import words_of
 
 DESCRIPTION = """\
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for family in (chain, data, checkpoint, compare, rewards, core):
+    for family in (chain, data, checkpoint, bench, compare, rewards, core):
         family.add(commands)
     return top
 
