@@ -21,8 +21,6 @@ def run_members(options: argparse.Namespace) -> None:
     from core.files import write_json
     from core.strict import ConfigError
 
-    if options.nnodes or options.node_rank is not None:
-        raise ConfigError("--seeds and --sweep run on one host; start each member on several hosts by itself")
     if options.seeds:
         if options.seed is not None:
             raise ConfigError("--seed with --seeds: give one of the two")
@@ -40,6 +38,7 @@ def run_members(options: argparse.Namespace) -> None:
             from_=options.from_,
             until=options.until,
             force=options.force,
+            ray=options.ray,
         )
     found = compared(members, options.runs_dir, "member" if options.seeds else "question")
     console.print(_table(members, found, bool(options.seeds)))
