@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from chain.cli.options import above_0, command, load, recipe_argument
+from chain.cli.options import above_0, command, count, load, recipe_argument
 
 
 def add(commands: Any) -> None:
