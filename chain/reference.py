@@ -199,6 +199,8 @@ def _annotation_text(annotation: Any) -> str:
         return " or ".join(str(value) for value in inner)
     if origin in (Union, UnionType):
         return " or ".join(_annotation_text(one) for one in inner)
+    if origin is Annotated:
+        return _annotation_text(inner[0])
     if origin in (tuple, list):
         items = [one for one in inner if one is not Ellipsis]
         if Ellipsis in inner or origin is list:
