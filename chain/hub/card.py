@@ -12,7 +12,7 @@ from typing import Any
 
 from chain.inputs import is_hub_id
 from chain.recipe import Recipe
-from chain.report import data as report
+from chain.report.data import Report, StageReport, accuracy_text, build, set_names
 from core.files import read_json
 from core.manifest import Manifest
 from core.strict import ConfigError, nearest, parse
@@ -28,7 +28,7 @@ class Released:
 
     run: Path
     stage: str
-    report: report.Report
+    report: Report
     recipe: Recipe
 
     @property
@@ -37,7 +37,7 @@ class Released:
         return (self.run / self.stage / "checkpoint").resolve()
 
     @property
-    def lineage(self) -> list[report.StageReport]:
+    def lineage(self) -> list[StageReport]:
         """The stages up to this one, from the core."""
         names = [stage.name for stage in self.report.stages]
         return self.report.stages[: names.index(self.stage) + 1]
@@ -45,7 +45,7 @@ class Released:
 
 def released(run: Path, stage: str | None = None) -> Released:
     """A stage of a run, by default the last finished one. Raises ConfigError if there is no such stage."""
-    built = report.build(run)
+    built = build(run)
     names = [one.name for one in built.stages]
     if not names:
         raise ConfigError(f"{run}: no stage of this run is finished")
@@ -67,8 +67,7 @@ def card(what: Released, repo: str, licence: str, base_model: str | None = None)
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["sailvl2", "trl", what.stage],
-        datasets=sorted(place for place in what.recipe.data.sets.values() if _on_hub(place)) or None,
-        eval_results=None,
+        datasets=sorted(str(place) for place in what.recipe.data.sets.values() if _on_hub(place)) or None,
     )
     configs = {one.name: what.recipe.stage(one.name) for one in what.lineage}
     dumped = {
@@ -85,8 +84,8 @@ def card(what: Released, repo: str, licence: str, base_model: str | None = None)
         licence=licence,
         base_model=base_model,
         what=what,
-        accuracy=report.accuracy_text,
-        names=report.set_names(what.report),
+        accuracy=accuracy_text,
+        names=set_names(what.report),
         core=what.recipe.core.build or base_model or "a checkpoint folder",
         sets=[*_sets(what)],
         recipe=yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True, width=110),
