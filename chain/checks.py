@@ -45,22 +45,6 @@ def check(
     return missing
 
 
-def check_shares(ranks: Mapping[str, int], nodes: int) -> None:
-    """Raise ConfigError if a stage's ranks do not divide evenly among the hosts, or if every stage has one rank."""
-    problems = [
-        f"{name}: learner.processes={count} is not a multiple of the {nodes} hosts; it counts the ranks of all hosts"
-        for name, count in ranks.items()
-        if count > 1 and count % nodes
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    if all(count == 1 for count in ranks.values()):
-        raise ConfigError(
-            f"{nodes} hosts, but every stage has one rank: set learner.processes, the ranks of all hosts together, to "
-            f"a multiple of {nodes}, or start on one host (--nnodes 1)"
-        )
-
-
 def check_rows(
     recipe: Recipe,
     sets: Mapping[str, str],
@@ -213,7 +197,9 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             continue
         if isinstance(place, ForeignSet):
             try:
-                files_of(Path(foreign_set(recipe, place).path))
+                found = foreign_set(recipe, place).path
+                if not is_hub_id(found):  # a plan asks the hub for nothing
+                    files_of(found)
                 if place.format != "auto":
                     known(place.format)
             except ConfigError as error:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, made_between, split_import
+from corpus.hub import hub_set
 from rewards.registry import split_adapter
 from sft.config import Phase
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def data_folder(run: Path) -> Path:
@@ -81,13 +79,12 @@ def set_place(recipe: Recipe, text: str) -> str:
 def foreign_set(recipe: Recipe, given: ForeignSet) -> ForeignSet:
     """A set of another format with absolute paths."""
     images = {"images": str(recipe.place(given.images))} if given.images else {}
-    return given.model_copy(update={"path": str(recipe.place(given.path)), **images})
+    return given.model_copy(update={"path": set_place(recipe, given.path), **images})
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a set's place is an `owner/name` on the hub. An existing path, or one that ends in .parquet, is local."""
-    is_path = text.startswith(".") or text.endswith(".parquet") or Path(text).exists()
-    return not is_path and _HUB_ID.fullmatch(text) is not None
+    """Whether a set's place is a data set on the hub (corpus.hub)."""
+    return hub_set(text) is not None
 
 
 def code_file(import_string: str, folders: Sequence[Path] = ()) -> Path | None:

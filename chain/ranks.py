@@ -7,7 +7,9 @@ client that reaches its port.
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,17 @@ class Meeting:
     """The rendezvous of a job's ranks."""
 
     place: str
-    """One host: a file in a folder of mode 0700. Several hosts: the leader's `tcp://ADDRESS:PORT`."""
+    """One host: a file in a folder of mode 0700. Several hosts: `tcp://ADDRESS:PORT` of the first one."""
     nodes: int = 1
     node: int = 0
+
+
+def meeting_here(ranks: int, stack: ExitStack) -> Meeting | None:
+    """The rendezvous of the ranks of one host: a file that only this user can open. None for a single rank."""
+    if ranks == 1:
+        return None
+    folder = stack.enter_context(processes.held_folder(Path(tempfile.gettempdir())))
+    return Meeting(str(folder / "store"))
 
 
 class Ranks:

@@ -80,7 +80,10 @@ class ForeignSet(Strict):
     """A set whose format is not the record format. The run imports the set into `<run>/imported`."""
 
     path: str = Field(min_length=1)
-    """A .json, .jsonl, .csv, .tsv, .parquet or .tar file, or a folder whose files all have one of these types."""
+    """A .json, .jsonl, .csv, .tsv, .parquet or .tar file, a folder whose files all have one of these types, or a data
+    set on the hub: owner/name, or hf://datasets/owner/name[@revision][/folder]."""
+    split: Name = "train"
+    """Split of a data set on the hub."""
     format: str = "auto"
     """Name of a format (corpus.formats.table), or auto."""
     columns: dict[str, str] = Field(default_factory=dict)

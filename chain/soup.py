@@ -114,7 +114,7 @@ def _scorer(cfg: SoupWork, job: ServedJob, start: Path) -> Callable[[Path], floa
     source = cfg.soup.validation
     records = load_source(source, job.sets, job.seed)
     rows = askable(records, source, job.pool, start, cfg.max_completion_tokens)
-    client = RolloutClient.of_pool(job.pool, job.urls, start)
+    client = RolloutClient.of_pool(job.pool, job.urls, start, addresses=job.addresses)
 
     def score(checkpoint: Path) -> float:
         client.load_checkpoint(checkpoint)

@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 _CHUNK_BYTES = 1 << 20
-_SAME = ".same"
+SAME = ".same"
+"""File in a partial folder that identifies the block which may continue there."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -146,7 +147,7 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
     two renames.
     """
     partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old")
-    mark = partial / _SAME
+    mark = partial / SAME
     goes_on = same is not None and mark.exists() and mark.read_text(encoding="utf-8") == same
     for stale in (old,) if goes_on else (partial, old):
         if stale.exists():
@@ -162,7 +163,7 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
     if path.exists():
         path.rename(old)
     partial.rename(path)
-    (path / _SAME).unlink(
+    (path / SAME).unlink(
         missing_ok=True
     )  # last: until the rename it identifies the block that owns the folder
     fsync(path.parent)

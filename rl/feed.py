@@ -111,6 +111,8 @@ class Lead:
 
     def close(self) -> None:
         self.client.close()
+        if teacher := self.rollouts.collector.teacher:
+            teacher.close()
 
 
 class Follower:
@@ -255,8 +257,10 @@ def trl_rows(group: Group) -> list[dict[str, Any]]:
             scores = {name: verdict.score for name, verdict in sample.graded.verdicts.items()}
             scores["overlong"] = sample.penalty
         completion = sample.completion
+        taught = {} if sample.teacher is None else {"teacher_logprobs": sample.teacher or [0.0]}
         rows.append(
             {
+                **taught,
                 "id": group.row["id"],
                 "scores": scores,
                 "prompt_ids": group.prompt_ids,

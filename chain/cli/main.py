@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from chain.cli import chain, chat, checkpoint, compare, core, data, hub, init, rewards
+from chain.cli import bench, chain, chat, checkpoint, compare, core, data, hub, init, rewards
 from chain.errors import words_of
 
 DESCRIPTION = """\
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for family in (init, chain, data, checkpoint, chat, compare, hub, rewards, core):
+    for family in (init, chain, data, checkpoint, chat, bench, compare, hub, rewards, core):
         family.add(commands)
     return top
 

@@ -198,6 +198,8 @@ class StageFit:
             return learners
         if pool.urls:
             return f"{learners}; servers at {', '.join(pool.urls)}"
+        if self.machine.nodes > 1:
+            return f"{learners}; servers where Ray places them"
         servers = spans(pool.count * pool.gpus_per_server, pool.first_gpu)
         if pool.share_gpus:
             turn = "while it trains" if isinstance(self.config, RLConfig) else "throughout"
@@ -295,8 +297,8 @@ class StageFit:
                 f"({self.machine.gpus_per_node} x {self.machine.nodes} nodes); lower learner.processes, or raise "
                 "hardware.nodes"
             ]
-        if pool is None or not pool.starts_on_gpus:
-            return []
+        if pool is None or not pool.starts_on_gpus or self.machine.nodes > 1:
+            return []  # chain.placement finds room on several nodes
         last = pool.first_gpu + pool.count * pool.gpus_per_server
         if last > self.machine.gpus_per_node:
             return [

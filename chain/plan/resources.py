@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chain.placement import check_weights_reach, placement
 from chain.plan.machine import Machine, machine_of
 from chain.plan.memory import StageFit, gib
 from chain.recipe import STAGE_NAMES, Recipe, SFTStage
@@ -89,7 +90,22 @@ class Resources:
         lines.append(f"disk for the chain's checkpoints: {gib(self.disk)}{room} GiB")
         total = sum(self.shape.parameters().values())
         size = f"{total / 1e9:.2f}B" if total >= 1e8 else f"{total / 1e6:.1f}M"
-        return [*lines, f"counted for a core of {size} parameters on {self.machine}"]
+        lines.append(f"counted for a core of {size} parameters on {self.machine}")
+        return [*lines, *([] if self._misplaced() else self._places())]
+
+    def _places(self) -> list[str]:
+        """A line per node of a recipe for several nodes, which run on Ray."""
+        return placement(self.recipe).lines() if self.recipe.hardware.nodes > 1 else []
+
+    def _misplaced(self) -> list[str]:
+        """Reasons why the recipe cannot be placed on its nodes."""
+        if self.recipe.hardware.nodes == 1:
+            return []
+        try:
+            check_weights_reach(self.recipe.servers, placement(self.recipe))
+        except ConfigError as error:
+            return str(error).splitlines()
+        return []
 
     @property
     def _soups(self) -> int:
@@ -114,6 +130,7 @@ class Resources:
         """All reasons why the recipe cannot run on the machine, each with the key to change."""
         found = [problem for fit in self.fits.values() for problem in fit.problems()]
         found += self.server.problems() if self.server else []
+        found += self._misplaced()
         if self.machine.disk_gib is not None and self.disk > self.machine.disk_gib * GIB:
             found.append(
                 f"disk: the chain's checkpoints take {gib(self.disk)} GiB of {self.machine.disk_gib:.0f} GiB; choose "

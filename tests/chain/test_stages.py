@@ -57,7 +57,7 @@ class FakeClient:
         self.served = Served()
 
     @classmethod
-    def of_pool(cls, pool, urls, model):
+    def of_pool(cls, pool, urls, model, addresses=None):
         return cls(urls)
 
     def load_checkpoint(self, folder: Path) -> None:
