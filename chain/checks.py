@@ -206,12 +206,12 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
                 yield f"data.sets.{name}: {error}"
         elif not is_hub_id(found := set_place(recipe, place)) and not Path(found).exists():
             yield f"data.sets.{name} = {place!r}: there is no such file or folder; {_looked(recipe)}"
-    path = recipe.core.path
-    if path is not None and not (recipe.place(path) / "config.json").is_file():
-        yield f"core.path = {path!r}: this is not a checkpoint folder: config.json is missing; {_looked(recipe)}"
-    elif path is not None:
+    core = recipe.core.path
+    if core is not None and not (recipe.place(core) / "config.json").is_file():
+        yield f"core.path = {core!r}: this is not a checkpoint folder: config.json is missing; {_looked(recipe)}"
+    elif core is not None:
         try:
-            check_code(recipe.place(path))
+            check_code(recipe.place(core))
         except ForeignCode as error:
             yield f"core.path: {error}"
 

@@ -117,7 +117,7 @@ class Engine:
             return_dict=True,
             return_tensors="pt",
             padding=True,
-            **(bodies[0].get("chat_template_kwargs") or {}),
+            **(bodies[0].get("chat_template_kwargs") or {}),  # a batch has one, see _alike
         ).to(self.device)
 
     def _score(self, body: dict) -> dict:
