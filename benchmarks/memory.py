@@ -350,7 +350,7 @@ def held_by_photos() -> dict[str, int]:
     def asked(path: Path) -> Any:
         rows = load_rows([DataSource(set="photos")], {"photos": path}, seed=0)
         for row in rows:
-            openai_messages(prompt_messages(row))
+            openai_messages(prompt_messages(row), 448)
         gc.collect()
         return rows
 

@@ -321,7 +321,7 @@ def _raw_engine(job: dict[str, Any]) -> None:
         limit_mm_per_prompt={"image": {"count": 1, "width": 112, "height": 112}},
         **options,
     )
-    from core.model.pictures import Decoded
+    from core.model.videos import Decoded
 
     processor = load_processor(Path(job["core"]))
     print(json.dumps("ready"), file=answers, flush=True)

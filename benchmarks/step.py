@@ -174,7 +174,7 @@ def _train_stock(job: Mapping[str, Any]) -> None:
     from trl import GRPOTrainer
 
     from core.files import append_jsonl
-    from core.model.pictures import Decoded
+    from core.model.videos import Decoded
     from core.strict import parse
     from core.training.config import LearnerConfig
     from core.training.model import load_model, load_processor

@@ -15,7 +15,7 @@ from rl.limits import askable
 
 Progress = Callable[[str], None]
 Scores = dict[str, dict[str, Any]]
-"""`{"thinking": {accuracy, n, ci95, format_rate, mean_tokens}, "direct": {...}}`."""
+"""Name of an evaluation set -> its figures (rl.scores.summary)."""
 
 
 @dataclass(frozen=True)

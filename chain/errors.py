@@ -9,13 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from core.files import read_json, write_json
+from sailvl2_posttrain.names import PACKAGES, ROOT
 
-OURS = ("chain", "core", "corpus", "recipes", "rewards", "rl", "sft")
 ERROR = "error.json"
 """File in a stage's folder: the error of the rank that failed first."""
 FULL_BYTES = 32 * 2**20
 """A disk with less free space counts as full. The smallest checkpoint with optimizer states is larger."""
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 def words_of(error: BaseException) -> str | None:
@@ -23,10 +22,10 @@ def words_of(error: BaseException) -> str | None:
 
     Our own exception classes are for the user. A ValueError or OSError is for the user if one of our modules raised it.
     """
-    if type(error).__module__.partition(".")[0] in OURS:
+    if type(error).__module__.partition(".")[0] in PACKAGES:
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
-    inside = bool(frames) and any(Path(frames[-1].filename).is_relative_to(_ROOT / name) for name in OURS)
+    inside = bool(frames) and any(Path(frames[-1].filename).is_relative_to(ROOT / name) for name in PACKAGES)
     return str(error) if isinstance(error, ValueError | OSError) and inside else None
 
 

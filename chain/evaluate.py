@@ -10,6 +10,7 @@ from typing import Any
 from chain.context import Context, Scores
 from core.files import append_jsonl
 from core.model.pictures import as_rgb
+from core.model.prompts import shown
 from core.strict import ConfigError
 
 
@@ -31,10 +32,11 @@ def evaluate(context: Context, model: Path | None = None, keep_samples: bool = T
         client,
         sets,
         lambda done, of: context.progress(f"evaluation {done}/{of}"),
-        context.askable(cfg.max_completion_tokens),
+        lambda source, records, length: context.askable(length)(source, records),
+        (Path.cwd(),),
     )
     if keep_samples:
-        write_samples(context.out, [(row.to_dict(), row.record["images"]) for row in judged], cfg.samples)
+        write_samples(context.out, [(row.to_dict(), shown(row.record)) for row in judged], cfg.samples)
     return scores
 
 
@@ -50,7 +52,7 @@ def write_samples(folder: Path, rows: Sequence[tuple[dict[str, Any], Sequence[An
         (folder / name).unlink(missing_ok=True)
     for row, _ in rows:
         append_jsonl(folder / "held_out.jsonl", row)
-    for number, index in enumerate(spread([row["mode"] for row, _ in rows], count)):
+    for number, index in enumerate(spread([row["set"] for row, _ in rows], count)):
         row, pictures = rows[index]
         file = f"images/{number:03d}.png" if pictures else None
         if file:
@@ -58,15 +60,15 @@ def write_samples(folder: Path, rows: Sequence[tuple[dict[str, Any], Sequence[An
         append_jsonl(folder / "samples.jsonl", {**row, "image": file})
 
 
-def spread(modes: Sequence[str], count: int) -> list[int]:
-    """`count` indices, distributed over the modes and evenly spaced within each mode.
+def spread(sets: Sequence[str], count: int) -> list[int]:
+    """`count` indices of rows, distributed over the sets and evenly spaced within each set.
 
-    The indices depend only on the modes, so that the samples of all stages show the same rows.
+    The indices depend only on the sets' names, so that the samples of all stages show the same rows.
     """
-    kinds = list(dict.fromkeys(modes))
+    names = list(dict.fromkeys(sets))
     chosen: list[int] = []
-    for place, kind in enumerate(kinds):
-        rows = [index for index, mode in enumerate(modes) if mode == kind]
-        share = min(len(rows), count // len(kinds) + (place < count % len(kinds)))
+    for place, name in enumerate(names):
+        rows = [index for index, one in enumerate(sets) if one == name]
+        share = min(len(rows), count // len(names) + (place < count % len(names)))
         chosen += [rows[number * len(rows) // share] for number in range(share)]
     return chosen

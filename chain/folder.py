@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from pydantic import BaseModel
@@ -21,11 +20,11 @@ from pydantic import BaseModel
 from chain.display import duration
 from chain.errors import ERROR
 from chain.fingerprints import Fingerprints, identity
-from chain.inputs import data_folder, imported_folder, locate_sets, prepared_folder
+from chain.inputs import data_folder, foreign_set, imported_folder, locate_sets, prepared_folder
 from chain.job import DONE
 from chain.recipe import ForeignSet, Recipe, made_between
-from core.files import PARTIAL, atomic_dir, read_json, write_json
-from core.manifest import Began, Manifest, git_commit, hash_config, now, versions
+from core.files import PARTIAL, SAME, atomic_dir, read_json, write_json
+from core.manifest import Began, Manifest, hash_config, now
 from core.strict import ConfigError, Strict
 from core.training.resume import FOLDER as UNFINISHED
 
@@ -81,7 +80,9 @@ class RunFolder:
         self.path = (runs_dir / recipe.name).resolve()
         self.path.mkdir(parents=True, exist_ok=True)
         self.sets = locate_sets(recipe, self.path)
-        self.prints = Fingerprints(recipe.seed, self.sets, self.path / ".hashes.jsonl")
+        self.prints = Fingerprints(
+            recipe.seed, self.sets, self.path / ".hashes.jsonl", recipe.place, recipe.folders
+        )
 
     @property
     def id(self) -> str:
@@ -167,7 +168,7 @@ class RunFolder:
         steps = []
         for name, given in self.recipe.data.sets.items():
             if isinstance(given, ForeignSet):
-                inputs = {"path": self.prints.hashes.of(str(Path(given.path).expanduser().resolve()))}
+                inputs = {"path": self.prints.hashes.of(foreign_set(self.recipe, given).path)}
                 fingerprint = self.prints.fingerprint(f"import {name}", given, inputs)
                 steps.append(Step(name, imported_folder(self.path, name), given, inputs, fingerprint))
         return steps
@@ -194,7 +195,11 @@ class RunFolder:
         cfg = self.recipe.eval
         if cfg is None:
             return ""
-        inputs = {**self.prints.of_sources(cfg), "stage": identity(self.manifest(name))}
+        inputs = {
+            **self.prints.of_sources(cfg),
+            **self.prints.of_files(cfg),
+            "stage": identity(self.manifest(name)),
+        }
         return self.prints.fingerprint("eval", cfg, inputs)
 
     @contextmanager
@@ -228,20 +233,17 @@ class RunFolder:
         (step.folder / DONE).unlink(missing_ok=True)
         self.say(f"{step.folder.relative_to(self.path)}: done in {duration(made.seconds)}")
 
+    def empty(self, step: Step) -> None:
+        """Remove what an attempt at a step has written, within `making`; its configuration and its data stay."""
+        for path in step.partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (SAME, "config.json", "prepare.json"):
+                path.unlink()
+
     def _inputs(self, name: str, config: BaseModel) -> dict[str, str]:
         """Name -> hash of each input that a stage, or one part of its config, reads."""
         found = self.prints.of_sources(config, without=made_between(self.config(name)))
         if parent := self.parent(name):
             found[f"stage:{parent}"] = identity(self.manifest(parent))
         return found | self.prints.of_files(config)
-
-
-def facts(recipe: Recipe, run_dir: Path, nodes: int) -> dict[str, Any]:
-    """Facts that must be equal on all hosts of one run."""
-    return {
-        "--nnodes": nodes,
-        "the run's folder": str(run_dir),
-        "the recipe (hash, with its overrides)": hash_config(recipe.model_dump(mode="json")),
-        "the code's commit": git_commit(),
-        "the installed packages": versions(),
-    }

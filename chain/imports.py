@@ -18,13 +18,19 @@ def imported(given: ForeignSet, destination: Path, rows: int | None = None) -> l
 
     Raises ConfigError and RecordError as `corpus.importing.import_set` does.
     """
+    from corpus.formats.files import files_of
     from corpus.formats.table import Options
 
-    source = Path(given.path).expanduser()
-    root = Path(given.images).expanduser() if given.images else source if source.is_dir() else source.parent
+    root = Path(given.images).expanduser() if given.images else files_of(given.path, given.split)[0].parent
     options = Options(root=root, columns=given.columns, system=given.system, turns=given.turns)
     summary = import_set(
-        source, destination, format_=given.format, options=options, rows=rows, strict=given.strict
+        given.path,
+        destination,
+        format_=given.format,
+        options=options,
+        split=given.split,
+        rows=rows,
+        strict=given.strict,
     )
     places = f"records: {destination}; rejected rows: {destination.with_suffix('.rejected.jsonl')}"
     return [*lines(summary), places, _golds(destination)]
@@ -39,7 +45,9 @@ def lines(summary: Summary) -> list[str]:
         f"format {summary.format}: " + ", ".join(f"{name} = {of}" for name, of in summary.mapping.items())
     ]
     for row in summary.first:
-        pictures = " ".join(f"[{image.width}x{image.height}]" for image in row["images"])
+        media = [f"[{image.width}x{image.height}]" for image in row["images"]]
+        media += [f"[video: {len(video.frames)} frames]" for video in row["videos"]]
+        pictures = " ".join([*media, *[f"[{len(row['history'])} earlier turns]"] * bool(row["history"])])
         asked = printable(f"{pictures} {user_text(row['question'], row['mode'])}".strip(), 160)
         gold = f"gold {row['answer']!r}, {row['verifier']}" if row["answer"] else "no gold"
         said.append(f"  {row['id']}, {row['mode']}: {asked}")

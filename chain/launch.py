@@ -6,20 +6,38 @@ stage begins, and no stage shares a process with another stage's patches of tran
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
-from chain.hosts import Cluster
 from chain.job import Task
-from chain.ranks import GRACE_S, POLL_S, Meeting, Ranks
+from chain.ranks import POLL_S, Ranks, meeting_here
 from core.files import write_json
-from core.processes import held_folder
 
 
 class StageFailed(RuntimeError):
     """A stage's process ended without finishing its work. The message has the end and the path of its log."""
+
+
+class Started(Protocol):
+    """The running ranks of one job: chain.ranks.Ranks on this host, chain.cluster.RayRanks on Ray's nodes."""
+
+    def ended(self, patience_s: float) -> bool:
+        """Whether all ranks end, or one fails and the others are stopped, within `patience_s` seconds."""
+        ...
+
+    def failure(self) -> str | None:
+        """How the ranks failed; None if they did not."""
+        ...
+
+    def stop(self) -> None:
+        """End every rank and all its descendants."""
+        ...
+
+
+Start = Callable[[Path, int, int], Started]
+"""(job file, number of ranks, CPU threads of each) -> the running ranks."""
 
 
 def run_job(
@@ -29,46 +47,31 @@ def run_job(
     processes: int = 1,
     threads: int = 1,
     on_poll: Callable[[], None] = lambda: None,
-    cluster: Cluster | None = None,
+    start: Start | None = None,
 ) -> None:
     """Run `chain.worker` on a task; return when it has succeeded.
 
     The task is written to `folder/job.json`, rank 0's output to `folder/log.txt`, another rank's to
-    `folder/log-rank<N>.txt`. Several hosts share the ranks equally. `on_poll` is called a few times per second.
-    Raises StageFailed if a rank fails and HostLost if a host is lost. Before any exception leaves this function, Ctrl-C
-    included, all ranks and their descendants are stopped on all hosts.
+    `folder/log-rank<N>.txt`. `on_poll` is called a few times per second. `start` starts the ranks; default: on this
+    host.
+    Raises StageFailed if a rank fails. Before any exception leaves this function, Ctrl-C included, all ranks and their
+    descendants are stopped.
     """
     job_file = folder / "job.json"
     write_json(job_file, task)
-    hosts = cluster if processes > 1 else None
-    here = processes // hosts.nodes if hosts else processes
-    ranks: Ranks | None = None
+    ranks: Started | None = None
     with ExitStack() as stack:
         try:
-            meeting = hosts.start(job_file, here, threads) if hosts else _meeting(processes, stack)
-            ranks = Ranks(job_file, here, threads, meeting)
-            while not ranks.ended(POLL_S) and not (hosts and hosts.failed()):
+            if start is None:
+                ranks = Ranks(job_file, processes, threads, meeting_here(processes, stack))
+            else:
+                ranks = start(job_file, processes, threads)
+            while not ranks.ended(POLL_S):
                 on_poll()
-                if hosts:
-                    hosts.check()
             on_poll()
-            failures = [failure] if (failure := ranks.failure()) else []
-            if hosts:
-                hosts.wait(GRACE_S if failure or hosts.failed() else None)
-                hosts.check()
-                failures += hosts.failures()
+            failure = ranks.failure()
         finally:
             if ranks:
                 ranks.stop()
-            if hosts:
-                hosts.stop()
-    if failures:
-        raise StageFailed(f"{task.stage}: " + "\n".join(failures))
-
-
-def _meeting(ranks: int, stack: ExitStack) -> Meeting | None:
-    """The rendezvous of the ranks of one host: a file that only this user can open."""
-    if ranks == 1:
-        return None
-    folder = stack.enter_context(held_folder(Path(tempfile.gettempdir())))
-    return Meeting(str(folder / "store"))
+    if failure:
+        raise StageFailed(f"{task.stage}: {failure}")

@@ -1,135 +1,125 @@
-"""This host's place among a run's hosts: from the command line, else from torchrun's or SLURM's variables."""
+"""The placement of a run on the nodes of a Ray cluster, from the recipe's `hardware`. Imports neither ray nor torch.
+
+Ranks fill nodes from the first one on: as few nodes as their GPUs allow, with equal shares. Servers take the GPUs that
+no stage's ranks use, or all GPUs if they share them in turns. Without GPUs, ranks and servers are spread over all
+nodes.
+"""
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chain.recipe import Recipe
+from chain.stages import STAGES, Stage
 from core.strict import ConfigError
+from rl.rollout.config import PoolConfig
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One host's place among the hosts of a run."""
+    """Nodes of a run, and the ranks and servers on each of them."""
 
-    nodes: int
-    """Number of hosts, at least two."""
-    node: int
-    """This host's number; 0 is the leader."""
-    address: str
-    """Name or address under which followers reach the leader. Only the leader uses it, and tells the followers."""
-    port: int | None = None
-    """Port on which the leader listens; None: a free port."""
+    ranks: dict[str, tuple[int, ...]]
+    """Stage -> number of ranks on each node that the stage uses; equal numbers."""
+    servers: tuple[int, ...]
+    """Node of each server that the run starts."""
+    bundles: tuple[dict[str, float], ...]
+    """Resources that the run reserves on each node, in Ray's terms."""
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes that the run uses."""
+        return len(self.bundles)
+
+    def slot(self, server: int) -> int:
+        """The server's number among the servers of its node."""
+        return self.servers[:server].count(self.servers[server])
+
+    def lines(self) -> list[str]:
+        """One line per node."""
+        found = []
+        for node in range(self.nodes):
+            most = max((counts[node] for counts in self.ranks.values() if node < len(counts)), default=0)
+            here = [str(server) for server, place in enumerate(self.servers) if place == node]
+            parts = [f"up to {most} rank{'s' if most > 1 else ''}"] if most else []
+            parts += [f"server{'s' if len(here) > 1 else ''} {', '.join(here)}"] if here else []
+            found.append(f"Ray node {node}: {'; '.join(parts)}")
+        return found
 
 
-def placement(
-    environment: Mapping[str, str] = os.environ,
-    nodes: int | None = None,
-    node: int | None = None,
-    master: str | None = None,
-) -> Placement | None:
-    """This host's place; None for a run on one host.
+def placement(recipe: Recipe, stages: Sequence[Stage] = STAGES) -> Placement:
+    """The placement of the recipe's stages and servers.
 
-    `nodes`, `node` and `master` (HOST or HOST:PORT) come from the command line and override the environment.
-    Raises ConfigError with the right command if `posttrain run` was started more than once per host.
+    Raises ConfigError with a line per stage whose ranks, or pool whose servers, do not fit the recipe's `hardware`.
     """
-    _check_once_per_host(environment)
-    if nodes is None and (node is not None or master is not None):
-        raise ConfigError("--node-rank and --master need --nnodes, the number of hosts")
-    found = _explicit(nodes, node) or _torchrun(environment) or _slurm(environment)
-    if found is None or found[0] == 1:
-        return None
-    count, place, address = found
-    host, port = _host_and_port(master) if master else (address or socket.gethostname(), None)
-    return Placement(count, place, host, port)
-
-
-def _explicit(nodes: int | None, node: int | None) -> tuple[int, int, str | None] | None:
-    if nodes is None:
-        return None
-    if nodes > 1 and node is None:
-        raise ConfigError(f"--nnodes {nodes} needs --node-rank: 0 on the host that leads, up to {nodes - 1}")
-    if not 0 <= (node or 0) < nodes:
-        raise ConfigError(f"--node-rank {node}: with --nnodes {nodes} it must be between 0 and {nodes - 1}")
-    return nodes, node or 0, None
-
-
-def _torchrun(environment: Mapping[str, str]) -> tuple[int, int, str | None] | None:
-    """The place from torchrun's variables, which accelerate also sets. One process per host: the rank is the host."""
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        return None
-    return _number(environment, "WORLD_SIZE"), _number(environment, "RANK"), environment.get("MASTER_ADDR")
-
-
-def _slurm(environment: Mapping[str, str]) -> tuple[int, int, str | None] | None:
-    if "SLURM_JOB_ID" not in environment:
-        return None
-    if not _in_step(environment):
-        nodes = _number(environment, "SLURM_NNODES", 1)
-        if nodes > 1:
-            raise ConfigError(
-                f"this SLURM job has {nodes} nodes, but posttrain was started on one of them: start it on each with "
-                "`srun --ntasks-per-node=1 posttrain run ...`, or use this node alone with --nnodes 1"
+    nodes, gpus = recipe.hardware.nodes, recipe.hardware.gpus_per_node or 0
+    learners = {stage.name: stage.learner(recipe) for stage in stages if stage.config(recipe) is not None}
+    ranks, problems = {}, []
+    for name, (processes, _) in learners.items():
+        used = -(-processes // gpus) if gpus else min(processes, nodes)
+        if used > nodes or processes % used:
+            problems.append(
+                f"{name}.learner.processes={processes}: hardware has {_machine(nodes, gpus)}, and ranks need equal "
+                f"shares of {min(used, nodes)}; change learner.processes, hardware.nodes or hardware.gpus_per_node"
             )
-        return None
-    return (
-        _step_nodes(environment),
-        _number(environment, "SLURM_NODEID", 0),
-        environment.get("SLURMD_NODENAME"),
-    )
-
-
-def _in_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process. A batch script's own processes do not belong to a job step."""
-    return "SLURM_STEP_ID" in environment or "SLURM_STEPID" in environment
-
-
-def _check_once_per_host(environment: Mapping[str, str]) -> None:
-    local = _number(environment, "LOCAL_WORLD_SIZE", 1)
-    if "RANK" in environment and (local > 1 or _number(environment, "LOCAL_RANK", 0) > 0):
-        nodes = max(1, _number(environment, "WORLD_SIZE", 1) // max(local, 1))
-        command = (
-            f"accelerate launch --num_machines {nodes} --num_processes {nodes} ... --no_python posttrain run ..."
-            if any(name.startswith("ACCELERATE_") for name in environment)
-            else f"torchrun --nnodes {nodes} --nproc-per-node 1 ... --no-python posttrain run ..."
+        else:
+            ranks[name] = (processes // used,) * used
+    if problems:
+        raise ConfigError("\n".join(problems))
+    most = [
+        max(counts[node] if node < len(counts) else 0 for counts in ranks.values()) for node in range(nodes)
+    ]
+    servers = _servers(recipe, most, gpus)
+    bundles = []
+    for node in range(1 + max([*servers, *(len(counts) - 1 for counts in ranks.values())])):
+        threads = (
+            max(counts[0] * learners[name][1] for name, counts in ranks.items() if node < len(counts))
+            if (most[node])
+            else 0
         )
+        own = servers.count(node) * (recipe.servers.threads if recipe.servers else 0)
+        bundles.append({"CPU": float(threads + own), **({"GPU": float(gpus)} if gpus else {})})
+    return Placement(ranks, servers, tuple(bundles))
+
+
+def check_one_host(recipe: Recipe, stages: Sequence[Stage] = STAGES) -> None:
+    """Raise ConfigError if the recipe needs several nodes, which only a Ray cluster has."""
+    if recipe.hardware.nodes > 1 and (needed := placement(recipe, stages)).nodes > 1:
         raise ConfigError(
-            f"{max(local, 2)} processes were started on this host: start `posttrain run` once per host; it starts the "
-            f"ranks itself (learner.processes). "
-            + (command if nodes > 1 else "On one host: posttrain run ...")
+            f"hardware.nodes={recipe.hardware.nodes}: the recipe's ranks and servers take {needed.nodes} nodes. "
+            "Start a Ray cluster and add --ray (docs/several-hosts.md), or use this host alone with --set "
+            "hardware.nodes=1"
         )
-    # With torchrun under srun, torchrun's variables determine the place.
-    if not _in_step(environment) or "RANK" in environment:
-        return
-    nodes = _step_nodes(environment)
-    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", nodes))
-    if tasks > nodes or _number(environment, "SLURM_LOCALID", 0) > 0:
+
+
+def check_weights_reach(pool: PoolConfig | None, place: Placement) -> None:
+    """Raise ConfigError if the policy's weights cannot reach the servers that Ray starts."""
+    if pool and place.servers and pool.sends_files and pool.weights_dir is None:
         raise ConfigError(
-            f"srun started {tasks} tasks on {nodes} nodes: start `posttrain run` once per node; it starts the ranks "
-            f"itself (learner.processes): srun --nodes={nodes} --ntasks-per-node=1 posttrain run ..."
+            "servers.weights=shm with --ray: learner and servers may be on different nodes; set servers.weights_dir to "
+            "a folder on a file system that all nodes share, or servers.weights=nccl between GPUs"
         )
 
 
-def _step_nodes(environment: Mapping[str, str]) -> int:
-    return _number(environment, "SLURM_STEP_NUM_NODES", _number(environment, "SLURM_NNODES", 1))
-
-
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """A launcher's variable as an integer; `default` if it is unset or empty."""
-    text = environment.get(name) or str(default)
-    if not text.isdecimal():
+def _servers(recipe: Recipe, ranks: Sequence[int], gpus: int) -> tuple[int, ...]:
+    """The node of each server. `ranks`: the largest number of ranks on each node."""
+    pool = recipe.servers
+    if pool is None or pool.urls:
+        return ()
+    if pool.device == "cpu":
+        return tuple(server % len(ranks) for server in range(pool.count))
+    free = [(gpus if pool.share_gpus else gpus - busy) // pool.gpus_per_server for busy in ranks]
+    places = [node for node, room in enumerate(free) for _ in range(room)]
+    if pool.count > len(places):
         raise ConfigError(
-            f"{name}={environment.get(name)!r} is not a whole number; unset it, or give --nnodes"
+            f"servers.count={pool.count}: {_machine(len(ranks), gpus)} have room for {len(places)} servers of "
+            f"{pool.gpus_per_server} GPUs"
+            + ("" if pool.share_gpus else " beside the learners' ranks")
+            + "; lower servers.count or learner.processes, or raise hardware.nodes"
         )
-    return int(text)
+    return tuple(places[: pool.count])
 
 
-def _host_and_port(master: str) -> tuple[str, int | None]:
-    host, colon, port = master.rpartition(":")
-    if not colon:
-        return master, None
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"--master {master!r}: write HOST or HOST:PORT")
-    return host, int(port)
+def _machine(nodes: int, gpus: int) -> str:
+    return f"{nodes} node{'s' if nodes > 1 else ''}" + (f" of {gpus} GPUs" if gpus else "")

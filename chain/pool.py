@@ -25,11 +25,19 @@ class Pool:
     Args:
         cfg: the recipe's `servers`; None for a recipe without servers.
         logs: folder for the servers' output.
-        open_pool: starts the servers; default: rl.rollout.server.starting_pool. Tests pass a substitute.
+        open_pool: starts the servers; default: rl.rollout.server.starting_pool. A Ray cluster has its own, and tests
+            pass a substitute.
+        addresses: file with the current URLs of servers that may be started again elsewhere.
     """
 
-    def __init__(self, cfg: PoolConfig | None, logs: Path, open_pool: OpenPool | None = None) -> None:
-        self.cfg, self.logs = cfg, logs
+    def __init__(
+        self,
+        cfg: PoolConfig | None,
+        logs: Path,
+        open_pool: OpenPool | None = None,
+        addresses: Path | None = None,
+    ) -> None:
+        self.cfg, self.logs, self.addresses = cfg, logs, addresses
         self._open, self._stack = open_pool, ExitStack()
         self._wait: Callable[[], list[str]] | None = None
         self._client: Any = None
@@ -101,7 +109,7 @@ class Pool:
             from rl.rollout.client import RolloutClient
 
             assert self.cfg is not None
-            self._client = RolloutClient.of_pool(self.cfg, urls, model)
+            self._client = RolloutClient.of_pool(self.cfg, urls, model, addresses=self.addresses)
             self._client.served.what = self._started_with
             self._stack.callback(self._client.close)
         return self._client

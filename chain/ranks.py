@@ -6,9 +6,10 @@ client that reaches its port.
 
 from __future__ import annotations
 
-import os
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ GRACE_S = 5.0
 """After the first failure, the other ranks have this time to end by themselves. A rank that does not end hangs."""
 TRACE_S = 1.0
 """Time that a hung rank has to write its stack trace."""
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,17 @@ class Meeting:
     """The rendezvous of a job's ranks."""
 
     place: str
-    """One host: a file in a folder of mode 0700. Several hosts: the leader's `tcp://ADDRESS:PORT`."""
+    """One host: a file in a folder of mode 0700. Several hosts: `tcp://ADDRESS:PORT` of the first one."""
     nodes: int = 1
     node: int = 0
+
+
+def meeting_here(ranks: int, stack: ExitStack) -> Meeting | None:
+    """The rendezvous of the ranks of one host: a file that only this user can open. None for a single rank."""
+    if ranks == 1:
+        return None
+    folder = stack.enter_context(processes.held_folder(Path(tempfile.gettempdir())))
+    return Meeting(str(folder / "store"))
 
 
 class Ranks:
@@ -137,13 +145,10 @@ def command(job_file: Path) -> list[str]:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The ranks' environment: this process's environment without an outer launcher's variables, with thread counts, and
-    with our packages before other packages of the same names."""
-    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """The ranks' environment: this process's environment without an outer launcher's variables, with thread counts."""
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     return {
         **processes.inherited_environment(),
         **counts,
-        "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
     }

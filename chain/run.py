@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from chain.checks import check, check_rows, check_shares, room_for
+from chain.checks import check, check_rows, room_for
+from chain.cluster import MOST_LOSSES, Cluster, NodeLost
 from chain.context import Context, Progress
 from chain.display import Display, duration
 from chain.errors import ERROR, disk_is_full, left
-from chain.folder import DATA, RunFolder, facts
-from chain.hosts import Cluster, follow
+from chain.folder import DATA, RunFolder, Step
 from chain.imports import imported
+from chain.inputs import foreign_set
 from chain.job import DONE, Task
 from chain.launch import POLL_S, StageFailed, run_job
-from chain.placement import Placement
+from chain.placement import check_one_host, placement
 from chain.plan.resources import core_folder
 from chain.pool import OpenPool, Pool
 from chain.progress import Follower, Outlook
@@ -48,42 +49,42 @@ class StageIncomplete(RuntimeError):
 def run(
     recipe: Recipe,
     *,
-    runs_dir: Path = Path("runs"),
+    runs_dir: str | Path = "runs",
     from_: str | None = None,
     until: str | None = None,
     force: bool = False,
     stages: Sequence[Stage] = STAGES,
     open_pool: OpenPool | None = None,
     display: Display | None = None,
-    place: Placement | None = None,
+    ray: str | None = None,
 ) -> Path:
     """Bring every stage of the recipe from `from_` to `until` up to date; return the run's folder.
 
     Finished stages whose inputs and config are unchanged are skipped, unless `force`. Stages before `from_` must be
-    finished. On several hosts (`place`), node 0 runs this loop, and the other nodes start their share of each stage's
-    ranks on its request (chain/hosts.py).
-    Raises ConfigError before anything runs, StageFailed when a stage's process fails, and HostLost or LeaderEnded when
-    another host is lost.
+    finished. `ray`: address of the Ray cluster that runs ranks and servers, or `auto` (chain/cluster.py); None: this
+    host runs them.
+    Raises ConfigError before anything runs, StageFailed when a stage's process fails, and NodeLost when Ray's nodes are
+    lost again and again.
     """
+    runs_dir = Path(runs_dir)
     check(recipe, model=core_folder(recipe, (runs_dir / recipe.name).resolve()))
     display = display or Display()
     chain = [stage for stage in stages if stage.config(recipe) is not None]
     first, last = _selection(chain, from_, until)
     names = tuple(stage.name for stage in chain)
     folder = RunFolder(recipe, runs_dir, names, display.line)
-    agreed = {}
-    if place is not None:
-        check_shares({stage.name: stage.learner(recipe)[0] for stage in chain[first : last + 1]}, place.nodes)
-        agreed = facts(recipe, folder.path, place.nodes)
-        if place.node > 0:
-            follow(place, folder.path, agreed, display)
-            return folder.path
+    cluster = None
+    if ray is None:
+        check_one_host(recipe, chain)
+    else:
+        cluster = Cluster(ray, placement(recipe, chain), recipe.servers, folder.path, display)
+        open_pool = cluster.open_pool if cluster.addresses else open_pool
     # After a failure the servers stop first. A running evaluation then ends, so that `background` can wait for it.
     with (
         folder.locked(),
-        Cluster(place, folder.path, agreed, display) if place else nullcontext() as cluster,
+        cluster or nullcontext(),
         Background(display) as background,
-        Pool(recipe.servers, folder.path / "logs", open_pool) as pool,
+        Pool(recipe.servers, folder.path / "logs", open_pool, cluster.addresses if cluster else None) as pool,
     ):
         for path in remove_leftovers():
             display.line(f"removed {path}")
@@ -172,7 +173,7 @@ class Loop:
     display: Display
     background: Background
     cluster: Cluster | None = None
-    """The other hosts; None on a single host."""
+    """The Ray cluster; None on this host alone."""
 
     def __post_init__(self) -> None:
         folder = self.folder
@@ -188,7 +189,8 @@ class Loop:
                 self.display.line(f"import {step.name}: exists, unchanged — skipped")
                 continue
             with self.folder.making(step) as partial, self.display.step(f"import {step.name}"):
-                for line in imported(cast(ForeignSet, step.config), partial / f"{step.name}.parquet"):
+                given = foreign_set(self.recipe, cast(ForeignSet, step.config))
+                for line in imported(given, partial / f"{step.name}.parquet"):
                     self.display.line(line)
         made, config = self.folder.data(), self.recipe.data.generate
         if made is None or config is None:
@@ -197,7 +199,7 @@ class Loop:
             self.display.line(f"{DATA}: exists, unchanged — skipped")
             return
         with self.folder.making(made) as partial, self.display.step(DATA):
-            job = Job(stage=DATA, out=partial, seed=self.recipe.seed)
+            job = Job(stage=DATA, out=partial, seed=self.recipe.seed, folders=self.recipe.folders)
             in_child(Task.of("chain.make:generate", config, job, vllm=True), partial, threads=config.threads)
             missing = [name for name in config.sets if not (partial / f"{name}.parquet").exists()]
             if missing:
@@ -271,15 +273,27 @@ class Loop:
             if preparation.kept:
                 write_json(partial / "prepare.json", preparation.kept)
             if not (partial / DONE).exists():
-                self._run_child(
-                    stage, partial, Follower(stage.name, partial, self.display, track, self.outlook)
-                )
+                follower = Follower(stage.name, partial, self.display, track, self.outlook)
+                self._run_to_the_end(stage, step, follower)
             if not (partial / "checkpoint" / "config.json").exists():
                 raise StageIncomplete(
                     f"{stage.name}: its process did not write a checkpoint to {partial / 'checkpoint'}"
                 )
         if stage.needs_pool:
             self.pool.weights_changed()
+
+    def _run_to_the_end(self, stage: Stage, step: Step, follower: Follower) -> None:
+        """Run the stage's training; run it again on other nodes if Ray loses one, from the last checkpoint if any."""
+        for losses in range(MOST_LOSSES + 1):
+            try:
+                self._run_child(stage, step.partial, follower)
+                return
+            except NodeLost as lost:
+                if losses == MOST_LOSSES:
+                    raise
+                self.display.line(f"{stage.name}: {lost}; it starts again on the nodes that Ray has")
+            if not step.saves:
+                self.folder.empty(step)
 
     def _run_child(self, stage: Stage, out: Path, follower: Follower) -> None:
         processes, threads = stage.learner(self.recipe)
@@ -293,7 +307,7 @@ class Loop:
                 processes=processes,
                 threads=threads,
                 on_poll=follower.look,
-                cluster=self.cluster,
+                start=self.cluster.start if self.cluster else None,
             )
 
     @contextmanager
@@ -305,7 +319,14 @@ class Loop:
         """
         model, pool = self.folder.start(stage.name), self.recipe.servers
         sets = {name: Path(place) for name, place in self.folder.sets.items()}
-        job = Job(stage=stage.name, model=model, out=out, seed=self.recipe.seed, sets=sets)
+        job = Job(
+            stage=stage.name,
+            model=model,
+            out=out,
+            seed=self.recipe.seed,
+            sets=sets,
+            folders=self.recipe.folders,
+        )
         work = stage.work(self.recipe, self.folder.before(stage.name)) if stage.work else self._config(stage)
         vllm = stage.imports_vllm(self.recipe)
         if not stage.needs_pool:
@@ -318,8 +339,8 @@ class Loop:
                 **dict(job),
                 pool=pool,
                 urls=tuple(self.pool.urls(model)),
+                addresses=self.pool.addresses,
                 weights=weights,
-                folders=(Path.cwd(),),
             )
             yield Task.of(stage.train, work, served, vllm)
 
@@ -335,7 +356,9 @@ class Loop:
         started = time.monotonic()
         scores = stage.evaluate(self.context(stage, folder / "checkpoint", folder, self.background.progress))
         seconds = time.monotonic() - started
-        write_json(folder / "eval.json", {"scores": scores, "seconds": seconds, "fingerprint": fingerprint})
+        sets = {name: self.folder.sets[one.set] for name, one in self.recipe.eval.sets.items()}
+        found = {"scores": scores, "seconds": seconds, "fingerprint": fingerprint, "sets": sets}
+        write_json(folder / "eval.json", found)
         self.display.line(f"{stage.name}: {report.scores_text(scores)}  ({duration(seconds)})")
         return scores
 

@@ -29,20 +29,21 @@ ADAPTER_NAME = "adapter"
 
 def evaluate_checkpoint(
     recipe: Recipe,
-    model: Path,
-    out: Path,
+    model: str | Path,
+    out: str | Path,
     *,
-    runs_dir: Path = Path("runs"),
+    runs_dir: str | Path = "runs",
     open_pool: OpenPool | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Score the checkpoint folder `model` in both modes; eval.json and the samples go to `out`.
+    """Score the checkpoint folder `model` on the recipe's held-out sets; eval.json and the samples go to `out`.
 
     The recipe's own sets are generated first if they do not exist. Raises ConfigError if the recipe has no `eval`.
     """
     cfg = recipe.eval
     if cfg is None:
         raise ConfigError(f"recipe {recipe.name} has no eval, which names the held-out sets; add it")
-    _require_checkpoint(model)
+    model, out, runs_dir = Path(model), Path(out), Path(runs_dir)
+    require_checkpoint(model)
     display = Display()
     runner.data(recipe, runs_dir=runs_dir, display=display)
     out.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,8 @@ def evaluate_checkpoint(
             progress=display.passing,
         )
         scores = evaluate(context)
-    write_json(out / "eval.json", {"model": str(model.resolve()), "scores": scores})
+    places = {name: sets[one.set] for name, one in cfg.sets.items()}
+    write_json(out / "eval.json", {"model": str(model.resolve()), "scores": scores, "sets": places})
     display.line(report.scores_text(scores))
     display.line(f"samples and scores: {out}")
     return scores
@@ -82,7 +84,7 @@ def serve(
     `servers.host` and `servers.first_port`. With a LoRA `adapter`, the servers also serve a model named `adapter`: the
     checkpoint with the adapter applied. Raises ServerFailed when the servers have ended too often.
     """
-    _require_checkpoint(model)
+    require_checkpoint(model)
     if recipe.servers is None:
         raise ConfigError(f"recipe {recipe.name} has no servers, which says how servers are started; add it")
     own = {"urls": (), "host": host or recipe.servers.host, "first_port": port or recipe.servers.first_port}
@@ -138,7 +140,8 @@ def with_adapter(cfg: PoolConfig, model: Path, adapter: Path) -> PoolConfig:
     return cfg.model_copy(update={"extra_args": (*cfg.extra_args, *arguments)})
 
 
-def _require_checkpoint(model: Path) -> None:
+def require_checkpoint(model: Path) -> None:
+    """Raise ConfigError, or LayoutError of the check, unless the folder holds a native core that may be loaded."""
     if not (model / "config.json").is_file():
         raise ConfigError(f"{model}: this is not a checkpoint folder: config.json is missing")
     kind = read_json(model / "config.json").get("model_type")

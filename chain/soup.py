@@ -106,15 +106,15 @@ def record(folder: Path) -> dict[str, Any] | None:
 
 def _scorer(cfg: SoupWork, job: ServedJob, start: Path) -> Callable[[Path], float]:
     """A function from a checkpoint folder to its greedy accuracy on the validation rows, in [0, 1]."""
-    from corpus.records import load_records
+    from corpus.records import load_source
     from rl.evaluate import accuracy
     from rl.limits import askable
     from rl.rollout.client import RolloutClient
 
     source = cfg.soup.validation
-    records = load_records(job.sets[source.set], split=source.split, rows=source.rows, seed=job.seed)
+    records = load_source(source, job.sets, job.seed)
     rows = askable(records, source, job.pool, start, cfg.max_completion_tokens)
-    client = RolloutClient.of_pool(job.pool, job.urls, start)
+    client = RolloutClient.of_pool(job.pool, job.urls, start, addresses=job.addresses)
 
     def score(checkpoint: Path) -> float:
         client.load_checkpoint(checkpoint)

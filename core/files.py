@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 from pydantic import BaseModel
@@ -25,16 +25,24 @@ log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 _CHUNK_BYTES = 1 << 20
-_SAME = ".same"
+SAME = ".same"
+"""File in a partial folder that identifies the block which may continue there."""
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a reader sees the old text or the new text, never a part."""
+    with writing(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[str]]:
+    """A text file that becomes `path` when the block ends, or is dropped if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(path)
     try:
         with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
@@ -139,7 +147,7 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
     two renames.
     """
     partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old")
-    mark = partial / _SAME
+    mark = partial / SAME
     goes_on = same is not None and mark.exists() and mark.read_text(encoding="utf-8") == same
     for stale in (old,) if goes_on else (partial, old):
         if stale.exists():
@@ -155,7 +163,7 @@ def atomic_dir(path: Path, *, same: str | None = None) -> Iterator[Path]:
     if path.exists():
         path.rename(old)
     partial.rename(path)
-    (path / _SAME).unlink(
+    (path / SAME).unlink(
         missing_ok=True
     )  # last: until the rename it identifies the block that owns the folder
     fsync(path.parent)

@@ -38,6 +38,7 @@ SHARED_MEMORY = Path("/dev/shm")
 LOOPBACK = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
 """The loopback interface's name, for GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."""
 
+_ROOT = Path(__file__).resolve().parents[1]
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _ASKED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _WATCHED = {*_ASKED, signal.SIGCHLD, signal.SIGUSR1}
@@ -70,7 +71,9 @@ def inherited_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
     } | {
-        "PYTHONSAFEPATH": "1",  # `-P` for every descendant: our packages have common names
+        # Our packages have common names. `-P` for every descendant, and our folder before a PYTHONPATH of the user's.
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves a trace in the log
         "TOKENIZERS_PARALLELISM": "false",
         # Threads that spin while they wait take CPU time from other processes: on two busy cores the tiny core's

@@ -22,10 +22,13 @@ _AT_ONCE = 64 << 20
 
 
 def features() -> Any:
-    """The columns as features of `datasets`, with the images column as lists of pictures."""
+    """The columns as features of `datasets`: text, or lists of encoded pictures or videos."""
     from datasets import Features, Image, List, Value
 
-    return Features({name: List(Image()) if name == "images" else Value("string") for name in FIELDS})
+    # A batch of videos may have more bytes than an array with offsets of 32 bits can hold.
+    videos = List({"bytes": Value("large_binary"), "path": Value("string")})
+    media = {"images": List(Image()), "videos": videos}
+    return Features({name: media.get(name) or Value("string") for name in FIELDS})
 
 
 def rows_at_once(files: Sequence[Path]) -> int:
@@ -75,9 +78,10 @@ def _check_type(column: Any, file: Path) -> None:
             raise RecordError(
                 f"{file}: column {column.name!r} holds {column.type}: it must be a string; write text"
             )
-    elif not _is_pictures(column.type):
+    elif not _is_media(column.type):
         raise RecordError(
-            f"{file}: column 'images' holds {column.type}: it must be a list of pictures, each {{bytes, path}} or bytes"
+            f"{file}: column {column.name!r} holds {column.type}: it must be a list of files, each {{bytes, path}} or "
+            "bytes"
         )
 
 
@@ -94,7 +98,7 @@ def _is_text(kind: Any) -> bool:
     )
 
 
-def _is_pictures(kind: Any) -> bool:
+def _is_media(kind: Any) -> bool:
     import pyarrow.types as types
 
     if types.is_null(kind):

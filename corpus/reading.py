@@ -10,21 +10,27 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from core.model.pictures import Picture
+from core.model.videos import Caps, Clip
+from corpus.hub import hub_set
 from corpus.parquet import check_columns, check_file, features, rows_at_once
 from corpus.schema import (
+    JSON_FIELDS,
+    MEDIA,
+    DataSource,
     OnBad,
     Problem,
     Record,
     RecordError,
+    clip_of,
     completed,
-    meta_of,
+    json_of,
     picture_of,
     problem_of,
 )
@@ -33,7 +39,6 @@ log = logging.getLogger(__name__)
 
 SCAN_ROWS = 256
 _SHOWN_PROBLEMS = 5
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Records(Sequence[Record]):
@@ -43,8 +48,8 @@ class Records(Sequence[Record]):
     with an animated picture, of which the model sees the first frame.
     """
 
-    def __init__(self, table: Table, found: Scan) -> None:
-        self._table, self._scan, self._indices = table, found, sorted(found.good)
+    def __init__(self, table: Table, found: Scan, strip_system: bool = False) -> None:
+        self._table, self._scan, self._indices, self._strip = table, found, sorted(found.good), strip_system
         self.dropped = dict(Counter(f"{problem.field}: {problem.rule}" for _, problem in found.bad))
         self.animated = found.animated
 
@@ -54,7 +59,8 @@ class Records(Sequence[Record]):
 
     def only(self, kept: Sequence[int]) -> Records:
         """The records with these indices."""
-        return Records(self._table, self._scan._replace(good=[self._indices[index] for index in kept]))
+        found = self._scan._replace(good=[self._indices[index] for index in kept])
+        return Records(self._table, found, self._strip)
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -74,8 +80,12 @@ class Records(Sequence[Record]):
 
     def _row(self, number: int) -> Record:
         (record,) = self._table.records([number])
-        images = [picture_of(image) for image in record["images"]]
-        return {**record, "images": images, "meta": meta_of(record["meta"])}
+        media = {
+            "images": [picture_of(image) for image in record["images"]],
+            "videos": [clip_of(video, self._table.caps) for video in record["videos"]],
+        }
+        parsed = {name: json_of(record[name]) for name in JSON_FIELDS}
+        return {**record, **media, **parsed, **({"system": None} if self._strip else {})}
 
 
 def load_records(
@@ -84,6 +94,8 @@ def load_records(
     rows: int | None = None,
     seed: int | None = None,
     on_bad: OnBad = "raise",
+    system: Literal["keep", "strip"] = "keep",
+    caps: Caps = Caps(),  # noqa: B008
 ) -> Records:
     """The records of a Parquet file, a folder of Parquet files, or a dataset on the hub.
 
@@ -93,18 +105,20 @@ def load_records(
         rows: number of rows: the first ones, or with a seed a random draw in the file's order.
         seed: seed of the draw.
         on_bad: "raise" stops at bad rows; "drop" drops them and counts them in `Records.dropped`.
+        system: "strip" removes the rows' system messages.
+        caps: the most frames that are sampled from a video.
 
     Raises RecordError for bad rows, unknown columns, or fewer good rows than requested; FileNotFoundError if `source`
     does not exist.
     """
-    table = _open(str(source), split)
+    table = _open(str(source), split, caps)
     order: Sequence[int] = range(len(table))
     if rows is not None and seed is not None:
         order = _shuffled(len(table), seed)
     found = _scan(table, order, rows)
     if found.bad and on_bad == "raise":
         raise RecordError(report(found.bad, table.place))
-    records = Records(table, found)
+    records = Records(table, found, system == "strip")
     if found.bad:
         log.warning("%s: dropped %d rows: %s", source, len(found.bad), records.dropped)
     if records.animated:
@@ -117,6 +131,14 @@ def load_records(
     if not records:
         raise RecordError(f"{source}: split {split!r} has no usable rows")
     return records
+
+
+def load_source(
+    source: DataSource, sets: Mapping[str, str | Path], seed: int | None, on_bad: OnBad = "raise"
+) -> Records:
+    """The rows that a stage takes of a named set, see `load_records`."""
+    caps = Caps(source.frames, source.fps)
+    return load_records(sets[source.set], source.split, source.rows, seed, on_bad, source.system, caps)
 
 
 class Scan(NamedTuple):
@@ -158,13 +180,13 @@ def report(bad: Sequence[tuple[int, Problem]], place: Callable[[int], str]) -> s
 
 
 class Table:
-    """Memory-mapped rows on disk. Texts are read by row number, pictures when they are used."""
+    """Memory-mapped rows on disk. Texts are read by row number, pictures and videos when they are used."""
 
-    def __init__(self, dataset: Any, locate: Callable[[int], tuple[str, int]]) -> None:
-        self.column_names, self._locate = dataset.column_names, locate
+    def __init__(self, dataset: Any, locate: Callable[[int], tuple[str, int]], caps: Caps) -> None:
+        self.column_names, self._locate, self.caps = dataset.column_names, locate, caps
         arrow = dataset.with_format("arrow")
-        self._texts = arrow.select_columns([name for name in self.column_names if name != "images"])
-        self._pictures = arrow.select_columns(["images"]) if "images" in self.column_names else None
+        self._texts = arrow.select_columns([name for name in self.column_names if name not in MEDIA])
+        self._media = {name: arrow.select_columns([name]) for name in MEDIA if name in self.column_names}
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -178,20 +200,22 @@ class Table:
         """The rows with these numbers, unchecked."""
         texts = self._texts[list(numbers)].to_pylist()
         rows = zip(numbers, texts, strict=True)
-        return [completed({**text, "images": self._images(number)}) for number, text in rows]
+        return [
+            completed({**text, **{name: self._files(name, number) for name in self._media}})
+            for number, text in rows
+        ]
 
-    def _images(self, number: int) -> list[Any]:
-        if self._pictures is None:
-            return []
-        cell = self._pictures[number]["images"][0]
+    def _files(self, name: str, number: int) -> list[Any]:
+        cell = self._media[name][number][name][0]
         count = len(cell) if cell.is_valid and hasattr(cell, "values") else None
         if count is None:  # not a list: the check of the row reports it
             return cell.as_py() or []
-        return [Picture(partial(self._bytes, number, place)) for place in range(count)]
+        reads = [partial(self._bytes, name, number, place) for place in range(count)]
+        return [Picture(read) if name == "images" else Clip(read, self.caps) for read in reads]
 
-    def _bytes(self, number: int, place: int) -> bytes:
-        assert self._pictures is not None
-        return picture_of(self._pictures[number]["images"][0][place].as_py()).data
+    def _bytes(self, name: str, number: int, place: int) -> bytes:
+        stored = self._media[name][number][name][0][place].as_py()
+        return picture_of(stored).data if name == "images" else clip_of(stored).data
 
 
 def _scan(table: Table, order: Sequence[int], wanted: int | None) -> Scan:
@@ -206,7 +230,7 @@ def _scan(table: Table, order: Sequence[int], wanted: int | None) -> Scan:
     return found
 
 
-def _open(source: str, split: str) -> Table:
+def _open(source: str, split: str, caps: Caps) -> Table:
     """The rows of a source. Raises as `load_records`."""
     import datasets
     import pyarrow
@@ -227,15 +251,18 @@ def _open(source: str, split: str) -> Table:
             f"{source}: not readable as Parquet; write it with corpus.records.write_records",
         )
         pyarrow.default_memory_pool().release_unused()  # used by the conversion; the rows are on disk now
-        return Table(dataset, _locator(files))
-    if not _HUB_ID.fullmatch(source) or source.endswith(".parquet"):
+        return Table(dataset, _locator(files), caps)
+    address = hub_set(source)
+    if address is None:
         raise FileNotFoundError(f"{source}: no such file or folder, and not a hub id (owner/name)")
     dataset = _quietly(
-        lambda: datasets.load_dataset(source, split=split),
+        lambda: datasets.load_dataset(
+            address.repo, revision=address.revision, data_dir=address.folder or None, split=split
+        ),
         f"{source}: no file or folder here, and the hub does not serve split {split!r} of it",
     )
     check_columns(dataset.column_names, source)
-    return Table(dataset, lambda row: (f"{source}[{split}]", row))
+    return Table(dataset, lambda row: (f"{source}[{split}]", row), caps)
 
 
 def _quietly(load: Callable[[], Any], complaint: str) -> Any:

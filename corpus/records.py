@@ -1,6 +1,6 @@
 """Records: the one schema of all stages (corpus.schema), read (corpus.reading) and written (corpus.writing)."""
 
-from corpus.reading import Records, load_records
+from corpus.reading import Records, load_records, load_source
 from corpus.schema import (
     DEFAULTS,
     FIELDS,
@@ -32,6 +32,7 @@ __all__ = [
     "RecordError",
     "Records",
     "load_records",
+    "load_source",
     "picture_of",
     "problem_of",
     "write_records",

@@ -16,17 +16,17 @@ A column of meta takes precedence over `solution` and `ground_truth`. A score ou
 parameter `scale: [low, high]` gives its range.
 """
 
-import functools
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from rewards.calls import Caller, Reward, form_of
 from rewards.example import MODES, Example
 from rewards.names import nearest
+from rewards.registry import with_params
 from rewards.verdict import Status, Verdict
 
 ROUNDING = 1e-6
@@ -83,20 +83,13 @@ def from_trl(function: Callable[..., Any], params: Mapping[str, Any], name: str)
             key: value for key, value in columns.items() if (wants_all or key in named) and key not in rest
         }
 
-    # `form_of` recognises both functions as batched by their parameters' names.
-    if form_of(bound).is_async:
+    # `form_of` recognises a batched reward by these names of its parameters.
+    def reward(completions: Sequence[str], examples: Sequence[Example]) -> Any:
+        values = bound(**arguments(completions, examples))
+        return read.later(values) if inspect.isawaitable(values) else read.all(values)
 
-        async def later(completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
-            return read.all(await bound(**arguments(completions, examples)))
-
-        later.needs = needs  # type: ignore[attr-defined]
-        return later
-
-    def now(completions: Sequence[str], examples: Sequence[Example]) -> list[Verdict]:
-        return read.all(bound(**arguments(completions, examples)))
-
-    now.needs = needs  # type: ignore[attr-defined]
-    return now
+    reward.needs = needs  # type: ignore[attr-defined]
+    return reward
 
 
 def check_columns(reward: Reward, name: str, examples: Sequence[Example]) -> None:
@@ -229,6 +222,9 @@ class _Scale:
             raise TypeError(f"it returned {type(values).__name__}, not a list with a score per completion")
         return [self.one(value) for value in values]
 
+    async def later(self, values: Awaitable[Any]) -> list[Verdict]:
+        return self.all(await values)
+
     def one(self, value: Any) -> Verdict:
         """The verdict of a number, a mapping with "score", or a sequence that begins with the score.
 
@@ -268,20 +264,7 @@ def _own_params(
 
 def _bound(function: Any, params: dict[str, Any], name: str, needed: str) -> Any:
     """The function with its parameters bound. Raises TypeError if it does not take the argument `needed`."""
-    if not callable(function):
-        raise TypeError(f"reward {name!r} is a {type(function).__name__}, not a function")
-    if inspect.isclass(function):
-        try:
-            bound = function(**params)
-        except TypeError as error:
-            raise ValueError(f"reward {name!r}: {error}") from None
-    else:
-        named, _ = _arguments(function)
-        for key in params:  # **kwargs takes columns; a misspelt parameter is still refused
-            if key not in named:
-                known = ["scale", *(word for word in named if word != needed)]
-                raise ValueError(f"reward {name!r}: unknown parameter {key!r}; {nearest(key, known)}")
-        bound = functools.partial(function, **params) if params else function
+    bound = with_params(function, params, name, taken=0, also=["scale"])
     named, wants_all = _arguments(bound)
     if needed not in named and not wants_all:
         raise TypeError(

@@ -23,7 +23,6 @@ A row's meta may set `tolerance`, `relative_tolerance`, `iou_threshold` and `max
 the parameter of that name.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -35,22 +34,19 @@ from rewards.answers.boxes import BOX, POINT, gold_boxes, gold_targets
 from rewards.answers.choice import CHOICE, option_letter, options_of
 from rewards.answers.collection import LIST, SET
 from rewards.answers.json import JSON, JsonError, read_json
-from rewards.answers.kind import Kind
+from rewards.answers.kind import GoldError, Kind
 from rewards.answers.math import MATH
 from rewards.answers.notation import elements, has_relation, is_words, joined
 from rewards.answers.number import INTEGER, NUMBER, exact_number
 from rewards.answers.quantity import QUANTITY
 from rewards.answers.text import EXACT
-from rewards.example import Example
+from rewards.example import UNGRADED, Example
 from rewards.extract import MAX_BOX_CHARS, parse
+from rewards.names import nearest
 from rewards.verdict import Verdict
 
 _OPTION = re.compile(r"\(?[A-H]\)?\.?")
 _OTHER = re.compile(r"[0-9<>^_]")
-
-
-class GoldError(ValueError):
-    """A row's gold answer is invalid under the row's verifier."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +83,17 @@ class AnswerReward:
             raise ValueError(problem)
 
     def __call__(self, completion: str, example: Example) -> Verdict:
-        problem = gold_problem(example)
-        if problem:
-            return Verdict.unscored(problem)
-        kind = _kind(example)
+        try:
+            kind, gold = _read_gold(example)
+        except GoldError as error:
+            return Verdict.unscored(str(error))
         if kind in UNGRADED:
             return Verdict.unscored(f'verifier "{kind}": no rule grades this row; a judge may')
         parsed = parse(completion, example.mode, self.thought_open)
         if parsed.answer is None:
             return Verdict.wrong(reason=parsed.problem, status=parsed.status)
-        verdict = _KINDS[kind].compare(parsed.answer, example, self)
-        if (
-            len(parsed.answer) > MAX_BOX_CHARS
-        ):  # a direct completion may be pages long; a record keeps its start
+        verdict = _KINDS[kind].compare(parsed.answer, gold, example, self)
+        if len(parsed.answer) > MAX_BOX_CHARS:  # a direct completion may be pages long
             verdict = replace(verdict, answer=parsed.answer[:MAX_BOX_CHARS])
         if example.verifier == "auto":
             said = f": {verdict.reason}" if verdict.reason else ""
@@ -172,7 +166,7 @@ def validate_gold(example: Example) -> None:
 
     >>> validate_gold(Example("row-1", "Which?", "E", "direct", "choice", meta={"choices": ["red", "blue"]}))
     Traceback (most recent call last):
-    rewards.answer.GoldError: row 'row-1': gold answer 'E' names no option (A: red, B: blue); correct it ...
+    rewards.answers.kind.GoldError: row 'row-1': gold answer 'E' names no option (A: red, B: blue); correct it ...
 
     Raises GoldError naming the row, the rule and a remedy.
     """
@@ -183,19 +177,25 @@ def validate_gold(example: Example) -> None:
 
 def gold_problem(example: Example) -> str:
     """The fault of a row's gold answer under its verifier, with a remedy; "" for a valid gold answer."""
+    try:
+        _read_gold(example)
+    except GoldError as error:
+        return str(error)
+    return ""
+
+
+def _read_gold(example: Example) -> tuple[str, Any]:
+    """The kind that grades a row, and the gold as that kind reads it. Raises GoldError."""
     if example.verifier not in KINDS:
-        close = difflib.get_close_matches(example.verifier, KINDS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"verifier={example.verifier!r}: {hint}it must be one of {', '.join(KINDS)}"
+        raise GoldError(f"verifier={example.verifier!r}: {nearest(example.verifier, KINDS)}")
     if example.verifier in UNGRADED:
-        return ""
-    given = {name: example.meta[name] for name in _LIMITS if name in example.meta}
-    problem = _limits_problem(given)
-    return f"meta: {problem}" if problem else _KINDS[_kind(example)].gold_problem(example)
-
-
-def _kind(example: Example) -> str:
-    return kind_of(example.answer, example.meta) if example.verifier == "auto" else example.verifier
+        return example.verifier, None
+    problem = _limits_problem({name: example.meta[name] for name in _LIMITS if name in example.meta})
+    if problem:
+        raise GoldError(f"meta: {problem}")
+    auto = example.verifier == "auto"
+    kind = kind_of(example.answer, example.meta) if auto else example.verifier
+    return kind, _KINDS[kind].gold(example)
 
 
 def _limits_problem(limits: Mapping[str, Any]) -> str:
@@ -222,6 +222,5 @@ _KINDS: dict[str, Kind] = {
     "point": POINT,
     "quantity": QUANTITY,
 }
-UNGRADED = ("judge", "none")
 KINDS = ("auto", *_KINDS, *UNGRADED)
 """The values that a row's verifier may have."""

@@ -84,8 +84,8 @@ class Watch:
 class Pending:
     """Pending verdicts, in the order of the completions."""
 
-    def __init__(self, futures: Sequence[Future], whole: bool) -> None:
-        self.futures, self._whole = futures, whole
+    def __init__(self, futures: Sequence[Future]) -> None:
+        self.futures = futures
 
     def results(self) -> list[Verdict | RewardError]:
         """Wait for all calls; return a verdict or an error per completion.
@@ -93,11 +93,10 @@ class Pending:
         On an interrupt, calls that have not begun are cancelled. Otherwise the interpreter would wait for them at exit.
         """
         try:
-            results = [future.result() for future in self.futures]
+            return [result for future in self.futures for result in future.result()]
         except BaseException:
             self.cancel()
             raise
-        return results[0] if self._whole else results
 
     def cancel(self) -> None:
         """Cancel the calls that have not begun."""
@@ -126,14 +125,13 @@ class Caller:
         watch: Watch | None = None,
     ) -> Pending:
         """Start to grade each completion against its example."""
-        form = form_of(reward)
-        batch = _Batch(form.call, name, list(zip(completions, examples, strict=True)), watch or Watch())
+        form, pairs = form_of(reward), list(zip(completions, examples, strict=True))
+        batch = _Batch(form, name, pairs, watch or Watch())
+        calls = [range(len(pairs))] if form.batched else [range(row, row + 1) for row in range(len(pairs))]
         if form.is_async:
-            return Pending([_on_loop(batch.whole_async() if form.batched else batch.each_async())], True)
+            return Pending([on_loop(batch.all_async(calls))])
         threads = self._threads()
-        if form.batched:
-            return Pending([threads.submit(batch.whole)], True)
-        return Pending([threads.submit(batch.one, row) for row in range(len(batch.pairs))], False)
+        return Pending([threads.submit(batch.one, rows) for rows in calls])
 
 
 Pair = tuple[str, Example]
@@ -141,80 +139,49 @@ Pair = tuple[str, Example]
 
 @dataclass(frozen=True)
 class _Batch:
-    """Completions with their examples, and the reward that grades them."""
+    """Completions with their examples, and the reward that grades them. A call grades one row, or all rows."""
 
-    call: Reward
+    form: Form
     name: str
     pairs: list[Pair]
     watch: Watch
 
-    def one(self, row: int) -> Verdict | RewardError:
-        """Grade one completion."""
-        self.watch.begun([row])
+    def one(self, rows: Sequence[int]) -> list[Verdict | RewardError]:
+        """Grade these rows with one call."""
+        self.watch.begun(rows)
         try:
-            value = self.call(*self.pairs[row])
+            value = self.form.call(*self._arguments(rows))
             if inspect.isawaitable(value):  # a plain function that returns a coroutine
-                value = _on_loop(_awaited(value)).result()
-            result = self._result(row, value)
+                value = on_loop(_awaited(value)).result()
+            results = self._results(rows, value)
         except KeyboardInterrupt:
             raise
-        except (
-            BaseException
-        ) as error:  # a reward's sys.exit() and math-verify's timeouts do not derive from Exception
-            result = failure(self.name, [self.pairs[row]], error)
-        self.watch.ended(row, result)
-        return result
+        except BaseException as error:  # sys.exit() and math-verify's timeouts do not derive from Exception
+            results = self._failed(rows, error)
+        return self._told(rows, results)
 
-    def whole(self) -> Sequence[Verdict | RewardError]:
-        """Grade all completions with one call."""
-        self.watch.begun(range(len(self.pairs)))
-        try:
-            values = self.call(*self._columns())
-            if inspect.isawaitable(values):
-                values = _on_loop(_awaited(values)).result()
-            results = self._results(values)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            results = self._all_failed(error)
-        return self._told(results)
-
-    async def each_async(self) -> Sequence[Verdict | RewardError]:
-        """Grade every completion with a separate call, AT_ONCE calls concurrently."""
+    async def all_async(self, calls: Sequence[Sequence[int]]) -> list[Verdict | RewardError]:
+        """Grade all rows, AT_ONCE calls concurrently."""
         import asyncio
 
         room = asyncio.Semaphore(AT_ONCE)
 
-        async def one(row: int) -> Verdict | RewardError:
+        async def one(rows: Sequence[int]) -> list[Verdict | RewardError]:
             async with room:
-                self.watch.begun([row])
+                self.watch.begun(rows)
                 try:
-                    result = self._result(row, await self.call(*self.pairs[row]))
+                    results = self._results(rows, await self.form.call(*self._arguments(rows)))
                 except asyncio.CancelledError:
                     raise
-                except (
-                    BaseException
-                ) as error:  # an uncaught exception would end the loop and all waiting calls
-                    result = failure(self.name, [self.pairs[row]], error)
-                self.watch.ended(row, result)
-                return result
+                except BaseException as error:  # uncaught, it would end the loop and all waiting calls
+                    results = self._failed(rows, error)
+                return self._told(rows, results)
 
-        return await asyncio.gather(*map(one, range(len(self.pairs))))
+        return [result for results in await asyncio.gather(*map(one, calls)) for result in results]
 
-    async def whole_async(self) -> Sequence[Verdict | RewardError]:
-        """Grade all completions with one call on the event loop."""
-        import asyncio
-
-        self.watch.begun(range(len(self.pairs)))
-        try:
-            results = self._results(await self.call(*self._columns()))
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            results = self._all_failed(error)
-        return self._told(results)
-
-    def _columns(self) -> tuple[list[str], list[Example]]:
+    def _arguments(self, rows: Sequence[int]) -> tuple[Any, Any]:
+        if not self.form.batched:
+            return self.pairs[rows[0]]
         return [completion for completion, _ in self.pairs], [example for _, example in self.pairs]
 
     def _result(self, row: int, value: Any) -> Verdict | RewardError:
@@ -225,7 +192,9 @@ class _Batch:
         except (TypeError, ValueError) as error:
             return failure(self.name, [self.pairs[row]], error)
 
-    def _results(self, values: Any) -> list[Verdict | RewardError]:
+    def _results(self, rows: Sequence[int], values: Any) -> list[Verdict | RewardError]:
+        if not self.form.batched:
+            return [self._result(rows[0], values)]
         if hasattr(values, "tolist"):  # a numpy array or a torch tensor
             values = values.tolist()
         if not isinstance(values, Sequence) or isinstance(values, str | bytes | Mapping):
@@ -233,18 +202,18 @@ class _Batch:
                 f"reward {self.name!r} returned {type(values).__name__} for a batch: "
                 "return a list with a verdict, float, bool or None per completion"
             )
-        if len(values) != len(self.pairs):
+        if len(values) != len(rows):
             raise ValueError(
-                f"reward {self.name!r} returned {len(values)} verdicts for a batch of {len(self.pairs)} "
+                f"reward {self.name!r} returned {len(values)} verdicts for a batch of {len(rows)} "
                 "completions: return one per completion, in their order; None for one that cannot be graded"
             )
-        return [self._result(row, value) for row, value in enumerate(values)]
+        return [self._result(row, value) for row, value in zip(rows, values, strict=True)]
 
-    def _all_failed(self, error: BaseException) -> list[Verdict | RewardError]:
-        return [failure(self.name, self.pairs, error)] * len(self.pairs)
+    def _failed(self, rows: Sequence[int], error: BaseException) -> list[Verdict | RewardError]:
+        return [failure(self.name, [self.pairs[row] for row in rows], error)] * len(rows)
 
-    def _told(self, results: list[Verdict | RewardError]) -> list[Verdict | RewardError]:
-        for row, result in enumerate(results):
+    def _told(self, rows: Sequence[int], results: list[Verdict | RewardError]) -> list[Verdict | RewardError]:
+        for row, result in zip(rows, results, strict=True):
             self.watch.ended(row, result)
         return results
 
@@ -284,7 +253,8 @@ async def _awaited(value: Awaitable[Any]) -> Any:
     return await value
 
 
-def _on_loop(work: Any) -> Future:
+def on_loop(work: Any) -> Future:
+    """Start a coroutine on the background event loop. Raises RuntimeError in that loop's own thread."""
     import asyncio
 
     loop, thread = _background()

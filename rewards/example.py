@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MODES = ("think", "direct")
+UNGRADED = ("judge", "none")
+"""Verifiers of rows that no rule can grade. All other verifiers are rules (rewards.answer)."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Example:
 
     id: str
     question: str
-    """The question without the prompt's format instructions."""
+    """The question without the prompt's format instructions; behind a system message and earlier turns, if any."""
     answer: str
     """Gold."""
     mode: str
@@ -39,7 +41,7 @@ class Example:
         """The example of a record (corpus.schema) with these pictures. The pictures may decode lazily."""
         return cls(
             id=record["id"],
-            question=record["question"],
+            question=_asked(record),
             answer=record["answer"],
             mode=record["mode"],
             verifier=record["verifier"],
@@ -52,3 +54,18 @@ class Example:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f'row {self.id!r}: mode={self.mode!r}: it must be "think" or "direct"')
+
+
+def _asked(record: Mapping[str, Any]) -> str:
+    """The question; in a conversation all that was said, turn by turn, so that a judge reads the question in context.
+
+    >>> _asked({"question": "And 3?", "history": [{"user": "2 + 2?", "assistant": "4"}], "system": "Add."})
+    'System: Add.\\nUser: 2 + 2?\\nAssistant: 4\\nUser: And 3?'
+    """
+    system, history = record.get("system"), record.get("history") or ()
+    if not system and not history:
+        return record["question"]
+    said = [f"System: {system}"] if system else []
+    for turn in history:
+        said += [f"User: {turn['user']}", f"Assistant: {turn['assistant']}"]
+    return "\n".join([*said, f"User: {record['question']}"])

@@ -77,16 +77,14 @@ def parse_thinking(completion: str, thought_open: bool = False) -> Parsed:
     text = completion if thought_open else completion.lstrip()
     thought, answer_part, fault = _split(text, thought_open)
     boxes = _read_boxes(answer_part)
-    fault = _chat_token(completion) or fault
-    problem = fault or boxes.problem
-    if problem:
-        return _unanswered(thought, answer_part, boxes, problem, over_limit=boxes.over_limit and not fault)
+    flaw = ""
     if not thought and not thought_open:
-        problem = "the thought is empty"
+        flaw = "the thought is empty"
     elif not thought_open and _boxes_in(thought or ""):
-        problem = "a box inside the thought"
-    return Parsed(
-        thought, answer_part, boxes.contents, boxes.contents[0], not problem, problem, Status.CORRECT
+        flaw = "a box inside the thought"
+    breach = _chat_token(completion) or fault
+    return _parsed(
+        thought, answer_part, boxes, breach, flaw, well_formed=not (breach or boxes.problem or flaw)
     )
 
 
@@ -105,19 +103,20 @@ def parse_direct(completion: str) -> Parsed:
         breach = "empty"
     elif OPEN in text or CLOSE in text:
         breach = breach or "think tags in a direct answer"
-    problem = breach or boxes.problem
-    if not problem:
-        return Parsed(None, text, boxes.contents, boxes.contents[0], True, "", Status.CORRECT)
-    parsed = _unanswered(None, text, boxes, problem, over_limit=boxes.over_limit and not breach)
     # Faulty boxes leave a direct text without an answer, but they do not break the direct contract.
-    return Parsed(None, text, parsed.boxes, None, not breach, problem, parsed.status)
+    return _parsed(None, text, boxes, breach, "", well_formed=not breach)
 
 
-def _unanswered(
-    thought: str | None, answer_part: str, boxes: _Boxes, problem: str, over_limit: bool
+def _parsed(
+    thought: str | None, answer_part: str, boxes: _Boxes, breach: str, flaw: str, well_formed: bool
 ) -> Parsed:
-    status = Status.OVER_LIMIT if over_limit else Status.NO_ANSWER
-    return Parsed(thought, answer_part, boxes.contents, None, False, problem, status)
+    """A breach or faulty boxes leave no answer; a flaw leaves it."""
+    answer: str | None = None
+    status = Status.OVER_LIMIT if boxes.over_limit and not breach else Status.NO_ANSWER
+    if not (breach or boxes.problem):
+        answer, status = boxes.contents[0], Status.CORRECT
+    problem = breach or boxes.problem or flaw
+    return Parsed(thought, answer_part, boxes.contents, answer, well_formed, problem, status)
 
 
 def _split(text: str, thought_open: bool) -> tuple[str | None, str, str]:

@@ -36,10 +36,11 @@ class PerProcess(Generic[T]):
                 self._values.append(self._make())
             return self._values[0]
 
-    def drop(self) -> T | None:
-        """Forget and return the value, or None if it was never made. The next call makes a new value."""
+    def drop(self, only: T | None = None) -> T | None:
+        """Forget and return the value; None if there is no value, or another than `only`. The next call makes one."""
         with self._lock:
-            return self._values.pop() if self._values else None
+            wanted = self._values and only in (None, self._values[0])
+            return self._values.pop() if wanted else None
 
     def _start_afresh(self) -> None:
         self._lock = threading.Lock()

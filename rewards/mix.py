@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from rewards.calls import THREADS, Caller, Reward, RewardError
-from rewards.example import MODES, Example
+from rewards.example import MODES, UNGRADED, Example
 from rewards.names import nearest
 from rewards.verdict import Verdict
 
@@ -21,8 +21,6 @@ __all__ = ["GRADED", "Graded", "Mixture", "Reward", "RewardError", "Term", "cell
 
 GRADED = ("verifiable", "judged")
 """Kinds of grading: a rule can check the row's answer, or only a judge can."""
-JUDGED = ("judge", "none")
-"""Verifiers of judged rows. All other verifiers are rules."""
 ON_ERROR = ("stop", "unscorable")
 SUM_TOLERANCE = 1e-6
 
@@ -182,7 +180,7 @@ def cell_of(example: Example) -> Cell:
     >>> cell_of(Example("row-1", "Describe it.", "", "direct", "judge"))
     ('direct', 'judged')
     """
-    return example.mode, "judged" if example.verifier in JUDGED else "verifiable"
+    return example.mode, "judged" if example.verifier in UNGRADED else "verifiable"
 
 
 def check_terms(terms: Iterable[Any]) -> None:

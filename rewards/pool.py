@@ -8,8 +8,7 @@ module adds:
 - A worker has a limited address space. A job may compute for CPU_SHARE of the deadline. A job that uses up its
   computing time ends as OVER_TIME; a job that reaches the deadline before that ends as TIMEOUT.
 - A job that loses its worker to an outside cause, such as an out-of-memory killer, is tried once more.
-- A forked child starts its own processes. No fork hook is needed: processes are stored under the id of the process
-  that started them, and a child finds no entry under its own id.
+- A forked child starts its own processes (rewards.forks).
 """
 
 import contextlib
@@ -20,10 +19,13 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from enum import Enum
 from multiprocessing import context, forkserver, popen_forkserver, process, reduction, util
 from pathlib import Path
 from typing import Any
+
+from rewards.forks import PerProcess
 
 MEMORY_BYTES = 2 << 30
 """Bytes of a worker's address space; honest comparisons need a tenth of it."""
@@ -35,6 +37,8 @@ POLL_S = 0.01
 """Interval at which pebble checks deadlines and dead workers."""
 SERVER_VARIABLE = "POSTTRAIN_POOL_SERVER"
 """Environment variable that is set while the server of a pool's workers preloads a module."""
+BREAKS = 3
+"""Broken pools that a job survives. pebble gives up a whole pool if a worker dies before its first message is read."""
 _OUT_OF_MEMORY, _WORN_OUT = 70, 71
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,6 +65,8 @@ class Job:
         """Receives the result, an Ending or an exception."""
         self.task: Future | None = None
         self.tried = False
+        """Whether a worker died under the job."""
+        self.breaks = 0
 
     def begun(self) -> bool:
         """Whether a worker has started the job."""
@@ -92,7 +98,7 @@ class Pool:
 
     def __init__(self, function: Callable[[Any], Any], preload: str, size: int, deadline_s: float) -> None:
         self.function, self.preload, self.size, self.deadline_s = function, preload, size, deadline_s
-        self._by_process: dict[int, _Processes] = {}
+        self._processes = PerProcess(lambda: _Processes(self.preload, self.size))
 
     def submit(self, argument: Any) -> Job:
         """Start a job. Raises PoolError if the workers do not start."""
@@ -102,25 +108,22 @@ class Pool:
 
     def close(self) -> None:
         """End this process's workers; the next job starts new ones."""
-        processes = self._by_process.pop(os.getpid(), None)
+        processes = self._processes.drop()
         if processes:
             processes.stop()
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the running workers."""
-        processes = self._by_process.get(os.getpid())
-        return processes.pids if processes else []
+        return self._processes().pids
 
     def _start(self, job: Job) -> None:
         for _ in range(3):  # replace a pool that breaks, or that another thread closes
-            processes = self._by_process.get(os.getpid())
-            if processes is None:
-                processes = self._by_process.setdefault(os.getpid(), _Processes(self.preload, self.size))
+            processes = self._processes()
             try:
                 arguments = (self.function, job.argument, CPU_SHARE * job.deadline_s)
                 job.task = processes.schedule(_run, arguments, job.deadline_s)
-            except RuntimeError:  # includes concurrent.futures' BrokenProcessPool
+            except RuntimeError:  # pebble's for a pool that broke or was stopped
                 self._replace(processes)
                 continue
             processes.watch(job)
@@ -131,18 +134,19 @@ class Pool:
         )
 
     def _replace(self, broken: "_Processes") -> None:
-        if self._by_process.get(os.getpid()) is broken:
-            self._by_process.pop(os.getpid(), None)
+        self._processes.drop(broken)
         waiting = [job for job in list(broken.jobs) if job.task and not job.task.done()]
         broken.jobs.clear()
         threading.Thread(
             target=broken.stop, daemon=True
         ).start()  # the current thread may be one of the threads that stop() joins
         for job in waiting:
-            self._again(job, lost=False)
+            self._again(job)
 
     def _done(self, job: Job, task: Future) -> None:
         """A worker has finished a job, failed at it, or died."""
+        if job.future.done() or job.task is not task:  # the pool was closed, or the job was started again
+            return
         if task.cancelled():
             job.future.cancel()
             return
@@ -151,21 +155,27 @@ class Pool:
             job.end(task.result())
         elif isinstance(error, TimeoutError):
             job.end(Ending.TIMEOUT)
-        elif not isinstance(error, OSError | RuntimeError):
+        elif isinstance(error, BrokenProcessPool):  # perhaps through another job
+            job.breaks += 1
+            job.end(Ending.CRASHED) if job.breaks > BREAKS else self._again(job)
+        elif hasattr(error, "exitcode"):  # pebble's ProcessExpired: this worker died
+            self._lost(job, error.exitcode)
+        else:
             job.end(error)  # the function raised
-        else:  # this worker or all workers are dead
-            code = getattr(error, "exitcode", None)
-            if code == -signal.SIGPROF:
-                job.end(Ending.OVER_TIME)
-            elif code == _OUT_OF_MEMORY:
-                job.end(Ending.OVER_MEMORY)
-            elif job.tried and code != _WORN_OUT:
-                job.end(Ending.CRASHED)
-            else:
-                self._again(job, code != _WORN_OUT)
 
-    def _again(self, job: Job, lost: bool) -> None:
-        job.tried = job.tried or lost
+    def _lost(self, job: Job, code: int) -> None:
+        """A job's worker ended with an exit code."""
+        if code == -signal.SIGPROF:
+            job.end(Ending.OVER_TIME)
+        elif code == _OUT_OF_MEMORY:
+            job.end(Ending.OVER_MEMORY)
+        elif job.tried and code != _WORN_OUT:
+            job.end(Ending.CRASHED)
+        else:
+            job.tried = job.tried or code != _WORN_OUT
+            self._again(job)
+
+    def _again(self, job: Job) -> None:
         try:
             self._start(job)
         except BaseException as error:
@@ -204,13 +214,13 @@ class _Processes:
         return list(self._pool._pool_manager.worker_manager.workers) if self._pool else []
 
     def stop(self) -> None:
-        """End the workers; their running jobs end as CRASHED."""
+        """End the workers; open jobs end as CRASHED."""
+        for job in list(self.jobs):  # before the workers end, or a dead worker would start its job again
+            job.end(Ending.CRASHED)
         with self._lock:
             if self._pool is not None:
                 self._pool.stop()
                 self._pool.join()
-        for job in list(self.jobs):
-            job.end(Ending.CRASHED)
 
 
 class _Context(context.ForkServerContext):

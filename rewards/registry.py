@@ -66,7 +66,7 @@ def load_reward(
     found = _find(REWARDS.get(place, place), name, folders)
     if adapter:
         return _find(FOREIGN[adapter], name, ())(found, dict(params or {}), name)
-    reward = _with_params(found, dict(params or {}), name)
+    reward = with_params(found, dict(params or {}), name)
     problem = _call_problem(reward)
     if problem:
         raise TypeError(
@@ -157,32 +157,36 @@ def _from_file(where: str, places: Iterable[Path], name: str) -> ModuleType:
     return module
 
 
-def _with_params(found: Any, params: dict[str, Any], name: str) -> Any:
+def with_params(
+    found: Any, params: Mapping[str, Any], name: str, taken: int = 2, also: Sequence[str] = ()
+) -> Any:
+    """An instance of a class, or a function with its parameters bound.
+
+    Args:
+        taken: number of a function's first parameters that are not for `params`.
+        also: further names that a function's `**kwargs` do not take; with such names, `**kwargs` take no parameter.
+
+    Raises TypeError for an object that is neither, and ValueError for unknown or missing parameters.
+    """
     is_class = inspect.isclass(found)
     if not callable(found):
         raise TypeError(f"reward {name!r} is a {type(found).__name__}, not a class or function")
     if not is_class and not params:
         return found
-    known = _parameters(found, taken=0 if is_class else 2)
+    parameters = list(inspect.signature(found).parameters.values())[0 if is_class else taken :]
+    usable = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = [*also, *(parameter.name for parameter in parameters if parameter.kind in usable)]
+    any_name = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
     for key in params:
-        if known is not None and key not in known:
+        if key not in known and not (any_name and (is_class or not also)):
             raise ValueError(f"reward {name!r}: unknown parameter {key!r}; {nearest(key, known)}")
     if not is_class:
         return functools.partial(found, **params)
     try:
         inspect.signature(found).bind(**params)
     except TypeError as error:
-        raise ValueError(f"reward {name!r}: {error}; parameters: {', '.join(known or ())}") from None
+        raise ValueError(f"reward {name!r}: {error}; parameters: {', '.join(known)}") from None
     return found(**params)
-
-
-def _parameters(found: Any, taken: int) -> list[str] | None:
-    """Names of the parameters after the first `taken`; None if any name is accepted."""
-    parameters = list(inspect.signature(found).parameters.values())
-    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    usable = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [parameter.name for parameter in parameters[taken:] if parameter.kind in usable]
 
 
 def _call_problem(reward: Any) -> str:

@@ -92,15 +92,11 @@ def self_test(
     for an empty set of rows, and for a row that no term of the mixture grades.
     """
     mode = getattr(reward, "contract_of", None)
-    chosen: Sequence[int] = range(len(examples))
-    if mode:
-        chosen = [row for row, example in enumerate(examples) if example.mode == mode]
+    chosen = chosen_rows(examples, mode, rows, seed)
     if not chosen:
         raise ValueError(
             f"reward {name!r}: there is no row{f' of mode {mode!r}' if mode else ''} to test it on"
         )
-    if rows is not None and rows < len(chosen):
-        chosen = sorted(random.Random(seed).sample(chosen, rows))
     caller = Caller()
     failures: list[Failure] = []
     for start in range(0, len(chosen), _CHUNK):
@@ -113,6 +109,14 @@ def self_test(
             level = "form" if level == "skip" else level
             failures += _test_term(reward, name, level, part, caller, _opens_the_thought(reward))[0]
     return sorted(failures, key=lambda failure: failure.row)
+
+
+def chosen_rows(examples: Sequence[Example], mode: str | None, rows: int | None, seed: int) -> list[int]:
+    """Indices of the rows of a mode (None: all modes), or of a random sample of `rows` of them."""
+    chosen = [row for row in range(len(examples)) if mode is None or examples[row].mode == mode]
+    if rows is None or rows >= len(chosen):
+        return chosen
+    return sorted(random.Random(seed).sample(chosen, rows))
 
 
 def cases(example: Example, thought_open: bool = False) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "bnpo": {"loss_type": "bnpo"},
     "cispo": {"loss_type": "cispo"},
     "sapo": {"loss_type": "sapo"},
+    # Advantages come per token from the teacher (rl.distill).
+    "distill": {"loss_type": "dapo"},
     "gdpo": {"loss_type": "dapo", "multi_objective_aggregation": "normalize_then_sum"},
 }
 """`algorithm.name` -> TRL's settings. docs/algorithms.md has the papers."""

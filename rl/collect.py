@@ -16,6 +16,7 @@ from rewards.mix import Graded, Mixture, Term
 from rewards.verdict import Verdict
 from rl.config import RLConfig
 from rl.data import PromptStream, Record, example_of, prompt_messages
+from rl.distill import TeacherClient
 from rl.ledger import Ledger
 from rl.rollout.client import RolloutClient
 from rl.rollout.messages import Answer, Completion, Prompt, Sampling
@@ -34,6 +35,8 @@ class Sample:
     """Soft overlong punishment, at most 0."""
     correct: Verdict
     """The answer verifier's verdict, independent of the reward's terms."""
+    teacher: list[float] | None = None
+    """Distillation: the teacher's log-probabilities of the completion's tokens."""
 
     @property
     def reward(self) -> float | None:
@@ -87,6 +90,7 @@ class Collector:
         mixture: the reward.
         answer: the answer verifier behind `Sample.correct`.
         overlong: punishment by completion length, or None.
+        teacher: scores completions for distillation, or None.
         seed: the stage's seed. Each completion's seed is derived from it, so a batch does not depend on the number of
             ranks or servers.
     """
@@ -100,8 +104,9 @@ class Collector:
         answer: Callable[[str, Example], Verdict],
         overlong: Callable[[int], float] | None,
         seed: int,
+        teacher: TeacherClient | None = None,
     ) -> None:
-        self.cfg, self.client, self.mixture = cfg, client, mixture
+        self.cfg, self.client, self.mixture, self.teacher = cfg, client, mixture, teacher
         self.answer = Mixture([Term("answer", answer, 1.0)])
         self.overlong, self.seed = overlong, seed
         self.ledger = Ledger(cfg.rollout.group_size)
@@ -166,8 +171,24 @@ class Collector:
             "rollout/groups_too_old": too_old,
             "rollout/prompts_passed_over": self.stream.passed_over - passed_over,
             **self._measures(sampled),
+            **self._taught(batch),
         }
         return Batch(batch, sampled, metrics)
+
+    def _taught(self, groups: list[Group]) -> dict[str, float]:
+        """Let the teacher score the batch's completions; returns the reverse KL divergence per token."""
+        if self.teacher is None:
+            return {}
+        started = time.monotonic()
+        tokens = [[sample.completion.token_ids for sample in group.samples] for group in groups]
+        prompts = [Prompt(prompt_messages(group.row)) for group in groups]
+        scores = self.teacher.score(prompts, [group.prompt_ids for group in groups], tokens)
+        gaps = []
+        for group, of_group in zip(groups, scores, strict=True):
+            for sample, logprobs in zip(group.samples, of_group, strict=True):
+                sample.teacher = logprobs
+                gaps += [own - its for own, its in zip(sample.completion.logprobs, logprobs, strict=True)]
+        return {"distill/reverse_kl": _mean(gaps), "distill/seconds": time.monotonic() - started}
 
     def _young(self, groups: list[Group]) -> tuple[list[Group], int]:
         """The carried groups that are not too stale to train on, and the number of dropped ones."""

@@ -97,13 +97,29 @@ class ClipSchedule(Strict):
     """Upper clip at the last update."""
 
 
+class Teacher(Strict):
+    """Servers of a larger core with the student's tokenizer, started by `posttrain rollout-server`."""
+
+    urls: tuple[str, ...] = Field(min_length=1)
+    """URLs (http://host:port) of the teacher's servers, which all serve the same weights."""
+    token_file: str
+    """File of mode 0600 with these servers' token."""
+    concurrency: int = Field(default=8, ge=1, le=65536)
+    """Prompts that a server scores at the same time."""
+    request_timeout_s: float = Field(default=1800, gt=0)
+    """Seconds in which a server must answer."""
+
+
 class Algorithm(Strict):
     """Policy loss. docs/algorithms.md gives the paper and the section of each."""
 
-    name: Literal["dapo", "gspo", "dr_grpo", "bnpo", "cispo", "sapo", "gdpo"] = "dapo"
+    name: Literal["dapo", "gspo", "dr_grpo", "bnpo", "cispo", "sapo", "gdpo", "distill"] = "dapo"
     """dapo: token-level ratios, token-mean loss; gspo: one ratio per sequence, for MoE; dr_grpo: no length and no
     standard deviation in the normalisation; bnpo: token mean of each update; cispo: clipped ratios as constant weights;
-    sapo: a soft gate instead of a clip; gdpo: dapo's loss, with advantages normalised per reward and then summed."""
+    sapo: a soft gate instead of a clip; gdpo: dapo's loss, with advantages normalised per reward and then summed;
+    distill: on-policy distillation, each token's advantage is log teacher - log student. Rewards are only reported."""
+    teacher: Teacher | None = None
+    """distill only: the teacher's servers."""
     clip_low: float = Field(ge=0, le=1)
     """Ratios below 1 - clip_low are clipped; cispo and sapo have no lower clip."""
     clip_high: float = Field(ge=0)
@@ -145,6 +161,10 @@ class Algorithm(Strict):
             )
         if self.delta is not None and not self.delta > 1 + self.clip_high:
             raise ValueError(f"delta={self.delta} must be above 1 + clip_high = {1 + self.clip_high:g}")
+        if (self.name == "distill") != (self.teacher is not None):
+            raise ValueError(
+                f"teacher with name={self.name}: distill needs a teacher, and no other algorithm has one"
+            )
         if self.name == "gdpo" and self.scale_by_std is False:
             raise ValueError(
                 "scale_by_std=false with gdpo: its advantages are normalised per reward; leave it out"
@@ -378,12 +398,27 @@ class RLConfig(Strict):
                 "set it to 1, or turn overlap off"
             )
         self.optim.gradient_accumulation(ranks, self.mini_batch)
+        self._check_distillation()
         if self.overlong and self.overlong.cache_tokens >= self.rollout.max_completion_tokens:
             raise ValueError(
                 f"overlong.cache_tokens={self.overlong.cache_tokens} must be below "
                 f"rollout.max_completion_tokens={self.rollout.max_completion_tokens}"
             )
         return self
+
+    def _check_distillation(self) -> None:
+        if self.algorithm.teacher is None:
+            return
+        if self.rollout.temperature != 1:
+            raise ValueError(
+                f"rollout.temperature={self.rollout.temperature:g} with distill: the teacher scores at temperature 1, "
+                "so the student must sample at 1"
+            )
+        if self.dynamic_sampling.max_rounds:
+            raise ValueError(
+                "dynamic_sampling.max_rounds with distill: groups need no spread of rewards to learn from a teacher; "
+                "set it to 0"
+            )
 
     @model_validator(mode="after")
     def _rewards_make_a_mixture(self) -> RLConfig:
@@ -392,13 +427,3 @@ class RLConfig(Strict):
         except ValueError as error:
             raise ValueError(f"rewards: {error}") from None
         return self
-
-
-class EvalConfig(Strict):
-    """Greedy evaluation on the held-out sets through the rollout engine."""
-
-    thinking: DataSource
-    direct: DataSource
-    max_completion_tokens: int = Field(ge=1)
-    samples: int = Field(default=12, ge=0)
-    """Number of held-out rows per evaluated set that the report shows with their images."""

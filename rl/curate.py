@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_jsonl
-from core.model.pictures import as_rgb
-from corpus.records import DataSource, Records, load_records, write_records
+from core.model.prompts import shown
+from core.model.videos import Decoded
+from corpus.curation.difficulty import unlearnable
+from corpus.records import DataSource, Records, load_source, write_records
 from rewards.answer import AnswerReward
 from rewards.extract import parse_thinking
 from rewards.style.format import ThinkFormat
@@ -61,10 +63,8 @@ def pass_at_k(
         rate = _pass_rate(row, completions, client.core.thought_open)
         if rate is None:
             dropped["unscorable"] += 1
-        elif rate == 1 and cfg.drop_always_solved:
-            dropped["always solved"] += 1
-        elif rate == 0 and cfg.drop_never_solved and row["mode"] == "think":
-            dropped["never solved"] += 1
+        elif reason := unlearnable(rate, row["mode"], cfg.drop_always_solved, cfg.drop_never_solved):
+            dropped[reason] += 1
         else:
             kept.append({**row, "meta": {**(row["meta"] or {}), "pass_rate": rate}})
     return _finish(f"pass@{cfg.samples} filter", kept, dropped, cfg.min_rows, out / f"{cfg.into}.parquet")
@@ -149,7 +149,7 @@ def _sampled(
 ) -> list[tuple[Record, list[Completion]]]:
     """The source's rows, each with `cfg.samples` completions of the served policy."""
     source, samples = cfg.source, cfg.samples
-    rows = askable(source, load_records(sets[source.set], split=source.split, rows=source.rows, seed=seed))
+    rows = askable(source, load_source(source, sets, seed))
     prompts = [Prompt(prompt_messages(row), seed=(seed << 32) + at * samples) for at, row in enumerate(rows)]
     sampling = Sampling(max_tokens=max_tokens, n=samples, temperature=cfg.temperature)
     report = (lambda done: progress(done, len(rows))) if progress else None
@@ -166,8 +166,8 @@ def _pass_rate(row: Record, completions: Sequence[Completion], thought_open: boo
 
 
 def _image_key(row: Record) -> tuple[bytes, ...]:
-    """A hash of each picture's pixels."""
-    return tuple(hashlib.sha256(as_rgb(image).tobytes()).digest() for image in row["images"])
+    """A hash of the pixels of each picture and frame."""
+    return tuple(hashlib.sha256(image.tobytes()).digest() for image in Decoded(shown(row)))
 
 
 def _finish(what: str, kept: list[dict], dropped: Counter, min_rows: int, path: Path) -> dict[str, Any]:

@@ -7,11 +7,12 @@ import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from core.model.pictures import Decoded
-from core.model.prompts import messages
-from corpus.records import DataSource, Records, load_records
+from core.model.prompts import messages, shown
+from core.model.videos import Decoded
+from corpus.records import DataSource, Records, load_source
 from rewards.answer import GoldError, gold_problem
 from rewards.example import Example
 
@@ -33,8 +34,8 @@ def load_rows(
     """
     rows: list[dict[str, Any]] = []
     for source in sources:
-        records = load_records(sets[source.set], source.split, source.rows, seed)
-        rows += _gradable(source, askable(source, records))
+        records = load_source(source, sets, seed)
+        rows += gradable(source, askable(source, records))
     seen: set[str] = set()
     for row in rows:
         if row["id"] in seen:
@@ -45,10 +46,16 @@ def load_rows(
     return rows
 
 
-def _gradable(source: DataSource, records: Records) -> list[dict[str, Any]]:
-    """The records whose gold answers their verifiers can use."""
+def gradable(
+    source: DataSource, records: Records, changes: Mapping[str, Any] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """The records, with `changes` to their fields, whose gold answers their verifiers can use.
+
+    Raises GoldError for other records, unless the source drops them.
+    """
     good, bad = [], []
-    for index, record in enumerate(records):
+    for index, stored in enumerate(records):
+        record = {**stored, **changes}
         problem = gold_problem(example_of(record))
         if problem:
             bad.append(f"{records.place(index)} ({record['id']!r}): answer: {problem}")
@@ -69,7 +76,7 @@ def _gradable(source: DataSource, records: Records) -> list[dict[str, Any]]:
 
 def example_of(record: Record) -> Example:
     """A record as rewards see it; its pictures decode when a reward accesses them."""
-    return Example.of(record, Decoded(record["images"]))
+    return Example.of(record, Decoded(shown(record)))
 
 
 def prompt_messages(record: Record) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from core.model.prompts import shown
+from core.model.videos import tiles
 from rewards.judge.judges import statistics
 from rl.collect import Batch, Group, Pipeline
 from rl.data import Record, prompt_messages
@@ -109,6 +111,8 @@ class Lead:
 
     def close(self) -> None:
         self.client.close()
+        if teacher := self.rollouts.collector.teacher:
+            teacher.close()
 
 
 class Follower:
@@ -173,12 +177,16 @@ class RolloutFeed:
                 f"collected {len(rows)} completions for {ranks} ranks x {count}; "
                 "rollout.prompts_per_batch x group_size must be what TRL's generation batch holds"
             )
-        return [self._with_prompt(row) for row in rows[rank * count : (rank + 1) * count]]
+        own = rows[rank * count : (rank + 1) * count]
+        # The rows of a group share their images as objects: rl.shared_prefix.tiles computes each object once.
+        side = trainer.processing_class.frame_px
+        images = {row: tiles(shown(self.records[row]), side) for row in {row["id"]: None for row in own}}
+        return [self._with_prompt(row, images[row["id"]]) for row in own]
 
-    def _with_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _with_prompt(self, row: dict[str, Any], images: Sequence[Any]) -> dict[str, Any]:
         """The row with its prompt and images. Every rank has these, so rank 0 does not broadcast them."""
-        record = self.records[row["id"]]
-        return {**row, "prompt": _text_only(prompt_messages(record)), "images": list(record["images"])}
+        prompt = _text_only(prompt_messages(self.records[row["id"]]))
+        return {**row, "prompt": prompt, "images": list(images)}
 
     def _update_servers(self, trainer: Any) -> dict[str, float]:
         """Push the weights if the servers lack them, then compare servers and learner."""
@@ -249,8 +257,10 @@ def trl_rows(group: Group) -> list[dict[str, Any]]:
             scores = {name: verdict.score for name, verdict in sample.graded.verdicts.items()}
             scores["overlong"] = sample.penalty
         completion = sample.completion
+        taught = {} if sample.teacher is None else {"teacher_logprobs": sample.teacher or [0.0]}
         rows.append(
             {
+                **taught,
                 "id": group.row["id"],
                 "scores": scores,
                 "prompt_ids": group.prompt_ids,

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from core.files import write_json
-from core.strict import Strict
+from core.model.prompts import messages, shown
+from core.strict import ConfigError, Strict
 from core.training.job import Job
-from corpus.records import DataSource, Records, load_records
+from corpus.records import DataSource, Records, load_source
+from corpus.vocabulary import check_words
 from rl.rollout.config import PoolConfig
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,10 @@ class Limits(Strict):
     max_images: int
     max_model_tokens: int
     asked: tuple[Asked, ...]
+    read: tuple[DataSource, ...] = ()
+    """All sets that the policy reads or writes, whose words its tokenizer should know."""
+    max_unknown: float = 1.0
+    """Largest share of tokens of these sets that it may not know."""
 
 
 def check(cfg: Limits, job: Job) -> Path:
@@ -54,14 +60,23 @@ def check(cfg: Limits, job: Job) -> Path:
     dropped: dict[str, dict[str, int]] = {}
     for one in cfg.asked:
         source = one.source
-        records = load_records(job.sets[source.set], source.split, source.rows, one.seed)
+        records = load_source(source, job.sets, one.seed)
         room = cfg.max_model_tokens - one.max_completion_tokens
         found = _unaskable(records, processor, cfg.max_images, room)
         if found and (source.unaskable == "refuse" or len(found) == len(records)):
             problems.append(_refusal(one, records, found, cfg))
         elif found:
             dropped[one.key] = dict(Counter(kind for kind, _ in found.values()))
-    write_json(job.out / FOUND, {"problems": problems, "dropped": dropped})
+    warnings: list[str] = []
+    for source in cfg.read:
+        if processor is None:
+            break
+        records = load_source(source.model_copy(update={"rows": None}), job.sets, None, on_bad="drop")
+        try:
+            warnings += check_words(source.set, records, processor.tokenizer, cfg.max_unknown)
+        except ConfigError as error:
+            problems.append(str(error))
+    write_json(job.out / FOUND, {"problems": problems, "dropped": dropped, "warnings": warnings})
     return job.out
 
 
@@ -88,13 +103,10 @@ def askable(
 
 def prompt_tokens(record: Mapping[str, Any], processor: Any) -> int:
     """Tokens of a record's prompt as a server counts them, including image tokens; pixels are not read."""
-    from core.model.prompts import messages
-
     text = processor.apply_chat_template([messages(record)], add_generation_prompt=True, tokenize=False)[0]
     tokens = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-    sizes = [(image.height, image.width) for image in record["images"]]
-    expanded = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
-    return tokens + sum(count - 1 for count in expanded)  # each expansion replaces its one placeholder
+    # Each expansion replaces its one placeholder.
+    return tokens + sum(count - 1 for count in processor.image_lengths(shown(record)))
 
 
 def _unaskable(
@@ -103,8 +115,9 @@ def _unaskable(
     """Rows beyond a limit: row number -> (kind of limit, the row's value in words)."""
     found: dict[int, tuple[str, str]] = {}
     for row, record in enumerate(records):
-        if len(record["images"]) > max_images:
-            found[row] = ("pictures", f"{len(record['images'])} pictures")
+        if (images := len(shown(record))) > max_images:
+            frames = ", frames of videos included" if record.get("videos") else ""
+            found[row] = ("pictures", f"{images} pictures{frames}")
         elif processor is not None and (tokens := prompt_tokens(record, processor)) > room:
             found[row] = ("tokens", f"a prompt of {tokens} tokens")
     return found

@@ -12,6 +12,7 @@ from core.files import append_jsonl
 from core.training.resume import drop_lines_after
 from rl.collect import Group, Sample
 from rl.config import RLConfig
+from rl.data import example_of
 from rl.watch import ALARMS
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class RunLog:
             "batch": self.batches,
             "id": group.row["id"],
             "mode": group.row["mode"],
-            "question": group.row["question"],
+            "question": example_of(group.row).question,
             "answer": group.row["answer"],
             "verifier": group.row["verifier"],
             "completion": sample.completion.text,

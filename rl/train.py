@@ -40,6 +40,7 @@ from rl.check import check_rewards
 from rl.collect import Collector, Pipeline
 from rl.config import RLConfig
 from rl.data import Record, load_rows, prompt_messages
+from rl.distill import TeacherClient
 from rl.evaluate import accuracy
 from rl.feed import Follower, Lead, RolloutFeed
 from rl.job import ServedJob
@@ -124,7 +125,7 @@ def _trainer(
     from rl.trainer import RolloutTrainer, reward_function
 
     # Probes with images come first, because they test more parts of the model.
-    probes = sorted(records, key=lambda row: not row["images"])[: cfg.parity.sequences]
+    probes = sorted(records, key=lambda row: not (row["images"] or row.get("videos")))[: cfg.parity.sequences]
     prompts = [Prompt(prompt_messages(row), seed=number) for number, row in enumerate(probes)]
     learner = cfg.learner
     trainer = RolloutTrainer(
@@ -172,9 +173,10 @@ def _lead(
     overlong = None
     if cfg.overlong:
         overlong = SoftOverlong(cfg.rollout.max_completion_tokens, cfg.overlong.cache_tokens)
-    client = RolloutClient.of_pool(job.pool, job.urls, job.start, record.alarm_of_servers)
+    client = RolloutClient.of_pool(job.pool, job.urls, job.start, record.alarm_of_servers, job.addresses)
     answer = AnswerReward(thought_open=client.core.thought_open)
-    collector = Collector(cfg, client, records, mixture, answer, overlong, job.seed)
+    teacher = TeacherClient(cfg.algorithm.teacher) if cfg.algorithm.teacher else None
+    collector = Collector(cfg, client, records, mixture, answer, overlong, job.seed, teacher)
     left = cfg.batches - unfinished.done["batches"]
     lead = Lead(
         client,

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from trl import GRPOTrainer
 
+from rl.distill import token_advantages
+
 
 class Feed(Protocol):
     """Brings this rank's share of a generation batch (rl.feed.RolloutFeed)."""
@@ -91,7 +93,10 @@ class RolloutTrainer(GRPOTrainer):
         self._last_loaded_step = self.state.global_step
         self._rows = self.feed.rows(self, len(inputs))
         stock = super()._generate_and_score_completions
-        return self.passes.build(stock, self._rows) if self.passes else stock(self._rows)
+        batch = self.passes.build(stock, self._rows) if self.passes else stock(self._rows)
+        if self._rows and "teacher_logprobs" in self._rows[0]:
+            batch["advantages"] = token_advantages(self._rows, batch["completion_mask"])
+        return batch
 
     def _hand_over(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
         """TRL's rollout_func: returns this rank's completions from the feed."""

@@ -15,9 +15,9 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from core.files import append_jsonl
-from core.model.pictures import Picture
 from rewards.mix import Reward
 from rewards.verdict import Status, as_verdict
+from rl.blank import blanked
 from rl.collect import Group, Sample
 from rl.config import AlarmName, Watch
 from rl.data import Record, example_of
@@ -78,7 +78,7 @@ class Watcher:
         accuracy: Callable[[Sequence[Record]], float],
     ) -> None:
         self.cfg, self.out, self.second, self.rows, self.accuracy = cfg, out, second, rows, accuracy
-        self.shown = [row for row in rows if row["images"]]
+        self.shown = [row for row in rows if row["images"] or row.get("videos")]
         self._blank: list[Record] = []
         self._batches = 0
         self._unscorable: deque[tuple[int, int]] = deque(maxlen=cfg.window)
@@ -287,11 +287,3 @@ def _compare(look: Look, earlier: Sequence[Look]) -> Iterable[Alarm]:
 def _error(first: float, second: float, n: int) -> float:
     """Standard error of the difference of two accuracies on n rows each."""
     return math.sqrt(max(first * (1 - first) + second * (1 - second), 1 / n) / n)
-
-
-def blanked(row: Record) -> dict[str, Any]:
-    """The row with each image replaced by a grey one of its size."""
-    from PIL import Image
-
-    grey = [Picture.of(Image.new("RGB", image.size, (128, 128, 128))) for image in row["images"]]
-    return {**row, "images": grey}

@@ -26,6 +26,16 @@ class Packing(Strict):
     """Number of updates that may skip a buffered row before the row takes precedence."""
 
 
+class Periodic(Strict):
+    """How `overlong: periodic` lets in over-long rows; needs packing. An over-long row fills a micro-batch alone."""
+
+    every: int = Field(default=10, ge=1)
+    """Updates from one that trains over-long rows to the next; the rows are spread evenly over them."""
+    max_tokens: int | None = Field(default=None, ge=8)
+    """Longest row that is let in; longer rows are dropped and counted. None: twice the phase's max_tokens.
+    A phase whose own max_tokens is as long has no over-long rows."""
+
+
 class Phase(Strict):
     """One phase of a curriculum, with its own data and hyper-parameters, from the previous phase's weights."""
 
@@ -33,6 +43,8 @@ class Phase(Strict):
     data: tuple[DataSource, ...] = Field(min_length=1)
     """Sets that are concatenated and shuffled; the `rows` of each set determine the mixture."""
     optim: Optim
+    max_tokens: int | None = Field(default=None, ge=8)
+    """Overrides the stage's max_tokens for this phase; None keeps it."""
     freeze: tuple[Module, ...] | None = None
     """Overrides learner.freeze for this phase; None keeps it."""
 
@@ -50,8 +62,11 @@ class SFTConfig(Strict):
     """Run one after another in one process; each starts with a fresh optimizer."""
     max_tokens: int = Field(ge=8)
     """Longest row, prompt with its image tokens and target together (the report's context)."""
-    overlong: Literal["refuse", "drop"] = "refuse"
-    """Refuse or drop a longer row. Rows are never truncated: a truncated chain teaches to stop in mid-thought."""
+    overlong: Literal["refuse", "drop", "periodic"] = "refuse"
+    """Refuse or drop a longer row, or let such rows in periodically. Rows are never truncated: a truncated chain
+    teaches to stop in mid-thought."""
+    periodic: Periodic = Periodic()
+    """For overlong: periodic."""
     on_bad: Literal["raise", "drop"] = "raise"
     """Whether to stop at a row that breaks a rule of corpus.records, or drop the row."""
     learner: LearnerConfig = LearnerConfig()
@@ -75,16 +90,45 @@ class SFTConfig(Strict):
         names = [phase.name for phase in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases: names must differ, got {names}")
+        if self.overlong == "periodic":
+            self._check_periodic()
         for phase in self.phases:
             self._check_batch(phase)
             freeze = self.learner.freeze if phase.freeze is None else phase.freeze
             self.learner.check_freeze(freeze)
         return self
 
+    def _check_periodic(self) -> None:
+        if not self.packing:
+            raise ValueError(
+                "overlong: periodic needs packing: a padded batch would pad every row to the longest"
+            )
+        if all(self.longest_row(phase) == self.row_tokens(phase) for phase in self.phases):
+            raise ValueError(
+                f"periodic.max_tokens={self.periodic.max_tokens} is not more than max_tokens={self.max_tokens}: no "
+                "phase lets in a longer row; raise the former, or set overlong: drop"
+            )
+
+    def row_tokens(self, phase: Phase) -> int:
+        """max_tokens of the phase: a longer row is over-long."""
+        return phase.max_tokens or self.max_tokens
+
+    def longest_row(self, phase: Phase) -> int:
+        """Most tokens of a row that the phase trains."""
+        if self.overlong != "periodic":
+            return self.row_tokens(phase)
+        return max(self.row_tokens(phase), self.periodic.max_tokens or 2 * self.row_tokens(phase))
+
     def micro_batch_tokens(self, phase: Phase) -> int:
-        """Most tokens in a packed micro-batch of the phase."""
+        """Most tokens in a packed micro-batch of the phase, unless it holds an over-long row."""
         assert self.packing
-        return self.packing.micro_batch_tokens or phase.optim.micro_batch_size * self.max_tokens
+        return self.packing.micro_batch_tokens or phase.optim.micro_batch_size * self.row_tokens(phase)
+
+    def pass_tokens(self, phase: Phase) -> int:
+        """Most tokens in a forward-backward pass of one rank."""
+        if not self.packing:
+            return phase.optim.micro_batch_size * self.row_tokens(phase)
+        return max(self.micro_batch_tokens(phase), self.longest_row(phase))
 
     def _check_batch(self, phase: Phase) -> None:
         rows = phase.optim.global_batch_size
@@ -106,10 +150,10 @@ class SFTConfig(Strict):
                 f"phase {phase.name}: optim.global_batch_size={rows} and packing.update_tokens={tokens}: an update "
                 "goes by rows or by tokens; give one of them"
             )
-        if budget < self.max_tokens:
+        if budget < (longest := self.row_tokens(phase)):
             raise ValueError(
-                f"packing.micro_batch_tokens={budget} is less than max_tokens={self.max_tokens}, and rows are "
-                f"never truncated; raise it to {self.max_tokens} or more"
+                f"packing.micro_batch_tokens={budget} is less than max_tokens={longest}, and rows are never truncated; "
+                f"raise it to {longest} or more"
             )
         whole = self.learner.processes * budget
         if tokens is not None and tokens % whole:

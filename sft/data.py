@@ -1,8 +1,8 @@
-"""Records as lessons: token ids in which only the assistant's turn has labels, padded into batches.
+"""Records as lessons: token ids in which only the assistant's turns have labels, padded into batches.
 
-Axes: B rows, T tokens. The prompt is tokenized separately from the target. So a lesson's prompt ids equal those of a
-rollout server for the same record, and no token spans the boundary. The assistant's turn (with its end-of-turn token)
-is the rendered chat minus the rendered prompt, both by the chat template.
+Axes: B rows, T tokens. Each prompt is tokenized separately from the assistant's turn after it. So a lesson's prompt ids
+equal those of a rollout server for the same record, and no token spans the boundary. An assistant's turn (with its
+end-of-turn token) is the chat up to it minus its prompt, both rendered by the chat template.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from core.model.prompts import messages
+from core.model.prompts import messages, shown
 from core.strict import ConfigError, nearest
-from corpus.records import DataSource, Record, load_records
+from corpus.records import DataSource, Record, load_source
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Lessons(Sequence[Lesson]):
     """Records prepared for training, one by one and on demand.
 
     An item has `input_ids` and `labels` (T,), int64, and `pixel_values` (tiles, 3, size, size), float32, or None for a
-    row without images. Labels are the ids of the assistant's turn and IGNORED elsewhere. For an any-resolution core
+    row without images. Labels are the ids of the assistant's turns and IGNORED elsewhere. For an any-resolution core
     an item has `pixel_values` (patches, 3 x patch_size^2) and `image_grid_thw` (images, 3).
     """
 
@@ -64,17 +65,25 @@ class Lessons(Sequence[Lesson]):
 
 
 def prepare(record: Record, processor: Any) -> Lesson:
-    """One lesson, see `Lessons`. Raises ValueError if the template does not render the assistant's turn."""
+    """One lesson, see `Lessons`. Raises ValueError as `render`."""
     import torch
 
-    prompt, target = render(record, processor)
-    images = list(record["images"])
-    inputs = processor(images=[images] if images else None, text=[prompt], return_tensors="pt", **_PLAIN)
-    prompt_ids = inputs["input_ids"][0]
-    target_ids = torch.tensor(processor.tokenizer(target, **_PLAIN)["input_ids"])
+    exchanges = render(record, processor)
+    prompts = [prompt for prompt, _ in exchanges]
+    waiting = iter(shown(record))
+    images = [list(islice(waiting, prompt.count(processor.image_token))) for prompt in prompts]
+    inputs = processor(
+        images=images if any(images) else None, text=prompts, padding=True, return_tensors="pt", **_PLAIN
+    )
+    ids, labels = [], []
+    for (_, target), row, mask in zip(exchanges, inputs["input_ids"], inputs["attention_mask"], strict=True):
+        prompt_ids = row[mask.bool()]
+        target_ids = torch.tensor(processor.tokenizer(target, **_PLAIN)["input_ids"])
+        ids += [prompt_ids, target_ids]
+        labels += [torch.full_like(prompt_ids, IGNORED), target_ids]
     return {
-        "input_ids": torch.cat([prompt_ids, target_ids]),
-        "labels": torch.cat([torch.full_like(prompt_ids, IGNORED), target_ids]),
+        "input_ids": torch.cat(ids),
+        "labels": torch.cat(labels),
         **{"pixel_values": None, **{name: inputs[name] for name in IMAGES if name in inputs}},
     }
 
@@ -83,24 +92,33 @@ def prepare(record: Record, processor: Any) -> Lesson:
 _PLAIN = {"add_special_tokens": False}
 
 
-def render(record: Record, processor: Any) -> tuple[str, str]:
-    """The prompt as text, with unexpanded image placeholders, and the assistant's turn as text."""
-    prompt = processor.apply_chat_template(messages(record), add_generation_prompt=True, tokenize=False)
-    chat = processor.apply_chat_template(messages(record, with_target=True), tokenize=False)
-    if not chat.startswith(prompt) or chat == prompt:
-        raise ValueError(
-            f"row {record['id']!r}: the chat template renders the prompt differently once an answer follows; "
-            "use one whose generation prompt is how the assistant's turn starts"
-        )
-    return prompt, chat[len(prompt) :]
+def render(record: Record, processor: Any) -> list[tuple[str, str]]:
+    """The record's exchanges: the text up to an assistant's turn, with unexpanded image placeholders, and that turn.
+
+    Raises ValueError if the chat template renders a turn differently once others follow.
+    """
+    chat, exchanges, before = messages(record, with_target=True), [], ""
+    for number, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        prompt = processor.apply_chat_template(chat[:number], add_generation_prompt=True, tokenize=False)
+        whole = processor.apply_chat_template(chat[: number + 1], tokenize=False)
+        if not (prompt.startswith(before) and whole.startswith(prompt) and whole != prompt):
+            raise ValueError(
+                f"row {record['id']!r}: the chat template renders the prompt differently once an answer follows; "
+                "use one whose generation prompt is how the assistant's turn starts, and that keeps earlier turns "
+                "as they were"
+            )
+        exchanges.append((prompt[len(before) :], whole[len(prompt) :]))
+        before = whole
+    return exchanges
 
 
 def count_tokens(record: Record, processor: Any) -> tuple[int, int]:
     """Text tokens and image tokens of a record's lesson, without reading a pixel."""
-    prompt, target = render(record, processor)
-    text = sum(len(processor.tokenizer(part, **_PLAIN)["input_ids"]) for part in (prompt, target))
-    sizes = [(image.height, image.width) for image in record["images"]]
-    expanded = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
+    parts = [part for exchange in render(record, processor) for part in exchange]
+    text = sum(len(processor.tokenizer(part, **_PLAIN)["input_ids"]) for part in parts)
+    expanded = processor.image_lengths(shown(record))
     # Each expansion, <img> and </img> included, replaces its one placeholder.
     return text + len(expanded), sum(count - 2 for count in expanded)
 
@@ -147,9 +165,7 @@ def load_mixture(
     for source in sources:
         if source.set not in sets:
             raise ConfigError(f"set {source.set!r} is unknown; {nearest(source.set, sets)}")
-        records = load_records(
-            sets[source.set], split=source.split, rows=source.rows, seed=seed, on_bad=on_bad
-        )
+        records = load_source(source, sets, seed, on_bad)
         dropped.update(records.dropped)
         places += [(records, row) for row in range(len(records))]
     return Mixture(places, dropped)

@@ -12,6 +12,9 @@ The rows of an update are chosen in one of two ways:
 - by tokens: a stream. Each update takes rows from a buffer of the next rows: first those that have waited too long,
   then those that fill its packs best.
 
+Over-long rows are let in periodically, if a phase has them: every so many updates, evenly spread, and each fills a pack
+alone, which may then hold more than `budget` tokens.
+
 Either way each row is trained once per epoch, and sft/balance.py balances text and image tokens over the packs of an
 update. These are the report's stream packing and visual packing (arXiv:2509.14033, section 5).
 """
@@ -55,11 +58,20 @@ class ByTokens:
     max_wait: int = 4
 
 
+@dataclass(frozen=True)
+class Overlong:
+    """Rows of more than `tokens` tokens are trained in every `every`-th update."""
+
+    tokens: int
+    every: int
+
+
 @dataclass(frozen=True, eq=False)
 class Plan(Sequence[Pack]):
     """The packs of a run, ordered by update, then by accumulation step, then by rank.
 
-    `epochs` or `max_updates` sets the length of the run. Raises PackingError if a row exceeds `budget`.
+    `epochs` or `max_updates` sets the length of the run. Raises PackingError if a row exceeds `budget` and over-long
+    rows are not let in.
 
     >>> plan = Plan(np.array([[5, 0], [3, 4], [2, 4], [6, 0]]), ByRows(4), budget=12, ranks=2, seed=0, epochs=1)
     >>> plan.updates, plan.steps, sorted(sorted(pack) for pack in plan)
@@ -74,6 +86,8 @@ class Plan(Sequence[Pack]):
     seed: int
     epochs: float | None = None
     max_updates: int | None = None
+    overlong: Overlong | None = None
+    """How over-long rows are let in; None: there are none."""
     _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,7 +97,7 @@ class Plan(Sequence[Pack]):
             raise ValueError("there are no rows to pack")
         tokens = self.sizes.sum(axis=1)
         longest = int(tokens.argmax())
-        if tokens[longest] > self.budget:
+        if tokens[longest] > self.budget and not self.overlong:
             raise PackingError(
                 f"row {longest} has {tokens[longest]} tokens, a packed micro-batch holds {self.budget}; raise "
                 f"packing.micro_batch_tokens to {tokens[longest]} or more, or lower max_tokens"
@@ -123,11 +137,24 @@ class Plan(Sequence[Pack]):
         """Micro-batches per update on each rank: the smallest number that suffices for every update of the run."""
         if isinstance(self.updates_by, ByTokens):
             return self.updates_by.tokens // (self.ranks * self.budget)
-        tokens = self.sizes.sum(axis=1)
+        tokens = self._fitted.sum(axis=1)
         most = max(
             len(best_fit(tokens[rows], self.budget)) for rows in map(self._rows_of, range(self.updates))
         )
         return math.ceil(most / self.ranks)
+
+    @cached_property
+    def _fitted(self) -> Sizes:
+        """The sizes by which rows are packed: one that exceeds the budget counts as a full pack."""
+        share = np.minimum(1.0, self.budget / np.maximum(self.sizes.sum(axis=1), 1))
+        images = np.floor(self.sizes[:, 1] * share).astype(np.int64)
+        tokens = np.minimum(self.sizes.sum(axis=1), self.budget)
+        return np.stack([tokens - images, images], axis=1)
+
+    @cached_property
+    def _long(self) -> np.ndarray:
+        """Whether each row is over-long, (rows,)."""
+        return self.sizes.sum(axis=1) > (self.overlong.tokens if self.overlong else np.inf)
 
     @property
     def packs(self) -> int:
@@ -137,13 +164,16 @@ class Plan(Sequence[Pack]):
     def order(self, epoch: int) -> np.ndarray:
         """The rows in the order of an epoch, which equals the padded path's order with the same seed.
 
-        The padded path uses accelerate's SeedableRandomSampler, by which transformers' trainer shuffles.
+        The padded path uses accelerate's SeedableRandomSampler, by which transformers' trainer shuffles. Over-long rows
+        are moved to every so many updates of `ByRows`.
         """
         import torch
 
         if self._state.get("epoch") != epoch:
             shuffle = torch.Generator().manual_seed(self.seed + epoch)
             order = torch.randperm(len(self.sizes), generator=shuffle).numpy()
+            if self.overlong and isinstance(self.updates_by, ByRows):
+                order = spaced(order, self._long, self.updates_by.rows, self.overlong.every)
             self._state.update(epoch=epoch, order=order)
         return self._state["order"]
 
@@ -154,7 +184,7 @@ class Plan(Sequence[Pack]):
         mean, in text or in image tokens, whichever is larger.
         """
         first = min(updates, self.updates)
-        loads = np.array([self.sizes[pack].sum(axis=0) for pack in self[: first * self.packs]])
+        loads = np.array([self._fitted[pack].sum(axis=0) for pack in self[: first * self.packs]])
         ranks = loads.reshape(first * self.steps, self.ranks, 2).sum(axis=0)
         return {
             "rows": len(self.sizes),
@@ -163,6 +193,7 @@ class Plan(Sequence[Pack]):
             "micro_batch_tokens": self.budget,
             "fill": round(float(loads.sum() / (len(loads) * self.budget)), 4),
             "imbalance": round(imbalance(ranks), 4),
+            **({"overlong_rows": int(self._long.sum())} if self.overlong else {}),
         }
 
     def _updates_in(self, epoch: int) -> int:
@@ -187,7 +218,7 @@ class Plan(Sequence[Pack]):
             bins = self._streamed(update)
             rows = np.array([row for pack in bins for row in pack])
             start = np.repeat(np.arange(len(bins)), [len(pack) for pack in bins])
-        sizes = self.sizes[rows]
+        sizes = self._fitted[rows]
         pack_of = balance(sizes, self.packs, self.budget, start)
         loads = np.stack([np.bincount(pack_of, sizes[:, kind], self.packs) for kind in (0, 1)], axis=1)
         place = placed(loads, self.ranks)
@@ -201,14 +232,17 @@ class Plan(Sequence[Pack]):
     def _stream(self, epoch: int) -> Iterator[list[Pack]]:
         by = self.updates_by
         assert isinstance(by, ByTokens)
+        tokens = self._fitted.sum(axis=1)
         return stream(
             self.order(epoch),
-            self.sizes.sum(axis=1),
+            tokens,
             packs=self.packs,
             # A little room lets `balance` swap rows with different shares of text and image tokens.
-            budget=max(int(self.budget * (1 - SLACK)), int(self.sizes.sum(axis=1).max())),
+            budget=max(int(self.budget * (1 - SLACK)), int(tokens.max())),
             buffer=by.buffer,
             max_wait=by.max_wait,
+            overlong=self._long if self.overlong else None,
+            every=self.overlong.every if self.overlong else 1,
         )
 
     def _streamed(self, update: int) -> list[Pack]:
@@ -236,13 +270,21 @@ def stream(
     budget: int,
     buffer: int,
     max_wait: int,
+    overlong: np.ndarray | None = None,
+    every: int = 1,
 ) -> Iterator[list[Pack]]:
     """Updates of `packs` packs from a buffer of at most `buffer` rows of the order; every row occurs once.
 
     Rows that `max_wait` updates have skipped come first, the oldest before all others. At least `packs` of them fit, so
     a row waits for at most max_wait + ceil(buffer / packs) updates. The other rows follow from longest to shortest, and
     each goes to the fullest pack with room for it. At the end of the order the buffer is emptied.
+
+    The rows that `overlong` (rows,) marks enter in every `every`-th update, so many that they last for all updates, and
+    when no other row waits.
     """
+    long = np.zeros(len(tokens), dtype=bool) if overlong is None else overlong
+    updates = math.ceil(int(tokens.sum()) / (packs * budget))
+    at_once = min(packs, math.ceil(int(long.sum()) / math.ceil(updates / every)))
     arrivals = iter(np.asarray(order).tolist())
     waiting: deque[tuple[int, int]] = deque()  # (update of arrival, row), oldest first
     update = 0
@@ -251,15 +293,42 @@ def stream(
             waiting.append((update, row))
         if not waiting:
             return
-        overdue = [row for arrival, row in waiting if update - arrival >= max_wait]
+        admitted = [row for _, row in waiting if long[row]]
+        if len(admitted) < len(waiting):  # else nothing but over-long rows is left
+            admitted = admitted[:at_once] if update % every == 0 else []
+        overdue = [row for arrival, row in waiting if update - arrival >= max_wait and not long[row]]
         held = set(overdue)
-        others = [row for _, row in waiting if row not in held]
+        others = [row for _, row in waiting if row not in held and not long[row]]
         others.sort(key=lambda row: -int(tokens[row]))
-        bins, rest = _fill(overdue + others, tokens, packs, budget)
-        left = set(rest)
+        bins, rest = _fill(admitted + overdue + others, tokens, packs, budget)
+        left = set(rest) | {row for _, row in waiting if long[row]} - set(admitted)
         waiting = deque(item for item in waiting if item[1] in left)
         update += 1
         yield bins
+
+
+def spaced(order: np.ndarray, overlong: np.ndarray, rows: int, every: int) -> np.ndarray:
+    """The order with its over-long rows evenly in every `every`-th update of `rows` rows.
+
+    Args:
+        order: numbers of rows.
+        overlong: whether each row is over-long.
+        rows: rows per update.
+        every: updates from one with over-long rows to the next.
+
+    >>> spaced(np.arange(8), np.array([True] * 3 + [False] * 5), rows=2, every=2).tolist()
+    [0, 1, 3, 4, 2, 5, 6, 7]
+    """
+    plain, long = deque(order[~overlong[order]].tolist()), deque(order[overlong[order]].tolist())
+    updates = math.ceil(len(order) / rows)
+    share = math.ceil(len(long) / math.ceil(updates / every))
+    out: list[int] = []
+    for update in range(updates):
+        size = min(rows, len(order) - len(out))
+        count = min(share, size, len(long)) if update % every == 0 else 0
+        count = max(count, size - len(plain))  # plain rows have run out
+        out += [long.popleft() for _ in range(count)] + [plain.popleft() for _ in range(size - count)]
+    return np.array(out)
 
 
 def _fill(rows: Sequence[int], tokens: np.ndarray, packs: int, budget: int) -> tuple[list[Pack], list[int]]:

@@ -12,7 +12,8 @@ Differs from stock TRL:
 Differs from the report (arXiv:2509.14033, sections 4 and 5):
 
 - Stream packing plans a whole run from the rows' lengths before it starts, and every rank derives its packs from the
-  plan. The report packs online from a buffer per node. In both, a row waits for a bounded time and is never truncated.
+  plan. The report packs online from a buffer per node. In both, a row waits for a bounded time and is never truncated,
+  and `overlong: periodic` lets rows over the maximum in periodically. The report does not say how often.
 - Visual packing balances image tokens over the ranks of an update, as the report does over devices.
 - Hyper-parameters of basic SFT are not in the report: recipes mark them `ours:`.
 """
@@ -25,7 +26,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from core.checkpoint.save import save_checkpoint
 from core.checkpoint.shards import weights_hash
@@ -38,7 +39,7 @@ from core.training.resume import FOLDER, Unfinished, drop_lines_after, forget, i
 from sft.config import Phase, SFTConfig, Variant
 from sft.data import Collator, Lesson, Lessons, Mixture, blank_lesson, fit, load_mixture
 from sft.packed_rows import PackedCollator, attend_within_samples
-from sft.packing import ByRows, ByTokens, Plan
+from sft.packing import ByRows, ByTokens, Overlong, Plan
 from sft.soup import START
 
 if TYPE_CHECKING:
@@ -126,9 +127,11 @@ def variant_start(cfg: SFTConfig, out: Path, model: Path) -> Path:
 
 
 def phase_data(cfg: SFTConfig, number: int, model: Path, sets: Mapping[str, Path], seed: int) -> Mixture:
-    """The rows of one phase that pass the checks and fit in max_tokens."""
-    mixture = load_mixture(cfg.phases[number].data, sets, seed, cfg.on_bad)
-    return fit(mixture, load_processor(model), cfg.max_tokens, cfg.overlong)
+    """The rows of one phase that pass the checks and are not too long."""
+    phase = cfg.phases[number]
+    mixture = load_mixture(phase.data, sets, seed, cfg.on_bad)
+    overlong: Literal["refuse", "drop"] = "refuse" if cfg.overlong == "refuse" else "drop"
+    return fit(mixture, load_processor(model), cfg.longest_row(phase), overlong)
 
 
 def phase_plan(cfg: SFTConfig, phase: Phase, mixture: Mixture, seed: int) -> Plan | None:
@@ -152,6 +155,7 @@ def phase_plan(cfg: SFTConfig, phase: Phase, mixture: Mixture, seed: int) -> Pla
         seed=seed,
         epochs=optim.epochs,
         max_updates=optim.max_steps,
+        overlong=Overlong(cfg.row_tokens(phase), cfg.periodic.every) if cfg.overlong == "periodic" else None,
     )
 
 

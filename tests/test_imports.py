@@ -1,4 +1,4 @@
-"""Imports flow one way: chain -> (rl, sft) -> (rewards, corpus) -> core, and nowhere in a circle."""
+"""Imports flow one way, chain -> (rl, sft) -> (rewards, corpus) -> core, with the public face above, in no circle."""
 
 import ast
 from collections.abc import Iterator
@@ -8,12 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
+    "sailvl2_posttrain": set(),  # its names load their modules by import strings
     "core": set(),
     "corpus": {"core"},
     "rewards": set(),
     "sft": {"core", "corpus", "rewards"},
     "rl": {"core", "corpus", "rewards"},
-    "chain": {"core", "corpus", "rewards", "sft", "rl"},
+    "chain": {"core", "corpus", "rewards", "sft", "rl", "sailvl2_posttrain"},
     "recipes": {"core", "corpus", "rewards"},
 }
 ALSO = {"rewards.offline": {"core", "corpus"}}

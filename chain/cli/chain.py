@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from chain.cli.options import above_0, command, count, load, recipe_argument
+from chain.cli.options import above_0, command, load, recipe_argument
 
 
 def add(commands: Any) -> None:
@@ -31,11 +31,16 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--until", metavar="STAGE", help="last stage")
     run.add_argument("--force", action="store_true", help="run these stages even if they are unchanged")
     run.add_argument(
-        "--nnodes", type=count, help="number of hosts that run this command; default: from torchrun or SLURM"
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="run ranks and servers on a Ray cluster, as the recipe's `hardware` says; default: this machine's cluster",
     )
-    run.add_argument("--node-rank", type=int, help="number of this host; 0 leads")
-    run.add_argument(
-        "--master", metavar="HOST[:PORT]", help="address of node 0, reachable from the other hosts"
+    several = run.add_mutually_exclusive_group()
+    several.add_argument("--seeds", metavar="N,N", help="one run per seed, and a table over all of them")
+    several.add_argument(
+        "--sweep", metavar="KEY=V,V", help="one run per value of a key, and a table over all of them"
     )
 
 
@@ -56,17 +61,20 @@ def _add_plan(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from chain.placement import placement
     from chain.run import run
 
-    place = placement(nodes=options.nnodes, node=options.node_rank, master=options.master)
+    if options.seeds or options.sweep:
+        from chain.cli.members import run_members
+
+        run_members(options)
+        return
     run(
         load(options),
         runs_dir=options.runs_dir,
         from_=options.from_,
         until=options.until,
         force=options.force,
-        place=place,
+        ray=options.ray,
     )
 
 

@@ -68,18 +68,21 @@ class StageFit:
 
     def _sft_pass(self, config: SFTStage, phase: Phase) -> Pass:
         if config.packing:
-            tokens = config.micro_batch_tokens(phase)
+            tokens = config.pass_tokens(phase)
             knob = f"{self.name}.packing.micro_batch_tokens"
-            updated = config.packing.update_tokens or (phase.optim.global_batch_size or 1) * config.max_tokens
+            if tokens > config.micro_batch_tokens(phase):
+                knob = f"{self.name}.periodic.max_tokens"
+            rows = phase.optim.global_batch_size or 1
+            updated = config.packing.update_tokens or rows * config.row_tokens(phase)
             passes = updated / self.learner.processes / tokens
         else:
-            tokens = phase.optim.micro_batch_size * config.max_tokens
+            tokens = config.pass_tokens(phase)
             knob = f"{self.name}.phases: optim.micro_batch_size"
             passes = phase.optim.gradient_accumulation(self.learner.processes)
         work = Work(tokens=tokens, tiles=self._tiles(tokens), accumulates=passes > 1)
         frozen = self.learner.freeze if phase.freeze is None else phase.freeze
         return self._pass(
-            phase.name, work, frozen, knob if tokens > config.max_tokens else f"{self.name}.max_tokens"
+            phase.name, work, frozen, knob if tokens > config.row_tokens(phase) else f"{self.name}.max_tokens"
         )
 
     def _rl_pass(self, config: RLConfig) -> Pass:
@@ -195,6 +198,8 @@ class StageFit:
             return learners
         if pool.urls:
             return f"{learners}; servers at {', '.join(pool.urls)}"
+        if self.machine.nodes > 1:
+            return f"{learners}; servers where Ray places them"
         servers = spans(pool.count * pool.gpus_per_server, pool.first_gpu)
         if pool.share_gpus:
             turn = "while it trains" if isinstance(self.config, RLConfig) else "throughout"
@@ -292,8 +297,8 @@ class StageFit:
                 f"({self.machine.gpus_per_node} x {self.machine.nodes} nodes); lower learner.processes, or raise "
                 "hardware.nodes"
             ]
-        if pool is None or not pool.starts_on_gpus:
-            return []
+        if pool is None or not pool.starts_on_gpus or self.machine.nodes > 1:
+            return []  # chain.placement finds room on several nodes
         last = pool.first_gpu + pool.count * pool.gpus_per_server
         if last > self.machine.gpus_per_node:
             return [
@@ -325,7 +330,7 @@ class StageFit:
         tried = learner.model_copy(update={"gradient_checkpointing": True})
         smaller = one.work
         row, longest = (
-            (self.config.max_tokens, f"{self.name}.max_tokens")
+            (max(map(self.config.row_tokens, self.config.phases)), f"{self.name}.max_tokens")
             if isinstance(self.config, SFTStage)
             else (
                 self._longest_prompt + self.config.rollout.max_completion_tokens,

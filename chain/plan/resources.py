@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chain.inputs import locate_sets, rows_of
+from chain.placement import check_weights_reach, placement
 from chain.plan.hours import Hours, hours_of
 from chain.plan.machine import Machine, machine_of
 from chain.plan.memory import StageFit, gib
@@ -62,7 +63,7 @@ def _hours(recipe: Recipe, runs_dir: Path, shape: CoreShape | None, machine: Mac
 
 def core_folder(recipe: Recipe, run_dir: Path) -> Path | None:
     """The core's checkpoint folder: the recipe's `core.path`, else an earlier run's; None if neither exists."""
-    places = [Path(recipe.core.path).expanduser()] if recipe.core.path else []
+    places = [recipe.place(recipe.core.path)] if recipe.core.path else []
     found = (
         place for place in (*places, run_dir / "core" / "checkpoint") if (place / "config.json").is_file()
     )
@@ -113,7 +114,22 @@ class Resources:
             )
             parts = " (stages whose sets do not exist count as 1B tokens)" if self._guessed else ""
             lines.append(f"time of all stages: about {hours:,.0f} h, {used:,.0f} GPU-hours{parts}")
-        return [*lines, f"counted for a core of {size} parameters on {self.machine}"]
+        lines.append(f"counted for a core of {size} parameters on {self.machine}")
+        return [*lines, *([] if self._misplaced() else self._places())]
+
+    def _places(self) -> list[str]:
+        """A line per node of a recipe for several nodes, which run on Ray."""
+        return placement(self.recipe).lines() if self.recipe.hardware.nodes > 1 else []
+
+    def _misplaced(self) -> list[str]:
+        """Reasons why the recipe cannot be placed on its nodes."""
+        if self.recipe.hardware.nodes == 1:
+            return []
+        try:
+            check_weights_reach(self.recipe.servers, placement(self.recipe))
+        except ConfigError as error:
+            return str(error).splitlines()
+        return []
 
     @property
     def _guessed(self) -> bool:
@@ -142,6 +158,7 @@ class Resources:
         """All reasons why the recipe cannot run on the machine, each with the key to change."""
         found = [problem for fit in self.fits.values() for problem in fit.problems()]
         found += self.server.problems() if self.server else []
+        found += self._misplaced()
         if self.machine.disk_gib is not None and self.disk > self.machine.disk_gib * GIB:
             found.append(
                 f"disk: the chain's checkpoints take {gib(self.disk)} GiB of {self.machine.disk_gib:.0f} GiB; choose "

@@ -14,12 +14,13 @@
           "eval_seconds": 9.8,
           "eval": {                        {} without held-out sets
             "thinking": {"accuracy": 0.87, "n": 500, "ci95": [0.84, 0.90], "format_rate": 1.0,
-                         "mean_tokens": 24.1},
+                         "mean_tokens": 24.1, ...},    by the set's name; rl/scores.py lists the figures
             "direct": {...}
           },
           "train": {"steps": 40, "last": {"reward": 0.81, ...}},    each metric's last logged value
           "prepare": {"pass_at_k": {"kept": 812, "dropped": {"never solved": 1185, "always solved": 3}}},
-          "alarms": [{"batch": 12, "name": "repeats", "text": "..."}]    signs of reward hacking; RL stages
+          "alarms": [{"batch": 12, "name": "repeats", "text": "..."}],   signs of reward hacking; RL stages
+          "bench": {"mathvista": 68.5}     points, from `posttrain bench`
         }
       ],
       "outdated": [],                      left out of stages: made from an earlier run of a stage before them
@@ -59,19 +60,28 @@ from core.strict import ConfigError
 from rl.watch import ALARMS
 
 JSON, HTML = "report.json", "report.html"
+BENCH = "bench/bench.json"
+"""File in a stage's folder: the result of `posttrain bench`."""
 FAILED = "failed.json"
 """File in the partial folder of a failed stage: time and error of the failure."""
-MODES = ("thinking", "direct")
 
 
-class ModeScores(BaseModel):
-    """Greedy held-out scores in one mode."""
+class SetScores(BaseModel):
+    """Scores on one held-out set; rl.scores.summary documents them and adds further figures."""
+
+    model_config = ConfigDict(extra="allow")
 
     accuracy: float
     n: int
     ci95: tuple[float, float]
     format_rate: float
     mean_tokens: float
+    truncated_rate: float | None = None
+    tokens_per_correct: float | None = None
+    by_length: list[dict[str, Any]] = []
+    length_auc: float | None = None
+    blind: dict[str, Any] | None = None
+    drawn: dict[str, Any] | None = None
 
 
 class StageReport(BaseModel):
@@ -82,10 +92,12 @@ class StageReport(BaseModel):
     finished: str
     seconds: float
     eval_seconds: float | None
-    eval: dict[str, ModeScores]
+    eval: dict[str, SetScores]
     train: dict[str, Any]
     prepare: dict[str, Any]
     alarms: list[dict[str, Any]] = []
+    bench: dict[str, float] = {}
+    """Public benchmark -> score in points, from `posttrain bench` of the stage."""
 
 
 class Failure(BaseModel):
@@ -166,22 +178,24 @@ def read(run_dir: Path) -> Report:
 
 def table(report: Report) -> Table:
     """The chain as a table: a row per stage, accuracies with their 95% intervals."""
+    names = set_names(report)
     rows = Table(
         title=f"{report.recipe}, seed {report.seed}: held-out, greedy, 95% intervals",
-        caption="format rate and mean tokens: thinking/direct" + _outdated_text(report),
+        caption=f"format rate and mean tokens: {'/'.join(names)}" + _outdated_text(report),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         show_edge=False,
         padding=0,
     )
     rows.add_column("stage", no_wrap=True)
-    for heading in ("thinking", "direct", "format", "tokens", "seconds"):
+    for heading in (*names, *extra_columns(report), "format", "tokens", "seconds"):
         rows.add_column(heading, justify="right", no_wrap=True)
     for stage in report.stages:
-        scores = [stage.eval.get(mode) for mode in MODES]
+        scores = [stage.eval.get(name) for name in names]
         rows.add_row(
             stage.name,
             *(accuracy_text(score) for score in scores),
+            *extra_columns(report, stage),
             "/".join(f"{score.format_rate:.2f}" if score else "-" for score in scores),
             "/".join(f"{score.mean_tokens:.1f}" if score else "-" for score in scores),
             f"{stage.seconds:.0f}",
@@ -189,7 +203,30 @@ def table(report: Report) -> Table:
     return rows
 
 
-def accuracy_text(scores: ModeScores | None) -> str:
+def set_names(report: Report) -> list[str]:
+    """Names of the evaluation sets, in the recipe's order."""
+    return list(dict.fromkeys(name for stage in report.stages for name in stage.eval))
+
+
+def extra_columns(report: Report, stage: StageReport | None = None) -> list[str]:
+    """Columns that not every run has, blind accuracy and pass@k: their headings, or a stage's cells."""
+    cells = []
+    for name in set_names(report):
+        known = [found for one in report.stages if (found := one.eval.get(name))]
+        own = stage.eval.get(name) if stage else None
+        if any(one.blind for one in known):
+            share = own.blind["accuracy"] if own and own.blind else None
+            cells.append(f"{name} blind" if stage is None else "-" if share is None else f"{share:.3f}")
+        if drawn := next((one.drawn for one in known if one.drawn), None):
+            k = str(drawn["k"])
+            heading = f"{name} pass@{k}, majority@{k}"
+            part = own.drawn if own and own.drawn and str(own.drawn["k"]) == k else None
+            text = f"{part['pass_at'][k]:.3f}, {part['majority_at'][k]:.3f}" if part else "-"
+            cells.append(heading if stage is None else text)
+    return cells
+
+
+def accuracy_text(scores: SetScores | None) -> str:
     """Accuracy and its 95% interval, `0.874 [.842, .900]`; `-` without scores."""
     if scores is None:
         return "-"
@@ -199,7 +236,7 @@ def accuracy_text(scores: ModeScores | None) -> str:
 
 def scores_text(scores: dict[str, dict[str, Any]]) -> str:
     """An evaluation in one line."""
-    parts = [f"{mode} {accuracy_text(ModeScores.model_validate(found))}" for mode, found in scores.items()]
+    parts = [f"{name} {accuracy_text(SetScores.model_validate(found))}" for name, found in scores.items()]
     return ", ".join(parts) or "not evaluated"
 
 
@@ -246,7 +283,22 @@ def _stage(folder: Path, manifest: Manifest) -> StageReport:
         train=_train(Tail(folder / "metrics.jsonl").new()),
         prepare=optional("prepare.json"),
         alarms=Tail(folder / ALARMS).new(),
+        bench={name: task["score"] for name, task in _bench(folder).items() if "score" in task},
     )
+
+
+def published(run_dir: Path, report: Report) -> dict[str, dict[str, float]]:
+    """Model -> benchmark -> published score, from the benches of the run's stages."""
+    found: dict[str, dict[str, float]] = {}
+    for stage in report.stages:
+        file = run_dir / stage.name / BENCH
+        for model, scores in (read_json(file).get("published", {}) if file.exists() else {}).items():
+            found.setdefault(model, {}).update(scores)
+    return found
+
+
+def _bench(folder: Path) -> dict[str, Any]:
+    return read_json(folder / BENCH)["tasks"] if (folder / BENCH).exists() else {}
 
 
 def _failure(run_dir: Path, names: Sequence[str]) -> Failure | None:

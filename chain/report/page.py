@@ -6,8 +6,6 @@ page's content security policy forbids scripts and requests.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,34 +14,27 @@ from typing import Any
 from chain.display import Tail, duration
 from chain.report import charts
 from chain.report.curves import curves, is_number
-from chain.report.data import MODES, Failure, Report, StageReport
+from chain.report.data import Failure, Report, StageReport, extra_columns, published, set_names
+from chain.report.pictures import data_url
+from chain.report.render import template
 from core.files import PARTIAL
 from core.model.pictures import Picture
-
-THUMBNAIL_PX = 256
-"""Larger images are reduced to this size. Smaller images keep their size, with every pixel visible."""
 
 
 def page(report: Report, run_dir: Path) -> str:
     """The whole page, with the stages' curves and sampled completions from the run's folder."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     stages = [_stage(stage, report, run_dir / stage.name) for stage in report.stages]
     if report.failed:
         stages.append(_failed(report.failed, run_dir))
-    return environment.get_template("page.html.jinja").render(
+    return template("page.html.jinja").render(
         report=report,
         facts=_facts(report),
         stages=stages,
-        table=[_row(stage) for stage in report.stages],
+        sets=set_names(report),
+        extra=extra_columns(report),
+        table=[_row(stage, report) for stage in report.stages],
         overview=_overview(report),
+        benches=_benches(report, run_dir),
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
     )
 
@@ -54,17 +45,31 @@ def _facts(report: Report) -> list[str]:
     return [f"seed {report.seed}", commit, f"{duration(seconds)} in all", report.written]
 
 
-def _row(stage: StageReport) -> dict[str, Any]:
+def _row(stage: StageReport, report: Report) -> dict[str, Any]:
     """One stage in the page's table."""
-    scores = [stage.eval.get(mode) for mode in MODES]
+    scores = [stage.eval.get(name) for name in set_names(report)]
     return {
         "name": stage.name,
         "scores": scores,
+        "extra": extra_columns(report, stage),
         "format": " / ".join(f"{score.format_rate:.2f}" if score else "–" for score in scores),
         "tokens": " / ".join(f"{score.mean_tokens:.1f}" if score else "–" for score in scores),
         "seconds": f"{stage.seconds:.0f}",
         "evaluation": f" + {stage.eval_seconds:.0f}" if stage.eval_seconds is not None else "",
     }
+
+
+def _benches(report: Report, run_dir: Path) -> dict[str, Any] | None:
+    """The table of public benchmarks: stages, then published models. A column's base is its part before a dot."""
+    names = list(dict.fromkeys(name for stage in report.stages for name in stage.bench))
+    if not names:
+        return None
+    rows = [(stage.name, stage.bench) for stage in report.stages if stage.bench]
+    for model, scores in published(run_dir, report).items():
+        own = {name: scores[name.partition(".")[0]] for name in names if name.partition(".")[0] in scores}
+        rows += [(f"{model} (published)", own)] if own else []
+    cells = [[label, *(f"{own[name]:.1f}" if name in own else "–" for name in names)] for label, own in rows]
+    return {"heads": ["points", *names], "rows": cells}
 
 
 def _overview(report: Report) -> charts.Figure | None:
@@ -73,8 +78,8 @@ def _overview(report: Report) -> charts.Figure | None:
     if len(stages) < 2:
         return None
     series = {
-        mode: [(found.accuracy, *found.ci95) if (found := stage.eval.get(mode)) else None for stage in stages]
-        for mode in MODES
+        name: [(found.accuracy, *found.ci95) if (found := stage.eval.get(name)) else None for stage in stages]
+        for name in set_names(report)
     }
     return charts.intervals("Held-out accuracy along the chain", [stage.name for stage in stages], series)
 
@@ -139,7 +144,7 @@ def _soup(ingredients: Sequence[Mapping[str, Any]], merged: Mapping[str, Any]) -
 
 
 def _flat(measured: Mapping[str, Any]) -> dict[str, Any]:
-    held_out = {f"held-out, {mode}": scores["accuracy"] for mode, scores in measured["eval"].items()}
+    held_out = {f"held-out, {name}": scores["accuracy"] for name, scores in measured["eval"].items()}
     plain = {
         key: value for key, value in measured.items() if key not in ("name", "score") and _is_plain(value)
     }
@@ -173,13 +178,7 @@ def _picture(folder: Path, name: str | None) -> dict[str, Any] | None:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.exists():
         return None
-    shown = Picture(path.read_bytes()).rgb()
-    small = max(shown.size) <= THUMBNAIL_PX // 2
-    shown.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    shown.save(buffer, format="PNG" if small else "JPEG")
-    kind = "png" if small else "jpeg"
-    return {"kind": kind, "small": small, "data": base64.b64encode(buffer.getvalue()).decode()}
+    return data_url(Picture(path.read_bytes()).rgb())
 
 
 def _is_plain(value: Any) -> bool:

@@ -126,19 +126,23 @@ class PictureIndex:
         """Row id -> pictures of the row as PIL images in mode RGB. Unknown and unreadable rows are left out."""
         import pyarrow.parquet as pq
 
-        from corpus.records import picture_of
+        from core.model.videos import Caps, Decoded
+        from corpus.schema import clip_of, picture_of
 
         if self._where is None:
             self._where = self._indexed()
         found: dict[str, list[Any]] = {}
         groups = {self._where[row_id] for row_id in ids if row_id in self._where}
         for file, group in sorted(groups):
-            rows = pq.ParquetFile(file).read_row_group(group, columns=["id", "images"]).to_pylist()
+            rows = pq.ParquetFile(file).read_row_group(group, columns=["id", "images", "videos"]).to_pylist()
             for row in rows:
                 if row["id"] not in ids or row["id"] in found:
                     continue
                 try:
-                    found[row["id"]] = [picture_of(one).rgb() for one in row["images"] or ()]
+                    clips = [clip_of(one, Caps(PICTURES_AT_MOST)) for one in row.get("videos") or ()]
+                    frames = [frame for clip in clips for frame in clip.frames]
+                    pictures = [picture_of(one) for one in row["images"] or ()]
+                    found[row["id"]] = list(Decoded([*pictures, *frames]))
                 except Exception as error:  # Pillow passes on any exception of a decoder
                     log.warning("%s: row %s: no picture for the trackers: %s", file, row["id"], error)
         return found

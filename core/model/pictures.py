@@ -20,9 +20,9 @@ import base64
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,30 +105,23 @@ class Picture:
         self._size = seen.size
         return seen
 
+    def grey(self, at_least: int) -> Image:
+        """The picture in mode L, with sides of at least `at_least` pixels if it has them, for hashes and thumbnails.
+
+        A JPEG is decoded at a reduced scale, which takes half the time. Raises as `rgb`.
+        """
+        image = _opened(self.data)
+        if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+            return self.rgb().convert("L")
+        self.animated = False
+        image.draft("L", (at_least, at_least))
+        return _turned(image.convert("L"), _orientation(image))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Picture, (self.data,)
 
     def __deepcopy__(self, memo: Any) -> Picture:
         return self
-
-
-class Decoded(Sequence[Any]):
-    """Pictures as PIL images in mode RGB, decoded at access."""
-
-    def __init__(self, pictures: Sequence[Any]) -> None:
-        self.pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return Decoded(self.pictures[index])
-        return as_rgb(self.pictures[index])
 
 
 def as_rgb(image: Image | Picture) -> Image:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import wraps
+from math import isqrt
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
@@ -10,8 +11,9 @@ from transformers.processing_utils import MultiModalData
 from core.deadline import deadline
 from core.model.configuration import BLOCK
 from core.model.image_patches import SailVL2AnyResImageProcessor
-from core.model.image_tiles import SailVL2ImageProcessor
+from core.model.image_tiles import SailVL2ImageProcessor, decisive_sizes
 from core.model.tokenizer import IMAGE_END, IMAGE_START, IMAGE_TOKEN, token_id
+from core.model.videos import Frame, tiles
 
 
 class SailVL2Processor(ProcessorMixin):
@@ -57,18 +59,19 @@ class SailVL2Processor(ProcessorMixin):
 
         `images` is one list per row of `text` (an empty list or None for a row without images), or a flat list in
         reading order. Each `<IMG_CONTEXT>` in a row becomes `<img>`, the image tokens of its tiles, and `</img>`. The
-        tiles of all rows are concatenated in order.
+        tiles of all rows are concatenated in order. A video is given as its frames (core.model.videos).
 
         Raises ValueError if a row's placeholders and images differ in number, or there is no text.
         """
         if videos is not None or audio is not None:
-            raise ValueError("a SAIL-VL2 core reads images and text; got videos or audio")
+            raise ValueError("a SAIL-VL2 core reads images and text; give a video as its frames")
         if text is None:
             raise ValueError(
                 "text is missing: a SAIL-VL2 core reads images inside a text, one placeholder each"
             )
         rows = [text] if isinstance(text, str) else list(text)
         images = _checked(images, rows)
+        images = tiles(images, self.frame_px) if images else images
         wants_expansions = kwargs.pop("return_text_replacement_offsets", False)
         inputs = super().__call__(images=images, text=rows, return_text_replacement_offsets=True, **kwargs)
         expansions = inputs.pop("text_replacement_offsets")
@@ -98,6 +101,13 @@ class SailVL2Processor(ProcessorMixin):
         return count // BLOCK**2 if self.any_resolution else count * self.image_seq_length
 
     @property
+    def frame_px(self) -> int:
+        """Side in pixels of the tile that a frame of a video is; it has `image_seq_length` tokens."""
+        if self.any_resolution:
+            return isqrt(self.image_seq_length) * BLOCK * self.image_processor.patch_size
+        return self.image_processor.size["height"]
+
+    @property
     def unused_input_names(self) -> list[str]:
         """The counts of tiles or patches per image: only the expansion uses them, not the model."""
         return ["num_patches"]
@@ -114,12 +124,20 @@ class SailVL2Processor(ProcessorMixin):
             num_image_tokens=[2 + self._image_tokens(count) for count in counts], num_image_patches=counts
         )
 
+    def image_lengths(self, images: Sequence[Any]) -> list[int]:
+        """Tokens of each image or frame, `<img>` and `</img>` included; no pixel is read."""
+        frame = (self.frame_px, self.frame_px)
+        sizes = [frame if isinstance(image, Frame) else (image.height, image.width) for image in images]
+        return list(self._get_num_multimodal_tokens(sizes)["num_image_tokens"] or ())
+
     def costliest_image(self) -> tuple[int, int]:
         """(height, width) of an image with the most tokens; among those, of one with few pixels."""
         size, most = dict(self.image_processor.size), getattr(self.image_processor, "max_patches", 1)
         side = size.get("longest_edge") or size["height"]  # longest_edge is set at any resolution
         grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
         sizes = [(side * rows, side * columns) for rows, columns in grids]
+        if getattr(self.image_processor, "use_msac", False):
+            sizes += decisive_sizes(side, self.image_processor.min_patches, most)
         tokens = dict(zip(sizes, self._get_num_multimodal_tokens(sizes)["num_image_tokens"], strict=True))
         return max(sizes, key=lambda size: (tokens[size], -size[0] * size[1], -abs(size[0] - size[1])))
 

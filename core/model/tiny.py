@@ -75,7 +75,7 @@ class TinySize(Strict):
         return self
 
 
-def build_tiny(path: Path, *, words: Sequence[str], seed: int, size: TinySize | None = None) -> Path:
+def build_tiny(path: str | Path, *, words: Sequence[str], seed: int, size: TinySize | None = None) -> Path:
     """Write a randomly initialised core (float32), its processor and tokenizer to the folder `path`.
 
     `words` are the words of the task; the tokenizer adds chat tokens, digits, symbols and role names.

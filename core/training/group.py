@@ -2,7 +2,7 @@
 
 PyTorch's default rendezvous is a TCP store on every interface. Anyone who reaches its port can read and overwrite it.
 So ranks on one host meet in a file that only their user can open, and gloo and NCCL listen on loopback. Ranks of
-several hosts need the TCP store: it listens only on the leader's address (docs/security.md).
+several hosts need the TCP store: it listens only on the first host's address in Ray (docs/security.md).
 """
 
 from __future__ import annotations

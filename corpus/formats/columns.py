@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core.model.prompts import THINK_CONTRACT
-from corpus.formats.fields import Rejected, gold_of, named, pictures, question, text
+from corpus.formats.fields import Asked, Rejected, gold_of, named, pictures, questions, text, videos
 from corpus.formats.gold import choice_of, listed_options, options_of, with_options
 from corpus.schema import Record
 
@@ -29,7 +29,10 @@ NAMES: dict[str, tuple[str, ...]] = {
         "png",
         "webp",
     ),
+    "videos": ("videos", "video", "video_path", "mp4", "webm", "avi", "mov", "mkv"),
     "question": ("question", "problem", "query", "prompt", "instruction", "txt"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
     "options": ("options", "choices"),
     "hint": ("hint", "context"),
     "answer": (
@@ -67,8 +70,10 @@ def mapping_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     return found
 
 
-def record_of_columns(row: Mapping[str, Any], root: Path, columns: Mapping[str, str]) -> Record:
-    """The record of one row. Raises Rejected."""
+def record_of_columns(
+    row: Mapping[str, Any], root: Path, columns: Mapping[str, str], system: str = "keep"
+) -> Record:
+    """The record of one row; `system` as in corpus.formats.conversations. Raises Rejected."""
     found = mapping_of(row, columns)
     shown = [
         picture
@@ -80,8 +85,18 @@ def record_of_columns(row: Mapping[str, Any], root: Path, columns: Mapping[str, 
     if "hint" in found and row.get(found["hint"]):
         words = f"{text(row[found['hint']], 'hint')}\n{words}"
     options = options_of(row, found.get("options"))
-    words = with_options(question(words, len(shown)), options)
-    record: Record = {"images": shown, "question": words, "source": _source(row, found)}
+    earlier = _history(row, found)
+    own = found.get("videos")
+    clips = videos(row[own], root, own) if own else []
+    *users, words = questions(
+        [*(Asked(user, 0) for user, _ in earlier), Asked(words, len(shown), len(clips))]
+    )
+    words = with_options(words, options)
+    record: Record = {"images": shown, "videos": clips, "question": words, "source": _source(row, found)}
+    record["history"] = [
+        {"user": user, "assistant": reply.strip()} for user, (_, reply) in zip(users, earlier, strict=True)
+    ]
+    record["system"] = system_of(row.get(found["system"]) if "system" in found else None, system)
     value = row[found["answer"]]
     if options or (options := listed_options(words)):
         letters = choice_of(_single(value), options)
@@ -125,6 +140,26 @@ def _single(value: Any) -> Any:
     if not isinstance(value, Sequence) or isinstance(value, str):
         return value
     return value[0] if len(value) == 1 else ", ".join(text(one, "answer") for one in value)
+
+
+def system_of(value: Any, rule: str) -> str | None:
+    """The record's system message under a rule: keep, strip, or refuse. Raises Rejected."""
+    said = text(value or "", "system").strip()
+    if said and rule == "refuse":
+        raise Rejected("system", "there is a system message", said, "--system keep, or --system strip")
+    return said if said and rule == "keep" else None
+
+
+def _history(row: Mapping[str, Any], found: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The earlier turns in a column of pairs (ms-swift's `history`)."""
+    value = row.get(found["history"]) if "history" in found else None
+    if not isinstance(value or [], list) or any(
+        not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value or []
+    ):
+        raise Rejected(
+            "history", "must be pairs of question and reply", value, "write [[question, reply], ...]"
+        )
+    return [(text(user, "history"), text(reply, "history")) for user, reply in value or []]
 
 
 def _source(row: Mapping[str, Any], found: Mapping[str, str]) -> str:

@@ -7,11 +7,13 @@ import binascii
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.model.pictures import Picture
-from core.model.prompts import IMAGE
-from corpus.schema import PLACEHOLDER, Problem
+from core.model.prompts import IMAGE, VIDEO
+from core.model.videos import Clip
+from corpus.schema import PLACEHOLDER, Problem, clip_of
+from corpus.writing import frames_of
 
 _NUMBER = re.compile(r"\d+")
 _BOX = re.compile(r"\\boxed\s*\{")
@@ -45,37 +47,75 @@ def pictures(value: Any, root: Path, field: str = "images") -> list[Picture]:
 
     Files must lie below `root`; the network is never used. Raises Rejected.
     """
-    if value is None or value == "":
-        return []
+    return [_picture(one, root, field) for one in _each(value)]
+
+
+def videos(value: Any, root: Path, field: str = "videos") -> list[Clip]:
+    """The videos of a cell: one or a list of file names, names of folders of frames, lists of frames, bytes or
+    {"bytes", "path"}; [] for null.
+
+    Files must lie below `root`; the network is never used. Raises Rejected.
+    """
+    return [_video(one, root, field) for one in _each(value)]
+
+
+def _each(value: Any) -> list[Any]:
     every = value if isinstance(value, list | tuple) else [value]
-    return [_picture(one, root, field) for one in every if one is not None]
+    return [one for one in every if one is not None and one != ""]
 
 
 def _picture(value: Any, root: Path, field: str) -> Picture:
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path") or value.get("url")
+    value = _stored(value, field)
     if isinstance(value, bytes | Picture):
         return Picture.of(value)
-    if not isinstance(value, str):
-        remedy = "give file names, data URLs or bytes"
-        raise Rejected(field, "must be pictures", value, remedy)
     if value.startswith("data:"):
         return _base64(value.partition("base64,")[2], field)
-    if "://" in value and not value.startswith("file://"):
-        raise Rejected(
-            field, "pictures are not fetched from the network", value, "download it and give its file name"
-        )
-    if len(value) > 512:
+    if len(value) > 512 and "://" not in value:
         return _base64(value, field)
-    file = (root / value.removeprefix("file://")).resolve()
-    if not file.is_relative_to(root.resolve()):
-        remedy = f"put the pictures below {root}, or name their folder: --images"
-        raise Rejected(field, "a picture lies outside the image folder", value, remedy)
+    file = _below(root, value, field)
     if not file.is_file():
         raise Rejected(
             field, "the picture does not exist", value, f"searched below {root}; name the folder: --images"
         )
     return Picture(file.read_bytes)
+
+
+def _video(value: Any, root: Path, field: str) -> Clip:
+    if isinstance(value, list | tuple):
+        return Clip.of_frames([_picture(one, root, field) for one in value])
+    value = _stored(value, field)
+    if isinstance(value, bytes | Clip):
+        return clip_of(value)
+    path = _below(root, value, field)
+    if path.is_dir():
+        return Clip.of_frames(frames_of(path))
+    if not path.is_file():
+        raise Rejected(
+            field, "the video does not exist", value, f"searched below {root}; name the folder: --images"
+        )
+    return Clip(path.read_bytes)
+
+
+def _stored(value: Any, field: str) -> Any:
+    """The bytes, the text or the object in a cell."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path") or value.get("url")
+    if not isinstance(value, str | bytes | Picture | Clip):
+        remedy = "give file names, data URLs or bytes"
+        raise Rejected(field, "must be pictures or videos", value, remedy)
+    return value
+
+
+def _below(root: Path, name: str, field: str) -> Path:
+    """The path of a file or folder below `root`."""
+    if "://" in name and not name.startswith("file://"):
+        remedy = "download it and give its file name"
+        raise Rejected(field, "files are not fetched from the network", name, remedy)
+    path = (root / name.removeprefix("file://")).resolve()
+    if not path.is_relative_to(root.resolve()):
+        remedy = f"put the files below {root}, or name their folder: --images"
+        raise Rejected(field, "a file lies outside the image folder", name, remedy)
+    return path
 
 
 def _base64(value: str, field: str) -> Picture:
@@ -85,29 +125,54 @@ def _base64(value: str, field: str) -> Picture:
         raise Rejected(field, "must be base64", f"{value[:40]}: {error}", "encode the file again") from None
 
 
-def question(words: str, images: int) -> str:
-    """The question with `<image>` at the place of each picture, or without marks if all pictures come first or last.
+class Asked(NamedTuple):
+    """The text of a user's turn with its marks, and the number of its pictures and videos."""
 
-    Raises Rejected for marks of videos and sounds, and for marks that do not fit the number of pictures.
+    text: str
+    images: int
+    videos: int = 0
+
+
+def questions(turns: Sequence[Asked]) -> list[str]:
+    """The user's turns with `<image>` and `<video>` at the places of pictures and videos.
+
+    Without marks, pictures and then videos come before the first turn; so marks that say the same are removed.
+    Raises Rejected as `_marked`.
     """
-    marks = [mark[0] for mark in PLACEHOLDER.finditer(words)]
+    texts = [_marked(turn) for turn in turns]
+    first = IMAGE * sum(turn.images for turn in turns) + VIDEO * sum(turn.videos for turn in turns)
+    leading = re.match(rf"(?:(?:{IMAGE}|{VIDEO})\s*)*", texts[0])
+    if leading and "".join(leading[0].split()) == first and texts[0][leading.end() :]:
+        texts[0] = texts[0][leading.end() :]
+    return texts
+
+
+def _marked(turn: Asked) -> str:
+    """A text with one mark for each picture and video. A text without marks of a kind gets them in front.
+
+    Raises Rejected for marks of sounds, and for marks that do not fit the number of pictures or videos.
+    """
+    marks = [mark[0] for mark in PLACEHOLDER.finditer(turn.text)]
     for mark in marks:
-        if re.search("video|audio", mark, re.IGNORECASE):
-            raise Rejected("question", "videos and sounds are not read", mark, "leave the row out")
-    if not marks:
-        return words.strip()
-    numbers = [int(found[0]) for mark in marks if (found := _NUMBER.search(mark))]
-    if numbers and numbers not in (list(range(1, images + 1)), list(range(images))):
-        remedy = "name each picture once, in order"
-        raise Rejected("question", "numbered placeholders are out of order", numbers, remedy)
-    if len(marks) != images:
-        counts = f"{len(marks)} placeholders, {images} pictures"
-        remedy = "write one placeholder for each picture, or none"
-        raise Rejected("question", "placeholders and pictures differ in number", counts, remedy)
-    words = PLACEHOLDER.sub(IMAGE, words).strip()
-    leading = re.match(rf"(?:{IMAGE}\s*)*", words)
-    # Without marks, pictures come before the question.
-    return words[leading.end() :] if leading and leading[0].count(IMAGE) == images else words
+        if "audio" in mark.casefold():
+            raise Rejected("question", "sounds are not read", mark, "leave the row out")
+    words, front = turn.text, ""
+    for kind, ours, count in (("images", IMAGE, turn.images), ("videos", VIDEO, turn.videos)):
+        own = [mark for mark in marks if ("video" in mark.casefold()) == (ours == VIDEO)]
+        if not own:
+            front += ours * count
+            continue
+        numbers = [int(found[0]) for mark in own if (found := _NUMBER.search(mark))]
+        if numbers and numbers not in (list(range(1, count + 1)), list(range(count))):
+            remedy = f"name each of the {kind} once, in order"
+            raise Rejected("question", "numbered placeholders are out of order", numbers, remedy)
+        if len(own) != count:
+            counts = f"{len(own)} placeholders, {count} {kind}"
+            remedy = "write one placeholder for each, or none"
+            raise Rejected("question", f"placeholders and {kind} differ in number", counts, remedy)
+        for mark in dict.fromkeys(own):
+            words = words.replace(mark, ours)
+    return front + words.strip()
 
 
 def gold_of(reply: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from core.strict import ConfigError, nearest
 from corpus.formats.columns import mapping_of, record_of_columns
 from corpus.formats.conversations import records_of_turns
-from corpus.formats.fields import Rejected
+from corpus.formats.fields import Rejected, pictures, videos
 from corpus.schema import FIELDS, REQUIRED, Record
 
 
@@ -22,8 +22,8 @@ class Options:
     """Folder of the pictures; file names that lead out of it are refused."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Field of a record -> column of the file, for columns with unknown names."""
-    system: Literal["strip", "keep", "refuse"] = "strip"
-    turns: Literal["refuse", "first", "split"] = "refuse"
+    system: Literal["keep", "strip", "refuse"] = "keep"
+    turns: Literal["keep", "first", "split", "refuse"] = "keep"
 
 
 Converter = Callable[[Mapping[str, Any]], Iterator[Record]]
@@ -46,7 +46,7 @@ def _conversation(options: Options) -> Converter:
 
 
 def _columns(options: Options) -> Converter:
-    return lambda row: iter([record_of_columns(row, options.root, options.columns)])
+    return lambda row: iter([record_of_columns(row, options.root, options.columns, options.system)])
 
 
 def _vlmeval(options: Options) -> Converter:
@@ -72,9 +72,11 @@ def _vlmeval(options: Options) -> Converter:
 
 def _records(options: Options) -> Converter:
     def convert(row: Mapping[str, Any]) -> Iterator[Record]:
-        from corpus.formats.fields import pictures
-
-        yield {**row, "images": pictures(row.get("images"), options.root)}
+        media = {
+            "images": pictures(row.get("images"), options.root),
+            "videos": videos(row.get("videos"), options.root),
+        }
+        yield {**row, **media}
 
     return convert
 

@@ -52,6 +52,8 @@ _TOKEN = re.compile(
     r"(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)|\\(?P<command>[A-Za-z]+)"
     r"|(?P<letter>[A-Za-z](?:_(?:[A-Za-z0-9](?![0-9])|\{[A-Za-z0-9]{1,8}\}))?)|(?P<mark>[-+*/^(){}])|(?P<space> +)"
 )
+_FACTORS = frozenset(("(", "{", "/", "cdot", "times", "frac", "sqrt"))
+"""Tokens with which a product may go on."""
 _APPLIED = frozenset("fghFGHPE")
 """Letters that name a function when a parenthesis follows."""
 
@@ -161,11 +163,6 @@ def power_of_pi(one: Value, exponent: int, factor: Fraction) -> Value:
     return Value(work.times(top, pi), one.bottom)
 
 
-def constant(number: Fraction) -> Value:
-    """A rational number as a value."""
-    return _number(number)
-
-
 def same_equation(one: Value, other: Value) -> bool:
     """Whether one = 0 and other = 0 are the same equation: the numerators are nonzero multiples of each other.
 
@@ -214,7 +211,7 @@ class _Work:
             raise _OutsideError
         rational = other.rational
         if rational:  # the usual case: keep the denominator 1
-            return self.multiplied(one, _number(1 / rational))
+            return self.multiplied(one, constant(1 / rational))
         return self.multiplied(one, Value(other.bottom, other.top))
 
     def plus(self, one: Value, other: Value) -> Value:
@@ -229,15 +226,11 @@ class _Work:
             Value(self.times(other.top, one.bottom), self.times(one.bottom, other.bottom)),
         )
 
-    def power(self, base: Value, exponent: Fraction) -> Value:
-        if exponent == Fraction(1, 2) and base.rational is not None:
-            return _root(base.rational)
-        if exponent.denominator != 1 or abs(exponent) > MAX_EXPONENT:
-            raise _OutsideError
-        if exponent <= 0 and not base.top:
+    def power(self, base: Value, exponent: int) -> Value:
+        if abs(exponent) > MAX_EXPONENT or (exponent <= 0 and not base.top):
             raise _OutsideError
         result = Value(_ONE, _ONE)
-        for _ in range(abs(int(exponent))):
+        for _ in range(abs(exponent)):
             result = self.multiplied(result, base)
         return result if exponent >= 0 else self.divided(Value(_ONE, _ONE), result)
 
@@ -267,7 +260,8 @@ def _joined(one: Monomial, other: Monomial) -> tuple[int, Monomial]:
     return whole, tuple(sorted(powers.items()))
 
 
-def _number(number: Fraction) -> Value:
+def constant(number: Fraction) -> Value:
+    """A rational number as a value."""
     return Value({(): number} if number else {}, _ONE)
 
 
@@ -275,12 +269,16 @@ def _negative(one: Value) -> Value:
     return Value({term: -factor for term, factor in one.top.items()}, one.bottom)
 
 
+def _unknown(name: str) -> Value:
+    return Value({((name, 1),): Fraction(1)}, _ONE)
+
+
 def _whole(name: str, *arguments: Value) -> Value:
     """The variable that stands for a function of values; equal polynomials give the same variable."""
     if any(argument.bottom != _ONE or len(argument.top) > 20 for argument in arguments):
         raise _OutsideError
     spelled = ";".join(repr(sorted(argument.top.items())) for argument in arguments)
-    return Value({((f"{_WHOLE}{name}({spelled})", 1),): Fraction(1)}, _ONE)
+    return _unknown(f"{_WHOLE}{name}({spelled})")
 
 
 def _root(square: Fraction) -> Value:
@@ -372,9 +370,8 @@ class _Parser:
                     raise _OutsideError  # "1/2/3"
                 self._at += 1
                 result, over = self._work.divided(result, self._power()), True
-            elif token == _Token("mark", "*") or token in (
-                _Token("command", "times"),
-                _Token("command", "cdot"),
+            elif token == _Token("mark", "*") or (
+                token.kind == "command" and token.text in ("times", "cdot")
             ):
                 self._at += 1
                 result, over = self._work.multiplied(result, self._power()), False
@@ -395,9 +392,10 @@ class _Parser:
         if self._peek() == _Token("mark", "^"):
             raise _OutsideError
         rational = exponent.rational
-        half = rational is not None and rational == Fraction(1, 2) and base.rational is not None
-        if rational is not None and (rational.denominator == 1 or half):
-            return self._work.power(base, rational)
+        if rational == Fraction(1, 2) and base.rational is not None:
+            return _root(base.rational)
+        if rational is not None and rational.denominator == 1:
+            return self._work.power(base, int(rational))
         return _whole("pow", base, exponent)
 
     def _base(self) -> Value:
@@ -418,9 +416,7 @@ class _Parser:
     def _variable(self, name: str) -> Value:
         if name in _APPLIED and self._peek() == _Token("mark", "("):
             raise _OutsideError
-        if name == "i":
-            return Value({((_I, 1),): Fraction(1)}, _ONE)
-        return Value({((name.replace("{", "").replace("}", ""), 1),): Fraction(1)}, _ONE)
+        return _unknown(_I if name == "i" else name.replace("{", "").replace("}", ""))
 
     def _command(self, name: str) -> Value:
         if name == "frac":
@@ -436,7 +432,7 @@ class _Parser:
         if name in FUNCTIONS:
             return self._function(name)
         if name in GREEK:
-            return Value({((name, 1),): Fraction(1)}, _ONE)
+            return _unknown(name)
         raise _OutsideError
 
     def _function(self, name: str) -> Value:
@@ -450,7 +446,7 @@ class _Parser:
         else:
             self._at += 1
             if token.kind == "number":
-                argument = _number(_fraction(token.text))
+                argument = constant(_fraction(token.text))
             elif token.kind == "letter":
                 argument = self._variable(token.text)
             elif token.kind == "command" and token.text in GREEK:
@@ -458,20 +454,11 @@ class _Parser:
             else:
                 raise _OutsideError
             after = self._peek()
-            factor = after.kind in ("number", "letter") or after.text in (
-                "(",
-                "{",
-                "/",
-                "cdot",
-                "times",
-                "frac",
-                "sqrt",
-            )
-            if factor or after.text in GREEK:
+            if after.kind in ("number", "letter") or after.text in _FACTORS | GREEK:
                 raise _OutsideError  # "\sin 2x"
         if self._peek() == _Token("mark", "^"):
             raise _OutsideError  # "\sin x^2"
-        return self._work.power(_whole(name, argument), power)
+        return self._work.power(_whole(name, argument), int(power))
 
     def _argument(self) -> Value:
         """The expression in the braces, or the next digit or letter if there are no braces."""
@@ -488,24 +475,24 @@ class _Parser:
                 raise _OutsideError  # LaTeX reads 2^10 as 2^1 0
             self._at -= 1
             self._tokens[self._at] = _Token("number", token.text[1:])
-        return _number(Fraction(int(token.text[0])))
+        return constant(Fraction(int(token.text[0])))
 
     def _mixed(self, whole: Fraction) -> Value:
         r"""A number, plus the fraction that follows it, as in 3\frac{1}{2}."""
         if self._peek() != _Token("command", "frac"):
-            return _number(whole)
+            return constant(whole)
         start = self._at
         self._at += 1
         top, bottom = self._argument().rational, self._argument().rational
         plain = top is not None and bottom is not None and top.denominator == bottom.denominator == 1
         if not plain:  # 2\frac{x}{3} is a product
             self._at = start
-            return _number(whole)
+            return constant(whole)
         assert top is not None
         assert bottom is not None
         if whole.denominator != 1 or not 0 < top < bottom:
             raise _OutsideError
-        return _number(whole + top / bottom)
+        return constant(whole + top / bottom)
 
 
 def _fraction(text: str) -> Fraction:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from rewards.answers.json import JsonError, JsonLimitError, read_json
-from rewards.answers.kind import Kind, Limits, decided, unparseable
+from rewards.answers.kind import GoldError, Kind, Limits, decided, unparseable
 from rewards.answers.outcome import matches_all
 from rewards.answers.plain import plain_latex, plain_text
 from rewards.example import Example
@@ -218,25 +218,27 @@ def gold_targets(text: str) -> list[Point] | list[Box]:
         return []
 
 
-def _box_problem(example: Example) -> str:
-    if gold_boxes(example.answer):
-        return ""
-    return f"gold answer {example.answer[:80]!r} is no box; write [x1, y1, x2, y2] with x1 < x2 and y1 < y2"
+def _box_gold(example: Example) -> list[Box]:
+    boxes = gold_boxes(example.answer)
+    if not boxes:
+        raise GoldError(
+            f"gold answer {example.answer[:80]!r} is no box; write [x1, y1, x2, y2] with x1 < x2 and y1 < y2"
+        )
+    return boxes
 
 
-def _point_problem(example: Example) -> str:
-    if gold_targets(example.answer):
-        return ""
-    return (
-        f"gold answer {example.answer[:80]!r} is neither a point nor a box; write [x, y] or [x1, y1, x2, y2]"
-    )
+def _point_gold(example: Example) -> list[Point] | list[Box]:
+    targets = gold_targets(example.answer)
+    if not targets:
+        raise GoldError(
+            f"gold answer {example.answer[:80]!r} is neither a point nor a box; "
+            "write [x, y] or [x1, y1, x2, y2]"
+        )
+    return targets
 
 
-def _judge_box(answer: str, example: Example, limits: Limits) -> Verdict:
-    try:
-        gold, given = read_boxes(example.answer), read_boxes(answer)
-    except JsonLimitError as error:
-        return Verdict.wrong(answer, str(error), Status.OVER_LIMIT)
+def _judge_box(answer: str, gold: list[Box], example: Example, limits: Limits) -> Verdict:
+    given = read_boxes(answer)
     if not given:
         return unparseable(answer, "box with x1 < x2 and y1 < y2")
     if limits.graded:
@@ -246,15 +248,12 @@ def _judge_box(answer: str, example: Example, limits: Limits) -> Verdict:
     return decided(boxes_match(gold, given, limits.limit("iou_threshold", example)), answer)
 
 
-def _judge_point(answer: str, example: Example, limits: Limits) -> Verdict:
-    try:
-        gold, given = gold_targets(example.answer), read_points(answer)
-    except JsonLimitError as error:
-        return Verdict.wrong(answer, str(error), Status.OVER_LIMIT)
+def _judge_point(answer: str, gold: list[Point] | list[Box], example: Example, limits: Limits) -> Verdict:
+    given = read_points(answer)
     if not given:
         return unparseable(answer, "point")
     return decided(points_match(gold, given, limits.limit("max_distance", example)), answer)
 
 
-BOX = Kind(_box_problem, _judge_box)
-POINT = Kind(_point_problem, _judge_point)
+BOX = Kind(_box_gold, _judge_box)
+POINT = Kind(_point_gold, _judge_point)

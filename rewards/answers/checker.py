@@ -16,6 +16,7 @@ from functools import partial
 from rewards.answers.compare import decide, readable
 from rewards.answers.expression import settled
 from rewards.answers.outcome import Outcome, Result
+from rewards.forks import PerProcess
 from rewards.pool import Ending, Job, Pool
 
 DEADLINE_S = 2.0
@@ -63,9 +64,10 @@ class MathChecker:
         self, deadline_s: float = DEADLINE_S, queue_s: float = QUEUE_S, workers: int | None = None
     ) -> None:
         self.queue_s = queue_s
-        self._pool = Pool(settled, "rewards.answers.warmed", workers or _workers(), deadline_s)
-        self._states: dict[int, _State] = {}
-        weakref.finalize(self, self._pool.close)  # at the latest at the end of the program
+        self.pool = Pool(settled, "rewards.answers.warmed", workers or _workers(), deadline_s)
+        """The workers; its `deadline_s` may be changed."""
+        self._state = PerProcess(_State)
+        weakref.finalize(self, self.pool.close)  # at the latest at the end of the program
 
     def settle(self, result: Result) -> Outcome:
         """The outcome of a comparison; TIMEOUT and CRASHED mean that it is unknown.
@@ -86,7 +88,7 @@ class MathChecker:
         """
         asked = [self._ask(decide(*pair)) for pair in pairs]
         if timeout_s is None:
-            timeout_s = self.queue_s + len(asked) * self.deadline_s / self.workers
+            timeout_s = self.queue_s + len(asked) * self.pool.deadline_s / self.pool.size
         return self._settle(asked, timeout_s)
 
     def readable(self, gold: str) -> Outcome:
@@ -95,36 +97,13 @@ class MathChecker:
 
     def close(self) -> None:
         """End the processes; the next question starts new ones."""
-        self._pool.close()
-
-    @property
-    def deadline_s(self) -> float:
-        """Seconds that one comparison may take."""
-        return self._pool.deadline_s
-
-    @deadline_s.setter
-    def deadline_s(self, deadline_s: float) -> None:
-        self._pool.deadline_s = deadline_s
-
-    @property
-    def workers(self) -> int:
-        """Processes that compare at the same time."""
-        return self._pool.size
-
-    @property
-    def worker_pids(self) -> list[int]:
-        """Process ids of the running workers."""
-        return self._pool.pids
-
-    @property
-    def _state(self) -> _State:
-        return self._states.setdefault(os.getpid(), _State())
+        self.pool.close()
 
     def _ask(self, result: Result) -> Outcome | _Question:
         """The outcome if it is known, else the question, which is submitted to a worker."""
         if isinstance(result, Outcome):
             return result
-        state = self._state
+        state = self._state()
         with state.lock:
             known = state.known.get(result)
             if known:
@@ -134,7 +113,7 @@ class MathChecker:
             if question:
                 question.askers += 1
                 return question
-        job = self._pool.submit(result)
+        job = self.pool.submit(result)
         with state.lock:
             question = state.open[result] = _Question(result, job)
         job.future.add_done_callback(partial(self._answered, state, result))
@@ -160,7 +139,7 @@ class MathChecker:
 
     def _leave(self, question: _Question) -> None:
         """Withdraw one caller; a question without callers is cancelled if no worker has started it."""
-        state = self._state
+        state = self._state()
         with state.lock:
             question.askers -= 1
             drop = not question.askers and not question.job.future.done()

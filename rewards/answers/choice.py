@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from rewards.answers.kind import Kind, Limits, decided, unparseable
+from rewards.answers.kind import GoldError, Kind, Limits, decided, unparseable
 from rewards.answers.plain import plain_latex, plain_text
 from rewards.example import Example
 from rewards.verdict import Verdict
@@ -48,24 +48,22 @@ def option_letter(text: str, options: Mapping[str, str]) -> str | None:
     return None
 
 
-def _options(example: Example) -> dict[str, str]:
-    return options_of(example.meta.get("choices") or ())
+def _gold(example: Example) -> tuple[dict[str, str], str]:
+    """The options, and the letter of the right one."""
+    options = options_of(example.meta.get("choices") or ())
+    letter = option_letter(example.answer, options)
+    if letter is None:
+        known = ", ".join(f"{letter}: {text}" for letter, text in options.items()) or "any single letter"
+        raise GoldError(
+            f"gold answer {example.answer!r} names no option ({known}); correct it or meta's choices"
+        )
+    return options, letter
 
 
-def _problem(example: Example) -> str:
-    options = _options(example)
-    if option_letter(example.answer, options):
-        return ""
-    known = ", ".join(f"{letter}: {text}" for letter, text in options.items()) or "any single letter"
-    return f"gold answer {example.answer!r} names no option ({known}); correct it or meta's choices"
-
-
-def _judge(answer: str, example: Example, limits: Limits) -> Verdict:
-    options = _options(example)
+def _judge(answer: str, gold: tuple[dict[str, str], str], example: Example, limits: Limits) -> Verdict:
+    options, letter = gold
     given = option_letter(answer, options)
-    if given is None:
-        return unparseable(answer, "single option")
-    return decided(given == option_letter(example.answer, options), answer)
+    return unparseable(answer, "single option") if given is None else decided(given == letter, answer)
 
 
-CHOICE = Kind(_problem, _judge, capped=False)
+CHOICE = Kind(_gold, _judge, capped=False)

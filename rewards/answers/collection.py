@@ -4,8 +4,8 @@ from functools import partial
 
 from rewards.answers import checker, json
 from rewards.answers.compare import compare_parts
-from rewards.answers.kind import Kind, Limits, verdict_of
-from rewards.answers.math import gold_problem
+from rewards.answers.kind import GoldError, Kind, Limits, verdict_of
+from rewards.answers.math import checked
 from rewards.answers.notation import elements, joined, named
 from rewards.answers.values import Answer, Collection, parse
 from rewards.example import Example
@@ -44,31 +44,34 @@ def _parts(text: str) -> tuple[str, list[str]]:
     return listed.brackets, listed.parts if listed.brackets != "()" or len(listed.parts) > 1 else [text]
 
 
-def _answers(parts: list[str]) -> tuple[Answer, ...]:
-    return tuple(parse(joined(part)) for part in parts)
-
-
-def _problem(example: Example, ordered: bool) -> str:
+def _gold(example: Example, ordered: bool) -> tuple[Answer, ...]:
     parts = read(example.answer, ordered)
     what = "list" if ordered else "set"
     if not parts:
         wanted = "(1, 2)" if ordered else r"\{1, 2\}"
-        return f"gold answer {example.answer!r} is no {what}; write its elements as in {wanted}"
+        raise GoldError(f"gold answer {example.answer!r} is no {what}; write its elements as in {wanted}")
     for part in parts:
-        problem = gold_problem(part) if part else "an element is empty; correct it"
-        if problem:
-            return f"{what}: {problem}"
-    return ""
+        if not part:
+            raise GoldError(f"{what}: an element is empty; correct it")
+        try:
+            checked(part)
+        except GoldError as error:
+            raise GoldError(f"{what}: {error}") from None
+    return _answers(parts)
 
 
-def _judge(answer: str, example: Example, limits: Limits, ordered: bool) -> Verdict:
-    gold, given = read(example.answer, ordered), read(answer, ordered)
-    if gold is None or given is None:
+def _judge(answer: str, gold: tuple[Answer, ...], example: Example, limits: Limits, ordered: bool) -> Verdict:
+    given = read(answer, ordered)
+    if given is None:
         return Verdict.wrong(answer, f"brackets that no {'list' if ordered else 'set'} has")
-    result = compare_parts(_answers(gold), _answers(given), ordered, example.question)
+    result = compare_parts(gold, _answers(given), ordered, example.question)
     return verdict_of(checker.SHARED.settle(result), answer)
 
 
+def _answers(parts: list[str]) -> tuple[Answer, ...]:
+    return tuple(parse(joined(part)) for part in parts)
+
+
 SET, LIST = (
-    Kind(partial(_problem, ordered=ordered), partial(_judge, ordered=ordered)) for ordered in (False, True)
+    Kind(partial(_gold, ordered=ordered), partial(_judge, ordered=ordered)) for ordered in (False, True)
 )

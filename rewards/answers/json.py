@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from rewards.answers.kind import Kind, Limits, decided
+from rewards.answers.kind import GoldError, Kind, LimitError, Limits, decided
 from rewards.answers.plain import MAX_DIGITS, plain_text
 from rewards.example import Example
 from rewards.verdict import Status, Verdict
@@ -25,7 +25,7 @@ class JsonError(ValueError):
     """A text is not JSON of the accepted form."""
 
 
-class JsonLimitError(JsonError):
+class JsonLimitError(JsonError, LimitError):
     """The JSON is nested too deeply, or a number in it is too long."""
 
 
@@ -133,28 +133,29 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _problem(example: Example) -> str:
+def _gold(example: Example) -> Any:
     try:
-        read_json(example.answer)
+        return read_json(example.answer)
     except JsonError as error:
-        return f'gold answer {example.answer[:80]!r}: {error}; correct it, or use verifier "exact"'
-    return ""
+        raise GoldError(
+            f'gold answer {example.answer[:80]!r}: {error}; correct it, or use verifier "exact"'
+        ) from None
 
 
-def _judge(answer: str, example: Example, limits: Limits) -> Verdict:
+def _judge(answer: str, gold: Any, example: Example, limits: Limits) -> Verdict:
     tolerance = limits.limit("tolerance", example)
     share = limits.limit("relative_tolerance", example)
     try:
         given = read_json(answer)
-    except JsonLimitError as error:
-        return Verdict.wrong(answer, str(error), Status.OVER_LIMIT)
+    except JsonLimitError:
+        raise
     except JsonError as error:
         return Verdict.wrong(answer, str(error), Status.UNPARSEABLE)
 
     def close(one: Fraction, other: Fraction) -> bool:
         return abs(one - other) <= max(tolerance, share * abs(one))
 
-    return decided(json_equal(read_json(example.answer), given, close), answer)
+    return decided(json_equal(gold, given, close), answer)
 
 
-JSON = Kind(_problem, _judge)
+JSON = Kind(_gold, _judge)

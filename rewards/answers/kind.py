@@ -1,9 +1,9 @@
-"""The interface of a kind of answer: check the gold, and compare an answer with it."""
+"""The interface of a kind of answer: read the gold, and compare an answer with it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 from rewards.answers.outcome import Outcome
 from rewards.answers.plain import MAX_DIGITS, too_many_digits
@@ -23,30 +23,41 @@ class Limits(Protocol):
         """The number of that name: the row's meta overrides the reward's parameter."""
 
 
+class GoldError(ValueError):
+    """A gold answer is invalid under its row's verifier. The message gives the rule and a remedy."""
+
+
+class LimitError(ValueError):
+    """An answer breaks a cap."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of answer."""
 
-    problem: Callable[[Example], str]
-    """What is wrong with a row's gold, with a remedy; "" if nothing is."""
-    judge: Callable[[str, Example, Limits], Verdict]
-    """The verdict on an answer whose gold has no problem."""
+    read: Callable[[Example], Any]
+    """A row's gold in the form that `judge` takes. Raises GoldError."""
+    judge: Callable[[str, Any, Example, Limits], Verdict]
+    """The verdict on an answer, given the gold that `read` returned. Raises LimitError for an answer over a cap."""
     capped: bool = True
     """Whether the caps on length and digits apply to gold and answer."""
 
-    def gold_problem(self, example: Example) -> str:
-        """What is wrong with a row's gold under this kind, with a remedy; "" if nothing is."""
+    def gold(self, example: Example) -> Any:
+        """A row's gold as this kind reads it. Raises GoldError."""
         limit = over_limit(example.answer) if self.capped else ""
         if limit:
-            return f"gold answer {example.answer[:40]!r}... is {limit}; shorten it"
-        return self.problem(example)
+            raise GoldError(f"gold answer {example.answer[:40]!r}... is {limit}; shorten it")
+        return self.read(example)
 
-    def compare(self, answer: str, example: Example, limits: Limits) -> Verdict:
-        """The verdict on an answer."""
+    def compare(self, answer: str, gold: Any, example: Example, limits: Limits) -> Verdict:
+        """The verdict on an answer, given the gold that `gold` returned."""
         limit = over_limit(answer) if self.capped else ""
-        if limit:
-            return Verdict.wrong(answer, limit, Status.OVER_LIMIT)
-        return self.judge(answer, example, limits)
+        try:
+            if limit:
+                raise LimitError(limit)
+            return self.judge(answer, gold, example, limits)
+        except LimitError as error:
+            return Verdict.wrong(answer, str(error), Status.OVER_LIMIT)
 
 
 def over_limit(text: str) -> str:

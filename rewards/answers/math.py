@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from rewards.answers import checker
 from rewards.answers.compare import decide, readable
-from rewards.answers.kind import Kind, Limits, verdict_of
+from rewards.answers.kind import GoldError, Kind, Limits, verdict_of
 from rewards.answers.number import plain_number
 from rewards.answers.outcome import Outcome
 from rewards.answers.plain import plain_latex
@@ -33,18 +33,21 @@ def _dense(text: str) -> str:
     return plain_latex(text).replace(" ", "")
 
 
-def gold_problem(gold: str) -> str:
-    """What is wrong with a gold answer as mathematics; "" if nothing is."""
+def checked(gold: str) -> str:
+    """The gold answer itself. Raises GoldError if it is not readable as mathematics."""
     found = checker.SHARED.settle(readable(gold))
-    if found == Outcome.EQUAL:
-        return ""
-    return f'gold answer {gold!r} is not readable as mathematics ({found.value}); correct it, or use verifier "exact"'
+    if found != Outcome.EQUAL:
+        raise GoldError(
+            f"gold answer {gold!r} is not readable as mathematics ({found.value}); "
+            'correct it, or use verifier "exact"'
+        )
+    return gold
 
 
-def _judge(answer: str, example: Example, limits: Limits) -> Verdict:
-    if restates(example.question, example.answer, answer):
+def _judge(answer: str, gold: str, example: Example, limits: Limits) -> Verdict:
+    if restates(example.question, gold, answer):
         return Verdict.wrong(answer, "the question's own expression")
-    return verdict_of(checker.SHARED.settle(decide(example.answer, answer, example.question)), answer)
+    return verdict_of(checker.SHARED.settle(decide(gold, answer, example.question)), answer)
 
 
-MATH = Kind(lambda example: gold_problem(example.answer), _judge)
+MATH = Kind(lambda example: checked(example.answer), _judge)

@@ -153,19 +153,10 @@ def is_name(text: str, values: list[str]) -> bool:
     >>> is_name("x", ["4"]), is_name("x", ["x^2+1"]), is_name(r"\pi", ["3"]), is_name("x^2", ["2"])
     (True, False, False, False)
     """
-    if (
-        not _NAME.fullmatch(text)
-        or text in FUNCTIONS | _MORE_FUNCTIONS
-        or text.partition("(")[0] in FUNCTIONS
-    ):
+    heads = {text, text.partition("(")[0], text.partition("_")[0]}
+    if not _NAME.fullmatch(text) or heads & (FUNCTIONS | _MORE_FUNCTIONS):
         return False
-    if text.partition("_")[0] in _MORE_FUNCTIONS or text.partition("(")[0] in _MORE_FUNCTIONS:
-        return False
-    symbols = (
-        symbols_of(text)
-        if not text.startswith("(")
-        else {one for part in names_in(text) for one in symbols_of(part)}
-    )
+    symbols = {symbol for part in names_in(text) for symbol in symbols_of(part)}
     return not any(symbols & symbols_of(value) for value in values if not _QUANTITY.fullmatch(value))
 
 

@@ -9,7 +9,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from rewards.answers.kind import Kind, Limits, decided, unparseable
+from rewards.answers.kind import GoldError, Kind, Limits, decided, unparseable
 from rewards.answers.notation import joined, named, speaks_of, split_noun
 from rewards.answers.plain import MAX_DIGITS, plain_latex, too_many_digits
 from rewards.example import Example
@@ -201,24 +201,35 @@ def _number_of(text: str, example: Example) -> Number | None:
     return plain_number(counted) if allowed else None
 
 
-def _problem(example: Example, integer: bool) -> str:
+def _gold(example: Example) -> Number:
     number = _number_of(example.answer, example)
-    if number and (not integer or (number.value.denominator == 1 and not number.percent)):
-        return ""
-    what = "integer" if integer else "number"
-    return f'gold answer {example.answer!r} is no {what}; correct it, or use verifier "math" or "exact"'
+    if number is None:
+        raise _no_gold(example, "number")
+    return number
 
 
-def _integer(answer: str, example: Example, limits: Limits) -> Verdict:
-    gold, given = _number_of(example.answer, example), _number_of(answer, example)
-    if not gold or not given or given.percent:
+def _integer_gold(example: Example) -> Number:
+    number = _number_of(example.answer, example)
+    if number is None or number.value.denominator != 1 or number.percent:
+        raise _no_gold(example, "integer")
+    return number
+
+
+def _no_gold(example: Example, what: str) -> GoldError:
+    remedy = 'correct it, or use verifier "math" or "exact"'
+    return GoldError(f"gold answer {example.answer!r} is no {what}; {remedy}")
+
+
+def _integer(answer: str, gold: Number, example: Example, limits: Limits) -> Verdict:
+    given = _number_of(answer, example)
+    if not given or given.percent:
         return unparseable(answer, "integer")
     return decided(gold.value == given.value, answer)
 
 
-def _number(answer: str, example: Example, limits: Limits) -> Verdict:
-    gold, given = _number_of(example.answer, example), _number_of(answer, example)
-    if not gold or not given:
+def _number(answer: str, gold: Number, example: Example, limits: Limits) -> Verdict:
+    given = _number_of(answer, example)
+    if not given:
         return unparseable(answer, "number")
     right = within(gold, given, example, limits)
     if gold.percent != given.percent and (gold.percent or _PERCENT_ASKED.search(example.question)):
@@ -237,5 +248,5 @@ def within(gold: Number, given: Number, example: Example, limits: Limits) -> boo
     return abs(wanted - found) <= max(limits.limit("tolerance", example), share)
 
 
-NUMBER = Kind(lambda example: _problem(example, integer=False), _number)
-INTEGER = Kind(lambda example: _problem(example, integer=True), _integer)
+NUMBER = Kind(_gold, _number)
+INTEGER = Kind(_integer_gold, _integer)

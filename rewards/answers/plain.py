@@ -42,7 +42,7 @@ _TYPOGRAPHY = re.compile(
     r"|(?P<dollar>\\\$)|(?P<degree>\^ ?\{? ?\\circ ?\}?|\\degree(?![A-Za-z])|\{\^ ?\\circ ?\})"
 )
 _LONE_DOLLAR = re.compile(r"\s*\$[^$]*")
-_FONT = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathnormal)\s*\{([^{}]*)\}")
+_FONT = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathnormal|mathcal|mathscr)\s*\{([^{}]*)\}")
 _SPELLINGS = (
     (r"\dfrac", r"\frac"),
     (r"\tfrac", r"\frac"),
@@ -53,6 +53,10 @@ _SPELLINGS = (
 )
 _TEXT_FONT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt|up)?|mathrm|mbox|rm)\s*(?=\{)")
 _NEGATIVE_SPACE = re.compile(r"\\! ?")
+_ROOT_OF_ONE = re.compile(r"\\sqrt ?(\[[0-9A-Za-z]{1,4}\]) ?([0-9A-Za-z])")
+_GROUPED = re.compile(r"-?[0-9]{1,3}(?:,\\! ?[0-9]{2,3})*,\\! ?[0-9]{3}")
+"""A number whose groups are set close together. In India all groups but the last have two digits."""
+_PRIMED = re.compile(r"\$?([A-Za-z]'+)\$?")
 _BINOMIAL = re.compile(r"\\[dt]?binom ?([0-9]) ?([0-9])")
 _WRAPPED = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt|up)?|mathrm|mathbf|mathit|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*+)\}"
@@ -108,6 +112,9 @@ def plain_text(text: str) -> str:
     'dark blue'
     """
     text = unwrapped(cleaned(text)).replace(r"\%", "%")
+    primed = _PRIMED.fullmatch(text.strip())
+    if primed:  # a prime is no quote
+        return primed[1].casefold()
     text = _SPACE.sub(" ", text.casefold()).strip(" $\"'“”‘’`*")
     return text.removesuffix(".").strip(" $\"'“”‘’`*")
 
@@ -131,10 +138,12 @@ def plain_latex(text: str) -> str:
         text = _LOWERED.sub(lambda found: _script("_", found[0].translate(_SUBSCRIPTS)), text)
         text = _ROOT_OF_NUMBER.sub(r"\\sqrt{\1}", text).translate(_TRANSLATE)
     text = _SPACE.sub(" ", text)  # single spaces first: no regex below may backtrack
+    if _GROUPED.fullmatch(text.strip(" $")):
+        text = text.replace(",", "")
     text = _NEGATIVE_SPACE.sub("", text)
     for spelling, usual in _SPELLINGS:
         text = text.replace(spelling, usual)
-    text = _BINOMIAL.sub(r"\\binom{\1}{\2}", text)
+    text = _ROOT_OF_ONE.sub(r"\\sqrt\1{\2}", _BINOMIAL.sub(r"\\binom{\1}{\2}", text))
     money = _LONE_DOLLAR.fullmatch(text) is not None
     text = _TYPOGRAPHY.sub(_typography, text.replace("$", r"\$", 1) if money and r"\$" not in text else text)
     text = _SPACE.sub(" ", _TEXT_FONT.sub(r"\\text", _FONT.sub(r"\1", text))).strip()

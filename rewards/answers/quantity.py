@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from rewards.answers.algebra import Value, approximate, constant, power_of_pi, same, value
-from rewards.answers.kind import Kind, Limits, decided, unparseable
+from rewards.answers.kind import GoldError, Kind, Limits, decided, unparseable
 from rewards.answers.notation import joined, named, speaks_of, split_noun
 from rewards.answers.number import CURRENCIES, plain_number
 from rewards.answers.plain import plain_latex
@@ -151,13 +151,12 @@ def close(gold: Value, other: Value, tolerance: Fraction, relative: Fraction) ->
     return 0 < max(tolerance, relative * abs(wanted)) >= abs(wanted - given)
 
 
-def same_unit_value(gold: str, gold_unit: Unit, other: str, unit: Unit) -> bool | None:
-    """Whether two numbers with units of one dimension are equal; None if algebra cannot decide."""
+def same_unit_value(gold: str, gold_unit: Unit, other: str, unit: Unit) -> bool:
+    """Whether the texts of two numbers with units are equal; False if algebra cannot decide."""
     wanted, given = _constant(gold), _constant(other)
     if wanted is None or given is None:
-        return None
-    amount = converted(given, unit, gold_unit)
-    return None if amount is None else same(wanted, amount)
+        return False
+    return equal(Quantity(wanted, gold_unit), Quantity(given, unit), Fraction(0), Fraction(0))
 
 
 def split(text: str, loose: bool = False) -> tuple[str, Unit | None]:
@@ -403,15 +402,18 @@ def _bare(text: str) -> str:
     return values[0] if len(values) == 1 else joined(text)
 
 
-def _problem(example: Example) -> str:
-    if read(_bare(example.answer)):
-        return ""
-    return f'gold answer {example.answer!r} is no number with a unit; correct it, or use verifier "math"'
+def _gold(example: Example) -> Quantity:
+    quantity = read(_bare(example.answer))
+    if quantity is None:
+        raise GoldError(
+            f'gold answer {example.answer!r} is no number with a unit; correct it, or use verifier "math"'
+        )
+    return quantity
 
 
-def _judge(answer: str, example: Example, limits: Limits) -> Verdict:
-    gold, given = read(_bare(example.answer)), read(_bare(answer))
-    if not gold or not given:
+def _judge(answer: str, gold: Quantity, example: Example, limits: Limits) -> Verdict:
+    given = read(_bare(answer))
+    if not given:
         return unparseable(answer, "number with a unit")
     if not gold.unit and not gold.noun and given.noun and speaks_of(example.question, given.noun):
         given = given._replace(noun="")
@@ -419,4 +421,4 @@ def _judge(answer: str, example: Example, limits: Limits) -> Verdict:
     return decided(equal(gold, given, *tolerances), answer)
 
 
-QUANTITY = Kind(_problem, _judge)
+QUANTITY = Kind(_gold, _judge)

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rewards.calls import THREADS, Pair, RewardError, failure
@@ -29,6 +30,8 @@ from rewards.verdict import Status, Verdict
 log = logging.getLogger(__name__)
 
 MOST_DEATHS = 4
+_OURS = str(Path(__file__).resolve().parents[2])
+"""The folder that contains this package."""
 
 
 class Isolated:
@@ -51,7 +54,7 @@ class Isolated:
             "params": params,
             "folders": [os.fspath(folder) for folder in folders],
             "name": name,
-            "path": list(sys.path),
+            "path": [_OURS, *sys.path],  # the folder of the user's script may hold a `rewards.py`
             "memory_gib": memory_gib,
         }
         self._name, self._deadline_s, self._memory_gib = name, deadline_s, memory_gib
@@ -93,7 +96,7 @@ class Isolated:
             process.end()
 
     def _start(self) -> "Process":
-        return Process(self._setup, self._name)
+        return Process(self._setup, self._name, self._deadline_s)
 
     def _failures(self, wave: "_Wave", pairs: Sequence[Pair], rows: Sequence[int]) -> dict[int, Result]:
         """The rows' errors after a death. If one call graded many rows, they share one error."""
@@ -149,7 +152,7 @@ class _Wave(Progress):
         self.process.printed = 0
         self.last = time.monotonic()
         try:
-            self.process.tell(packet, self.deadline_s)
+            self.process.tell(packet)
             while len(self.results) < len(self.pairs):
                 left_s = self.late_at(self.deadline_s) - time.monotonic()
                 if left_s <= 0:
@@ -212,4 +215,4 @@ class _Wave(Progress):
         except Exception as error:
             problem = f"picture {place}: {type(error).__name__}: {error}"
             packet = pickle.dumps(("picture", (example, place), None, problem))
-        self.process.tell(packet, self.deadline_s)
+        self.process.tell(packet)

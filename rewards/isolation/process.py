@@ -8,19 +8,21 @@ import pickle
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rewards.calls import RewardError
 from rewards.forks import PerProcess
 from rewards.isolation.progress import too_late
-from rewards.isolation.worker import LOST, receive, send
+from rewards.isolation.worker import LOST
 from rewards.registry import UnknownReward
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ SHOWN_OUTPUT_BYTES = 256 << 10
 _TAIL_BYTES = 2000
 _MOST_MESSAGE_BYTES = 4 << 20
 _MESSAGE_S = 30.0
-"""Time limit for the rest of a message that has begun to arrive."""
+"""Longest pause within a message that has begun to arrive."""
 _KINDS = (UnknownReward, ModuleNotFoundError, ImportError, NotADirectoryError, FileNotFoundError)
 _KINDS_OF_LOADING = {kind.__name__: kind for kind in (*_KINDS, TypeError, ValueError)}
 
@@ -53,11 +55,16 @@ class Process:
     Raises the exceptions of rewards.registry.load_reward, which runs in that process.
     """
 
-    def __init__(self, setup: Mapping[str, Any], name: str) -> None:
-        self.name = name
+    def __init__(self, setup: Mapping[str, Any], name: str, deadline_s: float) -> None:
+        self.name, self._deadline_s = name, deadline_s
         self.printed = self._shown = 0
         self._tail = b""
-        self.channel, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
+        for option, seconds in ((socket.SO_RCVTIMEO, _MESSAGE_S), (socket.SO_SNDTIMEO, deadline_s)):
+            ours.setsockopt(
+                socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+            )
+        self.channel = Connection(ours.detach())
         with theirs:
             self._popen = _starter().submit(_popen, theirs.fileno()).result()
         self._output = self._popen.stdout
@@ -71,7 +78,7 @@ class Process:
 
     def _loaded(self, setup: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            self.tell(pickle.dumps(dict(setup)), START_S)
+            self.tell(pickle.dumps(dict(setup)))
             late_at = time.monotonic() + START_S
             while time.monotonic() < late_at:
                 for kind, *content in self.hear(late_at - time.monotonic()):
@@ -94,13 +101,12 @@ class Process:
         error.add_note(trace)
         raise error
 
-    def tell(self, packet: bytes, deadline_s: float) -> None:
-        """Send a message. Raises ProcessEnded, or TimeoutError if the process does not read the message in time."""
-        self.channel.settimeout(deadline_s)
+    def tell(self, packet: bytes) -> None:
+        """Send a message. Raises ProcessEnded, or TimeoutError if the process reads nothing for deadline_s."""
         try:
-            send(self.channel, packet)
-        except TimeoutError:
-            raise too_late(deadline_s) from None
+            self.channel.send_bytes(packet)
+        except BlockingIOError:
+            raise too_late(self._deadline_s) from None
         except OSError:
             raise ProcessEnded(self._last_words()) from None
 
@@ -137,15 +143,11 @@ class Process:
         self._finalizer()
 
     def _message(self) -> list[Any]:
-        self.channel.settimeout(_MESSAGE_S)
         try:
-            packet = receive(self.channel, _MOST_MESSAGE_BYTES)
-            if not packet:
-                raise ProcessEnded(self._last_words())
-            message = json.loads(packet)
+            message = json.loads(self.channel.recv_bytes(_MOST_MESSAGE_BYTES))
             if isinstance(message, list) and message and isinstance(message[0], str):
                 return message
-        except ConnectionError:
+        except (EOFError, ConnectionError):
             raise ProcessEnded(self._last_words()) from None
         except (OSError, ValueError, RecursionError):
             pass
@@ -198,7 +200,7 @@ def _popen(descriptor: int) -> subprocess.Popen:
     )
 
 
-def _end(popen: subprocess.Popen, channel: socket.socket, events: Any, owner: int) -> None:
+def _end(popen: subprocess.Popen, channel: Connection, events: Any, owner: int) -> None:
     if os.getpid() != owner:  # in a forked child, this is a copy
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -25,12 +25,11 @@ import os
 import pickle
 import resource
 import signal
-import socket
-import struct
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,41 +42,16 @@ LOST = 70
 """Exit status of a process that can no longer answer."""
 MOST_CHARS = 10_000
 """Longest answer or reason, characters."""
-_LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
 _encode = json.JSONEncoder().encode  # saved here, because a reward may replace json.dumps
-
-
-def send(channel: socket.socket, packet: bytes) -> None:
-    """Write one message."""
-    channel.sendall(_LENGTH.pack(len(packet)) + packet)
-
-
-def receive(channel: socket.socket, most: int | None = None) -> bytes:
-    """Read one message; b"" if the peer has closed. Raises ValueError for a message of more than `most` bytes."""
-    head = _exactly(channel, _LENGTH.size)
-    size = _LENGTH.unpack(head)[0] if head else 0
-    if most is not None and size > most:
-        raise ValueError(f"a message of {size} bytes")
-    return _exactly(channel, size)
-
-
-def _exactly(channel: socket.socket, size: int) -> bytes:
-    content = bytearray()
-    while len(content) < size:
-        part = channel.recv(min(size - len(content), 1 << 20))
-        if not part:
-            return b""
-        content += part
-    return bytes(content)
 
 
 def main() -> None:
     """Load the reward and grade batches until the parent closes the connection."""
     _end_with_parent()
     faulthandler.enable(all_threads=False)
-    channel = socket.socket(fileno=int(sys.argv[1]))
-    setup = pickle.loads(receive(channel))
+    channel = Connection(int(sys.argv[1]))
+    setup = pickle.loads(channel.recv_bytes())
     sys.path[:] = setup["path"]
     bytes_allowed = int(setup["memory_gib"] * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (bytes_allowed, bytes_allowed))
@@ -89,7 +63,7 @@ def main() -> None:
 
 
 class _Worker:
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: Connection) -> None:
         self.channel = channel
         self._sending = threading.Lock()
         self._pictures: dict[tuple[int, int], Future] = {}
@@ -99,7 +73,7 @@ class _Worker:
         try:
             packet = _encode(message).encode()
             with self._sending:
-                send(self.channel, packet)
+                self.channel.send_bytes(packet)
         except OSError:  # the reward has closed the connection
             os._exit(LOST)
 
@@ -124,7 +98,11 @@ class _Worker:
 
     def serve(self) -> None:
         """Grade batches. While the reward works, this thread keeps reading messages and delivers pictures."""
-        while packet := receive(self.channel):
+        while True:
+            try:
+                packet = self.channel.recv_bytes()
+            except (EOFError, OSError):  # the parent has closed the connection, or has died
+                return
             kind, *content = pickle.loads(packet)
             if kind == "grade":
                 threading.Thread(target=self._grade, args=content, daemon=True).start()

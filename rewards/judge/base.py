@@ -13,7 +13,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, ClassVar
 
 from rewards.example import Example
@@ -63,7 +63,7 @@ class Judge(ABC):
     max_retries: int = 2
     """Retries after temporary errors, with growing pauses."""
     max_concurrency: int = 8
-    """Most concurrent requests to the server, over all grading threads of this process."""
+    """Most concurrent requests to the server, over all judges with this limit in all threads of this process."""
     budget_s: float = 120.0
     """Time limit of one batch, with the start-up check. Rows without a verdict by then are unscored."""
     step_calls: int | None = None
@@ -211,17 +211,7 @@ class Judge(ABC):
         return Endpoint(self.base_url, self.model, self.api_key_env)
 
     def _limits(self) -> Limits:
-        return Limits(
-            timeout_s=self.timeout_s,
-            max_retries=self.max_retries,
-            max_concurrency=self.max_concurrency,
-            step_s=self.budget_s,
-            step_calls=self.step_calls,
-            step_tokens=self.step_tokens,
-            run_s=self.run_s,
-            run_calls=self.run_calls,
-            run_tokens=self.run_tokens,
-        )
+        return Limits(**{one.name: getattr(self, one.name) for one in fields(Limits)})
 
     def _meter(self) -> Meter:
         return _meters().setdefault((self.kind, self.base_url, self.model), Meter())  # atomic

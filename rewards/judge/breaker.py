@@ -1,17 +1,14 @@
-"""Limits on the requests to one server: a pause after several failures in a row, and a bound on concurrency."""
+"""A circuit breaker: a pause in the requests to one server after several failures in a row."""
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 _TRIP_AFTER, _COOL_DOWN_S = 5, 15.0
 
 
 class Breaker:
-    """A circuit breaker: closed while the server answers, open after several failures in a row, then probing.
+    """Closed while the server answers, open after several failures in a row, then probing.
 
     While it probes, it admits one question at a time. It belongs to one event loop. `now` is a clock in seconds.
     """
@@ -55,41 +52,3 @@ class Breaker:
         if self._probe is not None:
             self._probe.set()
             self._probe = None
-
-
-class Slots:
-    """Slots for concurrent requests to one server, first come first served. Each request names its own limit."""
-
-    def __init__(self) -> None:
-        self._used = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    @asynccontextmanager
-    async def take(self, limit: int) -> AsyncIterator[None]:
-        if self._waiting or self._used >= limit:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append((limit, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._used -= 1
-                self._wake()
-                raise
-        else:
-            self._used += 1
-        try:
-            yield
-        finally:
-            self._used -= 1
-            self._wake()
-
-    def _wake(self) -> None:
-        while self._waiting:
-            limit, turn = self._waiting[0]
-            if not turn.done() and self._used >= limit:
-                return
-            self._waiting.popleft()
-            if not turn.done():
-                self._used += 1
-                turn.set_result(None)

@@ -1,8 +1,7 @@
-"""Asks a model on an OpenAI-compatible server to choose a word: many questions concurrently, within a budget.
+"""Asks a model on an OpenAI-compatible server to choose a word or to write a text: many questions concurrently.
 
-Each process has one engine per server: an event loop in its own thread, which holds the connections. Callers from
-any thread or event loop submit a batch and wait for it, at most until the batch's deadline. A forked child starts its
-own engine.
+Callers from any thread or event loop submit a batch to the background event loop (rewards.calls) and wait for it, at
+most until the batch's deadline. A batch has its own connections. All batches for a server share its circuit and slots.
 
 A failure is a value, never an exception: `Failure` with one of CAUSES. Temporary failures (no connection, no reply in
 time, HTTP 408, 425, 429, 5xx, a reply that is not a chat completion) are retried after a growing, jittered pause, or
@@ -16,21 +15,18 @@ that exceeds the batch's time; this client gives up at once.
 """
 
 import asyncio
-import atexit
 import email.utils
 import io
-import logging
 import random
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from rewards.calls import on_loop
 from rewards.forks import PerProcess
-from rewards.judge.breaker import Breaker, Slots
+from rewards.judge.breaker import Breaker
 from rewards.judge.cache import ReplyCache
 from rewards.judge.meter import Limits, Meter
 from rewards.judge.questions import Endpoint, Failure, Question, Reply, body_of, key_of, reply_of
@@ -38,14 +34,12 @@ from rewards.judge.questions import Endpoint, Failure, Question, Reply, body_of,
 if TYPE_CHECKING:
     import aiohttp
 
-log = logging.getLogger(__name__)
-
 _OUTAGES = frozenset(("connection", "timeout", "http_429", "http_5xx", "no_chat"))
 """Causes that may be temporary and that indicate a fault of the server."""
 _MAX_REPLY_BYTES = 1 << 20
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 _GRACE_S = 1.0
-"""Extra time after a batch's deadline before the caller gives up, for an engine thread that is starved of CPU."""
+"""Extra time after a batch's deadline before the caller gives up, for an event loop that is starved of CPU."""
 _LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 
 
@@ -57,15 +51,14 @@ def ask(
     cache: ReplyCache | None = None,
     deadline: float | None = None,
 ) -> list[Reply | Failure]:
-    """A reply or failure per question, in order, by the deadline (`time.monotonic()`; None: in step_s seconds).
+    """A reply or failure per question, in order, by the deadline (`time.monotonic()`; None: in budget_s seconds).
 
     Equal questions of a batch are sent once. Raises ValueError if the key's environment variable is not set.
     """
     key = endpoint.key()
-    meter.started()
-    try:
+    with meter.waiting():
         now = time.monotonic()
-        deadline = now + limits.step_s if deadline is None else deadline
+        deadline = now + limits.budget_s if deadline is None else deadline
         if limits.run_s is not None:
             deadline = min(deadline, now + limits.run_s - meter.to_dict()["seconds"])
         keys = [key_of(endpoint.model, question) for question in questions]
@@ -74,12 +67,10 @@ def ask(
         open_questions = {name: question for name, question in asked.items() if name not in settled}
         if open_questions and time.monotonic() < deadline:
             step = _Step(endpoint.model, limits, meter, cache, deadline, open_questions)
-            _engine(endpoint.base_url, key).run(step)
-            settled.update(step.outcomes)
-        late = Failure("budget", f"no reply within this batch's {max(0.0, deadline - now):.3g} s")
-        outcomes = [settled.get(name, late) for name in keys]
-    finally:
-        meter.ended()
+            server = _servers().setdefault((endpoint.base_url, key), _Server(endpoint.base_url, key))
+            settled.update(server.run(step))
+    late = Failure("budget", f"no reply within this batch's {max(0.0, deadline - now):.3g} s")
+    outcomes = [settled.get(name, late) for name in keys]
     meter.add(cache_hits=sum(isinstance(outcome, Reply) and outcome.cached for outcome in outcomes))
     meter.fail([outcome for outcome in outcomes if isinstance(outcome, Failure)])
     return outcomes
@@ -89,14 +80,10 @@ def _kept(asked: Mapping[str, Question], cache: ReplyCache | None) -> dict[str, 
     """Key -> reply, for the questions in the cache."""
     found = cache.get(list(asked)) if cache is not None else {}
     return {
-        name: Reply(choice, cached=True) for name, choice in found.items() if choice in asked[name].choices
+        name: Reply(choice, cached=True)
+        for name, choice in found.items()
+        if not asked[name].choices or choice in asked[name].choices
     }
-
-
-def close() -> None:
-    """Stop this process's engines and close their connections. The next question starts them again."""
-    for engine in (_engines.drop() or {}).values():
-        engine.close()
 
 
 class _Step:
@@ -141,96 +128,78 @@ class _Step:
         self.meter.add(tokens=tokens)
 
 
-class _Engine:
-    """Connections to one server, and the thread with their event loop."""
+class _Server:
+    """One server's circuit and slots, and the batches that are sent to it. It belongs to the background event loop."""
 
     def __init__(self, base_url: str, key: str) -> None:
-        import aiohttp
+        import aiohttp  # noqa: F401  # in the caller's thread, because it would block the event loop for 0.4 s
 
         self.url, self.key = f"{base_url.rstrip('/')}/chat/completions", key
-        self.session: aiohttp.ClientSession | None = None
         self.constrained = True
         """Whether to send vLLM's structured_outputs. Set to False after the server refuses the field."""
-        self.breaker, self.slots = Breaker(), Slots()
+        self.breaker = Breaker()
+        self.slots: dict[int, asyncio.Semaphore] = {}
+        """By limit on concurrent requests."""
         self.jitter = random.Random()  # a separate generator keeps a seeded run independent of the judge
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="judge", daemon=True)
-        self.thread.start()
 
-    def run(self, step: _Step) -> None:
-        """Fill the step's outcomes until the step is done or its deadline has passed."""
-        future = asyncio.run_coroutine_threadsafe(self._run(step), self.loop)
+    def run(self, step: _Step) -> dict[str, Reply | Failure]:
+        """The step's outcomes, when the step is done or its deadline has passed."""
+        future = on_loop(self._run(step))
         try:
             future.result(max(0.0, step.left_s()) + _GRACE_S)
-        except (TimeoutError, CancelledError):  # cancelled, because the engine is being closed
-            future.cancel()
-            step.outcomes = dict(step.outcomes)  # a copy, because the engine may still write to the original
-        except BaseException:
-            future.cancel()
-            raise
-
-    def close(self) -> None:
-        if self.loop.is_closed():
-            return
-        try:
-            asyncio.run_coroutine_threadsafe(self._stop(), self.loop).result(_GRACE_S)
         except TimeoutError:
-            log.warning("the judge at %s: its connections did not close in time", self.url)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(_GRACE_S)
-        if not self.thread.is_alive():
-            self.loop.close()
+            pass
+        finally:
+            future.cancel()
+        return dict(step.outcomes)  # a copy, because the loop may still write to the original
 
-    async def _stop(self) -> None:
-        mine = asyncio.current_task()
-        for task in asyncio.all_tasks():
-            if task is not mine:
-                task.cancel()
-        if self.session is not None:
-            await self.session.close()
-        await self.loop.shutdown_default_executor()
-
-    def _open(self) -> "aiohttp.ClientSession":
+    def _session(self) -> "aiohttp.ClientSession":
         import aiohttp
 
         return aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self.key}", "Accept-Encoding": "identity"},
             # vLLM closes connections that were idle for 5 s. A request on such a connection fails.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
-            timeout=aiohttp.ClientTimeout(
-                total=None
-            ),  # each request has a total time limit: a server may reply slowly
+            timeout=aiohttp.ClientTimeout(total=None),  # each request has a total time limit of its own
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=urlsplit(self.url).hostname not in _LOOPBACK,  # no proxy for loopback
         )
 
     async def _run(self, step: _Step) -> None:
-        self.session = self.session or self._open()
         began = time.monotonic()
         todo = iter(step.questions.items())
         workers = min(step.limits.max_concurrency, len(step.questions))
         try:
-            async with asyncio.timeout(max(0.0, step.left_s())), asyncio.TaskGroup() as group:
+            async with (
+                asyncio.timeout(max(0.0, step.left_s())),
+                self._session() as session,
+                asyncio.TaskGroup() as group,
+            ):
                 for _ in range(workers):
-                    group.create_task(self._work(step, todo))
+                    group.create_task(self._work(step, session, todo))
         except TimeoutError:
             waited = time.monotonic() - began
             if step.calls and not step.replies and waited >= _PAUSE_S:
                 self.breaker.trip()  # the whole batch got no reply: the next batch must not wait as long
 
-    async def _work(self, step: _Step, todo: Iterator[tuple[str, Question]]) -> None:
+    async def _work(
+        self, step: _Step, session: "aiohttp.ClientSession", todo: Iterator[tuple[str, Question]]
+    ) -> None:
         for key, question in todo:
-            outcome = await self._settle(step, question)
+            outcome = await self._settle(step, session, question)
             step.outcomes[key] = outcome
             if isinstance(outcome, Reply) and step.cache is not None:
                 await asyncio.to_thread(step.cache.put, key, step.model, outcome.choice, outcome.tokens)
 
-    async def _settle(self, step: _Step, question: Question) -> Reply | Failure:
+    async def _settle(
+        self, step: _Step, session: "aiohttp.ClientSession", question: Question
+    ) -> Reply | Failure:
         """The question's reply, or the failure after all retries."""
-        tries = step.limits.max_retries + 1
+        limit, tries = step.limits.max_concurrency, step.limits.max_retries + 1
+        slots = self.slots.setdefault(limit, asyncio.Semaphore(limit))
         outcome: Reply | _Problem
         for attempt in range(tries):
-            async with self.slots.take(step.limits.max_concurrency):
+            async with slots:
                 spent = step.spent()
                 if spent:
                     return Failure("budget", spent)
@@ -240,7 +209,7 @@ class _Engine:
                         "circuit_open", f"{self.url} failed several times in a row; no request was sent"
                     )
                 try:
-                    outcome = await self._attempt(step, question)
+                    outcome = await self._attempt(step, session, question)
                 except BaseException:  # the batch's deadline, most likely
                     if admitted == "probe":
                         self.breaker.failed(probe=True)
@@ -267,16 +236,17 @@ class _Engine:
         longest = min(_LONGEST_PAUSE_S, _PAUSE_S * 2**attempt)
         return longest * self.jitter.uniform(0.5, 1)
 
-    async def _attempt(self, step: _Step, question: Question) -> "Reply | _Problem":
+    async def _attempt(
+        self, step: _Step, session: "aiohttp.ClientSession", question: Question
+    ) -> "Reply | _Problem":
         import aiohttp
 
-        assert self.session is not None
         step.called()
         try:
             async with asyncio.timeout(step.limits.timeout_s):
                 # A thread encodes the pictures and serialises the request, so that the loop can serve other requests.
                 body = await asyncio.to_thread(body_of, step.model, question, self.constrained)
-                async with self.session.post(
+                async with session.post(
                     self.url,
                     data=io.BytesIO(body),
                     headers={"Content-Type": "application/json"},
@@ -294,7 +264,7 @@ class _Engine:
         words = content[:300].decode("utf-8", "replace")
         if self.constrained and response.status in (400, 422) and "structured_outputs" in words:
             self.constrained = False
-            return await self._attempt(step, question)
+            return await self._attempt(step, session, question)
         return _Problem(_cause_of(response.status), f"HTTP {response.status}: {words}", _wait_s(response))
 
 
@@ -334,16 +304,4 @@ async def _content(response: "aiohttp.ClientResponse") -> bytes:
     return content
 
 
-_engines: PerProcess[dict[tuple[str, str], _Engine]] = PerProcess(dict)
-_starting = PerProcess(threading.Lock)
-
-
-def _engine(base_url: str, key: str) -> _Engine:
-    engines = _engines()
-    with _starting():
-        if (base_url, key) not in engines:
-            engines[base_url, key] = _Engine(base_url, key)
-        return engines[base_url, key]
-
-
-atexit.register(close)
+_servers: PerProcess[dict[tuple[str, str], _Server]] = PerProcess(dict)

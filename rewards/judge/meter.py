@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rewards.judge.questions import Failure
@@ -16,7 +17,7 @@ class Limits:
     timeout_s: float = 30.0
     max_retries: int = 2
     max_concurrency: int = 8
-    step_s: float = 120.0
+    budget_s: float = 120.0
     step_calls: int | None = None
     step_tokens: int | None = None
     run_s: float | None = None
@@ -55,19 +56,20 @@ class Meter:
         with self._lock:
             self.failures.update(failure.cause for failure in failures)
 
-    def started(self) -> None:
-        """Record that a batch begins to wait."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of a batch."""
         with self._lock:
             if not self._waiting:
                 self._since = time.monotonic()
             self._waiting += 1
-
-    def ended(self) -> None:
-        """Record that a batch is done."""
-        with self._lock:
-            self._waiting -= 1
-            if not self._waiting:
-                self.seconds += time.monotonic() - self._since
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
+                if not self._waiting:
+                    self.seconds += time.monotonic() - self._since
 
     def to_dict(self) -> dict[str, float]:
         """Counts so far: calls, cache_hits, retries, tokens, seconds, failed, and failed/<cause>."""

@@ -22,10 +22,13 @@ CAUSES = (
     "circuit_open",
     "budget",
 )
-"""Causes of a missing reply. no_chat: HTTP 200 without a chat completion; no_choice: a reply that is not a choice."""
+"""Causes of a missing reply. no_chat: HTTP 200 without a chat completion; no_choice: a reply that is not
+a choice, or a text that is empty or cut off."""
 _FORMAT = 1
 """Part of the cache's keys. Increase it when the format of requests changes."""
 _REPLY_TOKENS = 8
+_MARK = "<image>"
+"""core.model.prompts.IMAGE."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,17 @@ class Question:
     asked: str
     images: tuple[Picture, ...] = ()
     choices: tuple[str, ...] = ("yes", "no")
+    """(): the reply is any text."""
+    max_tokens: int = _REPLY_TOKENS
+    """Most tokens of the reply."""
+    temperature: float = 0.0
+    sample: int = 0
+    """Number of the sample, which seeds the server's sampling: equal questions with different numbers are all sent."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The model's choice. `tokens` is its cost; it is 0 for a reply from the cache."""
+    """The model's choice, or its text for a question without choices. `tokens` is its cost; 0 if it is cached."""
 
     choice: str
     tokens: int = 0
@@ -103,7 +112,7 @@ class Failure:
 
 def key_of(model: str, question: Question) -> str:
     """A hash of the model's name, the request's text and the pictures' pixels."""
-    parts = (
+    parts: tuple[Any, ...] = (
         _FORMAT,
         model,
         question.system,
@@ -112,13 +121,16 @@ def key_of(model: str, question: Question) -> str:
         question.choices,
         [picture.digest for picture in question.images],
     )
+    if not question.choices:
+        parts += (question.max_tokens, question.temperature, question.sample)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def reply_of(content: bytes, question: Question) -> tuple[Reply | Failure, int]:
     """The reply in a chat completion, and its cost in tokens, also for a failure.
 
-    A reply must be one of the question's choices, with at most a full stop or quotes around it.
+    A reply must be one of the question's choices, with at most a full stop or quotes around it. Without choices it is
+    any text that is not empty and that ended before `max_tokens`.
     """
     try:
         reply = json.loads(content)
@@ -129,6 +141,8 @@ def reply_of(content: bytes, question: Question) -> tuple[Reply | Failure, int]:
     tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
     if not isinstance(tokens, int) or tokens < 0:
         tokens = (len(question.system) + len(question.material) + len(question.asked)) // 4 + 1
+    if not question.choices:
+        return _text_of(said, reply["choices"][0], question, tokens), tokens
     word = said.strip().strip(".\"'`*").casefold() if isinstance(said, str) else None
     if word not in question.choices:
         words = " or ".join(question.choices)
@@ -136,23 +150,47 @@ def reply_of(content: bytes, question: Question) -> tuple[Reply | Failure, int]:
     return Reply(word, tokens), tokens
 
 
+def _text_of(said: Any, choice: Any, question: Question, tokens: int) -> Reply | Failure:
+    if not isinstance(said, str) or not said.strip():
+        return Failure("no_choice", f"the model said {said!r:.80}, not a text")
+    if choice.get("finish_reason") == "length":
+        return Failure("no_choice", f"the reply was cut off after {question.max_tokens} tokens")
+    return Reply(said.strip(), tokens)
+
+
 def body_of(model: str, question: Question, constrained: bool) -> bytes:
+    system = [{"role": "system", "content": question.system}] if question.system else []
+    request: dict[str, Any] = {
+        "model": model,
+        "messages": [*system, {"role": "user", "content": _content(question)}],
+        "temperature": question.temperature,
+        "max_tokens": question.max_tokens,
+    }
+    if question.temperature:
+        request["seed"] = question.sample
+    if (
+        constrained and question.choices
+    ):  # vLLM restricts the reply to these choices. Other servers ignore or refuse the field.
+        request["structured_outputs"] = {"choice": list(question.choices)}
+    return json.dumps(request).encode()
+
+
+def _content(question: Question) -> list[dict[str, Any]]:
+    """The parts of the user's turn: pictures, material and question; pictures stand at `<image>` marks if it has them.
+
+    Quoted material never has marks (rewards.judge.quoting).
+    """
     pictures = [
         {"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in question.images
     ]
-    texts = [{"type": "text", "text": text} for text in (question.material, question.asked)]
-    request: dict[str, Any] = {
-        "model": model,
-        "messages": [
-            {"role": "system", "content": question.system},
-            {"role": "user", "content": [*pictures, *texts]},
-        ],
-        "temperature": 0.0,
-        "max_tokens": _REPLY_TOKENS,
-    }
-    if constrained:  # vLLM restricts the reply to these choices. Other servers ignore or refuse the field.
-        request["structured_outputs"] = {"choice": list(question.choices)}
-    return json.dumps(request).encode()
+    texts = [text for text in (question.material, question.asked) if text]
+    pieces = question.asked.split(_MARK)
+    if question.material or len(pieces) != len(pictures) + 1:
+        return [*pictures, *({"type": "text", "text": text} for text in texts)]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}]
+    for picture, words in zip(pictures, pieces[1:], strict=True):
+        parts += [picture, {"type": "text", "text": words}]
+    return [part for part in parts if part["type"] != "text" or part["text"]]
 
 
 @lru_cache(maxsize=32)  # the same picture occurs in several requests: per criterion and per completion

@@ -43,10 +43,11 @@ def compare(before: Path, after: Path, on_change: Any = None) -> dict[str, Any]:
         for name, was, now in _pairs(old, new):
             counts = totals["rewards"].setdefault(name, dict.fromkeys(_COUNTS, 0))
             counts["compared"] += 1
-            if _same(was, now):
+            change = _change(was, now)
+            if not change:
                 continue
             counts["changed"] += 1
-            counts[_direction(was, now)] += 1
+            counts[change] += 1
             if on_change:
                 identity = (new.row or {}).get("id", (old.row or {}).get("id"))
                 on_change({"line": old.number, "id": identity, "reward": name, "before": was, "after": now})
@@ -80,20 +81,16 @@ def _verdicts(line: Line) -> dict[str, Any] | None:
     return {name: verdict if isinstance(verdict, dict) else None for name, verdict in rewards.items()}
 
 
-def _same(was: Any, now: Any) -> bool:
+def _change(was: Any, now: Any) -> str:
+    """up, down, scored, unscored or other; "" if score and status are the same."""
+    old, new = _score(was), _score(now)
+    if old is not None and new is not None and abs(new - old) > TOLERANCE:
+        return "up" if new > old else "down"
+    if (old is None) != (new is None):
+        return "scored" if old is None else "unscored"
     if was is None or now is None:
-        return was is now
-    if was.get("status") != now.get("status"):
-        return False
-    old, new = _score(was), _score(now)
-    return old == new if old is None or new is None else abs(old - new) <= TOLERANCE
-
-
-def _direction(was: Any, now: Any) -> str:
-    old, new = _score(was), _score(now)
-    if old is None or new is None:
-        return "scored" if new is not None else "unscored" if old is not None else "other"
-    return "up" if new > old + TOLERANCE else "down" if new < old - TOLERANCE else "other"
+        return "" if was is now else "other"
+    return "" if was.get("status") == now.get("status") else "other"
 
 
 def _score(verdict: Any) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -14,7 +13,7 @@ from rewards.example import Example
 from rewards.mix import cell_of
 from rewards.offline.rows import RowError, example_of_row, printable, read_lines
 from rewards.offline.score import load
-from rewards.selftest import Failure, self_test
+from rewards.selftest import Failure, chosen_rows, self_test
 
 SHOWN = 10
 """Most lines about failures; there is one line per kind of completion."""
@@ -68,10 +67,11 @@ def load_examples(data: str, split: str, rows: int | None, seed: int, mode: str 
     Raises ConfigError for a bad line or a missing file, RecordError for bad records.
     """
     if not data.endswith((".jsonl", ".json")):
-        from core.model.pictures import Decoded
+        from core.model.prompts import shown
+        from core.model.videos import Decoded
 
         records = _records(data, split, rows, seed)
-        return Examples(records, records.numbers, lambda row: Example.of(row, Decoded(row["images"])), mode)
+        return Examples(records, records.numbers, lambda row: Example.of(row, Decoded(shown(row))), mode)
     path = Path(data)
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file")
@@ -113,9 +113,8 @@ def run(
 ) -> None:
     """The command. Raises SelfTestFailed if a score is wrong, and ConfigError if nothing was tested."""
     reward = load(name, params, [Path.cwd()])
-    examples = _chosen(
-        load_examples(data, split, rows, seed, mode), getattr(reward, "contract_of", None), rows, seed
-    )
+    found = load_examples(data, split, rows, seed, mode)
+    examples = found.take(chosen_rows(found, getattr(reward, "contract_of", None), rows, seed))
     try:
         check_columns(reward, name, examples)
         failures = self_test(reward, examples, None, seed, name)
@@ -128,14 +127,6 @@ def run(
         raise SelfTestFailed(f"{name}: {len(failures)} failures on {failed} of {len(examples)} rows")
     for line in _claims(getattr(reward, "self_test", "answer"), examples):
         print(f"{name}: {line}")
-
-
-def _chosen(examples: Examples, contract: str | None, rows: int | None, seed: int) -> Examples:
-    """A random sample of the rows whose mode has the reward's contract."""
-    places = [place for place in range(len(examples)) if contract in (None, examples[place].mode)]
-    if rows is not None and rows < len(places):
-        places = sorted(random.Random(seed).sample(places, rows))
-    return examples.take(places)
 
 
 def _by_case(failures: Sequence[Failure], numbers: Sequence[int]) -> Iterator[str]:

@@ -1,22 +1,22 @@
 """Completions with thoughts that people or a generator have labelled good or wrong.
 
 Rows are records of corpus.records with meta["label"] (the completion is the response, or the chain and answer), or
-JSONL lines `{"question", "completion", "label"}`, optionally with `id`, `gold`, `mode` ("think" by default) and
-`images` (paths beside the file). A label is good, correct, true or 1, or bad, wrong, false or 0.
+JSONL lines `{"question", "completion", "label"}` with the optional fields of rewards.offline.rows. `mode` is "think" by
+default, and `images` lie beside the file. A label is good, correct, true or 1, or bad, wrong, false or 0.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.model.pictures import Decoded
-from core.model.prompts import target_text
+from core.model.prompts import shown, target_text
+from core.model.videos import Decoded
 from corpus.records import load_records
 from rewards.example import Example
+from rewards.offline.rows import EMPTY, Line, RowError, completion_of_row, example_of_row, read_lines
 
 LABELS = {
     **dict.fromkeys(("good", "correct", "true", "1", "1.0"), True),
@@ -43,7 +43,7 @@ def load_labelled(path: Path, rows: int | None = None) -> list[Labelled]:
     Raises AuditError naming file and row for a row without a label, a question or a completion.
     """
     if path.suffix == ".jsonl":
-        labelled = [_of_line(path, number, line) for number, line in _lines(path)][:rows]
+        labelled = [_of_line(path, line) for line in read_lines(path) if line.problem != EMPTY][:rows]
     else:
         labelled = [
             _of_record(path, place, record) for place, record in enumerate(load_records(path, rows=rows))
@@ -53,58 +53,25 @@ def load_labelled(path: Path, rows: int | None = None) -> list[Labelled]:
     return labelled
 
 
-def _lines(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    lines: list[tuple[int, Mapping[str, Any]]] = []
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise AuditError(f"{path}:{number}: not a JSON line ({error})") from None
-            if not isinstance(line, dict):
-                raise AuditError(
-                    f"{path}:{number}: a line must be an object with question, completion and label"
-                )
-            lines.append((number, line))
-    return lines
-
-
-def _of_line(path: Path, number: int, line: Mapping[str, Any]) -> Labelled:
-    where = f"{path}:{number}"
-    for name in ("question", "completion"):
-        if not isinstance(line.get(name), str):
-            raise AuditError(f"{where}: {name}={line.get(name)!r:.60}: it must be text")
-    images = line.get("images") or []
-    if not isinstance(images, list):
-        raise AuditError(f"{where}: images={images!r:.60}: it must be a list of paths")
-    mode = line.get("mode", "think")
-    if mode not in ("think", "direct"):
-        raise AuditError(f'{where}: mode={mode!r}: it must be "think" or "direct"')
-    example = Example(
-        id=str(line.get("id", number)),
-        question=line["question"],
-        answer=str(line.get("gold", "")),
-        mode=mode,
-        verifier="none",
-        images=tuple(_image(path, image, where) for image in images),
-    )
-    return Labelled(line["completion"], example, _label(line.get("label"), where, "label"))
-
-
-def _image(path: Path, name: Any, where: str) -> Any:
-    """The picture at a path relative to the file's folder. Paths that leave this folder are refused."""
-    from core.model.pictures import Picture
-
-    folder = path.resolve().parent
-    file = (folder / str(name)).resolve()
-    if not file.is_relative_to(folder):
-        raise AuditError(f"{where}: image {name!r} lies outside {folder}; put it beside the file")
+def _of_line(path: Path, line: Line) -> Labelled:
+    where, folder = f"{path}:{line.number}", path.resolve().parent
     try:
-        return Picture(file.read_bytes()).rgb()
+        if line.row is None:
+            raise RowError(line.problem)
+        example = example_of_row({"gold": "", **line.row, "kind": "none"}, line.number, folder, "think")
+        if not example.question:
+            raise RowError('no "question"')
+        completion = completion_of_row(line.row, example)
+    except RowError as error:
+        raise AuditError(f"{where}: {error}") from None
+    for name in line.row.get("images") or ():
+        if not (folder / name).resolve().is_relative_to(folder):
+            raise AuditError(f"{where}: image {name!r} lies outside {folder}; put it beside the file")
+    try:
+        example = replace(example, images=tuple(example.images))
     except (OSError, ValueError) as error:
-        raise AuditError(f"{where}: image {name!r}: {type(error).__name__}: {error}") from None
+        raise AuditError(f"{where}: images: {type(error).__name__}: {error}") from None
+    return Labelled(completion, example, _label(line.row.get("label"), where, "label"))
 
 
 def _of_record(path: Path, place: int, record: Mapping[str, Any]) -> Labelled:
@@ -114,7 +81,7 @@ def _of_record(path: Path, place: int, record: Mapping[str, Any]) -> Labelled:
         completion = target_text(record)
     except ValueError as error:
         raise AuditError(f"{where}: {error}") from None
-    return Labelled(completion, Example.of(record, Decoded(record["images"])), good)
+    return Labelled(completion, Example.of(record, Decoded(shown(record))), good)
 
 
 def _label(value: Any, where: str, field: str) -> bool:

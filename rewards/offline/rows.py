@@ -34,7 +34,9 @@ from rewards.extract import CLOSE, OPEN
 
 MAX_LINE_BYTES = 64 << 20
 """Longer lines are refused."""
-DEFAULT_KIND = "auto" if "auto" in KINDS else "math"
+EMPTY = "an empty line"
+"""The problem of a line without text."""
+DEFAULT_KIND = "auto"
 
 
 class RowError(ValueError):
@@ -87,7 +89,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 def parse_object(line: bytes) -> dict[str, Any]:
     """Parse a line as a JSON object. Raises RowError for any other value, for NaN, and for numbers out of range."""
     if not line.strip():
-        raise RowError("an empty line")
+        raise RowError(EMPTY)
     try:
         value = json.loads(line.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
     except UnicodeDecodeError as error:

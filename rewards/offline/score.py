@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from core.files import writing
 from core.strict import ConfigError
 from rewards.calls import Caller, Pending, Reward, RewardError
 from rewards.example import Example
@@ -97,7 +96,7 @@ def score(
     summary = Summary(statuses={name: Counter() for name in rewards})
     caller = Caller(workers)
     begun: list[_Chunk] = []
-    with _draft(target) as file:
+    with writing(target) as file:
         try:
             for lines in _chunks(source):
                 begun.append(_Chunk.begin(lines, source.parent, rewards, caller, mode))
@@ -190,15 +189,10 @@ def _counted(name: str, result: Verdict | RewardError, summary: Summary) -> Verd
 
 def _json(row: Mapping[str, Any], verdicts: Mapping[str, Verdict], contract: str) -> str:
     """The row with its verdicts and their mode as JSON; "" if the row is nested too deeply to write."""
-    scored = {
-        name: {
-            "score": verdict.score,
-            "status": verdict.status,
-            "answer": verdict.answer,
-            "why": verdict.reason,
-        }
-        for name, verdict in verdicts.items()
-    }
+    scored = {}
+    for name, verdict in verdicts.items():
+        scored[name] = verdict.to_dict()
+        scored[name]["why"] = scored[name].pop("reason")
     whole = {**row, "contract": contract, "rewards": scored}
     try:
         text = json.dumps(whole, ensure_ascii=False)
@@ -227,21 +221,6 @@ def _chunks(source: Path) -> Iterator[list[Line]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-@contextmanager
-def _draft(target: Path) -> Iterator[IO[str]]:
-    """A temporary file, which replaces the target when the block ends without an exception."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def run(

@@ -37,6 +37,7 @@ PATHS = frozenset(
         *("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"),
         *("/reset_mm_cache", "/reset_encoder_cache", "/reset_prefix_cache", "/sleep", "/wake_up"),
         *("/v1/models", "/v1/chat/completions", "/v1/completions"),
+        *("/v1/chat/completions/render", "/inference/v1/generate"),  # a teacher scores given tokens
     )
 )
 """Paths that a server answers. Every other path is 404, above all /collective_rpc, which calls any engine method."""
@@ -52,7 +53,7 @@ def known_token(file: str | None) -> str | None:
 
     Raises ConfigError if the file is missing or other users may read it.
     """
-    return os.environ.get(TOKEN) or (_read(Path(file)) if file else None)
+    return os.environ.get(TOKEN) or (read_token(Path(file)) if file else None)
 
 
 def pool_token(file: str | None) -> str:
@@ -70,10 +71,11 @@ def pool_token(file: str | None) -> str:
         pass
     finally:
         os.unlink(partial)
-    return _read(path)
+    return read_token(path)
 
 
-def _read(path: Path) -> str:
+def read_token(path: Path) -> str:
+    """The token in a file. Raises ConfigError if the file is missing or empty, or other users may read it."""
     try:
         mode, token = path.stat().st_mode, path.read_text().strip()
     except OSError as error:

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from core.files import read_json
 from rl.rollout import access
 from rl.rollout.config import PoolConfig
 from rl.rollout.fleet import Fleet
@@ -48,6 +49,8 @@ class RolloutClient:
         warn: called with a line about every lost and every returned server.
         share_gpus: whether the servers sleep between weight updates; an update then wakes them.
         token: the run's token; None: the environment's, if it has one.
+        addresses: JSON file with the servers' URLs in the order of `urls`, rewritten when a server is started again at
+            another URL; None: servers keep their URLs.
     """
 
     def __init__(
@@ -62,11 +65,13 @@ class RolloutClient:
         warn: Callable[[str], None] = log.warning,
         share_gpus: bool = False,
         token: str | None = None,
+        addresses: Path | None = None,
     ) -> None:
         if not urls:
             raise ValueError("no rollout server: give at least one URL")
         self.urls, self.core, self.patience_s, self.share_gpus = list(urls), core, patience_s, share_gpus
         self.fleet, self.served = Fleet(urls, max_returns, warn), Served()
+        self.addresses = addresses
         self._under_way = concurrency * len(urls)
         self.http = Http(token or access.known_token(None), timeout_s, self._under_way)
         self._threads = self._new_threads()
@@ -78,6 +83,7 @@ class RolloutClient:
         urls: Sequence[str],
         model: Path,
         warn: Callable[[str], None] = log.warning,
+        addresses: Path | None = None,
     ) -> RolloutClient:
         """The client for a recipe's `servers`, which serve the core at `model`."""
         return cls(
@@ -90,6 +96,7 @@ class RolloutClient:
             share_gpus=pool.share_gpus,
             token=access.known_token(pool.token_file),
             warn=warn,
+            addresses=addresses,
         )
 
     def close(self) -> None:
@@ -237,6 +244,7 @@ class RolloutClient:
         """
         deadline = time.monotonic() + self.patience_s
         while True:
+            self._look_up()
             awaited = self.fleet.awaited if self.served.can_be_sent_again() else []
             for url in awaited if not self.fleet.serving else self.fleet.due:
                 if url in awaited:
@@ -248,6 +256,13 @@ class RolloutClient:
                     f"no rollout server is left, and none came back within {self.patience_s:g} s:\n{self.fleet}"
                 )
             time.sleep(RETURN_PAUSE_S)
+
+    def _look_up(self) -> None:
+        """Read where servers that were started again are now."""
+        if self.addresses is not None:
+            for old, new in zip(self.fleet.urls, read_json(self.addresses), strict=True):
+                if old != new:
+                    self.fleet.relocate(old, new)
 
     def _take_back(self, url: str) -> None:
         """If a lost server is up, load the current weights into it; readmit it if it passes the gate."""

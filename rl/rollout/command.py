@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -90,7 +91,10 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
     first = cfg.first_gpu + index * cfg.gpus_per_server
-    env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(first, first + cfg.gpus_per_server))
+    # Count among the GPUs that this process may use, as a learner's ranks do.
+    own = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = own.split(",") if own else [str(gpu) for gpu in range(first + cfg.gpus_per_server)]
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + cfg.gpus_per_server])
     if (
         cfg.share_gpus
     ):  # vLLM's sleep mode refuses expandable segments, which the learner's environment may set

@@ -67,6 +67,15 @@ class Fleet:
         stays = f"; it was back {self.max_returns} times and now stays out" if last else ""
         self.warn(f"rollout server {url} is lost ({left} of {len(self.urls)} left): {why}{stays}")
 
+    def relocate(self, old: str, new: str) -> None:
+        """Give a server that was started again elsewhere its new URL. It is lost until it is readmitted."""
+        self.lose(old, f"it was started again, as {new}")
+        with self._lock:
+            self.urls = tuple(new if url == old else url for url in self.urls)
+            self._lost[new] = self._lost.pop(old)
+            self._returns[new] = self._returns.pop(old, 0)
+            self._looks[new], self._next_look[new] = 0, 0.0
+
     def readmit(self, url: str) -> None:
         """Let the server, which has the current weights, receive requests again."""
         with self._lock:

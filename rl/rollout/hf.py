@@ -1,7 +1,8 @@
 """A rollout server over transformers' `generate`, for machines without vLLM. Same endpoints, far slower.
 
 Speaks the part of vLLM's HTTP interface that `RolloutClient` uses: /health, /v1/chat/completions, weight updates and
-their version, cache resets, sleeping and waking (on a GPU the model moves to the CPU and back). Requests that arrive
+their version, cache resets, sleeping and waking (on a GPU the model moves to the CPU and back); and what
+rl.distill.TeacherClient uses: rendering a prompt, and scoring given tokens. Requests that arrive
 together and ask for the same sampling are generated as one batch.
 """
 
@@ -92,7 +93,11 @@ class Engine:
                 self.torch.cuda.empty_cache()
             return [{}]
         with self.torch.no_grad():
-            return self._generate(bodies)
+            if kind == "render":
+                ids = self._inputs(bodies)["input_ids"][0].tolist()
+                # `features` go back to `score` unread by the client.
+                return [{"token_ids": ids, "features": {"messages": bodies[0]["messages"]}}]
+            return [self._score(bodies[0])] if kind == "score" else self._generate(bodies)
 
     def _load(self, update: dict) -> None:
         from safetensors.torch import load_file
@@ -103,16 +108,31 @@ class Engine:
         if missing or unexpected:
             raise ValueError(f"weight update: missing {missing[:5]}, unexpected {list(unexpected)[:5]}")
 
-    def _generate(self, bodies: list[dict]) -> list[dict]:
-        first = bodies[0]
-        inputs = self.processor.apply_chat_template(
+    def _inputs(self, bodies: list[dict]) -> Any:
+        """The model's inputs for the requests' conversations, padded on the left."""
+        return self.processor.apply_chat_template(
             [_messages(body) for body in bodies],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             padding=True,
+            **(bodies[0].get("chat_template_kwargs") or {}),  # a batch has one, see _alike
         ).to(self.device)
+
+    def _score(self, body: dict) -> dict:
+        """Log-probabilities of the given tokens after a rendered prompt, in vLLM's form."""
+        inputs = dict(self._inputs([body["features"]]))
+        ids = self.torch.tensor([body["token_ids"]], device=self.device)
+        inputs |= {"input_ids": ids, "attention_mask": self.torch.ones_like(ids)}
+        logits = self.model(**inputs).logits[0, :-1].float().log_softmax(-1)
+        found = logits.gather(-1, ids[0, 1:, None])[:, 0].tolist()
+        scored = zip(body["token_ids"][1:], found, strict=True)
+        return {"prompt_logprobs": [None, *({str(token): {"logprob": value}} for token, value in scored)]}
+
+    def _generate(self, bodies: list[dict]) -> list[dict]:
+        first = bodies[0]
+        inputs = self._inputs(bodies)
         self.torch.manual_seed(first.get("seed") or 0)
         greedy = first["temperature"] == 0
         sampling = (
@@ -159,7 +179,7 @@ class Engine:
 
 def _alike(jobs: list) -> tuple[list, list]:
     """The jobs that can run in one batch with the first, and the rest. Seeded requests run alone to be repeatable."""
-    keys = ("n", "temperature", "top_p", "max_tokens", "logit_bias")
+    keys = ("n", "temperature", "top_p", "max_tokens", "logit_bias", "chat_template_kwargs")
     kind, body, _ = jobs[0]
     if kind != "generate" or (body["temperature"] > 0 and body.get("seed") is not None):
         return jobs[:1], jobs[1:]
@@ -216,6 +236,8 @@ class Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         kinds = {
             "/v1/chat/completions": "generate",
+            "/v1/chat/completions/render": "render",
+            "/inference/v1/generate": "score",
             "/update_weights": "update_weights",
             "/sleep": "sleep",
             "/wake_up": "wake_up",

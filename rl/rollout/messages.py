@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core.files import read_json
 from core.model.pictures import Picture
+from core.model.videos import tiles
 from rl.rollout.config import MODEL_NAME
 
 BAN = -100.0
@@ -70,6 +71,8 @@ class CoreFacts:
     """Id of the image token; a completion must not contain it, because no image belongs to it."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Weights that a checkpoint omits because they are tied: name -> name of the stored weight."""
+    frame_px: int = 448
+    """Side in pixels of the tile that a frame of a video is."""
     thought_open: bool = False
     """Whether the chat template opens the thought, so that completions of thinking rows start inside it."""
 
@@ -83,14 +86,15 @@ class CoreFacts:
         # vLLM's CPU engine packs lm_head's weights separately from the embedding's. Unless both are sent, it keeps the
         # old head, and every log-probability after the first update belongs to another policy.
         twins = {"lm_head.weight": "model.language_model.embed_tokens.weight"} if tied else {}
-        return cls((config["image_token_id"],), twins, opens_thought(model))
+        side = config["vision_config"]["image_size"]
+        return cls((config["image_token_id"],), twins, side, opens_thought(model))
 
 
 def completion_request(prompt: Prompt, sampling: Sampling, core: CoreFacts) -> dict[str, Any]:
     """The body of a request to /v1/chat/completions."""
     return {
         "model": MODEL_NAME,
-        "messages": openai_messages(prompt.messages),
+        "messages": openai_messages(prompt.messages, core.frame_px),
         "n": sampling.n,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -124,24 +128,28 @@ def _completion(choice: Mapping[str, Any], core: CoreFacts) -> Completion:
     return Completion(ids, logprobs, choice["message"]["content"] or "", finished)
 
 
-def openai_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation with pictures inlined as data URLs: files as they are stored, PIL images as PNG.
+def openai_messages(messages: Sequence[Mapping[str, Any]], frame_px: int) -> list[dict[str, Any]]:
+    """The conversation with pictures inlined as data URLs: files as they are stored, PIL images and frames as PNG.
 
-    A server decodes a file by the rule of core.model.pictures (core/model/vllm_plugin.py, rl/rollout/hf.py).
+    A server decodes a file by the rule of core.model.pictures (core/model/vllm_plugin.py, rl/rollout/hf.py). A frame of
+    a video is sent as a picture of one tile, `frame_px` by `frame_px`.
     """
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    shown = [part["image"] for content in contents for part in content if part["type"] == "image"]
+    images = iter(tiles(shown, frame_px))
     out = []
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
-            content = [_openai_part(part) for part in content]
+            content = [_openai_part(part, images) for part in content]
         out.append({"role": message["role"], "content": content})
     return out
 
 
-def _openai_part(part: Mapping[str, Any]) -> dict[str, Any]:
+def _openai_part(part: Mapping[str, Any], images: Iterator[Any]) -> dict[str, Any]:
     if part["type"] != "image":
         return dict(part)
     with _OPENING:
-        picture = Picture.of(part["image"])
+        picture = Picture.of(next(images))
     data = base64.b64encode(picture.data).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/*;base64,{data}"}}

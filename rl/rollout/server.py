@@ -122,7 +122,7 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
     """
     if cfg.urls:
         known = access.known_token(cfg.token_file)
-        with _environment(access.TOKEN, known) if known else nullcontext():
+        with in_environment(access.TOKEN, known) if known else nullcontext():
             yield lambda: [url.rstrip("/") for url in cfg.urls]
         return
     servers: list[RolloutServer] = []
@@ -140,7 +140,7 @@ def starting_pool(cfg: PoolConfig, model: Path, log_dir: Path) -> Iterator[Calla
 
     processes.remove_leftovers()
     token = access.pool_token(cfg.token_file)
-    with processes.held_folder(Path(tempfile.gettempdir())) as temporary, _environment(access.TOKEN, token):
+    with processes.held_folder(Path(tempfile.gettempdir())) as temporary, in_environment(access.TOKEN, token):
         try:
             for index in range(cfg.count):
                 # Started one by one, so that the first is stopped if the second fails to start.
@@ -211,7 +211,7 @@ class Keeper(threading.Thread):
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def in_environment(name: str, value: str) -> Iterator[None]:
     """Set an environment variable of this process within the block."""
     before = os.environ.get(name)
     os.environ[name] = value

@@ -60,8 +60,10 @@ PIPELINE = {
     "data": {"generate": {"by": "toy_stages:generate", "sets": ["train", "extra", "held"]}},
     "servers": {"max_model_tokens": 128},
     "eval": {
-        "thinking": {"set": "held", "split": "think"},
-        "direct": {"set": "held", "split": "direct"},
+        "sets": {
+            "thinking": {"set": "held", "split": "think"},
+            "direct": {"set": "held", "split": "direct"},
+        },
         "max_completion_tokens": 8,
     },
     "wandb": {"mode": "disabled"},

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import socket
 import stat
 import subprocess
@@ -217,6 +218,54 @@ def stores_that_open(addresses):
     return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.strip()
 
 
+NEIGHBOUR = """
+import http.client, json, socket, sys
+
+ports, sockets, pids, attempts = json.load(sys.stdin)
+got = []
+for port in ports:
+    for method, path, body in attempts:
+        line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        line.request(method, path, None if body is None else json.dumps(body))
+        if line.getresponse().status not in (401, 501):
+            got.append([port, path])
+for path in sockets:
+    try:
+        socket.socket(socket.AF_UNIX).connect(path)
+        got.append(path)
+    except OSError:
+        pass
+for pid in pids:
+    for name in ("environ", "maps", "mem"):
+        try:
+            open(f"/proc/{pid}/{name}", "rb").read(1)
+            got.append([pid, name])
+        except OSError:
+            pass
+print(json.dumps(got))
+"""
+
+
+def gained_by_another_account(found, below):
+    """What the account `nobody` gets from servers, sockets and processes; None if this account cannot start it."""
+    python = Path("/usr/bin/python3")
+    if os.getuid() or not python.exists():
+        return None
+    ports = [
+        at.port
+        for at, (who, _, kind) in found.items()
+        if kind == "tcp" and who == "server" and speaks_http(at)
+    ]
+    sockets = [at for at, (_, _, kind) in found.items() if kind == "unix" and str(at).startswith("/")]
+    given = json.dumps([ports, sockets, [one.pid for one in below], ATTEMPTS])
+    command = [python, "-I", "-c", NEIGHBOUR]
+    done = subprocess.run(
+        command, input=given, user="nobody", cwd="/", capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 def documented():
     """(process, interface, protocol) of the rows for one host in docs/security.md."""
     text = (ROOT / "docs" / "security.md").read_text()
@@ -232,7 +281,7 @@ def finish(process, output):
 def test_what_listens_is_listed_on_loopback_and_refuses_a_neighbour(tiny_core, tmp_path, engine):  # noqa: F811
     (tmp_path / "hold").touch()  # the learner waits for its first rewards, and everything listens
     process = start(tmp_path, tiny_core, "visited", engine)
-    seen, visited, answered, refusals, tokens, stores = set(), set(), [], 0, set(), ""
+    seen, visited, answered, refusals, tokens, stores, gained = set(), set(), [], 0, set(), "", None
     try:
         watched = psutil.Process(process.pid)
         while process.poll() is None:
@@ -252,6 +301,7 @@ def test_what_listens_is_listed_on_loopback_and_refuses_a_neighbour(tiny_core, t
                 }  # vLLM's engine overwrites its own
                 assert not [one for one in below for token in tokens if token in " ".join(one.cmdline())]
                 stores = stores_that_open(visited)
+                gained = gained_by_another_account(found, below)
                 (tmp_path / "hold").unlink()
             time.sleep(0.1)
     finally:
@@ -262,6 +312,7 @@ def test_what_listens_is_listed_on_loopback_and_refuses_a_neighbour(tiny_core, t
     assert len(visited) >= 4
     assert seen <= documented()
     assert not answered
+    assert not gained
     assert refusals >= 2 * 3 * len(ATTEMPTS), (
         "both servers refused every attempt, under each of three headers"
     )
@@ -280,3 +331,16 @@ def test_what_listens_is_listed_on_loopback_and_refuses_a_neighbour(tiny_core, t
     assert one == two
     assert weights_hash(runs[0] / "checkpoint") == weights_hash(runs[1] / "checkpoint")
     assert {line["rollout/servers"] for line in read_jsonl(runs[0] / "metrics.jsonl")} == {2}
+
+
+def test_a_hangup_of_the_terminal_leaves_no_process(tiny_core, tmp_path):  # noqa: F811
+    (tmp_path / "hold").touch()
+    process = start(tmp_path, tiny_core, "hung", "hf")
+    while not (tmp_path / "held").exists():
+        assert process.poll() is None, (tmp_path / "hung.out").read_text()[-4000:]
+        time.sleep(0.1)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == 130
+    assert len(below) > 4
+    assert not psutil.wait_procs(below, timeout=60)[1]

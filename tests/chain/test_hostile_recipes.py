@@ -90,7 +90,7 @@ def test_threads_have_a_bound(recipe, threads):
         ("rlvr.prepare.pass_at_k.into=../../x", r"rlvr\.prepare\.pass_at_k\.into"),
         ("rlvr.prepare.pass_at_k.into=a/b", r"rlvr\.prepare\.pass_at_k\.into"),
         ("data.generate.sets=[train, extra, held, ..]", r"data\.generate\.sets"),
-        ("eval.thinking.split=../x", r"eval\.thinking\.split"),
+        ("eval.sets.thinking.split=../x", r"eval\.sets\.thinking\.split"),
     ],
 )
 def test_a_name_never_leads_out_of_its_folder(toy, override, key):

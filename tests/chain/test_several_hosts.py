@@ -1,4 +1,4 @@
-"""Two hosts on loopback: two `posttrain run` in sessions of their own, one rank each, and two rollout servers by URL.
+"""Rollout servers on other hosts, by URL: `posttrain rollout-server` and `run` in sessions of their own on loopback.
 
 They share only the run's folder and the weights' folder: working directory and home differ.
 """
@@ -52,7 +52,8 @@ def free_port():
 class Site:
     """A recipe, its servers, and the hosts that run it."""
 
-    def __init__(self, root: Path, core: Path, engine: str, **stage):
+    def __init__(self, root: Path, core: Path, engine: str, own: dict | None = None, **stage):
+        """`own`: settings of servers that the run starts itself; None: servers by URL."""
         self.root, self.core, self.started = root, core, []
         self.ports = [free_port(), free_port()]
         (root / "code").mkdir()
@@ -63,16 +64,19 @@ class Site:
             "data": {"sets": {"rl": str(root / "rl.parquet")}},
             "servers": {
                 **{"engine": engine, "max_model_tokens": 256, "max_sequences": 64},
-                "urls": [f"http://127.0.0.1:{port}" for port in self.ports],
                 "weights_dir": str(root / "weights"),
-                "token_file": str(root / "token"),
+                **({**self.by_url(), "token_file": str(root / "token")} if own is None else own),
             },
+            "hardware": {"nodes": 1 if own is None else 2},
             "wandb": {"mode": "disabled"},
             "core": {"path": str(core)},
             "rlvr": {**STAGE, **stage},
         }
         (root / "recipe").mkdir()
         (root / "recipe" / "pipeline.yaml").write_text(yaml.safe_dump(recipe))
+
+    def by_url(self) -> dict:
+        return {"urls": [f"http://127.0.0.1:{port}" for port in self.ports]}
 
     def posttrain(self, name: str, *words: str) -> subprocess.Popen:
         """The command on a simulated host: separate session, working directory and home."""
@@ -102,9 +106,6 @@ class Site:
         return self.posttrain(
             name, "run", str(self.root / "recipe"), "--runs-dir", str(self.root / runs), *words
         )
-
-    def hosts(self, runs: str) -> list[subprocess.Popen]:
-        return [self.run(f"host-{node}", runs, "--nnodes", "2", "--node-rank", str(node)) for node in (0, 1)]
 
     def output(self, name: str) -> str:
         return (self.root / name / "output.txt").read_text()
@@ -153,27 +154,6 @@ def wait_until_gone(processes: list[psutil.Process]) -> None:
 
 
 @pytest.mark.slow
-def test_two_hosts_train_what_two_ranks_on_one_host_train(tiny_core, tmp_path):  # noqa: F811
-    with site(tmp_path, tiny_core, "hf") as place:
-        servers = [place.serve(0), place.serve(1)]
-        for index in range(2):
-            place.wait_for("Ctrl-C stops the servers", tmp_path / f"server-{index}" / "output.txt")
-        place.finish(*place.hosts("two"))
-        place.finish(place.run("alone", "one"))
-        one, two = place.metrics("one"), place.metrics("two")
-        assert [line["step"] for line in two] == [1, 2, 3]
-        for ours, theirs in zip(two, one, strict=True):
-            for name in ("loss", "reward", "grad_norm"):
-                assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (name, ours["step"])
-            assert ours["rollout/servers"] == 2
-            assert ours["parity/max_logprob_difference"] < 1e-4  # of both servers
-        assert "the leader has finished" in place.output("host-1")
-        assert "rlvr: ranks here: 1" in place.output("host-1")
-        assert not list((tmp_path / "weights").iterdir())
-        assert [server.poll() for server in servers] == [None, None]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_a_server_that_is_killed_and_replaced_serves_again_with_the_current_weights(
     tiny_core,  # noqa: F811
@@ -184,8 +164,8 @@ def test_a_server_that_is_killed_and_replaced_serves_again_with_the_current_weig
         servers = [place.serve(0), place.serve(1)]
         for index in range(2):
             place.wait_for("Ctrl-C stops the servers", tmp_path / f"server-{index}" / "output.txt")
-        hosts = place.hosts("two")
-        stage = tmp_path / "two" / "chain" / "rlvr.partial"
+        run = place.run("alone", "one")
+        stage = tmp_path / "one" / "chain" / "rlvr.partial"
         place.wait_for('"step": 2', stage / "metrics.jsonl")
         engines = below(servers[0])
         servers[0].kill()
@@ -197,39 +177,11 @@ def test_a_server_that_is_killed_and_replaced_serves_again_with_the_current_weig
         place.wait_for("is back with the current weights", stage / "alarms.jsonl")
         steps = len(read_jsonl(stage / "metrics.jsonl"))
         place.wait_for(f'"step": {steps + 2},', stage / "metrics.jsonl")
-        hosts[0].send_signal(signal.SIGINT)
-        place.finish(hosts[0], code=130)
-        place.finish(hosts[1], code=1)
+        run.send_signal(signal.SIGINT)
+        place.finish(run, code=130)
         lines = read_jsonl(stage / "metrics.jsonl")
         serving = [line["rollout/servers"] for line in lines]
         assert (serving[0], min(serving), serving[-1]) == (2, 1, 2)
         assert lines[-1]["rollout/servers_lost"] == 1
         assert all(line["parity/max_logprob_difference"] < 1e-3 for line in lines)
-        assert "ALARM rollout_server" in place.output("host-0")
-
-
-@pytest.mark.slow
-def test_ctrl_c_on_either_host_and_a_killed_host_end_everything_that_was_started(tiny_core, tmp_path):  # noqa: F811
-    with site(tmp_path, tiny_core, "hf", batches=1000) as place:
-        for index in range(2):
-            place.serve(index)
-            place.wait_for("Ctrl-C stops the servers", tmp_path / f"server-{index}" / "output.txt")
-        for runs, node, number, codes in (
-            ("leader", 0, signal.SIGINT, (130, 1)),
-            ("follower", 1, signal.SIGINT, (1, 130)),
-            ("killed", 1, signal.SIGKILL, (1, -signal.SIGKILL)),
-        ):
-            hosts = place.hosts(runs)
-            place.wait_for('"step": 1', tmp_path / runs / "chain" / "rlvr.partial" / "metrics.jsonl")
-            children = [child for host in hosts for child in below(host)]
-            hosts[node].send_signal(number)
-            for host in hosts:
-                host.wait(120)
-            assert tuple(host.returncode for host in hosts) == codes, place.output("host-0") + place.output(
-                "host-1"
-            )
-            wait_until_gone(children)
-        assert "the leader has ended: it was interrupted" in place.output("host-1")
-        assert "posttrain was interrupted there" in place.output("host-0")
-        assert re.search(r"node 1 \(.*\) is lost: its connection ended", place.output("host-0"))
-        assert not list((tmp_path / "weights").iterdir())
+        assert "ALARM rollout_server" in place.output("alone")

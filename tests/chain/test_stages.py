@@ -40,9 +40,9 @@ def test_samples_are_spread_over_modes_and_rows():
 
 
 def test_samples_are_written_anew_with_their_images(tmp_path):
-    rows = [({"id": str(number), "mode": "think"}, [Image.new("RGB", (4, 4))]) for number in range(6)]
+    rows = [({"id": str(number), "set": "thinking"}, [Image.new("RGB", (4, 4))]) for number in range(6)]
     write_samples(tmp_path, rows, 6)
-    write_samples(tmp_path, [*rows[:2], ({"id": "text", "mode": "think"}, [])], 3)
+    write_samples(tmp_path, [*rows[:2], ({"id": "text", "set": "thinking"}, [])], 3)
     assert len(read_jsonl(tmp_path / "held_out.jsonl")) == 3
     samples = read_jsonl(tmp_path / "samples.jsonl")
     assert [row["image"] for row in samples] == ["images/000.png", "images/001.png", None]
@@ -57,7 +57,7 @@ class FakeClient:
         self.served = Served()
 
     @classmethod
-    def of_pool(cls, pool, urls, model):
+    def of_pool(cls, pool, urls, model, addresses=None):
         return cls(urls)
 
     def load_checkpoint(self, folder: Path) -> None:

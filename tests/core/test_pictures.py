@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core.model.pictures import MAX_PIXELS, Decoded, Picture, as_rgb
+from core.model.pictures import MAX_PIXELS, Picture, as_rgb
+from core.model.videos import Decoded
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -237,11 +238,11 @@ def test_trained_rolled_out_evaluated_judged_and_reported_pictures_are_the_same_
     trained = tiles([picture], return_tensors="np")["pixel_values"]
     assert np.array_equal(trained, tiles([Image.fromarray(expected)], return_tensors="np")["pixel_values"])
 
-    sent = openai_messages(prompt_messages(record))
+    sent = openai_messages(prompt_messages(record), 448)
     data = base64.b64decode(sent[0]["content"][0]["image_url"]["url"].split(",", 1)[1])
     assert data == FILES[kind]
     _decode_pictures_as_the_learner_does()
-    write_samples(tmp_path, [({"mode": "direct"}, record["images"])], 1)
+    write_samples(tmp_path, [({"set": "direct", "mode": "direct"}, record["images"])], 1)
     sample = json.loads((tmp_path / "samples.jsonl").read_text())["image"]
     shown = {
         "vLLM": ImageMediaIO().load_bytes(data).media,

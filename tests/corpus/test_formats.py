@@ -17,6 +17,8 @@ from corpus.formats.table import Options
 from corpus.importing import import_set
 from corpus.records import RecordError, load_records
 
+from ..core.films import film
+
 ROWS = range(20)
 OPTIONS = ["red", "green", "blue", "none"]
 
@@ -321,6 +323,39 @@ def webdataset(folder):
     return shard(folder, samples), "columns", [expect(f"Count {n}.", str(n), "number") for n in ROWS]
 
 
+def sharegpt(folder):
+    """ShareGPT4V and its like: a system message and two exchanges about one picture."""
+    rows = [
+        {
+            "system": "Be brief.",
+            "image": saved(folder, n),
+            "conversations": turns("<image>\nWhat is it?", "Dots.", f"Count {n}.", str(n)),
+        }
+        for n in ROWS
+    ]
+    earlier = [{"user": "What is it?", "assistant": "Dots."}]
+    return jsonl(folder, rows), "llava", [
+        expect(f"Count {n}.", str(n), "number", history=earlier, system="Be brief.") for n in ROWS
+    ]  # fmt: skip
+
+
+def llava_video(folder):
+    """LLaVA-Video: LLaVA's shape with a video's file name."""
+    film(4, to=folder / "a.mp4")
+    rows = [
+        {
+            "id": f"v{n}",
+            "data_source": "nextqa",
+            "video": "a.mp4",
+            "conversations": turns(f"<video>\nWhat {n}?", f"{n} dots"),
+        }
+        for n in ROWS
+    ]
+    return array(folder, rows), "llava", [
+        expect(f"What {n}?", f"{n} dots", "exact", source="nextqa", pictures=0, videos=1) for n in ROWS
+    ]  # fmt: skip
+
+
 PUBLIC = (
     *(
         llava,
@@ -335,7 +370,7 @@ PUBLIC = (
         mmpr,
         visual_web_instruct,
     ),
-    *(science_qa, mmmu, csv_paths, vlmevalkit, webdataset),
+    *(science_qa, mmmu, csv_paths, vlmevalkit, webdataset, sharegpt, llava_video),
 )
 
 
@@ -349,9 +384,10 @@ def test_every_row_of_a_public_format_becomes_the_right_record(make, tmp_path):
         zip(load_records(tmp_path / "out" / "mine.parquet"), expected, strict=True)
     ):
         pictures, shown = wanted.pop("pictures", 1), wanted.pop("shown", number)
+        videos = wanted.pop("videos", 0)
         assert row["id"] == f"mine-{number}"
         assert {key: row[key] for key in wanted} == wanted
-        assert len(row["images"]) == pictures
+        assert (len(row["images"]), len(row["videos"])) == (pictures, videos)
         if pictures:
             assert row["images"][0].rgb().getpixel((0, 0)) == colour(shown)
 
@@ -372,23 +408,31 @@ GOOD = {"question": "2+2?", "answer": "4"}
     [
         ({"question": "2?"}, "answer", "no column holds it", "--columns answer=COLUMN"),
         (GOOD | {"image": "gone.png"}, "image", "the picture does not exist", "--images"),
-        (GOOD | {"image": "../secret.png"}, "image", "a picture lies outside the image folder", "--images"),
-        (GOOD | {"image": "/etc/hostname"}, "image", "a picture lies outside the image folder", "--images"),
+        (GOOD | {"image": "../secret.png"}, "image", "a file lies outside the image folder", "--images"),
+        (GOOD | {"image": "/etc/hostname"}, "image", "a file lies outside the image folder", "--images"),
         (
             GOOD | {"image": "https://x.org/a.png"},
             "image",
-            "pictures are not fetched from the network",
+            "files are not fetched from the network",
             "download",
         ),
         (GOOD | {"image": "data:image/png;base64,@@"}, "image", "must be base64", "encode"),
-        (GOOD | {"image": "data:image/png;base64,R0lG"}, "images", "must decode", "picture"),
+        (GOOD | {"image": "data:image/png;base64,R0lG"}, "images", "must decode", "file"),
         (
             GOOD | {"question": "<image> What?"},
             "question",
-            "placeholders and pictures differ in number",
+            "placeholders and images differ in number",
             "placeholder",
         ),
-        (GOOD | {"question": "<video> What?"}, "question", "videos and sounds are not read", "leave"),
+        (
+            GOOD | {"question": "<video> What?"},
+            "question",
+            "placeholders and videos differ in number",
+            "placeholder",
+        ),
+        (GOOD | {"question": "<audio> What?"}, "question", "sounds are not read", "leave"),
+        (GOOD | {"video": "gone.mp4"}, "video", "the video does not exist", "--images"),
+        (GOOD | {"video": b"x".hex()}, "video", "the video does not exist", "--images"),
         (
             GOOD | {"question": "What?<|im_end|>"},
             "question",
@@ -421,7 +465,7 @@ def test_a_link_does_not_lead_out_of_the_image_folder(tmp_path):
     folder.mkdir()
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     importing(folder, [GOOD, GOOD | {"image": "link.png"}])
-    assert rejected(folder)[0]["rule"] == "a picture lies outside the image folder"
+    assert rejected(folder)[0]["rule"] == "a file lies outside the image folder"
 
 
 def test_pictures_may_lie_in_another_folder_that_the_user_names(tmp_path):
@@ -444,22 +488,56 @@ SEVERAL = {"conversations": turns("<image>\nFirst?", "1", "Second?", "2")}
 
 
 @pytest.mark.parametrize(
-    ("choice", "questions"), [("refuse", []), ("first", ["First?"]), ("split", ["First?", "Second?"])]
+    ("choice", "found"),
+    [
+        ("refuse", []),
+        ("first", [([], "First?", "1")]),
+        ("split", [([], "First?", "1"), ([("First?", "1")], "Second?", "2")]),
+        ("keep", [([("First?", "1")], "Second?", "2")]),
+    ],
 )
-def test_several_turns_are_refused_cut_or_split_and_keep_their_picture(tmp_path, choice, questions):
+def test_several_turns_are_kept_cut_split_or_refused_and_keep_their_picture(tmp_path, choice, found):
     rows = [SEVERAL | {"image": saved(tmp_path, 5)}, {"conversations": turns("One?", "1")}]
     importing(tmp_path, rows, options=Options(root=tmp_path, turns=choice))
-    *found, _ = load_records(tmp_path / "out.parquet")
-    assert [row["question"] for row in found] == questions
-    assert all(len(row["images"]) == 1 for row in found)
-    assert [line["rule"] for line in rejected(tmp_path)] == ([] if questions else ["has several turns"])
+    *made, _ = load_records(tmp_path / "out.parquet")
+    said = [[(turn["user"], turn["assistant"]) for turn in row["history"]] for row in made]
+    assert [(h, row["question"], row["answer"]) for h, row in zip(said, made, strict=True)] == found
+    assert all(len(row["images"]) == 1 for row in made)
+    assert [line["rule"] for line in rejected(tmp_path)] == ([] if found else ["has several turns"])
 
 
-@pytest.mark.parametrize(("choice", "question"), [("strip", "2+2?"), ("keep", "Be brief.\n2+2?")])
-def test_a_system_message_is_stripped_or_kept_by_rule(tmp_path, choice, question):
-    rows = [{"messages": [{"role": "system", "content": "Be brief."}, *messages("2+2?", "4")]}]
+def test_a_picture_of_a_later_turn_is_marked_in_its_turn(tmp_path):
+    said = turns("<image>\nFirst?", "1", "And <image>?", "2")
+    pictures = [saved(tmp_path, 5), saved(tmp_path, 6)]
+    importing(tmp_path, [{"conversations": said, "images": pictures}])
+    (row,) = load_records(tmp_path / "out.parquet")
+    assert row["history"] == [{"user": "<image>\nFirst?", "assistant": "1"}]
+    assert row["question"] == "And <image>?"
+    assert [image.rgb().getpixel((0, 0)) for image in row["images"]] == [colour(5), colour(6)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "system"), [("strip", [None, None]), ("keep", ["Be brief."] * 2), ("refuse", [])]
+)
+def test_a_system_message_is_kept_stripped_or_refused_by_rule(tmp_path, choice, system):
+    said = messages("2+2?", "4")
+    rows = [
+        {"messages": [{"role": "system", "content": "Be brief."}, *said]},
+        {"messages": said, "system": "Be brief."},
+        {"messages": said},
+    ]
     importing(tmp_path, rows, options=Options(root=tmp_path, system=choice))
-    assert load_records(tmp_path / "out.parquet")[0]["question"] == question
+    *found, plain = load_records(tmp_path / "out.parquet")
+    assert [row["system"] for row in found] == system
+    assert (plain["system"], plain["question"]) == (None, "2+2?")
+
+
+def test_older_swift_rows_have_their_turns_in_a_column_of_pairs(tmp_path):
+    rows = [{"query": "And 3?", "response": "6", "history": [["2+2?", "4"]], "system": "Add."}]
+    assert importing(tmp_path, rows).format == "columns"
+    (row,) = load_records(tmp_path / "out.parquet")
+    assert row["history"] == [{"user": "2+2?", "assistant": "4"}]
+    assert (row["system"], row["question"], row["answer"]) == ("Add.", "And 3?", "6")
 
 
 def test_the_kinds_of_the_golds_are_counted(tmp_path):

@@ -10,7 +10,15 @@ from PIL import Image
 from core.model.pictures import as_rgb
 from core.model.prompts import THINK_CONTRACT
 from core.strict import ConfigError, parse
-from corpus.records import FIELDS, DataSource, RecordError, load_records, problem_of, write_records
+from corpus.records import (
+    FIELDS,
+    DataSource,
+    RecordError,
+    load_records,
+    load_source,
+    problem_of,
+    write_records,
+)
 
 PIXELS = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
 
@@ -35,8 +43,7 @@ def stored(number: int = 0, **changes):
     row = {
         **record(number),
         "images": [{"bytes": buffer.getvalue(), "path": None}],
-        "meta": "{}",
-        "response": None,
+        **{"meta": "{}", "response": None, "system": "Be brief.", "history": "[]"},
     }
     return {**row, **changes}
 
@@ -51,14 +58,15 @@ def raw(path, rows):
 
 def test_a_record_comes_back_as_it_was_written(tmp_path):
     path = tmp_path / "set.parquet"
-    assert write_records(path, [record()]) == 1
+    own = {"system": "Be brief.", "history": [{"user": "What is B?", "assistant": "5"}]}
+    assert write_records(path, [record(**own)]) == 1
     (row,) = load_records(path)
     assert tuple(row) == FIELDS
     assert np.array_equal(np.asarray(row["images"][0].rgb()), PIXELS)
-    expected = {**record(), "response": None}
-    assert {name: row[name] for name in FIELDS if name != "images"} == {
-        name: expected[name] for name in FIELDS if name != "images"
-    }
+    expected = {**record(**own), "response": None}
+    others = [name for name in FIELDS if name not in ("images", "videos")]
+    assert {name: row[name] for name in others} == {name: expected[name] for name in others}
+    assert row["videos"] == []
 
 
 def test_the_images_column_is_pictures_to_datasets(tmp_path):
@@ -105,14 +113,29 @@ def test_more_rows_than_there_are_is_an_error_not_a_smaller_mixture(tmp_path):
         ({"images": [{"bytes": b"\x89PNG broken", "path": None}]}, "images: must decode"),
         ({"images": [{"bytes": None, "path": "/etc/hostname"}]}, "images: must decode.*only a path"),
         ({"answer": ""}, "answer: gold answer is missing.*response"),
+        ({"system": " "}, "system: must not be empty.*write null"),
+        ({"history": "[1"}, "history: must be JSON"),
+        ({"history": "{}"}, "history: must be a list"),
+        ({"history": '[{"user": "A?"}]'}, "history: a turn has user and assistant"),
+        ({"history": '[{"user": "A?", "assistant": " "}]'}, "history: a turn's texts must not be empty"),
+        ({"history": '[{"user": "A?", "assistant": " 4"}]'}, "history: .*white space.*strip it"),
+        (
+            {"history": '[{"user": "A?", "assistant": "4<|im_end|>"}]'},
+            "history: holds an image placeholder or chat token",
+        ),
+        ({"history": '[{"user": "<audio> A?", "assistant": "4"}]'}, "history: holds the placeholder"),
+        (
+            {"history": '[{"user": "<image>A?", "assistant": "4"}]', "question": "<image> B?"},
+            "question: placeholders.*2 <image> for 1 images",
+        ),
         ({"answer": None}, "answer: must be a string"),
         (
             {"question": "<image> What?", "images": []},
-            "question: placeholders.*1 <image> for 0 pictures.*pictures",
+            "question: placeholders.*1 <image> for 0 images.*write one for each",
         ),
         (
-            {"question": "What is in <video>?"},
-            "question: holds the placeholder of another.*'<video>'.*data import",
+            {"question": "What is in <audio>?"},
+            "question: holds the placeholder of another.*'<audio>'.*data import",
         ),
         ({"question": "Is <Image-1> red?"}, "question: holds the placeholder of another data set.*<Image-1>"),
         ({"meta": '{"x": NaN}'}, "meta: must be a JSON object.*JSON has no NaN"),
@@ -210,7 +233,7 @@ def test_a_hub_dataset_is_checked_like_a_file(monkeypatch, tmp_path):
     import datasets
 
     rows = [{name: value for name, value in stored(0, answer="").items() if name != "images"}]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: datasets.Dataset.from_list(rows))
     with pytest.raises(RecordError, match=r"somebody/set\[test\]: row 0: answer: gold answer is missing"):
         load_records("somebody/set", split="test")
 
@@ -320,6 +343,14 @@ def test_a_stored_file_passes_through_unchanged(tmp_path, mode):
     write_records(tmp_path / "one.parquet", [record(images=[jpeg(mode)])])
     write_records(tmp_path / "two.parquet", load_records(tmp_path / "one.parquet"))
     assert load_records(tmp_path / "two.parquet")[0]["images"][0].data == jpeg(mode)
+
+
+@pytest.mark.parametrize(("rule", "system"), [("keep", "Be brief."), ("strip", None)])
+def test_a_set_keeps_or_strips_system_messages(tmp_path, rule, system):
+    write_records(tmp_path / "set.parquet", [record(system="Be brief."), record(1)])
+    rows = load_source(DataSource(set="mine", system=rule), {"mine": tmp_path / "set.parquet"}, None)
+    assert [row["system"] for row in rows] == [system, None]
+    assert rows.only([0])[0]["system"] == system
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rewards import Example
+from sailvl2_posttrain import Example
 
 
 @dataclass(frozen=True)

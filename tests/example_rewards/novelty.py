@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 
-from rewards import Example
+from sailvl2_posttrain import Example
 
 
 class Novelty:

@@ -1,6 +1,6 @@
 """A function: it sees the whole row, and reads its meta."""
 
-from rewards import Example, Verdict
+from sailvl2_posttrain import Example, Verdict
 
 
 def names_the_unit(completion: str, example: Example, *, default: str = "") -> Verdict:

@@ -21,7 +21,9 @@ RECIPE = {
     "extends": str(ROOT / "recipes/smoke"),
     "about": "the smoke chain on odd pictures",
     "data": {"generate": {"by": "odd_panels:generate"}},
-    "eval": {"thinking": {"set": "heldout_think", **DROP}, "direct": {"set": "heldout_direct", **DROP}},
+    "eval": {
+        "sets": {"thinking": {"set": "heldout_think", **DROP}, "direct": {"set": "heldout_direct", **DROP}}
+    },
     "basic_sft": {"overlong": "drop"},
     "longcot_sft": {"overlong": "drop"},
     "think_fusion": {

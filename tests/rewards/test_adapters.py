@@ -149,7 +149,7 @@ def test_scores_outside_zero_and_one_need_a_scale(load):
         ("trl:foreign_rewards:signed", {"scale": 2}, "scale=2"),
         ("trl:foreign_rewards:later", {"wort": 1}, "unknown parameter 'wort'; did you mean worth"),
         ("trl:foreign_rewards:plain", {"scal": [0, 1]}, "unknown parameter 'scal'; did you mean scale"),
-        ("trl:foreign_rewards:Counting", {"least": 1}, "unexpected keyword argument 'least'"),
+        ("trl:foreign_rewards:Counting", {"least": 1}, "unknown parameter 'least'"),
         ("verl:foreign_rewards:two_arguments", {"strickt": 1}, "did you mean strict"),
         ("trl:foreign_rewards:plane", {}, "did you mean plain"),
         ("trl:foreign_rewards:plain", {"conversational": "no"}, "conversational='no'"),
@@ -168,7 +168,7 @@ def test_parameters_are_checked(load, name, params, says):
         ("verl:foreign_rewards:nothing", "does not take 'solution_str'"),
         ("foreign_rewards:plain", "write trl: before its name"),
         ("foreign_rewards:compute_score", "write verl: before its name"),
-        ("trl:foreign_rewards:seen", "is a list, not a function"),
+        ("trl:foreign_rewards:seen", "is a list, not a class or function"),
     ],
 )
 def test_what_cannot_be_called_is_refused_with_the_remedy(load, name, says):

@@ -56,7 +56,7 @@ def test_a_template_that_opens_the_thought_is_known():
         (example("a", kind="exact", answers="b"), "write a list"),
         (example("AB", kind="choice"), "names no option"),
         (example("C", kind="choice", choices={"A": "x", "B": "y"}), "A: x, B: y"),
-        (example("4", kind="maths"), "did you mean 'math'. it must be one of auto, math"),
+        (example("4", kind="maths"), "did you mean math. Known: auto, box"),
         (example("4.5", kind="integer"), "is no integer"),
         (example("(1,2)", kind="set"), "is no set"),
         (example("1,,2", kind="list"), "list: an element is empty"),

@@ -28,7 +28,6 @@ def server(monkeypatch):
     monkeypatch.setattr(judge_client, "_PAUSE_S", 0.01)
     with serving() as server:
         yield server
-    judge_client.close()
 
 
 def row(mode="think", images=True, **fields):
@@ -291,7 +290,7 @@ def test_a_judge_that_cannot_be_checked_scores_nothing_and_is_asked_again_later(
     verdict = reward(COMPLETION, row())
     assert verdict.score is None
     assert re.match("judge not checked yet: logical_soundness: (http_5xx|circuit_open)", verdict.reason)
-    judge_client.close()  # a new engine: its circuit is closed
+    judge_client._servers.drop()  # a new circuit is closed
     server.reply = examiner
     assert reward(COMPLETION, row()).score == 1
 

@@ -7,7 +7,6 @@ from PIL import Image
 
 from chain.cli.main import main
 from corpus.records import write_records
-from rewards.judge import client as judge_client
 from rewards.offline.judge_audit import AuditError, Share, kappa, load_labelled
 
 from ..rewards.judge_server import asked, criterion, material, serving
@@ -19,7 +18,6 @@ GOOD, WRONG, SLIP = "A is 2, so A + A is 4.", "A is 3, so A + A is 9.", "A is 2,
 def server():
     with serving() as server:
         yield server
-    judge_client.close()
 
 
 def examiner(request):
@@ -118,15 +116,16 @@ def test_lines_with_pictures_beside_them_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", ":1: not a JSON line"),
-        ("[]", ":1: a line must be an object"),
-        ('{"question": 1}', ":1: question=1: it must be text"),
+        ("{", ":1: not valid JSON"),
+        ("[]", ":1: a JSON array, not an object"),
+        ('{"question": 1}', ':1: "question" is a JSON number: write text'),
+        ('{"completion": "c", "label": 0}', ':1: no "question"'),
         ('{"question": "q", "completion": "c"}', ":1: label=None: it must be one of good"),
-        ('{"question": "q", "completion": "c", "label": 0, "mode": "x"}', ":1: mode='x'"),
+        ('{"question": "q", "completion": "c", "label": 0, "mode": "x"}', ":1: \"mode\" is 'x'"),
         ('{"question": "q", "completion": "c", "label": 0, "images": ["../a.png"]}', "lies outside"),
         (
             '{"question": "q", "completion": "c", "label": 0, "images": ["a.png"]}',
-            "'a.png': FileNotFoundError",
+            "images: FileNotFoundError.*a.png",
         ),
         ("", "no row"),
     ],

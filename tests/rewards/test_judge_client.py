@@ -18,7 +18,7 @@ from rewards.judge.client import Endpoint, Failure, Limits, Meter, Question, Rep
 
 from .judge_server import chat, material, serving
 
-FAST = Limits(timeout_s=20, max_retries=2, step_s=60)
+FAST = Limits(timeout_s=20, max_retries=2, budget_s=60)
 
 
 @pytest.fixture
@@ -26,7 +26,6 @@ def server(monkeypatch):
     monkeypatch.setattr(judge_client, "_PAUSE_S", 0.01)
     with serving() as server:
         yield server
-    judge_client.close()
 
 
 def questions(count):
@@ -59,6 +58,32 @@ def test_what_cannot_pass_is_not_tried_again(server, reply):
     assert meter.calls == 1
 
 
+def test_a_question_without_choices_gets_a_text(server, tmp_path):
+    server.reply = lambda request: " Canberra, the capital. "
+    asked = [Question("s", "m", "Which city?", choices=(), max_tokens=40, temperature=0.5, sample=3)]
+    cache = ReplyCache(tmp_path / "replies.sqlite3")
+    assert put(server, asked, cache=cache) == [Reply("Canberra, the capital.", 10)]
+    assert put(server, asked, cache=cache) == [Reply("Canberra, the capital.", cached=True)]
+    (request,) = server.requests
+    assert (request["max_tokens"], request["temperature"], request["seed"]) == (40, 0.5, 3)
+    assert "structured_outputs" not in request
+
+
+def test_samples_of_one_question_are_all_sent(server):
+    replies = iter(["first", "second"])
+    server.reply = lambda request: next(replies)
+    one = [Question("s", "m", "?", choices=(), temperature=1.0, sample=n) for n in range(2)]
+    assert {reply.choice for reply in put(server, one, Limits(max_concurrency=1))} == {"first", "second"}
+
+
+def test_a_text_that_is_cut_off_is_a_failure(server):
+    cut = chat("half a sen").replace(b'"stop"', b'"length"')
+    server.reply = lambda request: (200, cut)
+    (failure,) = put(server, [Question("s", "m", "?", choices=(), max_tokens=4)])
+    assert failure.cause == "no_choice"
+    assert "cut off after 4 tokens" in failure.detail
+
+
 def test_retry_after_is_respected(server, monkeypatch):
     slept = []
     sleep = asyncio.sleep
@@ -89,7 +114,7 @@ def test_a_hanging_server_costs_a_batch_its_deadline_and_the_next_one_nothing(se
     release = threading.Event()
     server.reply = lambda request: release.wait(60) and "yes"
     meter = Meter()
-    limits = Limits(timeout_s=50, step_s=0.6, max_concurrency=4)
+    limits = Limits(timeout_s=50, budget_s=0.6, max_concurrency=4)
     outcomes = put(server, questions(20), limits, meter)
     assert causes(outcomes) == {"budget"}
     assert "no reply within this batch's 0.6 s" in outcomes[0].detail
@@ -106,13 +131,13 @@ def test_a_reply_that_never_ends_does_not_outlive_the_deadline(server):
             return 1000
 
     server.reply = lambda request: (200, Cut(b"{"))
-    assert causes(put(server, questions(1), Limits(timeout_s=50, step_s=0.5))) == {"budget"}
+    assert causes(put(server, questions(1), Limits(timeout_s=50, budget_s=0.5))) == {"budget"}
 
 
 def test_replies_before_the_deadline_are_kept(server):
     release = threading.Event()
     server.reply = lambda request: "yes" if material(request) == "material 1" else release.wait(60) and "no"
-    outcomes = put(server, questions(3), Limits(timeout_s=50, step_s=2, max_concurrency=3))
+    outcomes = put(server, questions(3), Limits(timeout_s=50, budget_s=2, max_concurrency=3))
     release.set()
     assert [isinstance(outcome, Reply) for outcome in outcomes] == [False, True, False]
 
@@ -193,8 +218,8 @@ def test_a_server_that_is_down_is_left_alone_until_it_is_back(server, monkeypatc
     outcomes = put(server, questions(20), limits, meter)
     assert [outcome.cause for outcome in outcomes] == ["http_5xx"] * 5 + ["circuit_open"] * 15
     server.reply = lambda request: "yes"
-    engine = judge_client._engine(server.url, "EMPTY")
-    monkeypatch.setattr(engine.breaker, "cool_down_s", 0)
+    known = judge_client._servers()[server.url, "EMPTY"]
+    monkeypatch.setattr(known.breaker, "cool_down_s", 0)
     assert causes(put(server, questions(20), limits, meter)) == {"yes"}
 
 
@@ -295,6 +320,7 @@ def test_a_forked_child_asks_on_connections_of_its_own(server):
 
 FORK = """
 import gc, os, sys, weakref
+from rewards import calls
 from rewards.judge import client as judge_client
 from rewards.judge.cache import cache_at
 from rewards.judge.client import Endpoint, Limits, Meter, Question, Reply, ask
@@ -303,20 +329,20 @@ def put(material):
                    Limits(max_retries=0), Meter(), cache_at(sys.argv[2]))
     assert isinstance(reply, Reply), reply
 put("before")
-session = weakref.ref(next(iter(judge_client._engines().values())).session)
+loop = weakref.ref(calls._background()[0])
 pid = os.fork()
 if not pid:
     put("child")
-    judge_client.close()
     vars(judge_client).clear()  # as the interpreter does when it ends
+    vars(calls).clear()
     gc.collect()
-    os._exit(0 if session() else 3)  # were it let go of, it would close what is the parent's
+    os._exit(0 if loop() else 3)  # were it let go of, it would close what is the parent's
 assert os.waitpid(pid, 0)[1] == 0
 put("after")
 """
 
 
-def test_a_forked_child_that_ends_leaves_the_parents_connections_alone(server, tmp_path):
+def test_a_forked_child_that_ends_leaves_the_parents_loop_alone(server, tmp_path):
     path = tmp_path / "judge.sqlite3"
     command = [sys.executable, "-P", "-X", "dev", "-W", "error", "-c", FORK, server.url, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)

@@ -1,5 +1,6 @@
 """The checking processes: for any question, kill or stop, the other questions still get their answers."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -88,7 +89,7 @@ def one_worker():
 @pytest.fixture
 def single(one_worker):
     """One checker with one worker for the tests that let it live; a keeper takes a second to start."""
-    one_worker.deadline_s, one_worker.queue_s = 30, 60
+    one_worker.pool.deadline_s, one_worker.queue_s = 30, 60
     return one_worker
 
 
@@ -137,13 +138,13 @@ def hanging() -> tuple[str, str]:
 def started(checker: MathChecker) -> int:
     """A worker of a checker that has answered."""
     checker.compare(*new())
-    until(lambda: checker.worker_pids)
-    return checker.worker_pids[0]
+    until(lambda: checker.pool.pids)
+    return checker.pool.pids[0]
 
 
 def begun(checker: MathChecker) -> bool:
     """Whether a worker has a question."""
-    return any(question.job.begun() for question in list(checker._state.open.values()))
+    return any(question.job.begun() for question in list(checker._state().open.values()))
 
 
 def test_a_hung_job_is_the_predictions_fault_and_its_worker_is_replaced(single, monkeypatch):
@@ -153,32 +154,34 @@ def test_a_hung_job_is_the_predictions_fault_and_its_worker_is_replaced(single, 
     monkeypatch.undo()
     assert single.compare(*new()) == Outcome.EQUAL
     until(lambda: gone(worker))
-    assert single.worker_pids != [worker]
+    assert single.pool.pids != [worker]
 
 
 def test_a_worker_stopped_at_its_job_is_nobodys_fault(single, threads, monkeypatch):
     monkeypatch.setattr(pool, "CPU_SHARE", 1000)
     worker = started(single)
-    single.deadline_s = 1
+    single.pool.deadline_s = 1
     answer = threads.submit(single.compare, *hanging())
     until(lambda: begun(single))
     os.kill(worker, signal.SIGSTOP)
     assert answer.result() == Outcome.TIMEOUT
-    single.deadline_s = 30
+    single.pool.deadline_s = 30
     until(lambda: gone(worker))
     assert single.compare(*new()) == Outcome.EQUAL
 
 
 def test_a_job_that_loses_two_workers_is_crashed_and_not_remembered(single, threads):
-    first = started(single)
+    started(single)
     answer = threads.submit(single.compare, *hanging())
     until(lambda: begun(single))
-    os.kill(first, signal.SIGKILL)
-    until(lambda: single.worker_pids not in ([], [first]))
-    os.kill(single.worker_pids[0], signal.SIGKILL)
+    while not answer.done():  # a worker killed before it took the job up does not count
+        for worker in single.pool.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        time.sleep(0.05)
     assert answer.result() == Outcome.CRASHED
     assert single.compare(*new()) == Outcome.EQUAL
-    single.deadline_s = 0.2
+    single.pool.deadline_s = 0.2
     assert single.compare(*hanging()) in NOT_IN_TIME
 
 
@@ -192,7 +195,7 @@ def test_workers_killed_in_mid_batch_cost_their_own_jobs_at_most(make):
         nonlocal killed
         draw = random.Random(1)
         while not done.wait(0.2) or not killed:
-            for worker in draw.sample(checker.worker_pids, len(checker.worker_pids))[:1]:
+            for worker in draw.sample(checker.pool.pids, len(checker.pool.pids))[:1]:
                 os.kill(worker, signal.SIGKILL)
                 killed += 1
 
@@ -205,17 +208,17 @@ def test_workers_killed_in_mid_batch_cost_their_own_jobs_at_most(make):
     right = [Outcome.DIFFERENT if n % 2 else Outcome.EQUAL for n in range(1, 61)]
     lost = [found for found, wanted in zip(outcomes, right, strict=True) if found != wanted]
     assert set(lost) <= {Outcome.CRASHED}
-    assert len(lost) <= killed
+    assert len(lost) <= killed // 2  # a job is given up after its second worker
 
 
 def test_when_all_workers_die_idle_the_next_question_starts_others(make):
     checker = make(workers=2)
-    started_pids = (checker.compare(*new()), checker.worker_pids)[1]
+    started_pids = (checker.compare(*new()), checker.pool.pids)[1]
     for worker in started_pids:
         os.kill(worker, signal.SIGKILL)
     until(lambda: all(map(gone, started_pids)))
     assert checker.compare_many([new() for _ in range(20)]) == [Outcome.EQUAL] * 20
-    assert not {*started_pids} & {*checker.worker_pids}
+    assert not {*started_pids} & {*checker.pool.pids}
 
 
 def test_memory_is_limited(single):
@@ -246,9 +249,9 @@ def test_endings_and_errors_of_jobs():
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_predictions_settle(shared, name):
-    shared.deadline_s = 0.5
+    shared.pool.deadline_s = 0.5
     assert shared.compare("3x", HOSTILE[name]) not in (Outcome.EQUAL, Outcome.CRASHED)
-    shared.deadline_s = 30
+    shared.pool.deadline_s = 30
     assert shared.compare(*new()) == Outcome.EQUAL
 
 
@@ -263,16 +266,16 @@ def test_answers_are_remembered_without_the_processes(make):
     checker = make()
     assert checker.compare(*EASY) == Outcome.EQUAL
     checker.close()
-    assert checker.worker_pids == []
+    assert checker.pool.pids == []
     assert checker.compare(*EASY) == Outcome.EQUAL
-    assert checker.worker_pids == []
+    assert checker.pool.pids == []
 
 
 def test_memory_of_answers_is_bounded(make, monkeypatch):
     monkeypatch.setattr(checker_module, "CACHE_SIZE", 3)
     checker = make()
     checker.compare_many([("3x", rf"{n}\sin x") for n in range(4, 12)])
-    assert len(checker._state.known) == 3
+    assert len(checker._state().known) == 3
 
 
 def test_golds_are_readable_or_not(shared):
@@ -295,11 +298,11 @@ def test_32_threads_ask_at_once(shared, threads):
 def test_equal_questions_at_the_same_time_are_one(single, threads, monkeypatch):
     started(single)
     jobs = []
-    submit = single._pool.submit
-    monkeypatch.setattr(single._pool, "submit", lambda result: (jobs.append(result), submit(result))[1])
+    submit = single.pool.submit
+    monkeypatch.setattr(single.pool, "submit", lambda result: (jobs.append(result), submit(result))[1])
     pair = hanging()
     answers = [threads.submit(single.compare, *pair) for _ in range(16)]
-    until(lambda: [question.askers for question in list(single._state.open.values())] == [16])
+    until(lambda: [question.askers for question in list(single._state().open.values())] == [16])
     single.close()
     assert {answer.result() for answer in answers} == {Outcome.CRASHED}
     assert len(jobs) == 1
@@ -315,7 +318,7 @@ def test_who_waits_too_long_for_a_worker_is_told_so(single, threads):
         Outcome.TIMEOUT,
         Outcome.DIFFERENT,
     ]
-    assert len(single._state.open) == 1  # an abandoned job is not started
+    assert len(single._state().open) == 1  # an abandoned job is not started
     single.close()
     assert first.result() == Outcome.CRASHED
 
@@ -324,19 +327,19 @@ FORKED = """
 import os, threading
 from rewards.answers.checker import SHARED
 SHARED.compare("x", "2^x")
-workers = SHARED.worker_pids
-SHARED.deadline_s = 30
+workers = SHARED.pool.pids
+SHARED.pool.deadline_s = 30
 waiting = threading.Thread(target=SHARED.compare, args=("3x", "9^{9^{9^{9}}}"), daemon=True)
 waiting.start()  # a question is open at the fork
 child = os.fork()
 if child == 0:
-    assert SHARED.worker_pids == []
+    assert SHARED.pool.pids == []
     assert SHARED.compare("2^{x+1}+1", "1+2*2^x") == "equal"
-    assert not {*SHARED.worker_pids} & {*workers}
+    assert not {*SHARED.pool.pids} & {*workers}
     raise SystemExit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert SHARED.compare("2^{x+1}+2", "2+2*2^x") == "equal"
-assert {*SHARED.worker_pids} & {*workers}
+assert {*SHARED.pool.pids} & {*workers}
 """
 
 
@@ -349,7 +352,7 @@ import multiprocessing, os
 
 def ask(n):
     from rewards.answers.checker import SHARED
-    return SHARED.compare(f"2^{{x+1}}+{n}", f"{n}+2*2^x"), SHARED.worker_pids
+    return SHARED.compare(f"2^{{x+1}}+{n}", f"{n}+2*2^x"), SHARED.pool.pids
 
 if __name__ == "__main__":
     from rewards.answers.checker import SHARED
@@ -357,7 +360,7 @@ if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         outcomes, pids = zip(*pool.map(ask, range(1, 9), chunksize=1))
         assert set(outcomes) == {"equal"}
-        print(*SHARED.worker_pids, *{pid for some in pids for pid in some})
+        print(*SHARED.pool.pids, *{pid for some in pids for pid in some})
 """
 
 
@@ -375,7 +378,7 @@ from rewards.answers.checker import SHARED
 SHARED.compare("x", "2^x")
 hangs = threading.Thread(target=SHARED.compare, args=("3x", "9^{9^{9^{9}}}"), daemon=True)
 hangs.start()
-while not any(question.job.begun() for question in list(SHARED._state.open.values())):
+while not any(question.job.begun() for question in list(SHARED._state().open.values())):
     time.sleep(0.01)
 import psutil
 print(*(one.pid for one in psutil.Process().children(recursive=True)), flush=True)
@@ -397,14 +400,14 @@ def test_no_orphan_and_no_zombie_is_left_behind(make):
     before = set(me.children(recursive=True))
     checker = make(workers=2)
     started(checker)
-    checker.deadline_s = 0.2
+    checker.pool.deadline_s = 0.2
     checker.compare_many([hanging() for _ in range(4)])
-    checker.deadline_s = 30
+    checker.pool.deadline_s = 30
     assert checker.compare(*EASY) == Outcome.EQUAL
     mine = set(me.children(recursive=True)) - before
-    assert {process.pid for process in mine} >= {*checker.worker_pids}
+    assert {process.pid for process in mine} >= {*checker.pool.pids}
     assert not [process for process in mine if process.status() == psutil.STATUS_ZOMBIE]
-    workers = checker.worker_pids
+    workers = checker.pool.pids
     checker.close()
     until(lambda: all(map(gone, workers)))
 
@@ -412,7 +415,7 @@ def test_no_orphan_and_no_zombie_is_left_behind(make):
 def test_closing_ends_what_is_waited_for(single, threads):
     started(single)
     answers = [threads.submit(single.compare, *hanging()) for _ in range(2)]
-    until(lambda: len(single._state.open) == 2 and begun(single))
+    until(lambda: len(single._state().open) == 2 and begun(single))
     single.close()
     assert {answer.result() for answer in answers} == {Outcome.CRASHED}
 
@@ -449,14 +452,14 @@ def test_text_beyond_all_measure_goes_to_no_worker(make):
     pages = "x+" * 100_000
     assert checker.compare("x", pages) == Outcome.UNPARSEABLE
     assert checker.readable(pages) == Outcome.BAD_GOLD
-    assert checker.worker_pids == []
+    assert checker.pool.pids == []
 
 
 def test_the_environment_says_how_many_workers(monkeypatch):
     monkeypatch.setenv("POSTTRAIN_MATH_WORKERS", "7")
-    assert MathChecker().workers == 7
+    assert MathChecker().pool.size == 7
     monkeypatch.setenv("POSTTRAIN_MATH_WORKERS", "none")
     with pytest.raises(ValueError, match=r"'none': .* 1 or more"):
         MathChecker()
     monkeypatch.delenv("POSTTRAIN_MATH_WORKERS")
-    assert 1 <= MathChecker().workers <= 4
+    assert 1 <= MathChecker().pool.size <= 4

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.model.videos import Caps, Clip
 from rl.rollout.config import PoolConfig
+
+from ..core.films import film
 
 WORDS = [
     "compute",
@@ -72,7 +75,14 @@ def record(number: int, *, mode: str = "think", image: bool = True, answer: str 
 
 @pytest.fixture(scope="session")
 def records() -> list[dict]:
-    return [record(n, mode="think" if n % 3 else "direct", image=bool(n % 4)) for n in range(24)]
+    rows = [record(n, mode="think" if n % 3 else "direct", image=bool(n % 4)) for n in range(24)]
+    history = [
+        {"user": "compute A minus B", "assistant": "<think>A</think>\\boxed{7}"},
+        {"user": "yes", "assistant": "no"},
+    ]
+    rows[1]["videos"] = [Clip(film(noise=True), Caps(frames=3))]
+    rows[2] |= {"system": "compute in A", "history": history}
+    return rows
 
 
 TEMPERATURE = 0.7

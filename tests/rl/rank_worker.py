@@ -2,7 +2,8 @@
 
     python -P rank_worker.py CORE OUT JSON, the JSON being the stage's `learner`
 
-Four groups of four: those of the first half have images, the others none, so that of two ranks one has no image.
+Four groups of four: those of the first half have images, the second of them a video as well, the others none, so that
+of two ranks one has no image.
 Images of an any-resolution core differ in size.
 """
 
@@ -17,6 +18,8 @@ from datasets import Dataset
 from PIL import Image
 
 from core.checkpoint.save import save_checkpoint
+from core.model.pictures import Picture
+from core.model.videos import Clip
 from core.strict import parse
 from core.training.model import apply_freeze, load_model, load_processor, peft_config
 from core.training.ranks import join_process_group
@@ -43,6 +46,9 @@ def record(number, images, odd):
     return {
         "id": f"row-{number}",
         "images": [Image.fromarray(noise.integers(0, 255, shape, dtype=np.uint8)) for shape in shapes],
+        "videos": [Clip.of_frames([Picture.of(Image.new("RGB", (30, 60), (k, 0, 0))) for k in (0, 99)])]
+        if number == 1
+        else [],
         "question": "compute A plus B",
         "answer": "7",
         "mode": "think" if number % 2 else "direct",

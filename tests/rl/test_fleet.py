@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.files import write_json
 from rl.rollout import client as module
 from rl.rollout import fleet
 from rl.rollout.client import RolloutClient
@@ -278,3 +279,21 @@ def test_a_lost_server_is_looked_at_less_and_less_while_others_serve(client, fak
     for now[0] in range(20):
         ask(client, count=2)
     assert looks == [1, 2, 4, 8, 16]
+
+
+def test_a_server_that_was_started_again_elsewhere_gets_the_weights_before_it_is_asked(fakes, told, tmp_path):  # noqa: F811
+    for fake in fakes:
+        fake.replies["v1/chat/completions"] = (200, reply([7, 8]))
+    addresses = tmp_path / "servers.json"
+    write_json(addresses, [fakes[0].url])
+    client = RolloutClient([fakes[0].url], CORE, patience_s=10, warn=told.append, addresses=addresses)
+    (tmp_path / "model.safetensors").touch()
+    client.load_checkpoint(tmp_path)
+    write_json(addresses, [fakes[1].url])
+    assert len(ask(client, count=2)) == 2
+    assert paths(fakes[1]) == [*UPDATE, *CACHES, *["v1/chat/completions"] * 2]
+    assert client.fleet.serving == [fakes[1].url]
+    assert told[0] == (
+        f"rollout server {fakes[0].url} is lost (0 of 1 left): it was started again, as {fakes[1].url}"
+    )
+    client.close()

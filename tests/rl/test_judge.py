@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rewards.judge import client as judge_client
 from rewards.judge.canaries import JudgeRefused
 from rewards.judge.judges import AnswerJudge, JudgingReward, VisionJudge
 from rl.data import example_of
@@ -14,12 +13,6 @@ from rl.rollout.config import MODEL_NAME
 from .conftest import record
 
 COMPLETION = r"<think>A is yes. no plus 7</think>\boxed{7}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def closed():
-    yield
-    judge_client.close()
 
 
 def judge(server_url, kind, **fields):

@@ -8,10 +8,11 @@ from core.model.pictures import as_rgb
 from rewards.example import Example
 from rewards.mix import Graded
 from rewards.verdict import Status, Verdict
+from rl.blank import blanked
 from rl.collect import Group, Sample
 from rl.config import Watch
 from rl.rollout.messages import Completion
-from rl.watch import RewardAlarm, Watcher, blanked
+from rl.watch import RewardAlarm, Watcher
 
 RIGHT, WRONG = Verdict.correct("7"), Verdict.wrong("8")
 ROWS = [

@@ -52,12 +52,17 @@ def make_record():
 
 @pytest.fixture(scope="session")
 def mixed_set(make_record, tmp_path_factory):
-    """24 rows: thinking and direct, every third one without an image."""
+    """24 rows: thinking and direct, every third one without an image, every fifth one with a video of two frames."""
     from corpus.records import write_records
 
     path = tmp_path_factory.mktemp("data") / "mixed.parquet"
     rows = [
-        make_record(n, mode="think" if n % 2 else "direct", **({} if n % 3 else {"images": []}))
+        make_record(
+            n,
+            mode="think" if n % 2 else "direct",
+            videos=[] if n % 5 else [[Image.new("RGB", (40, 20), (9 * n + k, 0, k)) for k in (0, 99)]],
+            **({} if n % 3 else {"images": []}),
+        )
         for n in range(24)
     ]
     write_records(path, rows)

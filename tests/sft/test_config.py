@@ -46,6 +46,12 @@ def test_a_stage_with_one_phase_parses():
         ({"phases": [{**PHASE, "freeze": ["tower"]}], "learner": {"lora": {}}}, "LoRA freezes"),
         ({"phases": [phase(learning_rat=1)]}, "did you mean learning_rate"),
         ({"overlong": "cut"}, "overlong"),
+        ({"overlong": "periodic", "packing": "off"}, "overlong: periodic needs packing"),
+        ({"overlong": "periodic", "periodic": {"max_tokens": 64}}, "periodic.max_tokens=64 is not more than"),
+        (
+            {"phases": [{**PHASE, "max_tokens": 80}], "packing": {"micro_batch_tokens": 64}},
+            "packing.micro_batch_tokens=64 is less than max_tokens=80",
+        ),
         ({"max_token": 64}, "did you mean max_tokens"),
     ],
 )
@@ -70,3 +76,16 @@ def test_packing_is_on_unless_it_is_off():
         parse(SFTConfig, STAGE).micro_batch_tokens(parse(SFTConfig, STAGE).phases[0]) == 64
     )  # 1 x max_tokens
     assert parse(SFTConfig, {**STAGE, "packing": "off"}).packing is None
+
+
+def test_a_phase_may_have_its_own_row_length_and_over_long_rows():
+    phases = [{**PHASE, "name": "short"}, {**PHASE, "max_tokens": 128}]
+    cfg = parse(SFTConfig, {**STAGE, "phases": phases, "overlong": "periodic"})
+    assert [cfg.row_tokens(phase) for phase in cfg.phases] == [64, 128]
+    assert [cfg.longest_row(phase) for phase in cfg.phases] == [128, 256]
+    assert [cfg.micro_batch_tokens(phase) for phase in cfg.phases] == [64, 128]  # micro_batch_size 1
+    assert [cfg.pass_tokens(phase) for phase in cfg.phases] == [128, 256]
+    capped = parse(
+        SFTConfig, {**STAGE, "phases": phases, "overlong": "periodic", "periodic": {"max_tokens": 100}}
+    )
+    assert [capped.longest_row(phase) for phase in capped.phases] == [100, 128]

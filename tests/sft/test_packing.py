@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.packing import dealt_imbalance, full_scale_sizes
 from sft.balance import PackingError, balance, imbalance
-from sft.packing import ByRows, ByTokens, Plan, stream
+from sft.packing import ByRows, ByTokens, Overlong, Plan, stream
 
 SIZES = full_scale_sizes(512, seed=3)
 
@@ -179,3 +179,39 @@ def test_the_summary_counts_what_is_packed():
     assert summary["fill"] == pytest.approx(
         SIZES.sum() / (8 * summary["micro_batches_per_update"] * 16384), abs=1e-4
     )
+
+
+LENGTHS = np.array([[900 if n % 10 == 3 else 20 + n % 30, 0] for n in range(100)])
+OVERLONG = Overlong(tokens=100, every=4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_over_long_rows_fill_packs_of_their_own_in_every_fourth_update(ranks):
+    plan = Plan(LENGTHS, ByRows(5), budget=100, ranks=ranks, seed=0, epochs=1, overlong=OVERLONG)
+    long = set(np.flatnonzero(LENGTHS[:, 0] > 100).tolist())
+    updates = [plan[at * plan.packs : (at + 1) * plan.packs] for at in range(plan.updates)]
+    assert sorted(row for packs in updates for pack in packs for row in pack) == list(range(100))
+    counts = [sum(row in long for pack in packs for row in pack) for packs in updates]
+    assert counts == [2, 0, 0, 0] * 5
+    assert all(len(pack) == 1 for packs in updates for pack in packs if long & set(pack))
+    assert plan.summary()["overlong_rows"] == 10
+    assert plan.summary()["fill"] <= 1
+
+
+def test_a_stream_lets_over_long_rows_in_periodically_and_loses_none():
+    by = ByTokens(400, buffer=30)
+    plan = Plan(LENGTHS, by, budget=100, ranks=2, seed=0, epochs=1, overlong=OVERLONG)
+    long = set(np.flatnonzero(LENGTHS[:, 0] > 100).tolist())
+    updates = [plan[at * plan.packs : (at + 1) * plan.packs] for at in range(plan.updates)]
+    assert sorted(row for packs in updates for pack in packs for row in pack) == list(range(100))
+    counts = [sum(row in long for pack in packs for row in pack) for packs in updates]
+    assert set(np.flatnonzero(counts[:-1]) % 4) == {0}  # the last one takes those that are left
+    assert max(counts) < 10
+
+
+def test_without_over_long_rows_the_plan_is_the_same():
+    plain = Plan(LENGTHS[LENGTHS[:, 0] < 100], ByRows(5), budget=100, ranks=1, seed=0, epochs=1)
+    periodic = Plan(
+        LENGTHS[LENGTHS[:, 0] < 100], ByRows(5), budget=100, ranks=1, seed=0, epochs=1, overlong=OVERLONG
+    )
+    assert list(plain) == list(periodic)

@@ -283,6 +283,24 @@ def test_a_row_longer_than_a_pack_stops_the_stage_before_it_trains(run, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_over_long_rows_are_trained_whole_and_counted(run, mixed_set, processor):
+    from corpus.records import load_records
+    from sft.data import count_tokens
+
+    lengths = sorted(sum(count_tokens(row, processor)) for row in load_records(mixed_set))
+    limit, longest = lengths[-6], lengths[-2]  # so that one row is longer than what is let in
+    optim = {**EPOCHS, "epochs": 1, "micro_batch_size": 1}
+    settings = {"overlong": "periodic", "periodic": {"every": 2, "max_tokens": longest}}
+    checkpoint = run(stage({"optim": optim, "max_tokens": limit}, **settings))
+    counts = read_json(checkpoint.parent / "data.json")["phase0"]
+    over = [length for length in lengths if limit < length <= longest]
+    dropped = sum(length > longest for length in lengths)
+    assert counts["packing"]["overlong_rows"] == len(over) > 0
+    assert counts["dropped"] == {"tokens: longer than max_tokens": dropped}
+    lines = read_jsonl(checkpoint.parent / "metrics.jsonl")
+    assert lines[-1]["tokens"] >= sum(lengths[: 24 - dropped])  # nothing was truncated
+
+
 PROGRAM = """
 import sys
 from pathlib import Path

@@ -1,0 +1,153 @@
+"""The input of a curation: sets that are generated, imported, or on disk as records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from chain.curation.config import GENERATED, Curation
+from chain.fingerprints import Hashes
+from chain.inputs import is_hub_id
+from chain.job import Task
+from chain.launch import run_job
+from chain.recipe import ForeignSet
+from core.files import atomic_dir, read_json, write_json
+from core.manifest import hash_config
+from core.strict import ConfigError
+from core.training.job import Job
+from corpus.curation.engine import Engine
+from corpus.curation.shards import Shard, shards_of
+
+
+class Import(NamedTuple):
+    """One file of a set in another format, and where its records go."""
+
+    set: str
+    given: ForeignSet
+    source: Path
+    root: Path
+    """Folder of the pictures."""
+    out: Path
+
+
+class Inputs:
+    """The files of a curation's sets.
+
+    Args:
+        curation: the configuration.
+        work: the curation's work folder.
+        engine: imports files in parallel.
+    """
+
+    def __init__(self, curation: Curation, work: Path, engine: Engine) -> None:
+        self.curation, self.work, self.engine = curation, work, engine
+        self.hashes: dict[str, str] = {}
+        """Name of a set -> hash of its content and of its import options."""
+        self._files: dict[str, list[Path]] = {}
+        self._imports: list[Import] = []
+
+    def prepare(self) -> None:
+        """Generate and import what is missing or outdated. Raises ConfigError for sets that do not exist."""
+        self._generate()
+        memory = Hashes(self.work / "hashes.jsonl")
+        for name, given in self._every().items():
+            place = self._place(name, given)
+            options = given.model_dump(mode="json") if isinstance(given, ForeignSet) else None
+            self.hashes[name] = hash_config({"content": memory.of(str(place)), "options": options})
+            if isinstance(given, ForeignSet):
+                self._plan_import(name, given, place)
+            else:
+                self._files[name] = [place] if place.is_file() else sorted(place.glob("*.parquet"))
+            if not self._files[name]:
+                raise ConfigError(
+                    f"{place}: no Parquet file of records; give the set a format: posttrain data import"
+                )
+        todo = [one for one in self._imports if not _summary(one).exists()]
+        for _ in self.engine.each(import_file, todo):
+            pass
+
+    def shards(self, names: Mapping[str, object]) -> list[Shard]:
+        """The shards of some sets, in order. Ids get the set's name as a prefix if there are several sets."""
+        prefix = "{}/" if len(names) > 1 else ""
+        rows = self.curation.shard_rows
+        return [
+            shard for name in names for shard in shards_of(name, self._files[name], rows, prefix.format(name))
+        ]
+
+    def files(self, name: str) -> Path:
+        """The set's file, or the folder of its files."""
+        files = self._files[name]
+        return files[0] if len(files) == 1 else files[0].parent
+
+    def rejected(self) -> list[tuple[str, int, int, Mapping[str, int]]]:
+        """For each imported set: its name, rows read, records, and rejected rows by rule."""
+        found: dict[str, tuple[int, int, dict[str, int]]] = {}
+        for one in self._imports:
+            told = read_json(_summary(one))
+            read, written, rules = found.get(one.set, (0, 0, {}))
+            for rule, count in told["rejected"].items():
+                rules[rule] = rules.get(rule, 0) + count
+            found[one.set] = read + told["read"], written + told["written"], rules
+        return [(name, *counts) for name, counts in found.items()]
+
+    def _every(self) -> dict[str, str | ForeignSet]:
+        return {**self.curation.sets, **self.curation.held_out, **self.curation.extra}
+
+    def _generate(self) -> None:
+        made = self.curation.generate
+        if made is None:
+            return
+        folder = self.work / "generated"
+        same = hash_config({"generate": made, "seed": self.curation.seed})
+        if (folder / "generated.json").exists() and read_json(folder / "generated.json")["same"] == same:
+            return
+        with atomic_dir(folder) as out:
+            job = Job(stage="data", out=out, seed=self.curation.seed)
+            run_job(Task.of("chain.make:generate", made, job), out, threads=made.threads)
+            write_json(out / "generated.json", {"same": same})
+
+    def _place(self, name: str, given: str | ForeignSet) -> Path:
+        text = given.path if isinstance(given, ForeignSet) else given
+        if text == GENERATED:
+            return self.work / "generated" / f"{name}.parquet"
+        if text.startswith(f"{GENERATED}/"):
+            return self.work / text
+        if is_hub_id(text):
+            raise ConfigError(
+                f"set {name}: {text} is on the hub; download it first: hf download --repo-type dataset {text} "
+                f"--local-dir data/{text.rpartition('/')[2]}"
+            )
+        path = Path(text).expanduser().resolve()
+        if not path.exists():
+            raise ConfigError(f"set {name}: {path} does not exist")
+        return path
+
+    def _plan_import(self, name: str, given: ForeignSet, place: Path) -> None:
+        from corpus.formats.files import files_of
+
+        out = self.work / "imported" / f"{name}-{self.hashes[name][:12]}"
+        root = Path(given.images).expanduser() if given.images else place if place.is_dir() else place.parent
+        mine = [
+            Import(name, given, file, root, out / f"{number:05d}-{file.stem}.parquet")
+            for number, file in enumerate(files_of(place))
+        ]
+        self._imports += mine
+        self._files[name] = [one.out for one in mine]
+
+
+def import_file(task: Import) -> int:
+    """Import one file (corpus.importing), then write its counts; returns the number of records. Runs in workers."""
+    from corpus.formats.table import Options
+    from corpus.importing import import_set
+
+    given = task.given
+    options = Options(root=task.root, columns=given.columns, system=given.system, turns=given.turns)
+    found = import_set(task.source, task.out, format_=given.format, options=options, strict=given.strict)
+    counts = {"read": found.read, "written": found.written, "rejected": dict(found.rejected)}
+    write_json(_summary(task), counts)
+    return found.written
+
+
+def _summary(task: Import) -> Path:
+    return task.out.with_suffix(".import.json")
