@@ -203,6 +203,7 @@ def learner_lines(learners: Learners, grid: Sequence[tuple[int, int, int]]) -> l
         stock, ours = learners.step("stock", batch), learners.step("shared", batch)
         once = learners.prefill(prompt, tiles)
         rest = learners.prefill((prompt - 1) % BLOCK + 1, 0)
+        print(f"{learners.size}, {group} x {completion}, {tiles} tiles: {stock / ours:.2f}", flush=True)
         lines.append(
             {
                 **{"size": learners.size, "group": group, "tiles": tiles, "completion": completion},
@@ -357,7 +358,16 @@ def report(
     quick: bool,
 ) -> None:
     """Print the tables and the JSON line."""
-    columns = ("size", "group", "tiles", "completion", "prompt", "stock_tflop", "ours_tflop", "ratio")
+    columns: tuple[str, ...] = (
+        "size",
+        "group",
+        "tiles",
+        "completion",
+        "prompt",
+        "stock_tflop",
+        "ours_tflop",
+        "ratio",
+    )
     columns += ("prefill_tflop", "cached_tflop")
     show(
         "A learner step of one group, TFLOP: stock TRL and ours; prefill without and with a prefix cache",

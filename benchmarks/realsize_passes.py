@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -92,11 +93,12 @@ def rl_trainer(cfg: RLConfig, model: Any, processor: Any, *, stock: bool = False
     if cfg.learner.lora is None:
         apply_freeze(model, cfg.learner.freeze)
     hand_over: Callable[..., Any] = lambda *_: {}  # noqa: E731
-    ours = partial(SharedPasses, token_budget=10**9)
+    ours: Any = partial(SharedPasses, token_budget=10**9)
+    no_feed: Any = None
     make: Any = (
         partial(GRPOTrainer, rollout_func=hand_over)
         if stock
-        else partial(RolloutTrainer, feed=None, passes=ours)
+        else partial(RolloutTrainer, feed=no_feed, passes=ours)
     )
     with tempfile.TemporaryDirectory() as folder, _in_place():
         trainer = make(
@@ -105,7 +107,7 @@ def rl_trainer(cfg: RLConfig, model: Any, processor: Any, *, stock: bool = False
             train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * cfg.mini_batch}),
             reward_funcs=[reward_function(term.name) for term in cfg.rewards]
             + ([reward_function("overlong")] if cfg.overlong else []),
-            args=trl_config(cfg, folder, seed=0),
+            args=trl_config(cfg, Path(folder), seed=0),
             peft_config=peft_config(cfg.learner),
         )
     trainer.use_vllm, trainer._last_loaded_step = True, 0
@@ -132,7 +134,7 @@ def rl_batch(trainer: Any, batch: Batch) -> dict[str, Any]:
         prompts[:, -1] += torch.arange(batch.groups).repeat_interleave(batch.group_size)
     completions = torch.full((batch.rows, batch.completion), TEXT_ID)
     mask = torch.ones_like(completions)
-    inputs = {
+    inputs: dict[str, Any] = {
         "prompt_ids": prompts,
         "prompt_mask": torch.ones_like(prompts),
         "completion_ids": completions,
@@ -273,7 +275,9 @@ class Rank:
                 self.kept.append(torch.zeros(self.part, dtype=dtype))
 
         def reduced(tensor: torch.Tensor) -> None:
-            if self.offloads:  # a copy in the communication type, on its way to the host
+            if (
+                self.offloads and tensor.grad is not None
+            ):  # a copy in the communication type, on its way to the host
                 self.memory.label(tensor.grad.clone(), "buffers")
             tensor.grad = None
 
