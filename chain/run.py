@@ -83,7 +83,7 @@ def run(
         folder.locked(),
         cluster or nullcontext(),
         Background(display) as background,
-        Pool(recipe.servers, folder.path / "logs", open_pool, cluster and cluster.addresses) as pool,
+        Pool(recipe.servers, folder.path / "logs", open_pool, cluster.addresses if cluster else None) as pool,
     ):
         for path in remove_leftovers():
             display.line(f"removed {path}")
