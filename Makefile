@@ -19,11 +19,12 @@ READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^ *"\(torch==[0-9.]*\)",/\1/p' pyproject.toml)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+BENCH_PIP := .venv-bench/bin/python -m pip --disable-pip-version-check --no-input install --quiet
 POSTTRAIN := $(BIN)/posttrain
 WITH := --runs-dir $(RUNS) $(if $(SEED),--seed $(SEED)) $(foreach assignment,$(SET),--set $(assignment))
 SPAN := $(if $(FROM),--from $(FROM)) $(if $(UNTIL),--until $(UNTIL))
 
-.PHONY: help setup demo smoke post-train plan data core sft soup longcot rlvr fusion mixed-rl eval report \
+.PHONY: help setup bench-setup demo smoke post-train plan data core sft soup longcot rlvr fusion mixed-rl eval report \
         rollout-server test test-all bench check docs format clean
 
 help: ## list the targets
@@ -47,6 +48,16 @@ else
 	@echo "Building DeepSpeed's shared-memory operator (once, about a minute)"
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -P -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)" >/dev/null
 endif
+	@touch $@
+
+bench-setup: .venv-bench/.ready ## make the environment of lmms-eval, the harness of `posttrain bench`
+
+# The CPU build of torch: the harness only sends requests.
+.venv-bench/.ready: chain/bench/requirements.txt
+	@[ -x .venv-bench/bin/python ] || $(PYTHON) -m venv .venv-bench
+	$(BENCH_PIP) "$(TORCH)+cpu" 2>/dev/null || $(BENCH_PIP) "$(TORCH)" --index-url https://download.pytorch.org/whl/cpu
+	$(BENCH_PIP) -r chain/bench/requirements.txt
+	$(BENCH_PIP) --no-deps lmms-eval==0.7.3 qwen-vl-utils==0.0.14
 	@touch $@
 
 demo: setup ## run the whole chain on a tiny core; prints a table, writes runs/demo/report.html

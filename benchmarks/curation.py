@@ -25,6 +25,8 @@ from benchmarks.common import emit, show
 from benchmarks.curation_rows import near, restating, row
 
 FILE_ROWS = 5000
+PICTURES = 10_000
+"""Different pictures; later rows ask other questions about them."""
 STEPS: list[dict[str, Any]] = [
     {"op": "strip_instructions"},
     {"op": "unify_format"},
@@ -102,12 +104,16 @@ def _speed(options: argparse.Namespace, folder: Path) -> None:
 
 
 def make_rows(count: int, folder: Path) -> None:
-    """Write rows with pictures of 200 px to Parquet files, and 1,000 held-out rows."""
+    """Write rows with pictures of 200 px to Parquet files of 5,000 rows, and 1,000 held-out rows."""
     from corpus.records import write_records
 
-    rng = random.Random(0)
+    rng, pictures = random.Random(0), list[list[bytes]]()
     for start in range(0, count, FILE_ROWS):
-        some = [row(rng, number, 200) for number in range(start, min(count, start + FILE_ROWS))]
+        some = []
+        for number in range(start, min(count, start + FILE_ROWS)):
+            made = row(rng, number, 200 if number < PICTURES else 8)
+            pictures += [made["images"]] if number < PICTURES else []
+            some.append({**made, "images": pictures[number % PICTURES]})
         write_records(folder / "rows" / f"{start:07d}.parquet", some)
     held = [{**row(rng, number, 200), "id": f"held-{number}"} for number in range(1000)]
     write_records(folder / "held.parquet", held)
@@ -159,7 +165,7 @@ def _watch(peaks: dict[str, int], done: threading.Event) -> None:
         peaks["main"] = max(peaks["main"], mine.memory_info().rss)
         for child in mine.children(recursive=True):
             try:
-                words = " ".join(child.cmdline()[:3])
+                words = " ".join(child.cmdline()[:5])
                 if "spawn_main" in words or "ray::" in words:
                     peaks["worker"] = max(peaks["worker"], child.memory_info().rss)
             except psutil.Error:
@@ -178,7 +184,6 @@ def planted(good: int, folder: Path) -> list[dict[str, Any]]:
     from chain.curation.run import curate
     from chain.display import Display
     from core.console import Console
-    from core.files import read_jsonl
     from corpus.records import write_records
 
     rng, part = random.Random(1), max(1, good // 10)
@@ -209,6 +214,13 @@ def planted(good: int, folder: Path) -> list[dict[str, Any]]:
         }
     )
     curate(curation, Display(Console(stderr=True)))
+    return _found(folder, defects, part)
+
+
+def _found(folder: Path, defects: dict[str, list[dict[str, Any]]], part: int) -> list[dict[str, Any]]:
+    """What a curation of planted rows found."""
+    from core.files import read_jsonl
+
     dropped = {
         one["id"].partition("/")[2]: one["step"] for one in read_jsonl(folder / "out" / "dropped.jsonl")
     }
@@ -223,16 +235,18 @@ def planted(good: int, folder: Path) -> list[dict[str, Any]]:
         found.append(
             {"defect": name, "planted": part, "found": caught, "recall": caught / part, "precision": share}
         )
-    rejected = sum(1 for _ in (folder / "out.work").rglob("wrong.rejected.jsonl") for _ in _.open())
+    (rejects,) = (folder / "out.work").rglob("*wrong.rejected.jsonl")
+    rejected = len(read_jsonl(rejects))
     kept = part - part // 2
+    recall, share = rejected / max(1, part // 2), kept / (part - rejected) if part > rejected else 0.0
     found.append(
         {
             "defect": "wrong column",
             "planted": part // 2,
             "found": rejected,
-            "recall": rejected / max(1, part // 2),
+            "recall": recall,
+            "precision": share,
         }
-        | {"precision": kept / (part - rejected) if part > rejected else 0.0}
     )
     return found
 

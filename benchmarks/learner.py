@@ -47,6 +47,8 @@ class Shape:
     """Text tokens of the prompt."""
     completion: int
     groups: int = 2
+    clip: bool = False
+    """Whether the tiles are the frames of a video."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ SHAPES = (
         for ratio, (images, text, completion) in RATIOS.items()
         for group in (4, 8, 16)
     ),
+    Shape("a clip of 16 frames x8", 8, images=16, text=112, completion=128, groups=2, clip=True),
     Shape("no groups", 1, images=2, text=32, completion=256, groups=8),  # nothing to share
 )
 GPU_SHAPES = tuple(
@@ -180,7 +183,9 @@ def rows_of(shape: Shape, size: Size, processor: Any) -> list[dict[str, Any]]:
     import torch
     from PIL import Image
 
+    from core.model.pictures import Picture
     from core.model.tokenizer import IMAGE_END, IMAGE_START, token_id
+    from core.model.videos import Caps, Clip, tiles
 
     tokenizer = processor.tokenizer
     image = [processor.image_token_id] * size.tile_tokens
@@ -195,6 +200,9 @@ def rows_of(shape: Shape, size: Size, processor: Any) -> list[dict[str, Any]]:
             Image.fromarray(noise.integers(0, 255, (side, side, 3), dtype=np.uint8))
             for _ in range(shape.images)
         ]
+        if shape.clip:
+            clip = Clip.of_frames([Picture.of(image) for image in images], Caps(frames=shape.images))
+            images = tiles(clip.frames, side)
         text = [letter] * max(0, shape.text - 2 * shape.images)
         prompt = [token for _ in images for token in (start, *image, end)] + text
         for _ in range(shape.group_size):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chain.inputs import code_file, is_hub_id
+from chain.inputs import code_file, foreign_set, is_hub_id, set_place
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
 from core.checkpoint.check import ForeignCode, check_code
 from core.files import append_jsonl, read_json, require_room
@@ -18,6 +18,7 @@ from core.training.job import Job
 from corpus.formats.files import files_of
 from corpus.formats.table import known
 from corpus.records import DataSource, load_source
+from corpus.vocabulary import has_unknown
 from rewards.example import Example
 from rl.config import RLConfig
 from rl.limits import FOUND, Asked, Limits
@@ -58,10 +59,12 @@ def check_rows(
     `run_dir` if that folder exists. `only` is the first key of the sets to check, such as `eval`. Raises ConfigError
     with one line per set: file, row and key.
     """
-    limits = _limits(recipe, sets, only)
-    if limits is None or not limits.asked:
+    limits = _limits(recipe, sets, model, only)
+    if not (limits.asked or limits.read):
         return
     found = _remembered(limits, sets, model, run_dir)
+    for warning in found["warnings"]:
+        say(warning)
     for key, counts in found["dropped"].items():
         reasons = ", ".join(f"{kind} {count}" for kind, count in counts.items())
         say(f"{key}: rows beyond the servers' limits are dropped: {reasons}")
@@ -101,22 +104,37 @@ def room_for(recipe: Recipe, stage: str, run_dir: Path) -> None:
     require_room(run_dir, resources(recipe, run_dir.parent).saved_by(stage), f"what {stage} saves")
 
 
-def _limits(recipe: Recipe, sets: Mapping[str, str], only: str) -> Limits | None:
-    """The servers' limits, and the sets on this machine to check against them."""
-    if recipe.servers is None:
-        return None
+def read_by_policy(recipe: Recipe, only: str = "") -> Iterator[DataSource]:
+    """Every source of the recipe's stages and evaluation, once per set and split."""
+    seen = set()
+    for name in (*STAGE_NAMES, "eval"):
+        config = recipe.eval if name == "eval" else recipe.stage(name)
+        for _, source in sources(config) if config and name == (only or name) else ():
+            if (source.set, source.split) not in seen:
+                seen.add((source.set, source.split))
+                yield source
+
+
+def _limits(recipe: Recipe, sets: Mapping[str, str], model: Path | None, only: str) -> Limits:
+    """The servers' limits, and the sets on this machine to check against them and against the tokenizer."""
     made = {name for stage in STAGE_NAMES for name in made_between(recipe.stage(stage))}
+
+    def is_here(source: DataSource) -> bool:
+        place = sets[source.set]
+        return source.set not in made and (is_hub_id(place) or Path(place).exists())
+
     here = tuple(
         Asked(key=key_path(path), source=source, max_completion_tokens=length, seed=seed)
         for path, source, length, seed in asked(recipe)
-        if path[0] == (only or path[0])
-        and source.set not in made
-        and (is_hub_id(sets[source.set]) or Path(sets[source.set]).exists())
+        if path[0] == (only or path[0]) and is_here(source)
     )
+    pool = recipe.servers
     return Limits(
-        max_images=recipe.servers.max_images,
-        max_model_tokens=recipe.servers.max_model_tokens,
-        asked=here,
+        max_images=pool.max_images if pool else 0,
+        max_model_tokens=pool.max_model_tokens if pool else 0,
+        asked=here if pool else (),
+        read=tuple(filter(is_here, read_by_policy(recipe, only))) if model and has_unknown(model) else (),
+        max_unknown=recipe.core.max_unknown,
     )
 
 
@@ -126,7 +144,7 @@ def _remembered(limits: Limits, sets: Mapping[str, str], model: Path | None, run
     hashes = Hashes(run_dir / ".hashes.jsonl") if run_dir.is_dir() else None
     key = ""
     if hashes:
-        names = sorted({one.source.set for one in limits.asked})
+        names = sorted({source.set for source in (*limits.read, *(one.source for one in limits.asked))})
         facts = {name: hashes.of(sets[name]) for name in names}
         files = sorted(model.glob("*token*")) + sorted(model.glob("*processor*")) if model else []
         facts |= {file.name: hashes.of(str(file)) for file in files}
@@ -160,27 +178,37 @@ def _look(limits: Limits, sets: Mapping[str, str], model: Path | None) -> dict[s
 def _missing_code(recipe: Recipe) -> Iterator[str]:
     generate = recipe.data.generate
     for key, name in (("data.generate.by", generate and generate.by), ("core.build", recipe.core.build)):
-        if name and code_file(name) is None:
-            yield f"{key} = {name!r}: there is no such module; install its package or put its folder on PYTHONPATH"
+        if name and code_file(name, recipe.folders) is None:
+            yield f"{key} = {name!r}: there is no such module; {_looked(recipe)}"
+
+
+def _looked(recipe: Recipe) -> str:
+    """Where the recipe's own paths and modules are searched."""
+    return f"looked in {', '.join(dict.fromkeys(map(str, recipe.folders)))}"
 
 
 def _missing_data(recipe: Recipe) -> Iterator[str]:
+    used = {source.set for source in read_by_policy(recipe)} | {*recipe.core.vocabulary}
     for name, place in recipe.data.sets.items():
+        if name not in used:
+            continue
         if isinstance(place, ForeignSet):
             try:
-                files_of(Path(place.path).expanduser())
+                path = foreign_set(recipe, place).path
+                if not is_hub_id(path):  # a plan asks the hub for nothing
+                    files_of(path)
                 if place.format != "auto":
                     known(place.format)
             except ConfigError as error:
                 yield f"data.sets.{name}: {error}"
-        elif not is_hub_id(place) and not Path(place).expanduser().exists():
-            yield f"data.sets.{name} = {place!r}: there is no such file or folder"
-    path = recipe.core.path
-    if path is not None and not (Path(path).expanduser() / "config.json").is_file():
-        yield f"core.path = {path!r}: this is not a checkpoint folder: config.json is missing"
-    elif path is not None:
+        elif not is_hub_id(found := set_place(recipe, place)) and not Path(found).exists():
+            yield f"data.sets.{name} = {place!r}: there is no such file or folder; {_looked(recipe)}"
+    core = recipe.core.path
+    if core is not None and not (recipe.place(core) / "config.json").is_file():
+        yield f"core.path = {core!r}: this is not a checkpoint folder: config.json is missing; {_looked(recipe)}"
+    elif core is not None:
         try:
-            check_code(Path(path).expanduser())
+            check_code(recipe.place(core))
         except ForeignCode as error:
             yield f"core.path: {error}"
 
@@ -203,24 +231,26 @@ def _reward_problems(recipe: Recipe, online: bool, thought_open: bool | None) ->
         for index, term in enumerate(config.rewards):
             expected = thought_open if "think" in term.modes else None
             rows = partial(_examples, recipe, config.data)
-            problem = _reward_problem(term.use, term.params, online, expected, rows)
+            problem = _reward_problem(recipe, term.use, term.params, online, expected, rows)
             if problem:
                 yield f"{stage}.rewards[{index}].use = {term.use!r}: {problem}"
         watch = config.watch
         if watch.second_verifier and (
-            problem := _reward_problem(watch.second_verifier, watch.second_params, online, thought_open)
+            problem := _reward_problem(
+                recipe, watch.second_verifier, watch.second_params, online, thought_open
+            )
         ):
             yield f"{stage}.watch.second_verifier = {watch.second_verifier!r}: {problem}"
     for name, one in recipe.eval.sets.items() if recipe.eval else ():
         expected = thought_open if one.mode == "think" else None
-        if one.use and (problem := _reward_problem(one.use, one.params, online, expected)):
+        if one.use and (problem := _reward_problem(recipe, one.use, one.params, online, expected)):
             yield f"eval.sets.{name}.use = {one.use!r}: {problem}"
 
 
 def _examples(recipe: Recipe, data: Sequence[DataSource]) -> list[Example] | None:
     """The rows of these sources without their pictures; None if a source does not exist yet."""
     places = [recipe.data.sets.get(source.set) for source in data]
-    there = [place for place in places if isinstance(place, str) and Path(place).expanduser().exists()]
+    there = [found for place in places if isinstance(place, str) and (found := recipe.place(place)).exists()]
     if len(there) < len(places):
         return None
     return [
@@ -231,6 +261,7 @@ def _examples(recipe: Recipe, data: Sequence[DataSource]) -> list[Example] | Non
 
 
 def _reward_problem(
+    recipe: Recipe,
     use: str,
     params: Mapping[str, Any],
     online: bool,
@@ -248,10 +279,10 @@ def _reward_problem(
     from rewards.judge.judges import Judge
     from rewards.selftest import thought_problem
 
-    if ":" in use and code_file(use) is None:
-        return "there is no such module or file; install its package or put its folder on PYTHONPATH"
+    if ":" in use and code_file(use, recipe.folders) is None:
+        return f"there is no such module or file; {_looked(recipe)}"
     try:
-        reward = load_limited(use, params, [Path.cwd()])
+        reward = load_limited(use, params, recipe.folders)
         rows = examples() if getattr(reward, "needs", ()) else None
         if rows is not None:
             check_columns(reward, use, rows)

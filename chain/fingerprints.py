@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,19 @@ class Fingerprints:
         seed: the chain's seed.
         sets: data set name -> Parquet file, folder or hub id.
         memory: cache file of content hashes.
+        place: the absolute path that a recipe's path means.
+        folders: where users' modules are searched, after the installed ones.
     """
 
-    def __init__(self, seed: int, sets: Mapping[str, str], memory: Path) -> None:
-        self.seed, self.sets = seed, sets
+    def __init__(
+        self,
+        seed: int,
+        sets: Mapping[str, str],
+        memory: Path,
+        place: Callable[[str], Path] = Path,
+        folders: Sequence[Path] = (),
+    ) -> None:
+        self.seed, self.sets, self.place, self.folders = seed, sets, place, folders
         self.hashes = Hashes(memory)
 
     def fingerprint(self, name: str, config: BaseModel, inputs: Mapping[str, str]) -> str:
@@ -61,13 +70,15 @@ class Fingerprints:
         if isinstance(config, EvalConfig):
             names += [one.use for one in config.sets.values()]
         found = {f"code:{name}": self.of_code(name) for name in names if name and ":" in name}
+        if isinstance(config, CoreConfig):
+            found |= {f"set:{name}": self.hashes.of(self.sets[name]) for name in config.vocabulary}
         if isinstance(config, CoreConfig) and config.path:
-            found["core"] = self.hashes.of(str(Path(config.path).expanduser()))
+            found["core"] = self.hashes.of(str(self.place(config.path)))
         return found
 
     def of_code(self, import_string: str) -> str:
         """Hash of the source file that an import string names and, in a package, of the files beside it."""
-        file = code_file(import_string)
+        file = code_file(import_string, self.folders)
         if file is None:
             return "missing"
         in_package = (file.parent / "__init__.py").exists()

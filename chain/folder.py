@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from chain.display import duration
 from chain.errors import ERROR
 from chain.fingerprints import Fingerprints, identity
-from chain.inputs import data_folder, imported_folder, locate_sets, prepared_folder
+from chain.inputs import data_folder, foreign_set, imported_folder, locate_sets, prepared_folder
 from chain.job import DONE
 from chain.recipe import ForeignSet, Recipe, made_between
 from core.files import PARTIAL, SAME, atomic_dir, read_json, write_json
@@ -80,7 +80,9 @@ class RunFolder:
         self.path = (runs_dir / recipe.name).resolve()
         self.path.mkdir(parents=True, exist_ok=True)
         self.sets = locate_sets(recipe, self.path)
-        self.prints = Fingerprints(recipe.seed, self.sets, self.path / ".hashes.jsonl")
+        self.prints = Fingerprints(
+            recipe.seed, self.sets, self.path / ".hashes.jsonl", recipe.place, recipe.folders
+        )
 
     @property
     def id(self) -> str:
@@ -166,7 +168,7 @@ class RunFolder:
         steps = []
         for name, given in self.recipe.data.sets.items():
             if isinstance(given, ForeignSet):
-                inputs = {"path": self.prints.hashes.of(str(Path(given.path).expanduser().resolve()))}
+                inputs = {"path": self.prints.hashes.of(foreign_set(self.recipe, given).path)}
                 fingerprint = self.prints.fingerprint(f"import {name}", given, inputs)
                 steps.append(Step(name, imported_folder(self.path, name), given, inputs, fingerprint))
         return steps

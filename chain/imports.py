@@ -18,13 +18,19 @@ def imported(given: ForeignSet, destination: Path, rows: int | None = None) -> l
 
     Raises ConfigError and RecordError as `corpus.importing.import_set` does.
     """
+    from corpus.formats.files import files_of
     from corpus.formats.table import Options
 
-    source = Path(given.path).expanduser()
-    root = Path(given.images).expanduser() if given.images else source if source.is_dir() else source.parent
+    root = Path(given.images).expanduser() if given.images else files_of(given.path, given.split)[0].parent
     options = Options(root=root, columns=given.columns, system=given.system, turns=given.turns)
     summary = import_set(
-        source, destination, format_=given.format, options=options, rows=rows, strict=given.strict
+        given.path,
+        destination,
+        format_=given.format,
+        options=options,
+        split=given.split,
+        rows=rows,
+        strict=given.strict,
     )
     places = f"records: {destination}; rejected rows: {destination.with_suffix('.rejected.jsonl')}"
     return [*lines(summary), places, _golds(destination)]

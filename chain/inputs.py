@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, made_between, split_import
+from corpus.hub import hub_set
 from rewards.registry import split_adapter
 from sft.config import Phase
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def data_folder(run: Path) -> Path:
@@ -36,7 +34,7 @@ def locate_sets(recipe: Recipe, run: Path) -> dict[str, str]:
     located = {name: str(data_folder(run) / f"{name}.parquet") for name in generated}
     for name, given in recipe.data.sets.items():
         made = imported_folder(run, name) / f"{name}.parquet"
-        located[name] = str(made) if isinstance(given, ForeignSet) else _absolute(given)
+        located[name] = str(made) if isinstance(given, ForeignSet) else set_place(recipe, given)
     for stage in STAGE_NAMES:
         config = recipe.stage(stage)
         for name in made_between(config) if config else ():
@@ -72,23 +70,43 @@ def phase_updates(phase: Phase, rows: Callable[[str], int | None]) -> int | None
     return round(math.ceil(count / optim.global_batch_size) * optim.epochs)
 
 
+def set_place(recipe: Recipe, text: str) -> str:
+    """The absolute path of a set that a recipe names by a path, or the hub id that it names."""
+    place = recipe.place(text)
+    return text if is_hub_id(text) and not place.exists() else str(place)
+
+
+def foreign_set(recipe: Recipe, given: ForeignSet) -> ForeignSet:
+    """A set of another format with absolute paths."""
+    images = {"images": str(recipe.place(given.images))} if given.images else {}
+    return given.model_copy(update={"path": set_place(recipe, given.path), **images})
+
+
 def is_hub_id(text: str) -> bool:
-    """Whether a set's place is an `owner/name` on the hub. An existing path, or one that ends in .parquet, is local."""
-    is_path = text.startswith(".") or text.endswith(".parquet") or Path(text).exists()
-    return not is_path and _HUB_ID.fullmatch(text) is not None
+    """Whether a set's place is a data set on the hub (corpus.hub)."""
+    return hub_set(text) is not None
 
 
-def code_file(import_string: str) -> Path | None:
-    """The source file of `package.module:name`, located without an import; None if it does not exist."""
+def code_file(import_string: str, folders: Sequence[Path] = ()) -> Path | None:
+    """The source file of `package.module:name` or `file.py:name`, located without importing the module; else None.
+
+    Installed modules come first; then `folders` are searched in order, as `rewards.registry.load_reward` does.
+    """
+    return next(code_files(import_string, folders), None)
+
+
+def code_files(import_string: str, folders: Sequence[Path] = ()) -> Iterator[Path]:
+    """Every file that the import string could mean, in the order of the search."""
     module, _ = split_import(split_adapter(import_string)[1])
     if module.endswith(".py"):
-        return Path(module) if Path(module).is_file() else None
+        yield from filter(Path.is_file, [(folder / Path(module).expanduser()) for folder in folders])
+        return
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
-        return None
-    return Path(spec.origin) if spec and spec.origin else None
-
-
-def _absolute(text: str) -> str:
-    return text if is_hub_id(text) else str(Path(text).expanduser().resolve())
+        spec = None
+    if spec and spec.origin:
+        yield Path(spec.origin)
+    inner = Path(*module.split("."))
+    for folder in folders:
+        yield from filter(Path.is_file, (folder / inner / "__init__.py", folder / inner.with_suffix(".py")))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,19 @@ class Task(Strict):
         return load(self.train)(self.config.read(self.stage), self.job.read("job"))
 
 
-def load(import_string: str) -> Callable[..., Any]:
-    """Import the object that `package.module:name` names. Raises ConfigError naming the missing part and the remedy."""
+def load(import_string: str, folders: Sequence[Path] = ()) -> Callable[..., Any]:
+    """Import the object that `package.module:name` names. Raises ConfigError naming the missing part and the remedy.
+
+    `folders` are searched after all installed packages, so that they cannot shadow one.
+    """
     module_name, _, attribute = import_string.partition(":")
+    sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{import_string}: {error}. The working directory is not searched: install the package "
-            "(pip install -e .) or put its folder on PYTHONPATH"
+            f"{import_string}: {error}. Searched: installed packages and "
+            f"{', '.join(map(str, folders)) or 'no folder'}"
         ) from error
     if not hasattr(module, attribute):
         raise ConfigError(f"{import_string}: module {module_name} has no {attribute!r}")

@@ -7,12 +7,15 @@ from pathlib import Path
 from chain.job import load
 from chain.recipe import CoreConfig, GenerateConfig
 from core.checkpoint.check import check_checkpoint
+from core.model.tokenizer import pieces
 from core.training.job import Job
+from corpus.records import load_records
+from corpus.vocabulary import texts_of
 
 
 def generate(cfg: GenerateConfig, job: Job) -> Path:
     """Call the recipe's generator, which writes the data sets to `job.out`; return that folder."""
-    load(cfg.by)(job.out, seed=job.seed, **cfg.params)
+    load(cfg.by, job.folders)(job.out, seed=job.seed, **cfg.params)
     return job.out
 
 
@@ -28,5 +31,12 @@ def core(cfg: CoreConfig, job: Job) -> Path:
         checkpoint.symlink_to(Path(cfg.path).resolve())
     else:
         assert cfg.build, "CoreConfig has one of the two"
-        load(cfg.build)(checkpoint, seed=job.seed, **cfg.params)
+        words = {"words": vocabulary(cfg, job)} if cfg.vocabulary else {}
+        load(cfg.build, job.folders)(checkpoint, seed=job.seed, **words, **cfg.params)
     return checkpoint
+
+
+def vocabulary(cfg: CoreConfig, job: Job) -> list[str]:
+    """The words of the sets in `cfg.vocabulary`, for a builder with a word-level tokenizer."""
+    rows = (row for name in cfg.vocabulary for row in load_records(job.sets[name]))
+    return list(dict.fromkeys(word for row in rows for text in texts_of(row) for word in pieces(text)))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
 from chain.yaml_files import read_folder
 from core.strict import ConfigError, KeyPath, Name, Strict, key_path, nearest, parse
@@ -41,9 +41,14 @@ class CoreConfig(Strict):
     params: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `build`."""
     path: str | None = None
-    """A checkpoint folder; relative to the working directory."""
+    """A checkpoint folder; relative to the recipe's folder, else to the working directory."""
     threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of the build."""
+    vocabulary: tuple[Name, ...] = ()
+    """Sets whose words the tokenizer of the built core must know. They reach `build` as its argument `words`."""
+    max_unknown: float = Field(default=0.05, ge=0, le=1)
+    """Largest share of the tokens of a set's questions, or of its targets, that the core's tokenizer may not know. Only
+    the word-level tokenizers of tiny cores have unknown words; a smaller share is a warning."""
     size: Literal["2b", "8b", "a3b"] | None = None
     """The size that `plan` counts with while the core's folder is missing: SAIL-VL2-2B, -8B or -A3B."""
 
@@ -53,6 +58,8 @@ class CoreConfig(Strict):
             raise ValueError(f"build={self.build!r}, path={self.path!r}: give exactly one of the two")
         if self.path is not None and self.params:
             raise ValueError("params are arguments of build; remove them, or replace path by build")
+        if self.path is not None and self.vocabulary:
+            raise ValueError("vocabulary is for a core that is built; remove it, or replace path by build")
         return self
 
 
@@ -73,7 +80,10 @@ class ForeignSet(Strict):
     """A set whose format is not the record format. The run imports the set into `<run>/imported`."""
 
     path: str = Field(min_length=1)
-    """A .json, .jsonl, .csv, .tsv, .parquet or .tar file, or a folder whose files all have one of these types."""
+    """A .json, .jsonl, .csv, .tsv, .parquet or .tar file, a folder whose files all have one of these types, or a data
+    set on the hub: owner/name, or hf://datasets/owner/name[@revision][/folder]."""
+    split: Name = "train"
+    """Split of a data set on the hub."""
     format: str = "auto"
     """Name of a format (corpus.formats.table), or auto."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -95,8 +105,8 @@ class DataConfig(Strict):
     generate: GenerateConfig | None = None
     """Sets that the run generates."""
     sets: dict[Name, str | ForeignSet] = Field(default_factory=dict)
-    """Set name -> Parquet file or folder (relative to the working directory), hub id `owner/name`, or a set in another
-    format, which the run imports."""
+    """Set name -> Parquet file or folder (relative to the recipe's folder, else to the working directory), hub id
+    `owner/name`, or a set in another format, which the run imports."""
 
     @model_validator(mode="after")
     def _one_origin_per_set(self) -> DataConfig:
@@ -178,6 +188,17 @@ class Recipe(Stages):
     """Experiment trackers that receive curves and completions; `[]` turns tracking off."""
     wandb: WandbConfig = WandbConfig()
     hardware: HardwareConfig = HardwareConfig()
+    _own_folders: tuple[Path, ...] = PrivateAttr(())
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where the recipe's paths and modules are searched, in order: its folder, those that it extends, this one."""
+        return (*self._own_folders, Path.cwd())
+
+    def place(self, text: str) -> Path:
+        """The absolute path that a recipe's path means: the first that exists in `folders`, else that in the last."""
+        places = [(folder / Path(text).expanduser()).resolve() for folder in self.folders]
+        return next((place for place in places if place.exists()), places[-1])
 
     def stage(self, name: str) -> Strict | None:
         """A stage's part of the recipe; None if the recipe leaves it out."""
@@ -264,6 +285,7 @@ def load_recipe(
     if name is not None:
         folder.merge({"name": name}, "--name")
     recipe = parse(Recipe, folder.values, folder.where)
+    recipe._own_folders = tuple(one.resolve() for one in (folder.path, *folder.extended))
     check_sets(recipe, folder.where)
     return recipe
 
@@ -317,6 +339,11 @@ def check_sets(recipe: Recipe, where: Callable[[KeyPath], str] = lambda path: ""
                 note(path, source, f"no such set at this stage; {nearest(source.set, known)}")
             if (source.set, source.split) in held_out:
                 note(path, source, "this is the held-out set of eval; no stage may see it")
+    for index, name in enumerate(recipe.core.vocabulary):
+        if name not in (*generated, *recipe.data.sets):
+            rule = f"no such set before the first stage; {nearest(name, [*generated, *recipe.data.sets])}"
+            path = ("core", "vocabulary", index)
+            problems.append(f"{where(path)}: {key_path(path)} = {name!r}: {rule}".removeprefix(": "))
     for path, source in sources(recipe.eval, ("eval",)) if recipe.eval else ():
         if source.set not in known:
             note(path, source, f"no such set; {nearest(source.set, known)}")

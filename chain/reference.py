@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from chain.curation.config import Curation
 from chain.recipe import ALIASES, STAGE_NAMES, Recipe
 from chain.yaml_files import PIPELINE
 from core.strict import ConfigError, nearest
@@ -27,6 +28,7 @@ UNITS = {
     "_rows": "rows",
 }
 """Suffix of a key's name -> unit."""
+CURATION = "curation"
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -76,9 +78,9 @@ class Section:
 
 
 def sections() -> list[Section]:
-    """All mappings of a recipe, outermost first."""
+    """All mappings of a recipe, outermost first, then those of a curation, whose places begin with `curation`."""
     places: dict[type[BaseModel], list[str]] = {}
-    for place, model in _walk(Recipe, ""):
+    for place, model in (*_walk(Recipe, ""), *_walk(Curation, CURATION)):
         places.setdefault(model, []).append(place)
     return [Section(model, tuple(found), keys_of(model)) for model, found in places.items()]
 
@@ -122,6 +124,7 @@ def markdown() -> str:
         "Made from the configuration models; `posttrain explain [KEY]` prints the same. A recipe is a folder of YAML "
         f"files that are merged; `{PIPELINE}` may name a folder to start from (`extends: ../demo`). Lists are replaced "
         "whole. Every key can be set on the command line: `--set rlvr.rollout.group_size=16`.",
+        "Places that begin with `curation` are keys of a curation's file (docs/curation.md).",
         "For completion and checks in an editor with a YAML language server, run "
         "`posttrain explain --schema > recipe.schema.json` once, and put this line at the top of a recipe's file:",
         "```yaml\n# yaml-language-server: $schema=recipe.schema.json\n```",
@@ -196,6 +199,8 @@ def _annotation_text(annotation: Any) -> str:
         return " or ".join(str(value) for value in inner)
     if origin in (Union, UnionType):
         return " or ".join(_annotation_text(one) for one in inner)
+    if origin is Annotated:
+        return _annotation_text(inner[0])
     if origin in (tuple, list):
         items = [one for one in inner if one is not Ellipsis]
         if Ellipsis in inner or origin is list:
@@ -203,6 +208,8 @@ def _annotation_text(annotation: Any) -> str:
         return f"[{', '.join(_annotation_text(one) for one in items)}]"
     if origin is dict:
         return f"mapping to {_annotation_text(inner[1])}"
+    if origin is Annotated:
+        return _annotation_text(inner[0])
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
     return names.get(
         annotation, "anything" if annotation is Any else getattr(annotation, "__name__", str(annotation))
@@ -269,13 +276,17 @@ def _key_text(key: Key, section: Section, matches: list[str]) -> str:
         f"  type     {key.kind}",
         f"  default  {key.default}",
         *([f"  unit     {key.unit}"] if key.unit else []),
-        f"  stages   {', '.join(section.stages) or 'the whole chain'}",
+        f"  stages   {', '.join(section.stages) or ('a curation' if _of_curation(places) else 'the whole chain')}",
         f"  source   {section.source}",
         *([f"  {key.text}"] if key.text else []),
     ]
     return "\n".join(
         [*lines, *(_section_text(Section(one, (places[0],), keys_of(one))) for one in key.models)]
     )
+
+
+def _of_curation(places: Sequence[str]) -> bool:
+    return all(place.startswith(CURATION) for place in places)
 
 
 def _escaped(text: str) -> str:

@@ -21,6 +21,7 @@ from chain.display import Display, duration
 from chain.errors import ERROR, disk_is_full, left
 from chain.folder import DATA, RunFolder, Step
 from chain.imports import imported
+from chain.inputs import foreign_set
 from chain.job import DONE, Task
 from chain.launch import POLL_S, StageFailed, run_job
 from chain.placement import check_one_host, placement
@@ -188,7 +189,8 @@ class Loop:
                 self.display.line(f"import {step.name}: exists, unchanged — skipped")
                 continue
             with self.folder.making(step) as partial, self.display.step(f"import {step.name}"):
-                for line in imported(cast(ForeignSet, step.config), partial / f"{step.name}.parquet"):
+                given = foreign_set(self.recipe, cast(ForeignSet, step.config))
+                for line in imported(given, partial / f"{step.name}.parquet"):
                     self.display.line(line)
         made, config = self.folder.data(), self.recipe.data.generate
         if made is None or config is None:
@@ -197,7 +199,7 @@ class Loop:
             self.display.line(f"{DATA}: exists, unchanged — skipped")
             return
         with self.folder.making(made) as partial, self.display.step(DATA):
-            job = Job(stage=DATA, out=partial, seed=self.recipe.seed)
+            job = Job(stage=DATA, out=partial, seed=self.recipe.seed, folders=self.recipe.folders)
             in_child(Task.of("chain.make:generate", config, job, vllm=True), partial, threads=config.threads)
             missing = [name for name in config.sets if not (partial / f"{name}.parquet").exists()]
             if missing:
@@ -317,7 +319,14 @@ class Loop:
         """
         model, pool = self.folder.start(stage.name), self.recipe.servers
         sets = {name: Path(place) for name, place in self.folder.sets.items()}
-        job = Job(stage=stage.name, model=model, out=out, seed=self.recipe.seed, sets=sets)
+        job = Job(
+            stage=stage.name,
+            model=model,
+            out=out,
+            seed=self.recipe.seed,
+            sets=sets,
+            folders=self.recipe.folders,
+        )
         work = stage.work(self.recipe, self.folder.before(stage.name)) if stage.work else self._config(stage)
         vllm = stage.imports_vllm(self.recipe)
         if not stage.needs_pool:
@@ -332,7 +341,6 @@ class Loop:
                 urls=tuple(self.pool.urls(model)),
                 addresses=self.pool.addresses,
                 weights=weights,
-                folders=(Path.cwd(),),
             )
             yield Task.of(stage.train, work, served, vllm)
 

@@ -43,7 +43,7 @@ def evaluate_checkpoint(
     if cfg is None:
         raise ConfigError(f"recipe {recipe.name} has no eval, which names the held-out sets; add it")
     model, out, runs_dir = Path(model), Path(out), Path(runs_dir)
-    _require_checkpoint(model)
+    require_checkpoint(model)
     display = Display()
     runner.data(recipe, runs_dir=runs_dir, display=display)
     out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def serve(
     `servers.host` and `servers.first_port`. With a LoRA `adapter`, the servers also serve a model named `adapter`: the
     checkpoint with the adapter applied. Raises ServerFailed when the servers have ended too often.
     """
-    _require_checkpoint(model)
+    require_checkpoint(model)
     if recipe.servers is None:
         raise ConfigError(f"recipe {recipe.name} has no servers, which says how servers are started; add it")
     own = {"urls": (), "host": host or recipe.servers.host, "first_port": port or recipe.servers.first_port}
@@ -140,7 +140,8 @@ def with_adapter(cfg: PoolConfig, model: Path, adapter: Path) -> PoolConfig:
     return cfg.model_copy(update={"extra_args": (*cfg.extra_args, *arguments)})
 
 
-def _require_checkpoint(model: Path) -> None:
+def require_checkpoint(model: Path) -> None:
+    """Raise ConfigError, or LayoutError of the check, unless the folder holds a native core that may be loaded."""
     if not (model / "config.json").is_file():
         raise ConfigError(f"{model}: this is not a checkpoint folder: config.json is missing")
     kind = read_json(model / "config.json").get("model_type")

@@ -81,6 +81,8 @@ class Shown:
             "verifiers": [row["verifier"] for row in rows],
             "gold answers": golds,
             "targets": targets,
+            "turns": [str(len(row["history"]) + 1) for row in rows],
+            "videos": [str(len(row["videos"])) for row in rows],
             "sources": [row["source"] or "(none)" for row in rows],
         }
         return {name: _shares(values) for name, values in columns.items()}

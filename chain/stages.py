@@ -68,9 +68,15 @@ def nccl(recipe: Recipe) -> bool:
     return recipe.servers is not None and not recipe.servers.sends_files
 
 
+def core_work(recipe: Recipe, folders: Mapping[str, Path]) -> CoreConfig:
+    """The core's config with an absolute path."""
+    path = recipe.core.path
+    return recipe.core.model_copy(update={"path": str(recipe.place(path))}) if path else recipe.core
+
+
 SFT, RL = "sft.train:train", "rl.train:train"
 STAGES = (
-    Stage("core", "chain.make:core", "Pre-trained core", imports_vllm=lambda recipe: True),
+    Stage("core", "chain.make:core", "Pre-trained core", work=core_work, imports_vllm=lambda recipe: True),
     Stage("basic_sft", SFT, "Basic SFT", prepare=prepare),
     Stage(
         "soup",

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from core.strict import ConfigError, KeyPath, key_path
+from sailvl2_posttrain.names import ROOT
 
 PIPELINE = "pipeline.yaml"
 OVERRIDE = "SET"
@@ -132,6 +133,8 @@ class Folder:
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
+    extended: tuple[Path, ...] = ()
+    """The folders of the recipes that it extends, the nearest first."""
 
     def where(self, path: KeyPath) -> str:
         """The file that set this key, or else the nearest enclosing key."""
@@ -180,12 +183,20 @@ def read_folder(path: Path, _below: tuple[Path, ...] = ()) -> Folder:
     base = pipeline.pop("extends", None)
     folder = Folder(path)
     if base is not None:
-        below = read_folder(path / str(base), (*_below, resolved))
+        below = read_folder(_extended(path, str(base)), (*_below, resolved))
         folder.values, folder.origins = below.values, below.origins
+        folder.extended = (below.path, *below.extended)
     pipeline.setdefault("name", resolved.name)
     for file, values in own.items():
         folder.merge(values, str(file))
     return folder
+
+
+def _extended(path: Path, base: str) -> Path:
+    """The folder that `extends: base` names: relative to the recipe's folder, else a recipe that this project ships."""
+    shipped = ROOT / "recipes" / base
+    here = path / base
+    return shipped if not here.exists() and (shipped / PIPELINE).is_file() else here
 
 
 def check_sources(recipe_dir: Path) -> list[str]:

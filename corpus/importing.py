@@ -44,11 +44,12 @@ class Summary:
 
 
 def import_set(
-    source: Path,
+    source: str | Path,
     destination: Path,
     *,
     format_: str = "auto",
     options: Options | None = None,
+    split: str = "train",
     rows: int | None = None,
     strict: bool = False,
 ) -> Summary:
@@ -58,10 +59,12 @@ def import_set(
     Memory holds some hundred rows, and the pictures of a VLMEvalKit TSV.
 
     Args:
-        source: a .json, .jsonl, .csv, .tsv, .parquet or .tar file, or a folder of one kind of them.
+        source: a .json, .jsonl, .csv, .tsv, .parquet or .tar file, a folder of one kind of them, or a data set on the
+            hub (text: `owner/name`, or `hf://datasets/owner/name[@revision][/folder]`).
         destination: ends in .parquet.
         format_: name of a format (corpus.formats.table), or "auto".
         options: the folder of the pictures (default: the source's folder), columns, system messages, turns.
+        split: split of a data set on the hub.
         rows: read at most this many first rows.
         strict: stop at the first row that does not fit.
 
@@ -71,7 +74,7 @@ def import_set(
         raise ConfigError(
             f"{destination}: records are written as Parquet; name it {destination.name}.parquet"
         )
-    files = files_of(source)
+    files = files_of(source, split)
     options = options or Options(root=files[0].parent)
     look = [row for _, row in islice(rows_of(files[0]), _LOOK) if isinstance(row, dict)]
     name = recognised(look, files[0]) if format_ == "auto" else format_

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from core.model.pictures import Picture
 from core.model.videos import Caps, Clip
+from corpus.hub import hub_set
 from corpus.parquet import check_columns, check_file, features, rows_at_once
 from corpus.schema import (
     JSON_FIELDS,
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 
 SCAN_ROWS = 256
 _SHOWN_PROBLEMS = 5
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Records(Sequence[Record]):
@@ -252,10 +252,13 @@ def _open(source: str, split: str, caps: Caps) -> Table:
         )
         pyarrow.default_memory_pool().release_unused()  # used by the conversion; the rows are on disk now
         return Table(dataset, _locator(files), caps)
-    if not _HUB_ID.fullmatch(source) or source.endswith(".parquet"):
+    address = hub_set(source)
+    if address is None:
         raise FileNotFoundError(f"{source}: no such file or folder, and not a hub id (owner/name)")
     dataset = _quietly(
-        lambda: datasets.load_dataset(source, split=split),
+        lambda: datasets.load_dataset(
+            address.repo, revision=address.revision, data_dir=address.folder or None, split=split
+        ),
         f"{source}: no file or folder here, and the hub does not serve split {split!r} of it",
     )
     check_columns(dataset.column_names, source)

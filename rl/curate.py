@@ -17,6 +17,7 @@ from typing import Any
 from core.files import read_jsonl
 from core.model.prompts import shown
 from core.model.videos import Decoded
+from corpus.curation.difficulty import unlearnable
 from corpus.records import DataSource, Records, load_source, write_records
 from rewards.answer import AnswerReward
 from rewards.extract import parse_thinking
@@ -62,10 +63,8 @@ def pass_at_k(
         rate = _pass_rate(row, completions, client.core.thought_open)
         if rate is None:
             dropped["unscorable"] += 1
-        elif rate == 1 and cfg.drop_always_solved:
-            dropped["always solved"] += 1
-        elif rate == 0 and cfg.drop_never_solved and row["mode"] == "think":
-            dropped["never solved"] += 1
+        elif reason := unlearnable(rate, row["mode"], cfg.drop_always_solved, cfg.drop_never_solved):
+            dropped[reason] += 1
         else:
             kept.append({**row, "meta": {**(row["meta"] or {}), "pass_rate": rate}})
     return _finish(f"pass@{cfg.samples} filter", kept, dropped, cfg.min_rows, out / f"{cfg.into}.parquet")

@@ -212,7 +212,7 @@ def _reward(cfg: EvalSet, client: RolloutClient, folders: Sequence[Path]) -> Rew
 
 def _with_blind(scored: Sequence[Scored], judge: Judge) -> list[Scored]:
     """The rows, those with images with a completion for grey images."""
-    seeing = [one for one in scored if one.record["images"]]
+    seeing = [one for one in scored if one.record["images"] or one.record.get("videos")]
     blind = dict(
         zip(
             map(id, seeing),

@@ -17,5 +17,3 @@ class ServedJob(Job):
     """File with the current URLs of servers that may be started again elsewhere; None: `urls` do not change."""
     weights: Path
     """Folder through which the policy's weights reach the servers: the learner writes files, the servers read them."""
-    folders: tuple[Path, ...] = ()
-    """Folders that are searched for users' reward modules, after the installed packages."""

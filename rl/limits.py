@@ -15,9 +15,10 @@ from typing import Any
 
 from core.files import write_json
 from core.model.prompts import messages, shown
-from core.strict import Strict
+from core.strict import ConfigError, Strict
 from core.training.job import Job
 from corpus.records import DataSource, Records, load_source
+from corpus.vocabulary import check_words
 from rl.rollout.config import PoolConfig
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,10 @@ class Limits(Strict):
     max_images: int
     max_model_tokens: int
     asked: tuple[Asked, ...]
+    read: tuple[DataSource, ...] = ()
+    """All sets that the policy reads or writes, whose words its tokenizer should know."""
+    max_unknown: float = 1.0
+    """Largest share of tokens of these sets that it may not know."""
 
 
 def check(cfg: Limits, job: Job) -> Path:
@@ -62,7 +67,16 @@ def check(cfg: Limits, job: Job) -> Path:
             problems.append(_refusal(one, records, found, cfg))
         elif found:
             dropped[one.key] = dict(Counter(kind for kind, _ in found.values()))
-    write_json(job.out / FOUND, {"problems": problems, "dropped": dropped})
+    warnings: list[str] = []
+    for source in cfg.read:
+        if processor is None:
+            break
+        records = load_source(source.model_copy(update={"rows": None}), job.sets, None, on_bad="drop")
+        try:
+            warnings += check_words(source.set, records, processor.tokenizer, cfg.max_unknown)
+        except ConfigError as error:
+            problems.append(str(error))
+    write_json(job.out / FOUND, {"problems": problems, "dropped": dropped, "warnings": warnings})
     return job.out
 
 

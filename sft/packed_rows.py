@@ -23,6 +23,8 @@ PACKED_SDPA = "packed_sdpa"
 class PackedCollator:
     """Packs, by index in the plan -> one row: input_ids, labels, position_ids (1, T), cu_seq_lens (S + 1).
 
+    `sample_lengths` (S) are the samples' lengths as numbers: reading them from a GPU would make every layer wait.
+
     `keep` (K,) are the positions that predict a labelled token and `shift_labels` (1, K) are those tokens. Only these
     positions reach the output layer, because without a GPU it scores every position it receives (TRL 1.16).
     The images are those of all samples in order. A pack without images gets `no_images` if given
@@ -81,6 +83,7 @@ def pack_rows(
         "cu_seq_lens_k": ends,
         "max_length_q": longest,
         "max_length_k": longest,
+        "sample_lengths": tuple(lengths.tolist()),
     }
     return batch | (images_of(samples) or dict(no_images or {}))
 
@@ -107,7 +110,7 @@ def packed_sdpa(
     value: Any,
     attention_mask: Any,
     *,
-    cu_seq_lens_q: Any = None,
+    sample_lengths: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, None]:
     """Causal attention within each sample of a packed row: (1, heads, T, dim) -> (1, T, heads, dim).
@@ -118,14 +121,13 @@ def packed_sdpa(
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
+    if sample_lengths is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError(
-            f"packed_sdpa reads one packed row with cu_seq_lens_q and no mask, got {query.shape[0]} rows; "
+            f"packed_sdpa reads one packed row with sample_lengths and no mask, got {query.shape[0]} rows; "
             "other batches need attn_implementation='sdpa'"
         )
-    lengths = cu_seq_lens_q.diff().tolist()
     # One split instead of a slice per sample: its backward pass joins the gradients once.
-    parts = (states.split(lengths, dim=2) for states in (query, key, value))
+    parts = (states.split(list(sample_lengths), dim=2) for states in (query, key, value))
     samples = [
         sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in zip(*parts, strict=True)
     ]

@@ -37,6 +37,11 @@ def _add_run(commands: Any) -> None:
         metavar="ADDRESS",
         help="run ranks and servers on a Ray cluster, as the recipe's `hardware` says; default: this machine's cluster",
     )
+    several = run.add_mutually_exclusive_group()
+    several.add_argument("--seeds", metavar="N,N", help="one run per seed, and a table over all of them")
+    several.add_argument(
+        "--sweep", metavar="KEY=V,V", help="one run per value of a key, and a table over all of them"
+    )
 
 
 def _add_plan(commands: Any) -> None:
@@ -58,6 +63,11 @@ def _add_plan(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     from chain.run import run
 
+    if options.seeds or options.sweep:
+        from chain.cli.members import run_members
+
+        run_members(options)
+        return
     run(
         load(options),
         runs_dir=options.runs_dir,

@@ -23,8 +23,11 @@ def add(commands: Any) -> None:
         data, "import", _import, "convert files of other formats to records, which every stage reads"
     )
     taken.add_argument(
-        "source", type=Path, help=".json, .jsonl, .csv, .tsv, .parquet or .tar file, or a folder of one kind"
+        "source",
+        help=".json, .jsonl, .csv, .tsv, .parquet or .tar file, a folder of one kind, or a data set on the hub: "
+        "owner/name, or hf://datasets/owner/name@revision/folder",
     )
+    taken.add_argument("--split", default="train", help="split of a data set on the hub; default: train")
     taken.add_argument(
         "destination", type=Path, help="Parquet file; rejected rows go to a .rejected.jsonl beside it"
     )
@@ -50,7 +53,11 @@ def add(commands: Any) -> None:
     )
     taken.add_argument("--rows", type=count, help="import only the first N rows")
     taken.add_argument("--strict", action="store_true", help="stop at the first row that cannot be imported")
+    _add_curate(data)
+    _add_show(data)
 
+
+def _add_curate(data: Any) -> None:
     curate = command(
         data, "curate", _curate, "run a curation: filter, rewrite and sample rows, with a report"
     )
@@ -70,6 +77,9 @@ def add(commands: Any) -> None:
     curate.add_argument(
         "--rows", type=count, help="with --plan: rows to estimate for, in place of the input's"
     )
+
+
+def _add_show(data: Any) -> None:
     show = command(data, "show", _show, "show statistics and rows of a set, in the terminal and on a page")
     show.add_argument("set", help="Parquet file, folder or hub id of records; or a set of --recipe")
     show.add_argument("--n", type=count, default=12, help="rows on the page; default: %(default)s")
@@ -137,7 +147,8 @@ def _import(options: argparse.Namespace) -> None:
             f"--columns {' '.join(options.columns)}: write FIELD=COLUMN, such as question=query"
         )
     given = {
-        "path": str(options.source),
+        "path": options.source,
+        "split": options.split,
         "format": options.format,
         "columns": columns,
         "strict": options.strict,

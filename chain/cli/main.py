@@ -9,20 +9,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from chain.cli import chain, checkpoint, compare, core, data, rewards
+from chain.cli import bench, chain, chat, checkpoint, compare, core, data, hub, init, rewards
 from chain.errors import words_of
 
 DESCRIPTION = """\
 Post-training for SAIL-VL2, stage by stage, from a recipe: a folder of YAML files.
 
+  posttrain init mine --data rows.parquet            a recipe folder of your own, with a reward and its test
   posttrain plan recipes/demo                       what would run, checked; trains nothing
   posttrain run recipes/demo                        the whole chain; finished stages are skipped
   posttrain run recipes/demo --from rlvr --set rlvr.rollout.group_size=16
   posttrain explain rlvr.rollout                    what a recipe's keys mean
   posttrain eval runs/demo/rlvr/checkpoint          score a checkpoint on the held-out set
+  posttrain chat runs/demo/rlvr/checkpoint panel.png --think
   posttrain data import llava.json mine.parquet      foreign files as records, which every stage reads
   posttrain data curate recipes/curation_demo        filter, rewrite and sample rows, with a report
   posttrain data show mine.parquet                   statistics, and rows with pictures
+  posttrain push runs/demo me/my-core --license apache-2.0 --dry-run
   posttrain judge-audit rows.jsonl --base-url http://127.0.0.1:8100/v1 --model judge
   posttrain compare runs/demo/longcot_sft runs/demo/rlvr   paired by question; --gate for CI
   posttrain report runs/demo                        write report.json and report.html again
@@ -40,9 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from core.strict import ConfigError
 
     options = parser().parse_args(arguments)
-    # A user's own rewards are imported from the working directory, which comes last: after every installed package and
-    # after this project, which an editable install would search only after sys.path.
-    sys.path += [str(Path(__file__).resolve().parents[2]), str(Path.cwd())]
+    # An editable install is searched only after sys.path. A user's modules are searched last, in the recipe's folders.
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
     # A SIGTERM (CI's time limit, `kill`) must stop children and servers as Ctrl-C does.
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGHUP, _terminated)  # the terminal is gone
@@ -80,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for family in (chain, data, checkpoint, compare, rewards, core):
+    for family in (init, chain, data, checkpoint, chat, bench, compare, hub, rewards, core):
         family.add(commands)
     return top
 

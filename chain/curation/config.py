@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -148,21 +148,29 @@ class Curation(Strict):
 def load_curation(path: Path, overrides: Iterable[str] = ()) -> Curation:
     """The curation in a YAML file, or in the file curation.yaml of a folder, with `a.b=value` overrides.
 
-    Raises ConfigError with file, key, value and rule.
+    The key `extends` names a file beside it whose keys it takes over; mappings are merged. Raises ConfigError with
+    file, key, value and rule.
     """
     file = path / FILE if path.is_dir() else path
     if not file.exists():
         raise ConfigError(
             f"{file}: there is no such file; a curation is a YAML file, or a folder with {FILE}"
         )
+    folder = Folder(file)
+    values = _read(file)
+    if base := values.pop("extends", None):
+        folder.merge(_read(file.parent / str(base)), str(file.parent / str(base)))
+    folder.merge({"name": path.resolve().stem, **values}, str(file))
+    for assignment in overrides:
+        folder.override(assignment, {})
+    return parse(Curation, folder.values, folder.where)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         values = read_value(read_file(file))
     except ValueError as error:
         raise ConfigError(f"{file}: not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: a curation holds a mapping; this file holds a {type(values).__name__}")
-    folder = Folder(file)
-    folder.merge({"name": path.resolve().stem if file == path else path.resolve().name, **values}, str(file))
-    for assignment in overrides:
-        folder.override(assignment, {})
-    return parse(Curation, folder.values, folder.where)
+    return values

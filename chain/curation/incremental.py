@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from chain.curation.config import Curation, Incremental
+from chain.curation.config import Curation
 from chain.curation.inputs import Inputs
 from chain.curation.serving import core_of
 from chain.job import Task
@@ -35,8 +35,8 @@ def check(curation: Curation, inputs: Inputs, new: Path, work: Path) -> dict[str
     assert cfg
     core = core_of(cfg.core, work, curation.seed)
     sets = {cfg.base: inputs.files(cfg.base), NEW: new}
-    without = _losses(cfg, core, sets, (cfg.base,), inputs, work, curation.seed)
-    with_new = _losses(cfg, core, sets, (cfg.base, NEW), inputs, work, curation.seed)
+    without = _losses(curation, core, sets, (cfg.base,), inputs, work)
+    with_new = _losses(curation, core, sets, (cfg.base, NEW), inputs, work)
     gains = [old - now for old, now in zip(without, with_new, strict=True)]
     mean = math.fsum(gains) / len(gains)
     spread = math.sqrt(math.fsum((gain - mean) ** 2 for gain in gains) / max(1, len(gains) - 1) / len(gains))
@@ -53,32 +53,40 @@ def check(curation: Curation, inputs: Inputs, new: Path, work: Path) -> dict[str
 
 
 def _losses(
-    cfg: Incremental,
+    curation: Curation,
     core: Path,
     sets: dict[str, Path],
     names: tuple[str, ...],
     inputs: Inputs,
     work: Path,
-    seed: int,
 ) -> list[float]:
-    """The validation rows' losses after SFT on some sets."""
+    """The validation rows' losses after SFT on some sets. Equal runs are not repeated."""
+    cfg, seed = curation.incremental, curation.seed
+    assert cfg
     data = tuple(DataSource(set=name) for name in names)
     phase = Phase(name="check", data=data, optim=cfg.optim)
     config = SFTConfig(phases=(phase,), max_tokens=cfg.max_tokens, overlong="drop", learner=cfg.learner)
-    same = hash_config({"config": config, "core": str(core), "sets": inputs.hashes, "seed": seed})
+    made_by = curation.model_dump(mode="json", include={"steps"}) if NEW in names else None
+    same = hash_config(
+        {"config": config, "core": str(core), "sets": inputs.hashes, "seed": seed, "made_by": made_by}
+    )
     folder = work / "incremental" / f"{'-'.join(names)}-{same[:12]}"
-    with atomic_dir(folder) as out:
-        job = Job(
-            stage=f"incremental check, {' and '.join(names)}", model=core, out=out, seed=seed, sets=sets
-        )
-        learner = cfg.learner
-        run_job(
-            Task.of("sft.train:train", config, job), out, processes=learner.processes, threads=learner.threads
-        )
-        validation = Validation(
-            data=DataSource(set=cfg.validation), max_tokens=cfg.max_tokens, learner=learner
-        )
-        its_sets = {cfg.validation: inputs.files(cfg.validation)}
-        job = Job(stage="validation", model=out / "checkpoint", out=out, seed=seed, sets=its_sets)
-        run_job(Task.of("sft.validate:validate", validation, job), out, threads=learner.threads)
+    if not folder.exists():
+        with atomic_dir(folder) as out:
+            job = Job(
+                stage=f"incremental check, {' and '.join(names)}", model=core, out=out, seed=seed, sets=sets
+            )
+            learner = cfg.learner
+            run_job(
+                Task.of("sft.train:train", config, job),
+                out,
+                processes=learner.processes,
+                threads=learner.threads,
+            )
+            validation = Validation(
+                data=DataSource(set=cfg.validation), max_tokens=cfg.max_tokens, learner=learner
+            )
+            its_sets = {cfg.validation: inputs.files(cfg.validation)}
+            job = Job(stage="validation", model=out / "checkpoint", out=out, seed=seed, sets=its_sets)
+            run_job(Task.of("sft.validate:validate", validation, job), out, threads=learner.threads)
     return read_json(folder / LOSSES)["losses"]

@@ -27,6 +27,7 @@ class Import(NamedTuple):
     given: ForeignSet
     source: Path
     root: Path
+    """Folder of the pictures."""
     out: Path
 
 
@@ -62,7 +63,7 @@ class Inputs:
                 raise ConfigError(
                     f"{place}: no Parquet file of records; give the set a format: posttrain data import"
                 )
-        todo = [one for one in self._imports if not (one.out / _summary(one)).exists()]
+        todo = [one for one in self._imports if not _summary(one).exists()]
         for _ in self.engine.each(import_file, todo):
             pass
 
@@ -83,7 +84,7 @@ class Inputs:
         """For each imported set: its name, rows read, records, and rejected rows by rule."""
         found: dict[str, tuple[int, int, dict[str, int]]] = {}
         for one in self._imports:
-            told = read_json(one.out / _summary(one))
+            told = read_json(_summary(one))
             read, written, rules = found.get(one.set, (0, 0, {}))
             for rule, count in told["rejected"].items():
                 rules[rule] = rules.get(rule, 0) + count
@@ -127,9 +128,12 @@ class Inputs:
 
         out = self.work / "imported" / f"{name}-{self.hashes[name][:12]}"
         root = Path(given.images).expanduser() if given.images else place if place.is_dir() else place.parent
-        mine = [Import(name, given, file, root, out) for file in files_of(place)]
+        mine = [
+            Import(name, given, file, root, out / f"{number:05d}-{file.stem}.parquet")
+            for number, file in enumerate(files_of(place))
+        ]
         self._imports += mine
-        self._files[name] = [one.out / f"{one.source.stem}.parquet" for one in mine]
+        self._files[name] = [one.out for one in mine]
 
 
 def import_file(task: Import) -> int:
@@ -139,12 +143,11 @@ def import_file(task: Import) -> int:
 
     given = task.given
     options = Options(root=task.root, columns=given.columns, system=given.system, turns=given.turns)
-    out = task.out / f"{task.source.stem}.parquet"
-    found = import_set(task.source, out, format_=given.format, options=options, strict=given.strict)
+    found = import_set(task.source, task.out, format_=given.format, options=options, strict=given.strict)
     counts = {"read": found.read, "written": found.written, "rejected": dict(found.rejected)}
-    write_json(task.out / _summary(task), counts)
+    write_json(_summary(task), counts)
     return found.written
 
 
-def _summary(task: Import) -> str:
-    return f"{task.source.stem}.import.json"
+def _summary(task: Import) -> Path:
+    return task.out.with_suffix(".import.json")

@@ -10,6 +10,7 @@ from chain.curation.config import Curation
 from chain.curation.inputs import Inputs
 from chain.display import duration
 from chain.report.rows import card, rows_page
+from corpus.curation.base import Operator
 from corpus.curation.running import IDS, READ, Runner, StepResult
 from corpus.curation.shards import DETAIL, REASON, ROW, Shard, Source
 from corpus.curation.steps import OPERATORS
@@ -90,9 +91,7 @@ def _part(
     return {
         "name": result.op,
         "about": about,
-        "settings": ", ".join(f"{name}: {value}" for name, value in step.model_dump(exclude={"op"}).items())
-        if step
-        else "",
+        "settings": _settings(step) if step else "",
         "tables": tables,
         "open": False,
         "cards": [
@@ -108,6 +107,11 @@ def _part(
     }
 
 
+def _settings(step: Operator) -> str:
+    values = step.model_dump(mode="json", exclude={"op"})
+    return ", ".join(f"{name}: {value}" for name, value in values.items() if value not in (None, [], {}))
+
+
 def _example(
     place: tuple[int, int, int], folder: Path, before: Path | None, shards: Sequence[Shard]
 ) -> dict[str, Any]:
@@ -115,9 +119,9 @@ def _example(
     _, shard, number = place
     row = _stored(folder, shard, number)
     reason, detail = row.pop(REASON) or "", row.pop(DETAIL) or ""
-    images = Source(shards[shard]).pictures(number)
+    media = Source(shards[shard]).media(number)
     old = _stored(before, shard, number) if before and not reason else None
-    return card({**row, "images": images}, old, reason, detail)
+    return card({**row, **media}, old, reason, detail)
 
 
 def _stored(folder: Path, shard: int, number: int) -> dict[str, Any]:

@@ -16,14 +16,14 @@ from corpus.curation.running import IDS, READ
 
 ROWS_PER_CORE_S = {
     READ: 1800,
-    IDS: 20_000,
-    "strip_instructions": 12_000,
-    "unify_format": 14_000,
-    "duplicates": 3000,
-    "decontaminate": 3000,
-    "redundancy": 10_000,
-    "balance_lengths": 14_000,
-    "latent_classes": 4000,
+    IDS: 10_000,
+    "strip_instructions": 18_000,
+    "unify_format": 20_000,
+    "duplicates": 5700,
+    "decontaminate": 6300,
+    "redundancy": 5800,
+    "balance_lengths": 11_000,
+    "latent_classes": 1600,
 }
 """Rows per CPU second of each step without a model: python -P -m benchmarks.curation, benchmarks/RESULTS.md."""
 SIGNATURE_BYTES = {

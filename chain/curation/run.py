@@ -34,17 +34,13 @@ from corpus.curation.running import Runner, StepResult
 REPORT = "report.html"
 
 
-class NothingLeft(RuntimeError):
-    """The steps dropped every row."""
-
-
 def curate(curation: Curation, display: Display | None = None) -> Path:
     """Bring a curation's output up to date; return its folder. Raises ConfigError before anything runs."""
     display, began = display or Display(), Began()
     output = Path(curation.output).expanduser().resolve()
     work = output.with_name(output.name + ".work")
     engine = Engine(curation.engine, curation.workers or os.cpu_count() or 1, curation.ray_address)
-    with _locked(work), Servers(work, curation.seed) as servers, display.step(curation.name):
+    with _locked(work), engine, Servers(work, curation.seed) as servers, display.step(curation.name):
         inputs = Inputs(curation, work, engine)
         inputs.prepare()
         fingerprint = hash_config(
@@ -63,12 +59,9 @@ def curate(curation: Curation, display: Display | None = None) -> Path:
             curation.seed,
             hash_config({name: inputs.hashes[name] for name in curation.sets}),
             _progress(display),
+            lambda result: display.line(line(result)),
         )
         results = runner.run(curation.steps)
-        for result in results:
-            display.line(line(result))
-        if not results[-1].outline.kept:
-            raise NothingLeft(f"{curation.name}: no row is left after {results[-1].op}; see the lines above")
         with atomic_dir(output, same=fingerprint) as out:
             kept = runner.write(out)
             _write_dropped(results, out / "dropped.jsonl")

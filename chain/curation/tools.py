@@ -54,7 +54,10 @@ class Models:
         for request in requests:
             images = request.row["images"]
             if id(images) not in pictures:
-                pictures[id(images)] = tuple(Picture.of(image.rgb()) for image in images)
+                frames = [frame for clip in request.row.get("videos") or () for frame in clip.decode()]
+                pictures[id(images)] = tuple(
+                    Picture.of(image) for image in (*(one.rgb() for one in images), *frames)
+                )
             material = quoted(request.material) if request.material else ""
             questions.append(
                 Question(
@@ -100,7 +103,16 @@ class Models:
     def sample(
         self, model: str, rows: Sequence[Record], samples: int, max_tokens: int, temperature: float
     ) -> list[list[float | None]]:
-        """The scores of `samples` completions of each row's prompt; a completion that is cut off is wrong."""
+        """The scores of `samples` completions of each row's prompt; a completion that is cut off is wrong.
+
+        Raises ValueError for rows with videos, a system message or a history.
+        """
+        for row in rows:
+            if row["videos"] or row["system"] or row["history"]:
+                raise ValueError(
+                    f"row {row['id']!r} has a video, a system message or earlier turns: pass_at_k of a curation takes "
+                    "plain questions; limit it with `sources`, or use prepare.pass_at_k of an RL stage"
+                )
         requests = [
             Request(row, "", {}, user_text(row["question"], row["mode"]), (), max_tokens, temperature, number)
             for row in rows

@@ -48,7 +48,7 @@ def resources(recipe: Recipe, runs_dir: Path = Path("runs"), gpu_gib: float | No
 
 def core_folder(recipe: Recipe, run_dir: Path) -> Path | None:
     """The core's checkpoint folder: the recipe's `core.path`, else an earlier run's; None if neither exists."""
-    places = [Path(recipe.core.path).expanduser()] if recipe.core.path else []
+    places = [recipe.place(recipe.core.path)] if recipe.core.path else []
     found = (
         place for place in (*places, run_dir / "core" / "checkpoint") if (place / "config.json").is_file()
     )

@@ -5,12 +5,12 @@ chain/plan/resources.py counts memory, GPUs and disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chain.inputs import is_hub_id, locate_sets, phase_rows, phase_updates, rows_of
+from chain.inputs import code_files, is_hub_id, locate_sets, phase_rows, phase_updates, rows_of
 from chain.plan.resources import Resources
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
 from chain.stages import STAGES, Stage
@@ -18,6 +18,7 @@ from core.strict import Strict
 from core.training.config import LearnerConfig, Optim
 from corpus.records import DataSource
 from rl.config import RewardTerm, RLConfig
+from sailvl2_posttrain.names import PACKAGES, ROOT
 from sft.config import Phase, SoupConfig
 
 
@@ -74,8 +75,24 @@ def text(
         lines.append("\nafter each stage: " + _evaluation(recipe))
     if recipe.servers:
         lines.append(f"servers: {_pool(recipe)}")
+    lines += [*_own_code(recipe)]
     lines += resources.summary() if resources else []
     return "\n".join(lines)
+
+
+def _own_code(recipe: Recipe) -> Iterator[str]:
+    """The file of each module that the recipe names and this project does not ship, and files of its name elsewhere."""
+    stages = [config for name in STAGE_NAMES if isinstance(config := recipe.stage(name), RLConfig)]
+    generate = recipe.data.generate
+    named = [recipe.core.build, generate.by if generate else None]
+    named += [
+        use for config in stages for use in (*(t.use for t in config.rewards), config.watch.second_verifier)
+    ]
+    for use in dict.fromkeys(named):
+        found = [*code_files(use, recipe.folders)] if use and ":" in use else []
+        if found and not any(found[0].resolve().is_relative_to(ROOT / package) for package in PACKAGES):
+            others = [str(file) for file in dict.fromkeys(found[1:]) if file != found[0]]
+            yield f"code {use}: {found[0]}" + (f" (not {', '.join(others)})" if others else "")
 
 
 def as_json(recipe: Recipe, plans: Sequence[StagePlan], resources: Resources | None = None) -> dict[str, Any]:
@@ -142,7 +159,9 @@ def _details(stage: Stage, config: Strict, recipe: Recipe, states: _Sets) -> lis
             f"{config.method} merge of {len(config.variants) + 1}",
             _learner(recipe.basic_sft.learner),
         ]
-    return [f"checkpoint {recipe.core.path}" if recipe.core.path else f"built by {recipe.core.build}"]
+    core = recipe.core
+    built = f"built by {core.build}" + (f", words of {', '.join(core.vocabulary)}" if core.vocabulary else "")
+    return [f"checkpoint {recipe.place(core.path)}" if core.path else built]
 
 
 def _prepared(config: SFTStage | RLConfig) -> list[str]:

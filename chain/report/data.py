@@ -19,7 +19,8 @@
           },
           "train": {"steps": 40, "last": {"reward": 0.81, ...}},    each metric's last logged value
           "prepare": {"pass_at_k": {"kept": 812, "dropped": {"never solved": 1185, "always solved": 3}}},
-          "alarms": [{"batch": 12, "name": "repeats", "text": "..."}]    signs of reward hacking; RL stages
+          "alarms": [{"batch": 12, "name": "repeats", "text": "..."}],   signs of reward hacking; RL stages
+          "bench": {"mathvista": 68.5}     points, from `posttrain bench`
         }
       ],
       "outdated": [],                      left out of stages: made from an earlier run of a stage before them
@@ -59,6 +60,8 @@ from core.strict import ConfigError
 from rl.watch import ALARMS
 
 JSON, HTML = "report.json", "report.html"
+BENCH = "bench/bench.json"
+"""File in a stage's folder: the result of `posttrain bench`."""
 FAILED = "failed.json"
 """File in the partial folder of a failed stage: time and error of the failure."""
 
@@ -93,6 +96,8 @@ class StageReport(BaseModel):
     train: dict[str, Any]
     prepare: dict[str, Any]
     alarms: list[dict[str, Any]] = []
+    bench: dict[str, float] = {}
+    """Public benchmark -> score in points, from `posttrain bench` of the stage."""
 
 
 class Failure(BaseModel):
@@ -278,7 +283,22 @@ def _stage(folder: Path, manifest: Manifest) -> StageReport:
         train=_train(Tail(folder / "metrics.jsonl").new()),
         prepare=optional("prepare.json"),
         alarms=Tail(folder / ALARMS).new(),
+        bench={name: task["score"] for name, task in _bench(folder).items() if "score" in task},
     )
+
+
+def published(run_dir: Path, report: Report) -> dict[str, dict[str, float]]:
+    """Model -> benchmark -> published score, from the benches of the run's stages."""
+    found: dict[str, dict[str, float]] = {}
+    for stage in report.stages:
+        file = run_dir / stage.name / BENCH
+        for model, scores in (read_json(file).get("published", {}) if file.exists() else {}).items():
+            found.setdefault(model, {}).update(scores)
+    return found
+
+
+def _bench(folder: Path) -> dict[str, Any]:
+    return read_json(folder / BENCH)["tasks"] if (folder / BENCH).exists() else {}
 
 
 def _failure(run_dir: Path, names: Sequence[str]) -> Failure | None:

@@ -14,7 +14,7 @@ from typing import Any
 from chain.display import Tail, duration
 from chain.report import charts
 from chain.report.curves import curves, is_number
-from chain.report.data import Failure, Report, StageReport, extra_columns, set_names
+from chain.report.data import Failure, Report, StageReport, extra_columns, published, set_names
 from chain.report.pictures import data_url
 from chain.report.render import template
 from core.files import PARTIAL
@@ -34,6 +34,7 @@ def page(report: Report, run_dir: Path) -> str:
         extra=extra_columns(report),
         table=[_row(stage, report) for stage in report.stages],
         overview=_overview(report),
+        benches=_benches(report, run_dir),
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
     )
 
@@ -56,6 +57,19 @@ def _row(stage: StageReport, report: Report) -> dict[str, Any]:
         "seconds": f"{stage.seconds:.0f}",
         "evaluation": f" + {stage.eval_seconds:.0f}" if stage.eval_seconds is not None else "",
     }
+
+
+def _benches(report: Report, run_dir: Path) -> dict[str, Any] | None:
+    """The table of public benchmarks: stages, then published models. A column's base is its part before a dot."""
+    names = list(dict.fromkeys(name for stage in report.stages for name in stage.bench))
+    if not names:
+        return None
+    rows = [(stage.name, stage.bench) for stage in report.stages if stage.bench]
+    for model, scores in published(run_dir, report).items():
+        own = {name: scores[name.partition(".")[0]] for name in names if name.partition(".")[0] in scores}
+        rows += [(f"{model} (published)", own)] if own else []
+    cells = [[label, *(f"{own[name]:.1f}" if name in own else "–" for name in names)] for label, own in rows]
+    return {"heads": ["points", *names], "rows": cells}
 
 
 def _overview(report: Report) -> charts.Figure | None:

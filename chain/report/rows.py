@@ -8,6 +8,7 @@ from typing import Any
 from chain.report.pictures import data_url
 from chain.report.render import template
 from core.manifest import now, versions
+from core.model.videos import Clip
 
 _PICTURES = 4
 _SHOWN = ("question", "answer", "chain", "response")
@@ -30,16 +31,17 @@ def card(
         "detail": detail,
         "texts": [(name, _cut(row[name])) for name in _SHOWN if row.get(name) and name not in changed],
         "changes": changes,
-        "pictures": _pictures(row.get("images") or ()),
+        "pictures": _pictures(row.get("images") or (), row.get("videos") or ()),
     }
 
 
-def _pictures(images: Sequence[Any]) -> list[dict[str, Any]]:
+def _pictures(images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
+    """Thumbnails of the first pictures, and of the first frame of each video."""
     found = []
-    for image in images[:_PICTURES]:
+    for image in (*images[:_PICTURES], *videos[:_PICTURES]):
         try:
-            found.append(data_url(image.rgb()))
-        except Exception:  # Pillow raises errors of any type; a broken picture is the reason of the drop
+            found.append(data_url((image.frames[0] if isinstance(image, Clip) else image).rgb()))
+        except Exception:  # decoders raise errors of any type; a broken file is the reason of the drop
             continue
     return found
 

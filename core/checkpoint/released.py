@@ -515,4 +515,6 @@ def _tiles(images: Any, config: SailVL2Config) -> str:
     if not images.crop_to_patches:
         return f"images: one tile of {side} px, {tokens} tokens"
     thumbnail = "with a thumbnail where there are several" if images.use_thumbnail else "without a thumbnail"
-    return f"images: {images.min_patches} to {images.max_patches} tiles of {side} px, {tokens} tokens each, {thumbnail}"
+    scales = ", at two scales" if images.use_msac else ""
+    tiles = f"{images.min_patches} to {images.max_patches} tiles of {side} px{scales}"
+    return f"images: {tiles}, {tokens} tokens each, {thumbnail}"

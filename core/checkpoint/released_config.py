@@ -124,11 +124,13 @@ class _Images(_Released):
     longest_edge: PositiveInt = 1792
     """Longest side of an any-resolution image, in pixels; our key, as no released key is known. Source: the report's
     1792x1792."""
-    use_msac: Literal[False] = False
-    """Multi-scale tiling has no native counterpart."""
+    use_msac: bool = False
+    """Whether images are tiled at two scales."""
 
 
 _TILING = ("min_dynamic_patch", "max_dynamic_patch", "use_thumbnail", "dynamic_image_size")
+_OPTIONAL_TILING = ("use_msac",)
+"""Keys that a release may leave out without a note."""
 
 
 def native_config(
@@ -193,7 +195,7 @@ def image_processor(
         for key in _TILING
         if key in preprocessor and key in released and preprocessor[key] != released[key]
     ]
-    given = {key: released[key] for key in _TILING if key in released} | {
+    given = {key: released[key] for key in (*_TILING, *_OPTIONAL_TILING) if key in released} | {
         key: value for key, value in preprocessor.items() if value is not None
     }
     images = _read(_Images, given, PREPROCESSOR if preprocessor else CONFIG)
@@ -230,6 +232,7 @@ def image_processor(
         min_patches=images.min_dynamic_patch,
         max_patches=images.max_dynamic_patch,
         use_thumbnail=images.use_thumbnail,
+        use_msac=images.use_msac,
         **pixels,
     )
 
@@ -288,6 +291,7 @@ def released_preprocessor(
         "image_std": list(images.image_std),
         "rescale_factor": images.rescale_factor,
         **_released_tiling(images),
+        **({"use_msac": images.use_msac} if hasattr(images, "use_msac") else {}),
     }
 
 

@@ -11,7 +11,7 @@ from transformers.processing_utils import MultiModalData
 from core.deadline import deadline
 from core.model.configuration import BLOCK
 from core.model.image_patches import SailVL2AnyResImageProcessor
-from core.model.image_tiles import SailVL2ImageProcessor
+from core.model.image_tiles import SailVL2ImageProcessor, decisive_sizes
 from core.model.tokenizer import IMAGE_END, IMAGE_START, IMAGE_TOKEN, token_id
 from core.model.videos import Frame, tiles
 
@@ -136,6 +136,8 @@ class SailVL2Processor(ProcessorMixin):
         side = size.get("longest_edge") or size["height"]  # longest_edge is set at any resolution
         grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
         sizes = [(side * rows, side * columns) for rows, columns in grids]
+        if getattr(self.image_processor, "use_msac", False):
+            sizes += decisive_sizes(side, self.image_processor.min_patches, most)
         tokens = dict(zip(sizes, self._get_num_multimodal_tokens(sizes)["num_image_tokens"], strict=True))
         return max(sizes, key=lambda size: (tokens[size], -size[0] * size[1], -abs(size[0] - size[1])))
 

@@ -45,7 +45,8 @@ _PIECE = r"[A-Za-z]+|[^A-Za-z\s]"
 
 def chat_template() -> str:
     """The Jinja source of the chat template that every native core is saved with."""
-    return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    source = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    return source.replace("@THINK_CONTRACT@", THINK_CONTRACT)
 
 
 def generation_config(tokenizer: "PreTrainedTokenizerBase") -> "GenerationConfig":
@@ -66,6 +67,16 @@ def token_id(tokenizer: "PreTrainedTokenizerBase", token: str) -> int:
     if not isinstance(found, int) or found == tokenizer.unk_token_id:
         raise ValueError(f"the tokenizer has no token {token}: it is not the tokenizer of a SAIL-VL2 core")
     return found
+
+
+def pieces(text: str) -> list[str]:
+    r"""The words, digits and symbols of a text, each of which is one token of a word-level tokenizer; without markup.
+
+    >>> pieces(r"Is it red? \boxed{yes}")
+    ['Is', 'it', 'red', '?', 'yes']
+    """
+    markup = re.compile("|".join(re.escape(token) for token in (*SPECIAL_TOKENS, *MARKUP_TOKENS)))
+    return re.findall(_PIECE, markup.sub(" ", text))
 
 
 def build_word_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerBase":

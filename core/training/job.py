@@ -21,6 +21,9 @@ class Job(Strict):
     sets: dict[str, Path] = Field(default_factory=dict)
     """Data set name -> Parquet file, folder or hub id."""
 
+    folders: tuple[Path, ...] = ()
+    """Folders that are searched for users' modules, after the installed packages."""
+
     @property
     def start(self) -> Path:
         """The checkpoint folder that the stage starts from. Raises ValueError if there is none."""

@@ -56,10 +56,12 @@ def opens_thought(path: Path) -> bool:
     A completion then begins inside its thought. The template is rendered only if it holds the tag at all. Raises as
     `load_processor`, and core.deadline.TooSlow for a template that does not end.
     """
-    from core.model.prompts import messages
+    from core.model.prompts import THINK_CONTRACT, messages
 
     template = path / "chat_template.jinja"
-    if not template.is_file() or "think" not in template.read_text(encoding="utf-8"):
+    if not template.is_file() or "<think>" not in template.read_text(encoding="utf-8").replace(
+        THINK_CONTRACT, ""
+    ):
         return False
     chat = messages({"question": "2 + 2?", "mode": "think"})
     prompt = load_processor(path).apply_chat_template([chat], add_generation_prompt=True, tokenize=False)[0]

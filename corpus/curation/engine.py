@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from core.strict import ConfigError
@@ -16,8 +17,12 @@ _THREADS = 2
 """Batches of a model's step that run at once, so that the server has work while one batch ends."""
 
 
+class WorkerLost(RuntimeError):
+    """A worker process was killed."""
+
+
 class Engine:
-    """Runs functions over tasks; results come in any order.
+    """Runs functions over tasks during a `with` block; results come in any order.
 
     Args:
         name: local (processes of this machine) or ray (Ray Data; files must be on storage that all nodes share).
@@ -27,66 +32,87 @@ class Engine:
 
     def __init__(self, name: EngineName, workers: int, address: str | None = None) -> None:
         self.name, self.workers, self.address = name, workers, address
+        self._stack = ExitStack()
+        self._processes: Any = None
+        self._ray: Any = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._processes = self._ray = None
+        self._stack.close()
 
     def each(self, do: Do, tasks: Sequence[Any], asks: bool = False) -> Iterator[Any]:
-        """The results of `do(task)`. Tasks that ask a model run in threads of this process."""
-        if not tasks:
-            return
+        """The results of `do(task)`. Tasks that ask a model run in threads of this process.
+
+        Raises WorkerLost if a process was killed, and what `do` raises.
+        """
         if asks:
-            yield from _in_threads(do, tasks)
-        elif self.name == "ray":
+            from concurrent.futures import ThreadPoolExecutor
+
+            with ThreadPoolExecutor(_THREADS) as threads:
+                yield from _submitted(threads, do, tasks)
+        elif self.name == "ray" and tasks:
             yield from self._on_ray(do, tasks)
-        elif self.workers == 1 or len(tasks) == 1:
+        elif self.workers == 1 or len(tasks) <= 1:
             yield from map(do, tasks)
         else:
-            yield from _in_processes(do, tasks, self.workers)
+            yield from self._in_processes(do, tasks)
 
-    def _on_ray(self, do: Do, tasks: Sequence[Any]) -> Iterator[Any]:
-        with _safe_path(), on_ray(self.workers, self.address) as ray:
-            items = ray.data.from_items(list(tasks), override_num_blocks=len(tasks))
-            made = items.map(lambda row: {"item": do(row["item"])}, concurrency=self.workers)
-            for row in made.iter_rows():
-                yield row["item"]
+    def _in_processes(self, do: Do, tasks: Sequence[Any]) -> Iterator[Any]:
+        from concurrent.futures import ProcessPoolExecutor
+        from concurrent.futures.process import BrokenProcessPool
+        from multiprocessing import get_context
 
-
-def _in_threads(do: Do, tasks: Sequence[Any]) -> Iterator[Any]:
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        futures = [pool.submit(do, task) for task in tasks]
+        if self._processes is None:
+            self._stack.enter_context(_safe_path())
+            pool = ProcessPoolExecutor(self.workers, get_context("spawn"), _ends_with_parent)
+            self._processes = self._stack.enter_context(pool)
         try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _in_processes(do: Do, tasks: Sequence[Any], workers: int) -> Iterator[Any]:
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    with (
-        _safe_path(),
-        ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), _ends_with_parent) as pool,
-    ):
-        futures = [pool.submit(do, task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
+            yield from _submitted(self._processes, do, tasks)
         except BrokenProcessPool:
             raise WorkerLost(
                 "a worker process ended, most likely because the memory is full; finished shards are kept: run again, "
                 "with fewer workers or a smaller shard_rows"
             ) from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+
+    def _on_ray(self, do: Do, tasks: Sequence[Any]) -> Iterator[Any]:
+        if self._ray is None:
+            self._stack.enter_context(_safe_path())
+            self._ray = self._stack.enter_context(_ray(self.workers, self.address))
+        # Tasks travel pickled: Ray Data would try to convert them to Arrow columns.
+        items = [{"task": pickle.dumps(task)} for task in tasks]
+        made = self._ray.data.from_items(items, override_num_blocks=len(tasks)).map(
+            lambda row: {"done": pickle.dumps(_outcome(do, pickle.loads(row["task"])))},
+            compute=self._ray.data.TaskPoolStrategy(size=self.workers),
+        )
+        for row in made.iter_rows():
+            result, error = pickle.loads(row["done"])
+            if error is not None:
+                raise error
+            yield result
 
 
-class WorkerLost(RuntimeError):
-    """A worker process was killed."""
+def _outcome(do: Do, task: Any) -> tuple[Any, Exception | None]:
+    """The result or the error; Ray would wrap an error in its own, and its message would be lost."""
+    try:
+        return do(task), None
+    except Exception as error:
+        return None, error
+
+
+def _submitted(pool: Any, do: Do, tasks: Sequence[Any]) -> Iterator[Any]:
+    """The results as they come. After an error, tasks that have not begun are cancelled."""
+    from concurrent.futures import as_completed
+
+    futures = [pool.submit(do, task) for task in tasks]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 @contextmanager
@@ -110,7 +136,7 @@ def _ends_with_parent() -> None:
 
 
 @contextmanager
-def on_ray(workers: int, address: str | None) -> Iterator[Any]:
+def _ray(workers: int, address: str | None) -> Iterator[Any]:
     """Ray, connected; a cluster that was started here is stopped at the end. Raises ConfigError if it is missing."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -129,6 +155,7 @@ def on_ray(workers: int, address: str | None) -> Iterator[Any]:
             address=address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else local)
         )
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield ray
     finally:

@@ -15,7 +15,7 @@ import hashlib
 import heapq
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +84,7 @@ class Outline:
     kept: int = 0
     changed: int = 0
     cpu_s: float = 0.0
-    """CPU seconds of the workers."""
+    """CPU seconds of the workers, and of the decision of a set operator."""
     reasons: Counter[str] = field(default_factory=Counter)
     dropped_examples: list[tuple[int, int, int]] = field(default_factory=list)
     """(random number, shard, row): a sample that does not depend on the engine or on the order."""
@@ -121,6 +121,10 @@ class StepResult:
     facts: Mapping[str, Any]
 
 
+class NothingLeft(RuntimeError):
+    """A step dropped every row."""
+
+
 class Runner:
     """Runs steps in order; `folder` is the work folder.
 
@@ -128,11 +132,12 @@ class Runner:
         folder: the work folder.
         shards: the rows.
         held_out: rows that `decontaminate` compares with.
-        tools: reaches models; it must be picklable.
+        tools: reaches models; only steps that ask get it.
         engine: runs shards.
         seed: seed of draws and clusters.
         origin: hash of the inputs and their contents.
-        progress: told after each shard.
+        progress: called after each shard.
+        finished: called after each step.
     """
 
     def __init__(
@@ -145,16 +150,21 @@ class Runner:
         seed: int,
         origin: str,
         progress: Progress = lambda *told: None,
+        finished: Callable[[StepResult], None] = lambda result: None,
     ) -> None:
         self.folder, self.shards, self.held_out = folder, list(shards), list(held_out)
-        self.tools, self.engine, self.seed, self.progress = tools, engine, seed, progress
+        self.tools, self.engine, self.seed = tools, engine, seed
+        self.progress, self.finished = progress, finished
         self.results: list[StepResult] = []
         self._same = hash_config(
             {"inputs": origin, "seed": seed, "shards": [list(one) for one in self.shards]}
         )
 
     def run(self, steps: Sequence[Operator]) -> list[StepResult]:
-        """Bring every step up to date. Steps that are finished and unchanged are not run again."""
+        """Bring every step up to date. Steps that are finished and unchanged are not run again.
+
+        Raises NothingLeft if a step drops every row.
+        """
         if self.held_out:
             self._step("held_out", None, self.held_out)
         self._step(READ, None, self.shards)
@@ -184,9 +194,11 @@ class Runner:
                 write_json(partial / STEP, {**told, "facts": facts, **vars(outline)})
         if op != "held_out":
             found = read_json(folder / STEP)
-            self.results.append(
-                StepResult(op, folder, Outline.read(folder / STEP), found["seconds"], found["facts"])
-            )
+            result = StepResult(op, folder, Outline.read(folder / STEP), found["seconds"], found["facts"])
+            self.results.append(result)
+            self.finished(result)
+            if not result.outline.kept:
+                raise NothingLeft(f"no row is left after {op}: {dict(result.outline.reasons)}")
 
     def _made(
         self, op: str, step: Operator | None, shards: Sequence[Shard], before: Path | None, out: Path
@@ -196,14 +208,16 @@ class Runner:
         if isinstance(step, RowOperator):
             return self._pass(op, "rows", shards, before, out, step), {}
         assert isinstance(step, SetOperator)
-        self._pass(op, "sign", shards, before, out, step)
+        outline = self._pass(op, "sign", shards, before, out, step)
         own = len(shards)
         if step.reads_held_out() and self.held_out:
-            self._pass(op, "sign", self.held_out, self.folder / "held_out", out, step, first=own)
+            outline.add(self._pass(op, "sign", self.held_out, self.folder / "held_out", out, step, first=own))
         count = own + (len(self.held_out) if step.reads_held_out() else 0)
         parts = StoredParts([out / f"sign-{number:05d}.npz" for number in range(count)], own)
+        began = time.thread_time()
         decision = step.decide(parts, self.seed)
-        outline = self._pass(op, "mark", shards, before, out, step, drops=decision.drops, parts=parts)
+        outline.cpu_s += time.thread_time() - began
+        outline.add(self._pass(op, "mark", shards, before, out, step, drops=decision.drops, parts=parts))
         for file in parts.files:
             file.unlink()
         return outline, decision.facts
@@ -277,6 +291,10 @@ class StoredParts(Parts):
     def __len__(self) -> int:
         return len(self.files)
 
+    def __iter__(self) -> Iterator[Signs]:
+        """The batches that have rows."""
+        return (self[number] for number, size in enumerate(self._sizes) if size)
+
     def __getitem__(self, index: Any) -> Any:
         import numpy as np
 
@@ -287,11 +305,11 @@ class StoredParts(Parts):
         import numpy as np
 
         columns = []
-        for file in self.files:
-            with np.load(file) as arrays:
-                if len(arrays["ids"]):
+        for file, size in zip(self.files, self._sizes, strict=True):
+            if size:
+                with np.load(file) as arrays:
                     columns.append(arrays[name])
-        return np.concatenate(columns) if columns else np.zeros(0)
+        return np.concatenate(columns)
 
     def rows(self) -> int:
         return sum(self._sizes)

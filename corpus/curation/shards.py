@@ -1,4 +1,4 @@
-"""Shards: runs of row groups of Parquet files. Texts go from step to step in small files; pictures stay at the source.
+"""Shards: runs of row groups of Parquet files. Texts go from step to step in small files; media stay at the source.
 
 A step's file for one shard has a row for each row that the step received: `row` (its number in the shard), the texts,
 the pictures' hashes, and `reason` and `detail` if the step dropped it. The next step reads the rows without a reason.
@@ -8,18 +8,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.model.pictures import Picture
+from core.model.videos import Caps, Clip
 from corpus.curation.base import Dropped, Outcome
-from corpus.curation.similar import picture_hash
+from corpus.curation.similar import image_hash, picture_hash
 from corpus.parquet import check_file
-from corpus.schema import FIELDS, TEXTS, Problem, Record, completed, json_of, picture_of, problem_of
+from corpus.schema import (
+    FIELDS,
+    JSON_FIELDS,
+    MEDIA,
+    TEXTS,
+    Problem,
+    Record,
+    clip_of,
+    completed,
+    json_of,
+    picture_of,
+    problem_of,
+)
 
 SHARD_BYTES = 64 << 20
 """A shard ends when its row groups have this many uncompressed bytes; a single group may be larger."""
+_HASHED_FRAMES = Caps(frames=3)
+"""Frames of a video whose hashes are compared."""
 HASHES, ROW, REASON, DETAIL = "hashes", "row", "reason", "detail"
 
 
@@ -56,7 +72,7 @@ def shards_of(name: str, files: Sequence[Path], rows: int, prefix: str = "") -> 
 
 
 class Source:
-    """The rows of a shard in their file. Pictures are read when the first one is used."""
+    """The rows of a shard in their file. Pictures and videos are read when the first one is used."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -70,25 +86,43 @@ class Source:
             return file.read_row_groups(groups, columns=present, use_threads=False)
 
     @cached_property
-    def _pictures(self) -> Any:
-        table = self._table(["images"])
-        return table.column("images").combine_chunks() if table.num_columns else None
+    def _media(self) -> dict[str, tuple[Any, Any]]:
+        """For each column of media: where each row's files begin (rows + 1,), and the files' bytes."""
+        import pyarrow as pa
+        import pyarrow.types as types
 
-    def pictures(self, row: int) -> list[Picture]:
-        """The pictures of a row; they decode when they are used. Raises TypeError for what is not a picture."""
-        if self._pictures is None:
+        found = {}
+        table = self._table(MEDIA)
+        for name in table.column_names:
+            column = table.column(name).combine_chunks()
+            if types.is_null(column.type):
+                continue
+            # Nulls become empty lists, so that the offsets alone tell a row's files.
+            column = column.fill_null([]) if column.null_count else column
+            items = column.values
+            files = items.field("bytes") if types.is_struct(items.type) else items
+            found[name] = column.offsets.to_pylist(), files if not types.is_null(files.type) else pa.nulls(0)
+        return found
+
+    def media(self, row: int) -> dict[str, list[Any]]:
+        """The pictures and videos of a row by column; they are read and decoded when they are used."""
+        return {name: self._files(name, row) for name in MEDIA}
+
+    def _files(self, name: str, row: int) -> list[Any]:
+        if name not in self._media:
             return []
-        cell = self._pictures[row]
-        count = len(cell) if cell.is_valid else 0
-        return [Picture(partial(self._bytes, row, place)) for place in range(count)]
+        offsets = self._media[name][0]
+        reads = [partial(self._bytes, name, place) for place in range(offsets[row], offsets[row + 1])]
+        return [Picture(read) if name == "images" else Clip(read) for read in reads]
 
-    def _bytes(self, row: int, place: int) -> bytes:
-        return picture_of(self._pictures[row][place].as_py()).data
+    def _bytes(self, name: str, place: int) -> bytes:
+        data = self._media[name][1][place].as_py()
+        return picture_of(data).data if name == "images" else clip_of(data).data
 
     def records(self) -> list[Record]:
-        """All rows of the shard with their pictures, unchecked."""
+        """All rows of the shard with their media, unchecked."""
         texts = self._table(TEXTS).to_pylist()
-        return [completed({**text, "images": self.pictures(row)}) for row, text in enumerate(texts)]
+        return [completed({**text, **self.media(row)}) for row, text in enumerate(texts)]
 
 
 def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
@@ -103,19 +137,25 @@ def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
         def look(picture: Picture, hashes: list[bytes] = hashes) -> None:
             hashes.append(picture_hash(picture))
 
-        problem: Problem | None = problem_of(record, look)
+        parsed = {**record, **_parsed(record)}
+        problem: Problem | None = problem_of(parsed, look)
         if problem:
             outcomes.append(Dropped(f"{problem.field}: {problem.rule}", problem.found))
-        else:
-            made = {
-                **record,
-                "source": record["source"] or shard.set,
-                "history": json_of(record["history"]),
-                "meta": json_of(record["meta"]),
-                HASHES: hashes,
-            }
-            outcomes.append(made)
+            continue
+        for clip in record["videos"]:
+            clip.caps = _HASHED_FRAMES
+            hashes += [image_hash(frame.convert("L")) for frame in clip.decode()]
+        outcomes.append({**parsed, "source": record["source"] or shard.set, HASHES: hashes})
     return records, outcomes
+
+
+def _parsed(record: Record) -> Record:
+    """The JSON fields, parsed once instead of by each rule; a broken one stays text, which the rules refuse."""
+    found = {}
+    for name in JSON_FIELDS:
+        with suppress(ValueError):
+            found[name] = json_of(record[name])
+    return found
 
 
 def write_outcomes(
@@ -131,9 +171,10 @@ def write_outcomes(
     for number, old, new in zip(numbers, before, after, strict=True):
         drop = new if isinstance(new, Dropped) else None
         row = old if isinstance(new, Dropped) else new
-        texts = {name: _text(row.get(name)) for name in TEXTS if name != "meta"}
+        texts = {name: _text(row.get(name)) for name in TEXTS if name not in JSON_FIELDS}
+        texts |= {name: _json(row.get(name)) for name in JSON_FIELDS}
         rows.append(
-            {ROW: number, **texts, "meta": _meta(row.get("meta")), HASHES: row.get(HASHES)}
+            {ROW: number, **texts, HASHES: row.get(HASHES)}
             | {REASON: drop and drop.reason, DETAIL: drop and drop.detail}
         )
     fields = [(ROW, pa.int64()), *((name, pa.string()) for name in TEXTS), (HASHES, pa.list_(pa.binary()))]
@@ -151,14 +192,14 @@ def _text(value: Any) -> str | None:
     return str(value).encode("utf-8", "replace").decode()
 
 
-def _meta(meta: Any) -> str:
-    if isinstance(meta, str):
-        return _text(meta) or ""
-    return json.dumps(meta or {}, ensure_ascii=False, allow_nan=False, sort_keys=True)
+def _json(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return _text(value)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True)
 
 
 def read_outcomes(path: Path, shard: Shard) -> tuple[list[int], list[Record]]:
-    """The rows that a step kept: their numbers in the shard, and the rows with their pictures."""
+    """The rows that a step kept: their numbers in the shard, and the rows with their media."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -168,7 +209,8 @@ def read_outcomes(path: Path, shard: Shard) -> tuple[list[int], list[Record]]:
     for row in kept:
         number = row.pop(ROW)
         numbers.append(number)
-        rows.append({**row, "images": source.pictures(number), "meta": json.loads(row["meta"])})
+        parsed = {name: json.loads(row[name]) for name in JSON_FIELDS}
+        rows.append({**row, **source.media(number), **parsed})
     return numbers, rows
 
 

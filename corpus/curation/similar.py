@@ -1,10 +1,10 @@
 """Duplicates of image-question pairs, exact and near, within a set and with held-out rows.
 
-A row's signature is a 256-bit perceptual hash of each picture (imagehash: the signs of the lowest 16 x 16 coefficients
-of a discrete cosine transform) and a MinHash of the question's letters (datasketch: 32 permutations of 4-letter
-shingles). Rows are compared if they share a band of the question's MinHash, a 16-bit band of the first picture's
-lowest frequencies, the number of pictures and the numbers in the question. So "12 + 13 = ?" and "12 + 14 = ?" are
-different questions. A signature takes about 200 bytes for a row with one picture; only signatures are in memory.
+A row's signature is a 256-bit perceptual hash of each picture and of three frames of each video (imagehash: the signs
+of the lowest 16 x 16 coefficients of a discrete cosine transform), and a MinHash of the user's words (datasketch: 32
+permutations of 4-letter shingles). Rows are compared if they share a band of the MinHash, a 16-bit band of the first
+picture's lowest frequencies, the number of pictures and the numbers in the words. So "12 + 13 = ?" and "12 + 14 = ?"
+are different questions. A signature takes about 200 bytes for a row with one picture; only signatures are in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import Field
 
 from core.model.pictures import Picture
 from corpus.curation.base import Decision, Dropped, Parts, SetOperator, Signs, Tools
-from corpus.schema import PLACEHOLDER, Record
+from corpus.schema import PLACEHOLDER, Record, users_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +49,7 @@ class Similar(SetOperator):
         import numpy as np
         import xxhash
 
-        plain = [normalised(row["question"]) for row in rows]
+        plain = [normalised(" ".join(users_of(row))) for row in rows]
         hashes = [row["hashes"] for row in rows]
         first = [one[0] if one else bytes(HASH_BYTES) for one in hashes]
         return {
@@ -201,8 +201,12 @@ def _blank() -> Any:
 
 def picture_hash(picture: Picture) -> bytes:
     """The perceptual hash of a picture, 32 bytes. Decodes the picture; raises ValueError or OSError if it is broken."""
+    return image_hash(picture.grey(_GREY_PX))
+
+
+def image_hash(image: Any) -> bytes:
+    """The perceptual hash of a PIL image in mode L, 32 bytes."""
     import imagehash
     import numpy as np
 
-    bits = imagehash.phash(picture.grey(_GREY_PX), hash_size=HASH_SIDE, highfreq_factor=2).hash
-    return np.packbits(bits).tobytes()
+    return np.packbits(imagehash.phash(image, hash_size=HASH_SIDE, highfreq_factor=2).hash).tobytes()

@@ -41,7 +41,7 @@ _LABEL = re.compile(r"^\s*question:\s*", re.IGNORECASE)
 
 
 class StripInstructions(RowOperator):
-    """Remove system prompts and hints about the form of the answer from the question.
+    """Remove the system message, and system prompts and hints about the form of the answer in the question.
 
     Source: SAIL-VL2 (arXiv:2509.14033), section 4, LongCoT data, step 1: strip what does not belong to the reasoning
     (system prompts, conflicting hints). The chain's mode alone decides the form of the reply. The patterns are ours.
@@ -59,7 +59,11 @@ class StripInstructions(RowOperator):
 
     def _one(self, row: Record) -> Outcome:
         question = stripped(row["question"])
-        return {**row, "question": question} if question else Dropped("the question is only instructions")
+        return (
+            {**row, "system": None, "question": question}
+            if question
+            else Dropped("the question is only instructions")
+        )
 
 
 def stripped(question: str) -> str:
@@ -94,6 +98,9 @@ class UnifyFormat(RowOperator):
     """
 
     op: Literal["unify_format"]
+    mode: Literal["keep", "think", "direct"] = "keep"
+    """think: rows become think rows; a reply without reasoning leaves a row without a chain, for `guided_chain` or RL.
+    direct: think rows with a gold answer lose their chains; direct rows keep their reply."""
     gold: Literal["keep", "replace"] = "keep"
     """keep: drop a row whose reply has another answer than its gold; replace: the reply's answer becomes the gold."""
 
@@ -101,6 +108,10 @@ class UnifyFormat(RowOperator):
         return [self._one(row) for row in rows]
 
     def _one(self, row: Record) -> Outcome:
+        if self.mode == "direct" and row["mode"] == "think" and row["answer"]:
+            return {**row, "mode": "direct", "chain": None, "response": None}
+        if self.mode == "think":
+            row = {**row, "mode": "think"}
         if row["mode"] != "think" or not (row.get("response") or row.get("chain")):
             return row
         if not row.get("response") and not _MARKED.search(row["chain"]):
@@ -108,7 +119,7 @@ class UnifyFormat(RowOperator):
         chain, found = split(row.get("response") or row["chain"])
         if not found:
             return Dropped("no answer at the end of the reply")
-        if not chain:
+        if not chain and self.mode != "think":
             return Dropped("no reasoning before the answer")
         gold = row["answer"] or found
         if _plain(found) != _plain(gold) and self.gold == "keep":
@@ -117,7 +128,7 @@ class UnifyFormat(RowOperator):
         verifier = (
             kind_of(answer, row["verifier"] == "choice")[1] if row["verifier"] == "none" else row["verifier"]
         )
-        return {**row, "chain": chain, "answer": answer, "response": None, "verifier": verifier}
+        return {**row, "chain": chain or None, "answer": answer, "response": None, "verifier": verifier}
 
 
 def split(reply: str) -> tuple[str, str]:
@@ -160,8 +171,9 @@ _EMPTY_WORDS = frozenset(
 class Redundancy(RowOperator):
     """Drop chains whose tokens overlap too much with the answer: they restate it and do not reason.
 
-    Source: SAIL-VL2 (arXiv:2509.14033), section 4, LongCoT data, step 6. The report gives no measure. Ours is the share
-    of the chain's distinct tokens that are in the answer or the question, without words such as "the", "is", "answer".
+    Source: SAIL-VL2 (arXiv:2509.14033), section 4, LongCoT data, step 6. The report gives no measure. Ours are the
+    share of the chain's distinct tokens that are in the answer, and the number of those that are in neither answer nor
+    question, without words such as "the", "is", "answer".
 
     >>> row = {"mode": "think", "chain": "The answer is 12.", "answer": "12", "question": "How many?"}
     >>> Redundancy(op="redundancy")([row], None)[0].reason
@@ -170,9 +182,9 @@ class Redundancy(RowOperator):
 
     op: Literal["redundancy"]
     max_overlap: float = Field(default=0.8, gt=0, le=1)
-    """Largest share of the chain's tokens that may come from the answer and the question."""
-    min_new: int = Field(default=2, ge=0)
-    """Least number of distinct tokens that are in neither of them."""
+    """Largest share of the chain's tokens that may come from the answer."""
+    min_new: int = Field(default=1, ge=0)
+    """Least number of distinct tokens that are in neither of them; a chain with fewer restates both."""
 
     def __call__(self, rows: Sequence[Record], tools: Tools) -> list[Outcome]:
         return [self._one(row) for row in rows]
@@ -184,9 +196,10 @@ class Redundancy(RowOperator):
         if not of_chain - of_answer:
             return Dropped("the chain restates the answer")
         new = of_chain - of_answer - _tokens(row["question"])
-        overlap = 1 - len(new) / len(of_chain)
-        if len(new) < self.min_new and overlap > self.max_overlap:
-            return Dropped("the chain restates question and answer", f"overlap {overlap:.2f}")
+        if len(new) < self.min_new:
+            return Dropped(
+                "the chain restates question and answer", f"new: {', '.join(sorted(new)) or 'nothing'}"
+            )
         if len(of_chain & of_answer) / len(of_chain) > self.max_overlap:
             return Dropped("the chain restates the answer", "overlap with the answer alone")
         return row

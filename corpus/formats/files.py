@@ -6,12 +6,13 @@ import csv
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.strict import ConfigError
 from corpus.formats.fields import Rejected
+from corpus.hub import SUFFIXES, HubFiles, hub_set
 from corpus.parquet import check_expansion, rows_at_once
 
 Row = tuple[int, dict[str, Any] | Rejected]
@@ -22,18 +23,23 @@ _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 _VIDEOS = ("mp4", "webm", "avi", "mov", "mkv")
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
 
 
-def files_of(source: Path) -> list[Path]:
-    """The data files of a path: the file itself, or a folder's files sorted by name. Raises ConfigError without any."""
+def files_of(source: str | Path, split: str = "train") -> Sequence[Path]:
+    """The data files of a source: the file itself, a folder's files sorted by name, or a hub data set's (corpus.hub).
+
+    `split` chooses among a hub data set's files. Raises ConfigError without any file.
+    """
+    if isinstance(source, str) and (address := hub_set(source)):
+        return HubFiles(address, split)
+    source = Path(source).expanduser()
     if not source.exists():
         raise ConfigError(f"{source}: no such file or folder")
     if source.is_file():
         if source.suffix not in SUFFIXES:
             raise ConfigError(f"{source}: a data file ends in {', '.join(SUFFIXES)}")
         return [source]
-    files = sorted(file for file in source.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    files = _data_files(source.iterdir()) or _data_files(source.rglob("*"))
     if not files:
         raise ConfigError(f"{source}: holds no file that ends in {', '.join(SUFFIXES)}")
     kinds = {file.suffix for file in files}
@@ -42,6 +48,10 @@ def files_of(source: Path) -> list[Path]:
             f"{source}: holds files of several kinds ({', '.join(sorted(kinds))}); name one of them"
         )
     return files
+
+
+def _data_files(paths: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in paths if file.suffix in SUFFIXES and file.is_file())
 
 
 def rows_of(file: Path) -> Iterator[Row]:

@@ -38,11 +38,13 @@ def build(
     mixed_steps: int = 250,
     learning_rate: float = 2e-3,
     warmup_steps: int = 20,
+    words: Sequence[str] = (),
 ) -> Path:
     """Write a pre-trained tiny core to the folder `out`, and its metrics to `metrics.jsonl` beside it; return `out`.
 
-    The learning rate rises over the first `warmup_steps`, is constant in the reading phase, and falls to 0 as a cosine
-    in the mixed phase. The same seed, steps and number of threads give the same weights.
+    The tokenizer knows the demo's words and also `words`. The learning rate rises over the first `warmup_steps`, is
+    constant in the reading phase, and falls to 0 as a cosine in the mixed phase. The same seed, steps and number of
+    threads give the same weights.
     """
     import torch
 
@@ -55,7 +57,7 @@ def build(
     metrics = out.with_name("metrics.jsonl")
     metrics.unlink(missing_ok=True)
     with atomic_dir(out) as folder:
-        build_tiny(folder, words=WORDS, seed=seed)
+        build_tiny(folder, words=[*WORDS, *words], seed=seed)
         model = load_model(folder, LearnerConfig(threads=torch.get_num_threads()))
         processor = load_processor(folder)
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)

@@ -226,15 +226,11 @@ class _Work:
             Value(self.times(other.top, one.bottom), self.times(one.bottom, other.bottom)),
         )
 
-    def power(self, base: Value, exponent: Fraction) -> Value:
-        if exponent == Fraction(1, 2) and base.rational is not None:
-            return _root(base.rational)
-        if exponent.denominator != 1 or abs(exponent) > MAX_EXPONENT:
-            raise _OutsideError
-        if exponent <= 0 and not base.top:
+    def power(self, base: Value, exponent: int) -> Value:
+        if abs(exponent) > MAX_EXPONENT or (exponent <= 0 and not base.top):
             raise _OutsideError
         result = Value(_ONE, _ONE)
-        for _ in range(abs(int(exponent))):
+        for _ in range(abs(exponent)):
             result = self.multiplied(result, base)
         return result if exponent >= 0 else self.divided(Value(_ONE, _ONE), result)
 
@@ -396,9 +392,10 @@ class _Parser:
         if self._peek() == _Token("mark", "^"):
             raise _OutsideError
         rational = exponent.rational
-        half = rational is not None and rational == Fraction(1, 2) and base.rational is not None
-        if rational is not None and (rational.denominator == 1 or half):
-            return self._work.power(base, rational)
+        if rational == Fraction(1, 2) and base.rational is not None:
+            return _root(base.rational)
+        if rational is not None and rational.denominator == 1:
+            return self._work.power(base, int(rational))
         return _whole("pow", base, exponent)
 
     def _base(self) -> Value:
@@ -461,7 +458,7 @@ class _Parser:
                 raise _OutsideError  # "\sin 2x"
         if self._peek() == _Token("mark", "^"):
             raise _OutsideError  # "\sin x^2"
-        return self._work.power(_whole(name, argument), power)
+        return self._work.power(_whole(name, argument), int(power))
 
     def _argument(self) -> Value:
         """The expression in the braces, or the next digit or letter if there are no braces."""

@@ -238,10 +238,7 @@ def _point_gold(example: Example) -> list[Point] | list[Box]:
 
 
 def _judge_box(answer: str, gold: list[Box], example: Example, limits: Limits) -> Verdict:
-    try:
-        given = read_boxes(answer)
-    except JsonLimitError as error:
-        return Verdict.wrong(answer, str(error), Status.OVER_LIMIT)
+    given = read_boxes(answer)
     if not given:
         return unparseable(answer, "box with x1 < x2 and y1 < y2")
     if limits.graded:
@@ -252,10 +249,7 @@ def _judge_box(answer: str, gold: list[Box], example: Example, limits: Limits) -
 
 
 def _judge_point(answer: str, gold: list[Point] | list[Box], example: Example, limits: Limits) -> Verdict:
-    try:
-        given = read_points(answer)
-    except JsonLimitError as error:
-        return Verdict.wrong(answer, str(error), Status.OVER_LIMIT)
+    given = read_points(answer)
     if not given:
         return unparseable(answer, "point")
     return decided(points_match(gold, given, limits.limit("max_distance", example)), answer)

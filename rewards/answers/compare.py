@@ -41,6 +41,7 @@ _ELEMENT = (
     "Cd Sn Sb I Xe Cs Ba Pt Au Hg Pb U"
 ).split()
 _FORMULA = re.compile(rf"(?:\(?(?:{'|'.join(sorted(_ELEMENT, key=len, reverse=True))})\)?[0-9]*)+")
+_PRIMED = re.compile(r"(?!').*[A-Za-z)]'")
 _OF_LETTER = re.compile(r"([A-Za-z])\(([kmnr-z])\)")
 _COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
 _COMMANDS = (
@@ -280,7 +281,7 @@ def _compare_terms(gold: str, given: str, question: str) -> Result:
     texts = _compare_texts(gold, given)
     if texts:
         return texts
-    if gold.count("'") > given.count("'"):  # math-verify ignores primes
+    if _PRIMED.match(gold) and gold.count("'") > given.count("'"):  # math-verify ignores primes
         return Outcome.DIFFERENT
     return _unsuited(gold, given) or _compare_values(gold, given) or Pair(gold, given)
 

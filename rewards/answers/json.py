@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from rewards.answers.kind import GoldError, Kind, Limits, decided
+from rewards.answers.kind import GoldError, Kind, LimitError, Limits, decided
 from rewards.answers.plain import MAX_DIGITS, plain_text
 from rewards.example import Example
 from rewards.verdict import Status, Verdict
@@ -25,7 +25,7 @@ class JsonError(ValueError):
     """A text is not JSON of the accepted form."""
 
 
-class JsonLimitError(JsonError):
+class JsonLimitError(JsonError, LimitError):
     """The JSON is nested too deeply, or a number in it is too long."""
 
 
@@ -147,9 +147,10 @@ def _judge(answer: str, gold: Any, example: Example, limits: Limits) -> Verdict:
     share = limits.limit("relative_tolerance", example)
     try:
         given = read_json(answer)
+    except JsonLimitError:
+        raise
     except JsonError as error:
-        over = isinstance(error, JsonLimitError)
-        return Verdict.wrong(answer, str(error), Status.OVER_LIMIT if over else Status.UNPARSEABLE)
+        return Verdict.wrong(answer, str(error), Status.UNPARSEABLE)
 
     def close(one: Fraction, other: Fraction) -> bool:
         return abs(one - other) <= max(tolerance, share * abs(one))

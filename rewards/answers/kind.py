@@ -27,6 +27,10 @@ class GoldError(ValueError):
     """A gold answer is invalid under its row's verifier. The message gives the rule and a remedy."""
 
 
+class LimitError(ValueError):
+    """An answer breaks a cap."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of answer."""
@@ -34,7 +38,7 @@ class Kind:
     read: Callable[[Example], Any]
     """A row's gold in the form that `judge` takes. Raises GoldError."""
     judge: Callable[[str, Any, Example, Limits], Verdict]
-    """The verdict on an answer, given the gold that `read` returned."""
+    """The verdict on an answer, given the gold that `read` returned. Raises LimitError for an answer over a cap."""
     capped: bool = True
     """Whether the caps on length and digits apply to gold and answer."""
 
@@ -48,9 +52,12 @@ class Kind:
     def compare(self, answer: str, gold: Any, example: Example, limits: Limits) -> Verdict:
         """The verdict on an answer, given the gold that `gold` returned."""
         limit = over_limit(answer) if self.capped else ""
-        if limit:
-            return Verdict.wrong(answer, limit, Status.OVER_LIMIT)
-        return self.judge(answer, gold, example, limits)
+        try:
+            if limit:
+                raise LimitError(limit)
+            return self.judge(answer, gold, example, limits)
+        except LimitError as error:
+            return Verdict.wrong(answer, str(error), Status.OVER_LIMIT)
 
 
 def over_limit(text: str) -> str:

@@ -100,9 +100,10 @@ class _Worker:
         """Grade batches. While the reward works, this thread keeps reading messages and delivers pictures."""
         while True:
             try:
-                kind, *content = pickle.loads(self.channel.recv_bytes())
+                packet = self.channel.recv_bytes()
             except (EOFError, OSError):  # the parent has closed the connection, or has died
                 return
+            kind, *content = pickle.loads(packet)
             if kind == "grade":
                 threading.Thread(target=self._grade, args=content, daemon=True).start()
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import requests
@@ -39,14 +39,18 @@ class Http:
         token: the run's token; None for servers without a token, which are then trusted without proof.
         timeout_s: seconds after which a server without an answer is lost.
         connections: most persistent connections to each server.
+        key: the key of a server that is not ours, which proves nothing; given instead of a token.
     """
 
-    def __init__(self, token: str | None, timeout_s: float, connections: int = 1) -> None:
+    def __init__(
+        self, token: str | None, timeout_s: float, connections: int = 1, key: str | None = None
+    ) -> None:
         self.timeout = (CONNECT_S, timeout_s)
         retries = _LostConnections(total=TRIES - 1, allowed_methods=None, backoff_factor=RETRY_PAUSE_S)
         self._kept = _session(token, timeout_s, retries, connections)
         # Requests that must not be repeated use a new connection: the server may be closing a persistent one.
         self._single = _session(token, timeout_s)
+        self._single.headers.update(access.headers(key))
         self._busy, self._idle = _session(token, BUSY_S[1]), _session(token, IDLE_S[1])
 
     def close(self) -> None:
@@ -64,6 +68,17 @@ class Http:
     def get(self, url: str, path: str) -> dict[str, Any]:
         """GET once."""
         return self._send(self._single, "GET", url, path, None)
+
+    def lines(self, url: str, path: str, body: Mapping[str, Any]) -> Iterator[str]:
+        """POST once; the lines of a streamed reply as they arrive. Raises as `tell`."""
+        try:
+            with self._single.post(f"{url}/{path}", json=body, timeout=self.timeout, stream=True) as response:
+                if not response.ok:
+                    raise RolloutError(f"{url}/{path}: HTTP {response.status_code}: {response.text[:2000]}")
+                response.encoding = "utf-8"
+                yield from response.iter_lines(decode_unicode=True)
+        except requests.RequestException as error:
+            raise ServerLost(f"{url}/{path}: no answer ({type(error).__name__}: {error})") from error
 
     def gone(self, url: str) -> bool:
         """Whether a server refuses connections or reports to be unhealthy; a busy server may answer slowly."""

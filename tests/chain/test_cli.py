@@ -146,6 +146,8 @@ def test_debug_shows_the_traceback_of_a_clear_error(toy, monkeypatch, place):
 
 def test_plan_ends_with_code_2_where_something_is_missing_unless_it_may_be(toy, capsys):
     words = ["plan", str(toy.recipe_dir), "--set", "data.sets.more=nowhere.parquet"]
+    assert main(words) == 0  # no stage reads it
+    words.append("sft.phases.0.data.0.set=more")
     assert main(words) == 2
     assert "data.sets.more = 'nowhere.parquet': there is no such file or folder" in capsys.readouterr().err
     assert main([*words, "--allow-missing"]) == 0

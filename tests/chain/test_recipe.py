@@ -1,16 +1,19 @@
 """Recipes: merged from files, overridden key by key, refused with the offending key."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from chain.inputs import code_file
 from chain.recipe import load_recipe
 from chain.yaml_files import check_sources, read_folder
 from core.strict import ConfigError
 
-RECIPES = sorted(file.parent for file in Path(__file__).parents[2].glob("recipes/**/pipeline.yaml"))
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(file.parent for file in ROOT.glob("recipes/**/pipeline.yaml"))
 
 
 def test_a_recipe_is_one_object_over_its_files(toy):
@@ -224,6 +227,37 @@ def test_hard_cases_come_from_an_earlier_rl_stage(toy):
         ConfigError, match=r"hard_cases\.stage='rlvr': no RL stage of this recipe before rlvr"
     ):
         load_recipe(toy.recipe_dir, ["rlvr.prepare.hard_cases={into: hard2, max_pass_rate: 0.5}"])
+
+
+def test_paths_and_modules_are_searched_in_the_recipes_folder_then_in_those_it_extends_then_here(
+    tmp_path, monkeypatch
+):
+    here, base, mine = (tmp_path / name for name in ("here", "base", "mine"))
+    for folder in (here, base, mine):
+        (folder / "data").mkdir(parents=True)
+    (base / "pipeline.yaml").write_text("core: {path: cores/tiny}\n")
+    (mine / "pipeline.yaml").write_text("extends: ../base\n")
+    monkeypatch.chdir(here)
+    recipe = load_recipe(mine)
+    assert recipe.folders == (mine, base, here)
+    assert recipe.place("data/rows.parquet") == here / "data" / "rows.parquet"  # the place to make it
+    for folder in (here, base, mine):
+        (folder / "data" / "rows.parquet").touch()
+        (folder / "my_code.py").touch()
+        assert recipe.place("data/rows.parquet") == folder / "data" / "rows.parquet"
+        assert code_file("my_code:make", recipe.folders) == folder / "my_code.py"
+        assert code_file("my_code.py:make", recipe.folders) == folder / "my_code.py"
+    assert code_file("json:dumps", recipe.folders) == Path(json.__file__)  # installed modules come first
+
+
+def test_a_shipped_recipe_is_extended_by_its_name_unless_a_folder_has_that_name(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "pipeline.yaml").write_text("extends: smoke\n")
+    assert load_recipe(mine).about == load_recipe(ROOT / "recipes" / "smoke").about
+    (mine / "smoke").mkdir()
+    (mine / "smoke" / "pipeline.yaml").write_text("core: {path: own}\n")
+    assert load_recipe(mine).core.path == "own"
 
 
 def test_eval_takes_any_number_of_sets_and_null_drops_one(toy):

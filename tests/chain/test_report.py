@@ -293,3 +293,15 @@ def test_a_torn_line_of_metrics_does_not_stop_the_report(run_dir, caplog):
         file.write("nonsense\n")
     assert write(run_dir).stages[4].train["steps"] == 40
     assert "basic_sft/metrics.jsonl:20" in caplog.text
+
+
+def test_public_benchmarks_stand_beside_the_published_scores(run_dir):
+    tasks = {"mathvista": {"score": 61.25, "samples": []}, "mathverse": {"failed": "no judge"}}
+    published = {"SAIL-VL2-2B-Thinking": {"mathvista": 68.5}, "Other": {"mmmu": 1.0}}
+    write_json(run_dir / "rlvr" / "bench" / "bench.json", {"tasks": tasks, "published": published})
+    found = write(run_dir)
+    assert found.stages[4].bench == {"mathvista": 61.25}
+    text = Page((run_dir / "report.html").read_text()).text
+    assert "SAIL-VL2-2B-Thinking (published)68.5" in text
+    assert "rlvr61.2" in text
+    assert "Other" not in text

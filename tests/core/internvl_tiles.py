@@ -38,6 +38,41 @@ def tiles(picture: Image.Image, least: int, most: int, side: int, thumbnail: boo
     return cut
 
 
+def second(width: int, height: int, least: int, most: int, side: int) -> tuple[int, int]:
+    """Tiles side by side, and rows of them, of MSAC's second grid; (0, 0) if no grid is left.
+
+    MSAC (two-scale tiling) as the SAIL-VL2 authors' evaluation describes it: every grid whose columns divide the first
+    grid's and whose rows divide the first grid's is struck out; the nearest of the others is taken.
+    """
+    across, down = grid(width, height, least, most, side)
+    left = [
+        (i, j)
+        for i in range(1, most + 1)
+        for j in range(1, most + 1)
+        if least <= i * j <= most and (across % i or down % j)
+    ]
+    if not left:
+        return 0, 0
+    closest = min(abs(width / height - i / j) for i, j in left)
+    ties = sorted((i * j, i, j) for i, j in left if abs(width / height - i / j) == closest)
+    roomy = [(i, j) for size, i, j in ties if width * height > 0.5 * side * side * size]
+    return (roomy or [ties[0][1:]])[-1]
+
+
+def two_scale_tiles(
+    picture: Image.Image, least: int, most: int, side: int, thumbnail: bool
+) -> list[np.ndarray]:
+    """The first grid's tiles, the second grid's, and the thumbnail, which a first grid of one tile already is."""
+    first = tiles(picture, least, most, side, thumbnail=True)
+    columns, rows = second(*picture.size, least, most, side)
+    resized = picture.resize((columns * side, rows * side), Image.Resampling.BICUBIC) if columns else None
+    boxes = [
+        (i * side, j * side, (i + 1) * side, (j + 1) * side) for j in range(rows) for i in range(columns)
+    ]
+    cut = [*first[:-1], *(np.asarray(resized.crop(box)) for box in boxes), first[-1]]
+    return cut if thumbnail or len(cut) == 1 else cut[:-1]
+
+
 def normalized(cut: list[np.ndarray]) -> np.ndarray:
     """What the model is given of these tiles: (tiles, 3, side, side), float32."""
     scaled = np.stack(cut).astype(np.float32) / np.float32(255)

@@ -89,7 +89,7 @@ def kept_bytes(model, shape, dtype, packed, autocast):
     if packed:
         attend_within_samples(model.get_base_model() if hasattr(model, "peft_config") else model)
         ends = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
-        layout = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": TOKENS // 2}
+        layout = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "sample_lengths": (TOKENS // 2, TOKENS // 2)}
     else:
         core = model.get_base_model() if hasattr(model, "peft_config") else model
         core.config.text_config._attn_implementation = SHARED_PREFIX

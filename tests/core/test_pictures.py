@@ -242,7 +242,7 @@ def test_trained_rolled_out_evaluated_judged_and_reported_pictures_are_the_same_
     data = base64.b64decode(sent[0]["content"][0]["image_url"]["url"].split(",", 1)[1])
     assert data == FILES[kind]
     _decode_pictures_as_the_learner_does()
-    write_samples(tmp_path, [({"mode": "direct"}, record["images"])], 1)
+    write_samples(tmp_path, [({"set": "direct", "mode": "direct"}, record["images"])], 1)
     sample = json.loads((tmp_path / "samples.jsonl").read_text())["image"]
     shown = {
         "vLLM": ImageMediaIO().load_bytes(data).media,

@@ -71,3 +71,20 @@ def test_the_question_is_tokenized_alike_in_both_modes():
     think = tokenizer.encode(user_text("What is B?", "think"), add_special_tokens=False)
     assert think[: len(direct)] == direct
     assert tokenizer.decode(think[len(direct) :]).strip() == THINK_CONTRACT
+
+
+def test_the_chat_template_adds_the_contract_where_a_request_asks_for_thinking(tmp_path):
+    from core.model.tokenizer import build_word_tokenizer
+
+    tokenizer = build_word_tokenizer(["how"])
+
+    def rendered(*turns, **options):
+        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
+
+    asked = ("user", "how?"), ("assistant", "3"), ("user", "how?")
+    by_client = (*asked[:2], ("user", user_text("how?", "think")))
+    assert rendered(*asked, enable_thinking=True) == rendered(*by_client)
+    assert rendered(*by_client, enable_thinking=True) == rendered(*by_client)  # not twice
+    assert rendered(*asked, enable_thinking=False) == rendered(*asked)
+    assert THINK_CONTRACT not in rendered(*asked)

@@ -33,7 +33,8 @@ def processor(side: int = SIDE, **kwargs: object) -> SailVL2ImageProcessor:
 
 def assert_cut_alike(how: SailVL2ImageProcessor, picture: Image.Image, *, least: int, most: int) -> None:
     side = how.size["height"]
-    expected = internvl.tiles(picture, least, most, side, how.use_thumbnail)
+    rule = internvl.two_scale_tiles if how.use_msac else internvl.tiles
+    expected = rule(picture, least, most, side, how.use_thumbnail)
     got = how([picture], return_tensors="np")
     assert got["num_patches"].tolist() == [len(expected)]
     assert got["pixel_values"].dtype == np.float32
@@ -48,6 +49,31 @@ def test_tiles_are_internvls_pixel_for_pixel(most: int, thumbnail: bool) -> None
     how = processor(min_patches=1, max_patches=most, use_thumbnail=thumbnail)
     for width, height in internvl.random_sizes(160, seed=most + thumbnail, longest=400):
         assert_cut_alike(how, noise(width, height), least=1, most=most)
+
+
+@pytest.mark.parametrize("thumbnail", [True, False])
+def test_tiles_at_two_scales_are_the_wrappers_pixel_for_pixel(thumbnail: bool) -> None:
+    how = processor(min_patches=1, max_patches=10, use_thumbnail=thumbnail, use_msac=True)
+    for width, height in internvl.random_sizes(360 if thumbnail else 40, seed=7, longest=400):
+        assert_cut_alike(how, noise(width, height), least=1, most=10)
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 2), (2, 2), (3, 12), (1, 24)])
+def test_they_are_at_two_scales_for_other_numbers_of_tiles(least: int, most: int) -> None:
+    how = processor(min_patches=least, max_patches=most, use_msac=True)
+    for width, height in internvl.random_sizes(20, seed=least, longest=400):
+        assert_cut_alike(how, noise(width, height), least=least, most=most)
+
+
+def test_a_batch_at_two_scales_is_its_images_in_turn() -> None:
+    how = processor(max_patches=4, use_msac=True)
+    pictures = [noise(90, 30), noise(20, 20), noise(28, 80)]
+    whole = how(pictures, return_tensors="np")
+    each = [how([picture], return_tensors="np") for picture in pictures]
+    assert whole["num_patches"].tolist() == [int(one["num_patches"][0]) for one in each]
+    assert np.array_equal(whole["pixel_values"], np.concatenate([one["pixel_values"] for one in each]))
+    without = how(pictures, use_msac=False, return_tensors="np")
+    assert without["num_patches"].tolist() == [4, 1, 4]
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 2), (2, 6), (3, 12)])

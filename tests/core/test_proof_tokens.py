@@ -16,7 +16,12 @@ from sft.data import count_tokens, prepare
 from . import internvl_tiles as internvl
 
 SIDE, PER_TILE = 56, 4
-CORES = {"10 tiles": (10, True), "12 tiles, no thumbnail": (12, False)}
+CORES = {
+    "10 tiles": (10, True, False),
+    "12 tiles, no thumbnail": (12, False, False),
+    "10 tiles at two scales": (10, True, True),
+}
+"""Most tiles, thumbnail, two scales."""
 
 
 def rows_of_sizes() -> list[list[tuple[int, int]]]:
@@ -42,11 +47,11 @@ def record(sizes: list[tuple[int, int]]) -> dict:
 @pytest.fixture(scope="module")
 def cores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
-    for name, (most, thumbnail) in CORES.items():
+    for name, (most, thumbnail, msac) in CORES.items():
         made[name] = build_tiny(tmp_path_factory.mktemp("cores") / "core", words=["A", "compute"], seed=0)
         processor = SailVL2Processor.from_pretrained(made[name])
         processor.image_processor = SailVL2ImageProcessor(
-            size={"height": SIDE, "width": SIDE}, max_patches=most, use_thumbnail=thumbnail
+            size={"height": SIDE, "width": SIDE}, max_patches=most, use_thumbnail=thumbnail, use_msac=msac
         )
         processor.save_pretrained(made[name])
     return made
@@ -56,9 +61,23 @@ def prompt_of(sizes: list[tuple[int, int]]) -> str:
     return "<IMG_CONTEXT>compute" * len(sizes) + "A"
 
 
-def tokens_by_rule(size: tuple[int, int], most: int, thumbnail: bool) -> int:
+def tokens_by_rule(size: tuple[int, int], most: int, thumbnail: bool, msac: bool) -> int:
     columns, rows = internvl.grid(*size, 1, most, SIDE)
-    return PER_TILE * (columns * rows + (thumbnail and columns * rows > 1))
+    count = columns * rows + (columns * rows > 1)
+    if msac:
+        columns, rows = internvl.second(*size, 1, most, SIDE)
+        count += columns * rows
+    return PER_TILE * (count if thumbnail or count == 1 else count - 1)
+
+
+@pytest.mark.parametrize("most", [2, 10, 24])
+def test_no_image_has_more_tokens_than_the_costliest(cores: dict[str, Path], most: int) -> None:
+    processor = SailVL2Processor.from_pretrained(cores["10 tiles at two scales"])
+    processor.image_processor.max_patches = most
+    height, width = processor.costliest_image()
+    largest = tokens_by_rule((width, height), most, True, True)
+    sizes = internvl.random_sizes(400, seed=most, longest=4000)
+    assert max(tokens_by_rule(size, most, True, True) for size in sizes) <= largest
 
 
 @pytest.mark.parametrize("name", CORES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core import SailVL2Processor
-from core.checkpoint.released import import_released
+from core.checkpoint.released import export_released, import_released
 from core.checkpoint.released_config import _feature_layer, _select_layer
 from core.checkpoint.released_text import load_tokenizer, native_generation_config, native_template
 from core.model.tokenizer import chat_template
@@ -113,6 +113,17 @@ def test_images_follow_the_preprocessor_then_the_configuration_then_a_guess_that
     assert "dynamic_image_size=True, image_std=[0.229, 0.224, 0.225] is assumed" in text
     assert "preprocessor_config.json has image_size=448; tiles are 56 px" in text
     assert "keys that are not used: pad_input" in text
+
+
+def test_a_release_that_tiles_at_two_scales_keeps_that_both_ways(tmp_path: Path) -> None:
+    there = write_released(tmp_path / "released")
+    edit(there / "preprocessor_config.json", use_msac=True)
+    done = import_released(there, tmp_path / "native")
+    images = SailVL2Processor.from_pretrained(tmp_path / "native").image_processor
+    assert images.use_msac
+    assert "at two scales" in done.text()
+    export_released(tmp_path / "native", tmp_path / "back")
+    assert import_released(tmp_path / "back", tmp_path / "again").text().count("at two scales") == 1
 
 
 def test_a_release_that_does_not_tile_sees_one_tile(tmp_path: Path) -> None:

@@ -332,7 +332,6 @@ WRONG_FILES = {
     ),
     "a mean of two": ("preprocessor_config.json", '{"image_mean": [0.5, 0.5]}', "image_mean"),
     "a deviation of 0": ("preprocessor_config.json", '{"image_std": [0.0, 0.5, 0.5]}', "image_std[0] = 0.0"),
-    "tiles at two scales": ("preprocessor_config.json", '{"use_msac": true}', "use_msac = True"),
 }
 
 

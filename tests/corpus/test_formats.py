@@ -17,6 +17,8 @@ from corpus.formats.table import Options
 from corpus.importing import import_set
 from corpus.records import RecordError, load_records
 
+from ..core.films import film
+
 ROWS = range(20)
 OPTIONS = ["red", "green", "blue", "none"]
 
@@ -321,6 +323,39 @@ def webdataset(folder):
     return shard(folder, samples), "columns", [expect(f"Count {n}.", str(n), "number") for n in ROWS]
 
 
+def sharegpt(folder):
+    """ShareGPT4V and its like: a system message and two exchanges about one picture."""
+    rows = [
+        {
+            "system": "Be brief.",
+            "image": saved(folder, n),
+            "conversations": turns("<image>\nWhat is it?", "Dots.", f"Count {n}.", str(n)),
+        }
+        for n in ROWS
+    ]
+    earlier = [{"user": "What is it?", "assistant": "Dots."}]
+    return jsonl(folder, rows), "llava", [
+        expect(f"Count {n}.", str(n), "number", history=earlier, system="Be brief.") for n in ROWS
+    ]  # fmt: skip
+
+
+def llava_video(folder):
+    """LLaVA-Video: LLaVA's shape with a video's file name."""
+    film(4, to=folder / "a.mp4")
+    rows = [
+        {
+            "id": f"v{n}",
+            "data_source": "nextqa",
+            "video": "a.mp4",
+            "conversations": turns(f"<video>\nWhat {n}?", f"{n} dots"),
+        }
+        for n in ROWS
+    ]
+    return array(folder, rows), "llava", [
+        expect(f"What {n}?", f"{n} dots", "exact", source="nextqa", pictures=0, videos=1) for n in ROWS
+    ]  # fmt: skip
+
+
 PUBLIC = (
     *(
         llava,
@@ -335,7 +370,7 @@ PUBLIC = (
         mmpr,
         visual_web_instruct,
     ),
-    *(science_qa, mmmu, csv_paths, vlmevalkit, webdataset),
+    *(science_qa, mmmu, csv_paths, vlmevalkit, webdataset, sharegpt, llava_video),
 )
 
 
@@ -349,9 +384,10 @@ def test_every_row_of_a_public_format_becomes_the_right_record(make, tmp_path):
         zip(load_records(tmp_path / "out" / "mine.parquet"), expected, strict=True)
     ):
         pictures, shown = wanted.pop("pictures", 1), wanted.pop("shown", number)
+        videos = wanted.pop("videos", 0)
         assert row["id"] == f"mine-{number}"
         assert {key: row[key] for key in wanted} == wanted
-        assert len(row["images"]) == pictures
+        assert (len(row["images"]), len(row["videos"])) == (pictures, videos)
         if pictures:
             assert row["images"][0].rgb().getpixel((0, 0)) == colour(shown)
 

@@ -11,8 +11,11 @@ from core.model.prompts import messages
 from corpus.formats.table import Options
 from corpus.importing import import_set
 from corpus.records import DataSource, RecordError, load_records, load_source, problem_of, write_records
+from rewards.judge.judges import VisionJudge
+from rl.data import example_of
 
 from ..core.films import film, shown_numbers, sound
+from ..rewards.judge_server import material, serving
 
 ROW = {"question": "What moves?", "answer": "4", "mode": "direct", "verifier": "number"}
 
@@ -159,3 +162,18 @@ def test_videos_stay_below_the_image_folder(tmp_path):
     assert (
         import_set(tmp_path / "data" / "rows.jsonl", tmp_path / "out.parquet", options=options).written == 1
     )
+
+
+def test_a_judge_sees_the_frames_and_reads_the_turns_before_the_question(tmp_path):
+    history = [{"user": "Who plays?", "assistant": "Two boys."}]
+    one = row(0, videos=[film()], history=history, system="Be brief.", verifier="judge")
+    write_records(tmp_path / "set.parquet", [one])
+    (record,) = load_source(DataSource(set="mine", frames=3), {"mine": tmp_path / "set.parquet"}, None)
+    with serving() as server:
+        judge = VisionJudge(server.url, "m", canaries=False, max_retries=0)
+        assert judge("Four.", example_of(record)).score == 1
+        (request,) = server.requests
+    parts = request["messages"][-1]["content"]
+    assert [part["type"] for part in parts].count("image_url") == 3
+    for said in ("System: Be brief.", "User: Who plays?", "Assistant: Two boys.", "User: What moves?"):
+        assert said in material(request)

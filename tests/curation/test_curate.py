@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from benchmarks.curation_rows import near, row
 from chain.cli.main import main
@@ -14,6 +15,7 @@ from corpus.curation import running
 from corpus.records import load_records, write_records
 from rewards.judge import client as judge_client
 
+from ..core.films import film
 from ..rewards.judge_server import asked, material, serving
 
 STEPS = [{"op": "strip_instructions"}, {"op": "unify_format"}, {"op": "duplicates"}, {"op": "decontaminate"}]
@@ -61,6 +63,19 @@ def test_the_steps_run_and_every_dropped_row_is_named(folder, capsys):
     assert "10 of 10 dropped rows" in page
 
 
+def test_conversations_and_videos_pass_through(folder):
+    history = [{"user": "And here?", "assistant": "no"}]
+    first, *rest = load_records("rows/00.parquet")
+    clip = [Image.new("RGB", (8, 8), (k, 0, 0)) for k in (0, 99)]
+    write_records(
+        "rows/00.parquet", [{**first, "system": "Be brief.", "history": history, "videos": [clip]}, *rest]
+    )
+    assert main(["data", "curate", str(curation(folder))]) == 0
+    found = next(one for one in load_records("out") if one["id"] == first["id"])
+    assert (found["system"], found["history"]) == ("Be brief.", history)
+    assert [image.getpixel((0, 0))[0] for image in found["videos"][0].decode()] == [0, 99]
+
+
 def test_a_finished_curation_is_up_to_date_and_a_changed_step_keeps_the_steps_before_it(folder, capsys):
     path = curation(folder)
     assert main(["data", "curate", str(path)]) == 0
@@ -89,6 +104,49 @@ def test_an_interrupted_step_continues_with_its_next_shard(folder, monkeypatch):
     assert done.count(("rows", 0)) == 2  # two row steps: only the third shard of the first was left
     assert done.count(("rows", 3)) == 2
     assert len(load_records("out")) == 30
+
+
+def test_videos_system_messages_and_earlier_turns_are_kept_and_compared(folder):
+    base = {**row(random.Random(9), 0), "images": [], "system": "Be brief."}
+    told = [{"user": "What is this?", "assistant": "A film."}]
+    rows = [
+        {**base, "id": "first", "videos": [film(frames=4)], "history": told},
+        {**base, "id": "again", "videos": [film(frames=4)], "history": told},
+        {
+            **base,
+            "id": "other turns",
+            "videos": [film(frames=4)],
+            "history": [{**told[0], "user": "Who made it?"}],
+        },
+        {**base, "id": "still", "videos": [film(frames=4)[:200]]},
+    ]
+    write_table(rows, "films.parquet")
+    assert main(["data", "curate", str(curation(folder, sets={"films": "films.parquet"}))]) == 0
+    first, other = load_records("out")
+    assert (first["id"], other["id"]) == ("first", "other turns")
+    assert first["system"] is None  # strip_instructions
+    assert first["history"] == told
+    assert len(first["videos"][0].frames) == 4
+    reasons = [json.loads(line)["reason"] for line in Path("out/dropped.jsonl").read_text().splitlines()]
+    assert reasons == ["videos: must decode", "duplicate"]
+
+
+def write_table(rows, path) -> None:
+    """Write rows as they are, without the checks of write_records."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def stored(value):
+        return [{"bytes": data, "path": None} for data in value]
+
+    texts = [{**one, "history": json.dumps(one.get("history", []))} for one in rows]
+    media = ("images", "videos")
+    pq.write_table(
+        pa.Table.from_pylist(
+            [{**one, **{name: stored(one.get(name, [])) for name in media}} for one in texts]
+        ),
+        path,
+    )
 
 
 def same_rows(one: Path, two: Path) -> None:
@@ -122,19 +180,14 @@ def test_a_wrong_curation_is_refused_in_one_line(folder, capsys, change, said):
 
 
 def test_a_broken_picture_and_a_wrong_column_are_named(folder, capsys):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     good = [row(random.Random(n), n) for n in range(4)]
     good[2]["images"] = [good[2]["images"][0][:300]]
-    for one in good:
-        one["images"] = [{"bytes": data, "path": None} for data in one["images"]]
-    pq.write_table(pa.Table.from_pylist(good), "rows.parquet")
+    write_table(good, "rows.parquet")
     given = {"sets": {"rows": "rows.parquet"}}
     assert main(["data", "curate", str(curation(folder, **given))]) == 0
     (dropped,) = [json.loads(line) for line in Path("out/dropped.jsonl").read_text().splitlines()]
     assert (dropped["id"], dropped["step"], dropped["reason"]) == ("row-2", "read", "images: must decode")
-    pq.write_table(pa.Table.from_pylist([{**one, "gold": "1"} for one in good]), "rows.parquet")
+    write_table([{**one, "gold": "1"} for one in good], "rows.parquet")
     assert main(["data", "curate", str(curation(folder, **given))]) == 1
     assert "rows.parquet: unknown column 'gold'" in capsys.readouterr().err
 
@@ -144,7 +197,6 @@ def server(monkeypatch):
     monkeypatch.setattr(judge_client, "_PAUSE_S", 0.01)
     with serving() as server:
         yield server
-    judge_client.close()
 
 
 def models(server) -> dict:
@@ -158,7 +210,7 @@ def test_a_server_that_is_down_loses_no_row_and_the_next_run_continues(folder, s
     assert main(["data", "curate", str(path)]) == 1
     assert "run the command again to continue" in capsys.readouterr().err
     assert not Path("out").exists()
-    judge_client.close()  # as a new process
+    judge_client._servers.drop()  # as a new process
     server.reply, answered = lambda request: "a phrase", len(server.requests)
     assert main(["data", "curate", str(path)]) == 0
     assert len(load_records("out")) == 42
@@ -218,6 +270,42 @@ def test_pass_at_k_drops_what_is_always_and_never_solved(folder, server):
     reasons = {json.loads(line)["reason"] for line in Path("out/dropped.jsonl").read_text().splitlines()}
     assert reasons == {"always solved", "never solved"}
     assert [part["type"] for part in server.requests[0]["messages"][0]["content"]] == ["image_url", "text"]
+
+
+def test_an_embedding_server_makes_the_classes(folder, server):
+    def reply(request):
+        if "input" not in request:
+            return "birds" if "harbour" in material(request) else "boats"
+        data = [
+            {"index": at, "embedding": [3.0, 0.0] if text == "birds" else [0.0, 1.0]}
+            for at, text in enumerate(request["input"])
+        ]
+        return 200, json.dumps({"data": data[::-1]}).encode()
+
+    server.reply = reply
+    steps = [
+        {"op": "describe", "model": "judge"},
+        {"op": "latent_classes", "classes": 2, "keep_share": 0.2, "embedder": "judge"},
+    ]
+    assert main(["data", "curate", str(curation(folder, steps, **models(server)))]) == 0
+    phrases = [one["meta"]["phrase"] for one in load_records("out")]
+    assert (phrases.count("birds"), phrases.count("boats")) == (4, 4)
+
+
+def test_a_broken_embedding_server_stops_the_step(folder, server, capsys):
+    server.reply = lambda request: (200, b"{}")
+    steps = [{"op": "latent_classes", "keep_share": 0.5, "embedder": "judge"}]
+    assert main(["data", "curate", str(curation(folder, steps, **models(server)))]) == 1
+    assert "models.judge: no embeddings (KeyError" in capsys.readouterr().err
+
+
+def test_pass_at_k_refuses_what_it_cannot_ask(folder, server, capsys):
+    write_records("told.parquet", [{**row(random.Random(1), 1), "system": "Be brief."}])
+    step = {"op": "pass_at_k", "model": "judge", "samples": 1, "max_completion_tokens": 5}
+    path = curation(folder, [step], sets={"told": "told.parquet"}, **models(server))
+    assert main(["data", "curate", str(path)]) == 1
+    assert "prepare.pass_at_k of an RL stage" in capsys.readouterr().err
+    assert server.requests == []
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray Data sets its own deprecated options

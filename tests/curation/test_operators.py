@@ -20,6 +20,9 @@ from corpus.curation.texts import Redundancy, StripInstructions, UnifyFormat, sp
 ROW = {
     "id": "r",
     "images": [],
+    "videos": [],
+    "system": None,
+    "history": [],
     "question": "How many?",
     "answer": "4",
     "chain": None,

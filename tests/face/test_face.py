@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import sailvl2_posttrain
+from chain.cli.main import main
 from sailvl2_posttrain.names import PACKAGES, ROOT
 
 SCRIPT = """
@@ -31,6 +32,8 @@ assert load_reward("answer")("1+2*2^x", hard).score == 1  # compared in a proces
 isolated = load_limited("my_reward:four", {}, ["."])
 print([verdict.score for verdict in isolated.batch(["4", "5"], [row, row])], Verdict.__module__)
 isolated.close()
+import importlib
+importlib.invalidate_caches()  # as pytest and pip do
 """
 REWARD = """
 from sailvl2_posttrain import Verdict
@@ -103,3 +106,29 @@ def test_all_packages_are_installed_and_typed():
     assert [
         name for name in (*PACKAGES, "sailvl2_posttrain") if not (ROOT / name / "py.typed").exists()
     ] == []
+
+
+GENERATOR = """
+from sailvl2_posttrain import write_records
+from my_shapes import COLOUR
+
+def make(out, *, seed, rows):
+    write_records(out / "mine.parquet", (
+        {"id": str(n), "question": f"{COLOUR}?", "answer": str(n), "mode": "direct", "verifier": "number"}
+        for n in range(rows)
+    ))
+"""
+
+
+def test_a_generator_in_the_recipes_folder_runs_from_anywhere(tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "my_data.py").write_text(GENERATOR)
+    (mine / "my_shapes.py").write_text("COLOUR = 'red'\n")
+    (mine / "pipeline.yaml").write_text(
+        "core: {path: core}\ndata: {generate: {by: 'my_data:make', sets: [mine], params: {rows: 3}}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "generate", "mine"]) == 0
+    records = sailvl2_posttrain.load_records("runs/mine/data/mine.parquet")
+    assert [row["question"] for row in records] == ["red?"] * 3

@@ -298,8 +298,8 @@ def test_32_threads_ask_at_once(shared, threads):
 def test_equal_questions_at_the_same_time_are_one(single, threads, monkeypatch):
     started(single)
     jobs = []
-    submit = single._pool.submit
-    monkeypatch.setattr(single._pool, "submit", lambda result: (jobs.append(result), submit(result))[1])
+    submit = single.pool.submit
+    monkeypatch.setattr(single.pool, "submit", lambda result: (jobs.append(result), submit(result))[1])
     pair = hanging()
     answers = [threads.submit(single.compare, *pair) for _ in range(16)]
     until(lambda: [question.askers for question in list(single._state().open.values())] == [16])

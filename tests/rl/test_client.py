@@ -182,7 +182,11 @@ def test_an_empty_folder_is_no_checkpoint(client, tmp_path):
 
 
 def test_tied_weights_are_read_from_the_checkpoints_config(tmp_path):
-    config = {"image_token_id": 5, "text_config": {"tie_word_embeddings": True}}
+    config = {
+        "image_token_id": 5,
+        "text_config": {"tie_word_embeddings": True},
+        "vision_config": {"image_size": 56},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert CoreFacts.of(tmp_path).tied == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     config["text_config"]["tie_word_embeddings"] = False

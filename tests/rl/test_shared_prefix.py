@@ -1,9 +1,21 @@
 """The shared-prefix learner against stock TRL on the same batch: log-probabilities, loss, statistics, gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from .conftest import WORDS
-from .learners import Scripted, backward, learner, relative_difference, shared, stock
+from core.model.videos import Caps, Clip
+from core.training.model import load_processor
+from rewards.mix import Graded
+from rewards.verdict import Verdict
+from rl.collect import Group, Sample
+from rl.feed import RolloutFeed
+from rl.rollout.messages import Completion
+from rl.shared_prefix.tiles import TileStore
+
+from ..core.films import film
+from .conftest import WORDS, record
+from .learners import Given, NoServers, Scripted, backward, learner, relative_difference, shared, stock
 
 GROUPS = (Scripted(0, (1,), (5, 3, 7, 4)), Scripted(1, (2,), (6, 2, 5, 7)))
 BATCHES = {
@@ -371,3 +383,24 @@ def test_the_attention_functions_agree_with_a_mask(monkeypatch):
             torch.nn.Module(), *inputs, None, scaling=0.3, prefix=layout, flex=True
         )
     assert torch.allclose(flexed, expected[0], atol=1e-5)
+
+
+def test_a_clip_of_a_group_is_decoded_and_processed_once(tiny_core, monkeypatch):
+    clip, decoded = Clip(film(60), Caps(frames=16)), []
+    stock_decode = Clip.decode
+    monkeypatch.setattr(Clip, "decode", lambda self: decoded.append(self) or stock_decode(self))
+    row, verdict = {**record(1, image=False), "videos": [clip]}, Verdict(1.0, "correct")
+    sample = Sample(Completion([5], [-1.0], "", True), Graded(1.0, {"answer": verdict}), 0.0, verdict)
+    sync, processor = NoServers(), load_processor(tiny_core)
+    sync.push(None, 0)
+    feed = RolloutFeed(Given([Group(row, [7], [sample] * 8)]), sync, None, [row], [])
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=1, process_index=0),
+        state=SimpleNamespace(global_step=0),
+        processing_class=processor,
+    )
+    images = [one["images"] for one in feed.rows(trainer, 8)]
+    processor.image_processor = store = TileStore(processor.image_processor)
+    processor(images=images, text=["<IMG_CONTEXT>" * 16] * 8, return_tensors="pt", padding=True)
+    assert len(decoded) == 1
+    assert len(store._pixels) == 16

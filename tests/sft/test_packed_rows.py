@@ -184,7 +184,7 @@ def test_rows_that_changed_since_they_were_counted_are_refused(lessons):
 
 
 def test_packed_attention_refuses_what_is_not_packed(packed_model, lessons):
-    with pytest.raises(ValueError, match="one packed row with cu_seq_lens_q"):
+    with pytest.raises(ValueError, match="one packed row with sample_lengths"):
         packed_model(input_ids=lessons[0]["input_ids"][None])
 
 

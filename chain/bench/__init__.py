@@ -1,0 +1,1 @@
+"""Public benchmarks: lmms-eval asks a checkpoint through a relay, and bench.json keeps every sample."""

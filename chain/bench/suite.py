@@ -1,0 +1,68 @@
+"""Suites of benchmarks: which lmms-eval task, which prompt, which metric, and where each choice comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from core.strict import ConfigError, Name, Strict, nearest, parse
+
+FOLDER = Path(__file__).parent / "suites"
+Extract = Literal["box", "contract", "whole"]
+
+
+class Benchmark(Strict):
+    """One benchmark: a task of lmms-eval with our changes."""
+
+    yaml: str | None = None
+    """File of the task, relative to lmms-eval's `tasks` folder. None: `task` is a task of an --include folder."""
+    task: str | None = None
+    """Name of a task of an --include folder."""
+    changes: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the task's file that differ here, such as `doc_to_text`."""
+    metric: str
+    """The harness's metric that is the benchmark's score."""
+    scale: float = 100.0
+    """Factor from the metric to points; 1 if the metric is in points."""
+    score: str
+    """Where a sample's score is in the harness's log: a path such as `llm_as_judge_eval.true_false`, or two paths with
+    ` = ` between them, which are compared."""
+    judge: bool = False
+    """Whether the task's scoring asks a judge."""
+    extract: Extract = "box"
+    """The part of a completion that the harness scores. box: of a thinking completion the box after the thought, else
+    the last box, else everything; contract: the answer by this project's format contract, "" without one; whole:
+    everything."""
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """Longest completion, tokens; None: the command's."""
+    source: str
+    """Where prompt and settings come from."""
+
+
+class Suite(Strict):
+    """A named list of benchmarks, with the scores that others have published."""
+
+    about: str
+    benchmarks: dict[Name, Benchmark] = Field(min_length=1)
+    published: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Model -> benchmark -> published score in points."""
+
+
+def load_suite(name: str) -> Suite:
+    """The suite of that name, or of a YAML file. Raises ConfigError."""
+    known = {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
+    file = known.get(name, Path(name))
+    if not file.is_file():
+        raise ConfigError(f"--suite {name}: no such suite and no such file; {nearest(name, known)}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    suite = parse(Suite, values, str(file))
+    for key, one in suite.benchmarks.items():
+        if (one.yaml is None) == (one.task is None):
+            raise ConfigError(f"{file}: benchmarks.{key}: give exactly one of yaml and task")
+    return suite
