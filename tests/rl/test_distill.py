@@ -161,7 +161,7 @@ def taught_to_answer(core: Path, folder: Path) -> tuple[Path, Path]:
             (-logps.mean()).backward()
             optimizer.step()
             optimizer.zero_grad()
-            likely = 0.7 * likely + 0.3 * float(logps.sum().exp())
+            likely = 0.7 * likely + 0.3 * float(logps.detach().sum().exp())
         shutil.copytree(core, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
         write_stream(stored(model.state_dict(), model.all_tied_weights_keys), folder / name)
         saved.append(folder / name)
