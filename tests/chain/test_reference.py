@@ -31,7 +31,7 @@ def test_short_stage_names_and_list_places_are_known():
 def test_a_section_lists_its_keys():
     text = reference.explain("rlvr.algorithm")
     assert "where: rlvr.algorithm, mixed_rl.algorithm" in text
-    assert "name: dapo or gspo or dr_grpo or bnpo or cispo or sapo or gdpo; default dapo" in text
+    assert "name: dapo or gspo or dr_grpo or bnpo or cispo or sapo or gdpo or distill; default dapo" in text
 
 
 def test_an_unknown_key_names_the_nearest():
