@@ -12,8 +12,11 @@ UNTIL ?=
 SET ?=
 MODEL ?=
 QUICK ?=
+WHEELS ?=
+ONLY ?=
 
 BIN := $(VENV)/bin
+GPU_PYTHON := $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^ *"\(torch==[0-9.]*\)",/\1/p' pyproject.toml)
@@ -25,7 +28,7 @@ WITH := --runs-dir $(RUNS) $(if $(SEED),--seed $(SEED)) $(foreach assignment,$(S
 SPAN := $(if $(FROM),--from $(FROM)) $(if $(UNTIL),--until $(UNTIL))
 
 .PHONY: help setup bench-setup demo smoke post-train plan data core sft soup longcot rlvr fusion mixed-rl eval report \
-        rollout-server test test-all bench check docs format clean
+        rollout-server test test-all bench gpu-check check docs format clean
 
 help: ## list the targets
 	@echo "make <target> [RECIPE=recipes/demo] [SEED=1] [FROM=rlvr] [UNTIL=fusion] [SET=\"rlvr.rollout.group_size=16\"]"
@@ -104,8 +107,13 @@ test-all: setup ## run the slow tests as well
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest
 
 bench: setup ## run the benchmarks; each prints a table and one JSON line (QUICK=1: each within a minute)
-	@for bench in learner packing rollout step scaling memory rewards; do \
+	@for bench in learner packing rollout step scaling memory realsize rewards; do \
 	  $(BIN)/python -P -m benchmarks.$$bench $(if $(QUICK),--quick) || exit 1; done
+
+# It needs no set-up: any Python 3.11 or 3.12 with torch 2.11 or later, and the wheels of WHEELS if there are any.
+gpu-check: ## prove speed, memory and numerics on one GPU within ten minutes (WHEELS=folder, ONLY="kernels learner")
+	@[ -z "$(WHEELS)" ] || $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl
+	PYTHONPATH=. $(GPU_PYTHON) -P -m benchmarks.gpu_check $(if $(ONLY),--only $(ONLY))
 
 check: setup ## check lint, formatting, types and the links of the docs
 	$(BIN)/ruff check .

@@ -129,11 +129,14 @@ def _limits(recipe: Recipe, sets: Mapping[str, str], model: Path | None, only: s
         if path[0] == (only or path[0]) and is_here(source)
     )
     pool = recipe.servers
+    # A built core learns the words of its vocabulary. An earlier core in the run's folder may not know them yet.
+    learned = set(recipe.core.vocabulary)
+    read = [one for one in read_by_policy(recipe, only) if is_here(one) and one.set not in learned]
     return Limits(
         max_images=pool.max_images if pool else 0,
         max_model_tokens=pool.max_model_tokens if pool else 0,
         asked=here if pool else (),
-        read=tuple(filter(is_here, read_by_policy(recipe, only))) if model and has_unknown(model) else (),
+        read=tuple(read) if model and has_unknown(model) else (),
         max_unknown=recipe.core.max_unknown,
     )
 
@@ -194,9 +197,9 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             continue
         if isinstance(place, ForeignSet):
             try:
-                path = foreign_set(recipe, place).path
-                if not is_hub_id(path):  # a plan asks the hub for nothing
-                    files_of(path)
+                found = foreign_set(recipe, place).path
+                if not is_hub_id(found):  # a plan asks the hub for nothing
+                    files_of(found)
                 if place.format != "auto":
                     known(place.format)
             except ConfigError as error:

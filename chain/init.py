@@ -10,15 +10,17 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from core.files import atomic_dir, write_text
 from core.model.prompts import shown, target_text
 from core.model.tokenizer import pieces
 from core.strict import ConfigError
+from corpus.importing import import_set
 from corpus.records import Record, Records, load_records, write_records
 from corpus.vocabulary import texts_of
 
@@ -95,69 +97,62 @@ def next_commands(readme: Path) -> list[str]:
 
 def own_data(file: Path, folder: Path, tiny: bool) -> OwnData:
     """Make the sets of a recipe from a file of records, or of a format that `posttrain data import` reads."""
-    from chain.imports import imported
-    from chain.recipe import ForeignSet
-
-    folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="posttrain-init-") as scratch:
         whole = Path(scratch) / "rows.parquet"
-        imported(ForeignSet(path=str(file)), whole)
+        summary = import_set(str(file), whole)
+        dropped = Counter({f"rejected ({rule})": count for rule, count in summary.rejected.items()})
         records = load_records(whole)
-        gradable = [row for row, record in enumerate(records) if record["verifier"] not in ("none", "judge")]
-        fitting = [row for row in gradable if not tiny or tokens(records[row]) <= TINY_CONTEXT]
-        if len(fitting) < LEAST_ROWS:
+        lengths: dict[int, int] = {}
+        for row, record in enumerate(records):
+            length = tokens(record) if tiny else 0
+            if record["verifier"] in ("none", "judge"):
+                dropped["no answer that a rule can check"] += 1
+            elif length > TINY_CONTEXT:
+                dropped[f"more than {TINY_CONTEXT} tokens"] += 1
+            else:
+                lengths[row] = length
+        why = "".join(f"; left out {count} rows: {reason}" for reason, count in dropped.most_common())
+        if len(lengths) < LEAST_ROWS:
             raise ConfigError(
-                f"{file}: {len(fitting)} of {len(records)} rows have an answer that a rule can check"
-                + (f" and fit {TINY_CONTEXT} tokens" if tiny else "")
-                + f"; at least {LEAST_ROWS} are needed. `posttrain data import` shows why rows do not fit"
+                f"{file}: {len(lengths)} of {summary.read} rows can be used, at least {LEAST_ROWS} are needed{why}. "
+                "`posttrain data import` shows each rejected row"
             )
-        return _split(file, records, fitting, len(records) - len(fitting), folder)
+        sets = _split(records, [*lengths], folder)
+        return OwnData(
+            source=file.name,
+            sets=sets,
+            text="rows per set: " + ", ".join(f"{name} {count}" for name, count in sets.items()) + why,
+            max_tokens=min(TINY_CONTEXT, 32 * math.ceil((max(lengths.values()) + 32) / 32)),
+            completion_tokens=min(
+                TINY_CONTEXT // 2, max(32, 16 + max(_target(records[row]) for row in lengths))
+            ),
+            max_images=max(1, *(len(shown(records[row])) for row in lengths)),
+        )
 
 
-def _split(file: Path, records: Records, rows: list[int], left_out: int, folder: Path) -> OwnData:
-    """Write the sets. Held-out rows are drawn at random, with the same draw each time."""
-    held = max(4, min(MOST_HELD_OUT, round(HELD_OUT_SHARE * len(rows))))
-    held_out = {*Random(0).sample(rows, held)}
+def _split(records: Records, rows: list[int], folder: Path) -> dict[str, int]:
+    """Write the sets; return their sizes. Held-out rows are drawn at random, with the same draw each time."""
+    held_out = {*Random(0).sample(rows, max(4, min(MOST_HELD_OUT, round(HELD_OUT_SHARE * len(rows)))))}
     train = [row for row in rows if row not in held_out]
-    chains = [row for row in train if records[row]["chain"]]
-    plans: dict[str, tuple[list[int], Callable[[Record], Record]]] = {
-        "prompts": (train, lambda row: {**row, "mode": "think", "chain": None, "response": None}),
-        "direct": (train, lambda row: {**row, "mode": "direct", "chain": None, "response": None}),
-        "chains": (chains, lambda row: {**row, "mode": "think", "response": None}),
-        "heldout": (sorted(held_out), lambda row: row),
+    plans: dict[str, tuple[list[int], dict[str, Any]]] = {
+        "prompts": (train, {"mode": "think", "chain": None, "response": None}),
+        "direct": (train, {"mode": "direct", "chain": None, "response": None}),
+        "chains": ([row for row in train if records[row]["chain"]], {"mode": "think", "response": None}),
+        "heldout": (sorted(held_out), {}),
     }
-    sets = {name: len(numbers) for name, (numbers, _) in plans.items() if numbers}
-    for name in sets:
-        numbers, change = plans[name]
-        write_records(folder / f"{name}.parquet", _changed(records, numbers, change))
-    longest = max(
-        _pieces(target_text({**records[row], "mode": "think", "chain": records[row]["chain"] or "-"}))
-        for row in rows
-    )
-    most = max(tokens(records[row]) for row in rows)
-    parts = ", ".join(f"{name} {count}" for name, count in sets.items())
-    dropped = f"; {left_out} rows left out (no answer that a rule can check, or too long)" if left_out else ""
-    return OwnData(
-        source=file.name,
-        sets=sets,
-        text=f"rows per set: {parts}{dropped}",
-        max_tokens=min(TINY_CONTEXT, 32 * math.ceil((most + 32) / 32)),
-        completion_tokens=min(TINY_CONTEXT // 2, max(32, longest + 16)),
-        max_images=max(1, *(len(shown(records[row])) for row in rows)),
-    )
-
-
-def _changed(records: Records, rows: list[int], change: Callable[[Record], Record]) -> Iterator[Record]:
-    for row in rows:
-        yield change(records[row])
+    for name, (numbers, changes) in plans.items():
+        if numbers:
+            write_records(folder / f"{name}.parquet", ({**records[row], **changes} for row in numbers))
+    return {name: len(numbers) for name, (numbers, _) in plans.items() if numbers}
 
 
 def tokens(record: Record) -> int:
     """Most tokens of a row's prompt and target in the tiny core: a word, a digit and a symbol are one token each."""
-    target = target_text({**record, "mode": "think", "chain": record["chain"] or "-"})
     prompt, _ = texts_of(record)
-    return _TEMPLATE_TOKENS + IMAGE_TOKENS * len(shown(record)) + _pieces(prompt) + _pieces(target) + 16
+    images = IMAGE_TOKENS * len(shown(record))
+    return _TEMPLATE_TOKENS + images + len(pieces(prompt)) + _target(record) + 16
 
 
-def _pieces(text: str) -> int:
-    return len(pieces(text))
+def _target(record: Record) -> int:
+    """Tokens of a row's target in thinking mode, without its tags."""
+    return len(pieces(target_text({**record, "mode": "think", "chain": record["chain"] or "-"})))

@@ -125,4 +125,4 @@ def _by_question(folders: Sequence[Path], name: str) -> float | None:
     if len(folders) < 2 or not all((folder / HELD_OUT).exists() for folder in folders):
         return None
     first, last = read_all([folders[0], folders[-1]])
-    return next(one.p for one in compare(first, last).sets if one.name == name)
+    return next((one.p for one in compare(first, last).sets if one.name == name), None)

@@ -145,6 +145,16 @@ class HardwareConfig(Strict):
     """Room for the run's folder; None: not checked."""
     image_share: float = Field(default=0.75, ge=0, le=1)
     """Largest share of image tokens in a pass. Only image tokens pass through the vision tower."""
+    tflops: float = Field(default=989, gt=0)
+    """Dense bfloat16 TFLOP/s of a GPU, for `plan`'s hours. Source: NVIDIA's data sheet of the H100 SXM."""
+    mfu: float = Field(default=0.4, gt=0, le=1)
+    """Share of `tflops` that the learner reaches. Assumed; `make gpu-check` measures it."""
+    rollout_tokens_per_s: float = Field(default=2000, gt=0)
+    """Completion tokens per second of a server's GPU. Assumed; `rollout/` metrics of a run show it."""
+    row_tokens: int = Field(default=1000, ge=1)
+    """Mean tokens of an SFT row or of a prompt, images included. The report's stages 2 and 4 average about 1,000."""
+    completion_share: float = Field(default=0.5, gt=0, le=1)
+    """Mean length of a completion as a share of `max_completion_tokens`. Assumed."""
 
 
 class SFTStage(SFTConfig):

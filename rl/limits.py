@@ -69,8 +69,7 @@ def check(cfg: Limits, job: Job) -> Path:
             dropped[one.key] = dict(Counter(kind for kind, _ in found.values()))
     warnings: list[str] = []
     for source in cfg.read:
-        if processor is None:
-            break
+        assert processor, "words are checked by the tokenizer of `job.model`"
         records = load_source(source.model_copy(update={"rows": None}), job.sets, None, on_bad="drop")
         try:
             warnings += check_words(source.set, records, processor.tokenizer, cfg.max_unknown)

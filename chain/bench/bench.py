@@ -69,18 +69,18 @@ def bench(
 ) -> list[Path]:
     """Run the suite for each checkpoint; return the folders with bench.json (default: beside the checkpoint)."""
     display = display or Display()
-    folders = []
-    with Pool(recipe.servers, Path(out or models[0].parent) / "logs", open_pool) as pool:
-        for model in models:
+    folders = [model.parent / "bench" if out is None else out for model in models]
+    if out is not None and len(models) > 1:
+        folders = [out / model.resolve().parent.name for model in models]
+    if len(set(folders)) < len(folders):
+        raise ConfigError(
+            "two checkpoints would write to one folder; bench them one at a time, each with its --out"
+        )
+    with Pool(recipe.servers, folders[0] / "logs", open_pool) as pool:
+        for model, folder in zip(models, folders, strict=True):
             check_checkpoint(model)
-            folder = (
-                (out / model.resolve().parent.name if len(models) > 1 else out)
-                if out
-                else model.parent / "bench"
-            )
             with display.step(f"bench {model}"):
                 _one(pool, model.resolve(), suite, harness, options, folder.resolve(), display)
-            folders.append(folder)
     return folders
 
 
@@ -97,8 +97,8 @@ class Run:
         """The name in bench.json: with the mode if there are several."""
         return self.name + (f".{self.mode}" if len(modes) > 1 else "") + (".blind" if self.blind else "")
 
-    def fingerprint(self, options: Options, model: str) -> str:
-        """A hash of everything that determines the score."""
+    def fingerprint(self, options: Options, model: str, version: str) -> str:
+        """A hash of everything that determines the score; `version` is the harness's."""
         judge = options.judge and (options.judge.url, options.judge.model)
         return hash_config(
             {
@@ -108,6 +108,7 @@ class Run:
                 "length": options.max_completion_tokens,
                 "judge": judge if self.benchmark.judge else None,
                 "model": model,
+                "harness": version,
             }
         )
 
@@ -131,7 +132,10 @@ def _one(
     for run in [
         Run(name, one, mode, grey) for name, one in named for mode in options.modes for grey in blind
     ]:
-        key, fingerprint = run.key(options.modes), run.fingerprint(options, hash_config(files))
+        key, fingerprint = (
+            run.key(options.modes),
+            run.fingerprint(options, hash_config(files), harness.version),
+        )
         if report["tasks"].get(key, {}).get("fingerprint") == fingerprint:
             display.line(f"{key}: finished, unchanged — skipped")
             continue

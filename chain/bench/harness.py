@@ -126,7 +126,9 @@ def outcome(
     """The entry of bench.json of a finished task. Raises HarnessFailed if a request had no answer."""
     for role, failed in relay.failures.items():
         if failed:
-            raise HarnessFailed(f"{len(failed)} requests to the {role} failed, the first: {failed[0]}")
+            raise HarnessFailed(
+                f"{len(failed)} requests to the {role} failed, the first: {next(iter(failed.values()))}"
+            )
     own = results["results"][task]
     value = next((own[key] for key in own if key.partition(",")[0] == benchmark.metric), None)
     (file,) = (folder / "harness").rglob(f"*_samples_{task}.jsonl")

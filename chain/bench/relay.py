@@ -74,8 +74,8 @@ class Relay:
     blind: bool = False
     judge: JudgeServer | None = None
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
-    failures: dict[str, list[str]] = field(default_factory=lambda: {"policy": [], "judge": []})
-    """Requests without an answer, by role."""
+    failures: dict[str, dict[str, str]] = field(default_factory=lambda: {"policy": {}, "judge": {}})
+    """Role -> request -> its error, for requests that no later try has answered."""
 
     def __post_init__(self) -> None:
         self._known = {line["key"]: line for line in read_jsonl(self.folder / REPLIES)}
@@ -109,11 +109,7 @@ class Relay:
 
     def answer(self, role: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The reply to one chat request, in OpenAI's form. Raises the exceptions of the servers' clients."""
-        try:
-            line = self._policy(body) if role == "policy" else self._judged(body)
-        except Exception as error:
-            self.failures[role].append(f"{type(error).__name__}: {error}")
-            raise
+        line = self._policy(body) if role == "policy" else self._judged(body)
         content = self.extracted(line["completion"]) if role == "policy" else line["completion"]
         # The harness logs these counts with each sample, so the first one can name the reply (harness.py).
         usage = {"prompt_tokens": line["number"], "completion_tokens": line["tokens"] or 0, "total_tokens": 0}
@@ -167,8 +163,13 @@ class Relay:
         digest = hashlib.sha256(json.dumps([role, key], sort_keys=True).encode()).hexdigest()
         if digest in self._known:
             return self._known[digest]
-        line = {"key": digest, "role": role, **more, **ask()}
+        try:
+            line = {"key": digest, "role": role, **more, **ask()}
+        except Exception as error:
+            self.failures[role][digest] = f"{type(error).__name__}: {error}"
+            raise
         with self._writing:
+            self.failures[role].pop(digest, None)
             if digest in self._known:  # two equal requests at a time
                 return self._known[digest]
             line["number"] = len(self._known) + 1

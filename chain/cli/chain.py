@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from chain.cli.options import above_0, command, load, recipe_argument
+from chain.cli.options import above_0, command, count, load, recipe_argument
 
 
 def add(commands: Any) -> None:
@@ -15,6 +15,10 @@ def add(commands: Any) -> None:
     _add_plan(commands)
     report = command(commands, "report", _report, "write a run's report again and print its table")
     report.add_argument("run_dir", type=Path, help="the run's folder, runs/<name>")
+    report.add_argument(
+        "--serve", action="store_true", help="serve it on this machine until Ctrl-C, always up to date"
+    )
+    report.add_argument("--port", type=count, help="port for --serve; default: a free one")
     command(commands, "stages", _stages, "list the stages and their short names")
     explained = command(commands, "explain", _explain, "explain a recipe's keys: type, default, unit, stages")
     explained.add_argument("key", nargs="?", help="key path, or its last part; default: every section")
@@ -112,9 +116,23 @@ def _report(options: argparse.Namespace) -> None:
     from chain.report.write import write
     from core.console import new_console
 
+    if options.serve:
+        _serve_report(options.run_dir, options.port or 0)
+        return
     console = new_console()
     console.print(report.table(write(options.run_dir)))
     console.print(f"report: {options.run_dir / report.HTML}", markup=False, soft_wrap=True)
+
+
+def _serve_report(run_dir: Path, port: int) -> None:
+    import contextlib
+    import threading
+
+    from chain.report.serving import serving
+
+    with serving(run_dir, port) as url, contextlib.suppress(KeyboardInterrupt):
+        print(f"{url}  (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
 
 
 def _stages(options: argparse.Namespace) -> None:

@@ -155,12 +155,12 @@ class StageFit:
         where = f" ({one.name})" if one.name and len(self.passes) > 1 else ""
         other = "with" if not self.learner.gradient_checkpointing else "without"
         room = f" of {self.machine.gpu_gib:g}" if self.machine.gpu_gib is not None else ""
-        turned = gib(one.plain.activations + one.plain.recomputed)
+        turned = gib(one.plain.passing)
         parts = {
             "weights": gib(memory.weights),
             "optimizer": gib(memory.optimizer),
             "gradients": gib(memory.gradients),
-            "activations": f"{gib(memory.activations + memory.recomputed)} ({turned} {other} checkpointing)",
+            "activations": f"{gib(memory.passing)} ({turned} {other} checkpointing)",
             "output layer": gib(memory.head),
             "buffers": gib(memory.buffers),
             "optimizer step": gib(memory.step),

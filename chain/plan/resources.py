@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chain.inputs import locate_sets, rows_of
 from chain.placement import check_weights_reach, placement
+from chain.plan.hours import Hours, hours_of
 from chain.plan.machine import Machine, machine_of
 from chain.plan.memory import StageFit, gib
 from chain.recipe import STAGE_NAMES, Recipe, SFTStage
@@ -43,7 +45,20 @@ def resources(recipe: Recipe, runs_dir: Path = Path("runs"), gpu_gib: float | No
             and pool.engine == "vllm"
         ):
             server = ServerFit(pool, shape, machine)
-    return Resources(recipe, machine, shape, fits, server)
+    return Resources(recipe, machine, shape, fits, server, _hours(recipe, runs_dir, shape, machine))
+
+
+def _hours(recipe: Recipe, runs_dir: Path, shape: CoreShape | None, machine: Machine) -> dict[str, Hours]:
+    """The time of each training stage on GPUs."""
+    if shape is None or machine.gpu_gib is None:
+        return {}
+    places = locate_sets(recipe, (runs_dir / recipe.name).resolve())
+    configs = {name: recipe.stage(name) for name in STAGE_NAMES}
+    return {
+        name: hours_of(config, recipe, shape, lambda place: rows_of(places[place]))
+        for name, config in configs.items()
+        if isinstance(config, SFTStage | RLConfig)
+    }
 
 
 def core_folder(recipe: Recipe, run_dir: Path) -> Path | None:
@@ -72,6 +87,8 @@ class Resources:
     fits: dict[str, StageFit]
     """Stage name -> fit; empty if the core's shape is unknown."""
     server: ServerFit | None
+    hours: dict[str, Hours]
+    """Stage name -> time; empty without a GPU or without a shape."""
 
     def lines(self, stage: str) -> list[str]:
         """Lines on the resources of one stage."""
@@ -79,7 +96,8 @@ class Resources:
             return [
                 f"disk: {self._soups} checkpoints, {gib(self._soups * self.fits['basic_sft'].checkpoint)} GiB"
             ]
-        return self.fits[stage].lines() if stage in self.fits else []
+        times = [self.hours[stage].line()] if stage in self.hours else []
+        return [*self.fits[stage].lines(), *times] if stage in self.fits else []
 
     def summary(self) -> list[str]:
         """Lines on the whole chain: servers, disk, and the machine of the comparison."""
@@ -90,6 +108,12 @@ class Resources:
         lines.append(f"disk for the chain's checkpoints: {gib(self.disk)}{room} GiB")
         total = sum(self.shape.parameters().values())
         size = f"{total / 1e9:.2f}B" if total >= 1e8 else f"{total / 1e6:.1f}M"
+        if self.hours:
+            hours, used = (
+                sum(getattr(one, name) for one in self.hours.values()) for name in ("hours", "gpu_hours")
+            )
+            parts = " (stages whose sets do not exist count as 1B tokens)" if self._guessed else ""
+            lines.append(f"time of all stages: about {hours:,.0f} h, {used:,.0f} GPU-hours{parts}")
         lines.append(f"counted for a core of {size} parameters on {self.machine}")
         return [*lines, *([] if self._misplaced() else self._places())]
 
@@ -106,6 +130,10 @@ class Resources:
         except ConfigError as error:
             return str(error).splitlines()
         return []
+
+    @property
+    def _guessed(self) -> bool:
+        return any(one.of.startswith("each") for one in self.hours.values())
 
     @property
     def _soups(self) -> int:
@@ -152,6 +180,10 @@ class Resources:
             if self.server
             else None,
             "disk": self.disk,
+            "hours": {
+                name: {**asdict(one), "hours": one.hours, "gpu_hours": one.gpu_hours}
+                for name, one in self.hours.items()
+            },
             "problems": self.problems,
         }
 

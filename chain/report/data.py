@@ -24,6 +24,7 @@
         }
       ],
       "outdated": [],                      left out of stages: made from an earlier run of a stage before them
+      "unfinished": [],                    stages that train now, or whose run was killed
       "failed": null or {                  the stage that ended the last run
         "stage": "mixed_rl", "at": "2026-01-31T12:00:00+00:00", "error": "StageFailed: ...",
         "train": {...}, "alarms": [...]    as for finished stages, up to the failure
@@ -134,6 +135,7 @@ class Report(BaseModel):
     stages: list[StageReport]
     outdated: list[str]
     failed: Failure | None = None
+    unfinished: list[str] = []
     soup: SoupReport | None
 
 
@@ -160,6 +162,7 @@ def build(run_dir: Path) -> Report:
         stages=[_stage(run_dir / name, finished[name]) for name in shown],
         outdated=[name for name in finished if name not in shown],
         failed=_failure(run_dir, _names(recipe)),
+        unfinished=_unfinished(run_dir, _names(recipe)),
         soup=SoupReport.model_validate(cooked) if cooked else None,
     )
 
@@ -310,6 +313,16 @@ def _failure(run_dir: Path, names: Sequence[str]) -> Failure | None:
             train, alarms = _train(Tail(folder / "metrics.jsonl").new()), Tail(folder / ALARMS).new()
             found.append(Failure(stage=name, **read_json(folder / FAILED), train=train, alarms=alarms))
     return max(found, key=lambda failure: failure.at, default=None)
+
+
+def _unfinished(run_dir: Path, names: Sequence[str]) -> list[str]:
+    """Stages that have logged steps, and have neither finished nor failed since."""
+    folders = {name: run_dir / f"{name}{PARTIAL}" for name in names}
+    return [
+        name
+        for name, folder in folders.items()
+        if not (folder / FAILED).exists() and Tail(folder / "metrics.jsonl").new()
+    ]
 
 
 def _train(metrics: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from chain.report.pictures import data_url
 from chain.report.render import template
 from core.files import PARTIAL
 from core.model.pictures import Picture
+from rl.watch import ALARMS
 
 
 def page(report: Report, run_dir: Path) -> str:
@@ -26,6 +27,7 @@ def page(report: Report, run_dir: Path) -> str:
     stages = [_stage(stage, report, run_dir / stage.name) for stage in report.stages]
     if report.failed:
         stages.append(_failed(report.failed, run_dir))
+    stages += [_unfinished(name, run_dir) for name in report.unfinished]
     return template("page.html.jinja").render(
         report=report,
         facts=_facts(report),
@@ -96,6 +98,7 @@ def _stage(stage: StageReport, report: Report, folder: Path) -> dict[str, Any]:
         "error": "",
         "alarms": _alarms(stage.alarms),
         "soup": _soup(soup.ingredients, soup.merged) if soup else None,
+        "figures": _figures(stage),
         "charts": curves(Tail(folder / "metrics.jsonl").new()),
         "cards": [_card(sample, folder) for sample in Tail(folder / "samples.jsonl").new()],
     }
@@ -111,6 +114,24 @@ def _failed(failure: Failure, run_dir: Path) -> dict[str, Any]:
         "error": failure.error,
         "alarms": _alarms(failure.alarms),
         "soup": None,
+        "figures": None,
+        "charts": curves(metrics),
+        "cards": [],
+    }
+
+
+def _unfinished(name: str, run_dir: Path) -> dict[str, Any]:
+    """The template's values for a stage that trains now, or whose run was killed."""
+    folder = run_dir / f"{name}{PARTIAL}"
+    metrics = Tail(folder / "metrics.jsonl").new()
+    return {
+        "name": name,
+        "origin": f"not finished; the last logged step is {metrics[-1].get('step', len(metrics))}",
+        "prepared": [],
+        "error": "",
+        "alarms": _alarms(Tail(folder / ALARMS).new()),
+        "soup": None,
+        "figures": None,
         "charts": curves(metrics),
         "cards": [],
     }
@@ -131,6 +152,33 @@ def _alarms(alarms: Sequence[Mapping[str, Any]]) -> list[str]:
         times = "once" if count == 1 else f"{count} times"
         lines.append(f"{name}: raised {times}, first in batch {first['batch']}: {first['text']}")
     return lines
+
+
+def _figures(stage: StageReport) -> dict[str, Any] | None:
+    """The table of a stage's held-out sets beyond their accuracy."""
+    known = {name: one for name, one in stage.eval.items() if one.truncated_rate is not None}
+    if not known:
+        return None
+    rows = []
+    for name, one in known.items():
+        bins = [f"{part['tokens'][0]}–{part['tokens'][1]}: {part['accuracy']:.2f}" for part in one.by_length]
+        per, auc = one.tokens_per_correct, one.length_auc
+        rows.append(
+            [
+                *(name, f"{one.format_rate:.2f}", f"{one.truncated_rate:.2f}"),
+                *("–" if per is None else charts.number(per), "–" if auc is None else f"{auc:.2f}"),
+                ", ".join(bins),
+            ]
+        )
+    heads = [
+        "set",
+        "format",
+        "truncated",
+        "tokens per right answer",
+        "P(right shorter)",
+        "accuracy by tokens",
+    ]
+    return {"heads": heads, "rows": rows}
 
 
 def _soup(ingredients: Sequence[Mapping[str, Any]], merged: Mapping[str, Any]) -> dict[str, Any]:

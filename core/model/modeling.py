@@ -213,6 +213,21 @@ class SailVL2ForConditionalGeneration(InternVLForConditionalGeneration):
         self.lm_head = torch.nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, which calls this for gradient checkpointing, but a frozen tower stays without gradients.
+
+        transformers also makes the tower's patches require a gradient. A frozen tower would then keep its activations
+        and compute a backward pass that no weight needs (benchmarks/RESULTS.md, "benchmarks.realsize").
+        """
+        super().enable_input_require_grads()
+        tower: Any = self.model.vision_tower
+
+        def leave_frozen(_: Any, __: Any, patches: torch.Tensor) -> torch.Tensor | None:
+            frozen = not any(parameter.requires_grad for parameter in tower.parameters())
+            return patches.detach() if frozen else None
+
+        self._require_grads_hooks.append(tower.get_input_embeddings().register_forward_hook(leave_frozen))
+
     @can_return_tuple
     def forward(
         self,

@@ -53,7 +53,10 @@ class Memory:
     activations: int
     """Activations that the forward pass keeps for the backward pass."""
     recomputed: int
-    """Activations of one layer while it is recomputed; 0 without gradient checkpointing."""
+    """Activations of one layer of the language model while it is recomputed; 0 without gradient checkpointing."""
+    tower: int
+    """Activations while the tower's last layer is recomputed. The language model's are freed by then. 0 if the tower is
+    frozen, and without gradient checkpointing."""
     head: int
     """The output layer's tile of logits and its gradient in float32."""
     buffers: int
@@ -69,6 +72,11 @@ class Memory:
     """Whether the embedding's gradient is added to it at the end: both gradients and their sum then exist together."""
 
     @property
+    def passing(self) -> int:
+        """Most bytes of activations at a time, kept and recomputed."""
+        return max(self.activations + self.recomputed, self.tower)
+
+    @property
     def resident(self) -> int:
         """Bytes that stay allocated between two updates, beside a server that shares the GPU."""
         return self.weights + self.optimizer
@@ -78,9 +86,8 @@ class Memory:
         """Peak bytes: at the start of the backward pass, at its end, or in the optimizer step."""
         waiting = self.gradients if self.accumulates else 0
         # The output layer's backward pass ends before the last layer is recomputed; its gradient stays.
-        turn = (
-            waiting + self.activations + max(self.head, self.recomputed + self.head_gradient) + self.buffers
-        )
+        language = self.activations + max(self.head, self.recomputed + self.head_gradient)
+        turn = waiting + max(language, self.tower + self.head_gradient) + self.buffers
         end = self.gradients + (2 * self.head_gradient if self.tied else 0) + self.buffers
         return self.resident + max(turn, end, self.gradients + self.step)
 
@@ -120,10 +127,11 @@ def estimate(
     widths = _widths(learner)
     states = _states(learner, total_held, trained, widths, gpu, work, shape)
     headed = "language_model" in moving and not lora
-    kept, recomputed = _activations(shape, learner, work, moving, widths)
+    kept, recomputed, tower = _activations(shape, learner, work, moving, widths)
     return Memory(
         activations=kept,
         recomputed=recomputed,
+        tower=tower,
         head=_head(shape, work, widths, gpu, weight=headed),
         head_gradient=shape.embedding * widths.weight if headed else 0,
         tied=shape.tied,
@@ -220,31 +228,32 @@ def _largest(shape: CoreShape) -> int:
 
 def _activations(
     shape: CoreShape, learner: LearnerConfig, work: Work, moving: set[Module], widths: _Widths
-) -> tuple[int, int]:
-    """Bytes that the forward pass keeps, and bytes of one recomputed layer."""
+) -> tuple[int, int, int]:
+    """Bytes that the forward pass keeps, of one recomputed language layer, and while the tower is recomputed."""
     text_layer = _text_layer(
         shape, learner, work, widths, full="language_model" in moving and not learner.lora
     )
-    sees = bool(moving & {"tower"})
+    sees = "tower" in moving
     lora = learner.lora is not None
     patches = work.tiles * shape.patches
     vision_layer = _vision_layer(shape, patches, widths, full=sees and not lora) if sees else 0
     # Below the language model, activations are kept only if a module there is trained.
     between = _adapter(shape, work.tiles * shape.tile_tokens, widths) if moving & {"tower", "adapter"} else 0
-    between += patches * shape.vision_hidden * (widths.stream + FP32) if sees else 0
+    after = patches * shape.vision_hidden * (widths.stream + FP32) if sees else 0  # the tower's last norm
     stream = work.tokens * shape.hidden * widths.stream
     last = work.tokens * shape.hidden * (FP32 + widths.stream) + stream
     if not learner.gradient_checkpointing:
-        return shape.layers * text_layer + shape.vision_layers * vision_layer + between + last, 0
-    inputs = shape.layers * stream
-    inputs += shape.vision_layers * patches * shape.vision_hidden * widths.stream if sees else 0
+        return (
+            shape.layers * text_layer + shape.vision_layers * vision_layer + between + after + last,
+            0,
+            0,
+        )
+    seen = shape.vision_layers * patches * shape.vision_hidden * widths.stream if sees else 0
     # One layer is recomputed at a time; its gradients are computed while its activations exist.
     wide = shape.experts_per_token * shape.expert_mlp if shape.experts else shape.mlp
     again = text_layer + _in_flight(work.tokens, wide, shape.hidden, widths)
-    if sees:
-        seen = vision_layer + _in_flight(patches, shape.vision_mlp, shape.vision_hidden, widths)
-        again = max(again, seen)
-    return inputs + between + last, again
+    tower = seen + vision_layer + _in_flight(patches, shape.vision_mlp, shape.vision_hidden, widths)
+    return shape.layers * stream + seen + between + after + last, again, tower if sees else 0
 
 
 def _in_flight(positions: int, wide: int, hidden: int, widths: _Widths) -> int:

@@ -37,7 +37,7 @@ def generate(
     made += [{**row, "id": f"again-{row['id']}"} for row in rng.sample(made, chains // 10)]
     made += [_recompressed(row) for row in rng.sample(whole, chains // 10)]
     made += [{**row, "id": f"leak-{row['id']}"} for row in rng.sample(heldout, held // 4)]
-    made += [_restating(row) for row in rng.sample(whole, chains // 10)]
+    made += [_restating(row) for row in rows("restating", seed, chains // 10, TRAIN, REASONING, _chain)]
     write_records(out / "chains.parquet", made)
     write_records(out / "sums.parquet", [_sum(rng, number) for number in range(sums)])
     _write_digits(out, list(rows("digits", seed, digits, TRAIN, ("digit",), _plain)), rng)
@@ -88,9 +88,8 @@ def _recompressed(row: Row) -> Row:
 
 
 def _restating(row: Row) -> Row:
-    """The row with another question, so that it is no duplicate, and a chain that only restates the answer."""
-    chain, question = f"The answer is {row['answer']}.", f"{row['question']} now"
-    return {**row, "id": f"restating-{row['id']}", "chain": chain, "question": question}
+    """The row with a chain that only restates the answer."""
+    return {**row, "chain": f"The answer is {row['answer']}."}
 
 
 def _sum(rng: Random, number: int) -> Row:

@@ -186,9 +186,19 @@ def test_a_judge_that_fails_leaves_no_score(run):
     with judge_server(lambda text: " ") as (url, _):
         found, _ = run(suite(judged=True), judge=JudgeServer(url, "tiny"))
     assert "score" not in found["tasks"]["judged"]
-    assert "the judge's reply is empty" in json.dumps(found["tasks"]["judged"]["failed"]) or "502" in str(
-        found
-    )
+    assert "502" in found["tasks"]["judged"]["failed"]  # this harness ends at its first error
+
+
+def test_a_judge_that_answers_the_second_time_leaves_no_failure(tmp_path):
+    replies = iter([" ", "1"])
+    body = {"messages": [{"role": "user", "content": "4"}]}
+    with judge_server(lambda text: next(replies)) as (url, asked):
+        relay = Relay(None, tmp_path, "direct", "whole", 8, judge=JudgeServer(url, "tiny"))
+        with pytest.raises(ValueError, match="the judge's reply is empty"):
+            relay.answer("judge", body)
+        assert len(relay.failures["judge"]) == 1
+        assert relay.answer("judge", body)["choices"][0]["message"]["content"] == "1"
+    assert (relay.failures["judge"], len(asked)) == ({}, 2)
 
 
 def picture() -> str:

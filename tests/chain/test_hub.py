@@ -10,6 +10,7 @@ from chain.cli.main import main
 from chain.fingerprints import identity
 from chain.hub.card import public
 from chain.hub.transfer import HubError, pull, push
+from chain.report.data import BENCH
 from core.checkpoint.check import ForeignCode
 from core.checkpoint.new import new_core, plan_core
 from core.files import read_json, write_json
@@ -53,6 +54,8 @@ def run(tmp_path):
     }
     write_json(folder / "recipe.json", recipe)
     write_json(folder / "chain.json", {"id": "mine-1", "started": "2026-01-01T00:00:00+00:00"})
+    bench = {"tasks": {"mathvista": {"score": 68.5}, "broken": {"error": "no rows"}}}
+    write_json(folder / "basic_sft" / BENCH, bench)
     write_json(folder / "basic_sft" / "checkpoint" / "start.json", {"weights": "/home/me/secret"})
     return folder
 
@@ -98,6 +101,7 @@ def test_a_dry_run_shows_card_and_files_and_sends_nothing(run, hub, capsys):
     assert "| basic_sft | 0.500 [.314, .686] | - | 24/- | 1.00/- | 12.0/- |" in shown
     assert "| basic_sft | rows | local | abababababab |" in shown
     assert "2. `basic_sft`, from `core`, 2026-01-01, 10 s" in shown
+    assert "| mathvista | 68.5 |" in shown
     assert "learning_rate: 0.001" in shown
     assert "model.safetensors" in shown
     assert "nothing was sent" in shown

@@ -90,7 +90,7 @@ def test_the_reward_of_a_new_recipe_passes_its_own_test(here):
 
 def test_too_few_rows_and_existing_folders_are_refused(here):
     write_records("few.parquet", rows(15))
-    with pytest.raises(ConfigError, match=r"few\.parquet: 15 of 15 rows .*; at least 16 are needed"):
+    with pytest.raises(ConfigError, match=r"few\.parquet: 15 of 15 rows can be used, at least 16 are needed"):
         init(here / "mine", "smoke", here / "few.parquet")
     assert not (here / "mine").exists()
     (here / "mine").mkdir()
@@ -103,4 +103,14 @@ def test_too_few_rows_and_existing_folders_are_refused(here):
 def test_rows_beyond_the_tiny_cores_context_are_left_out_and_counted(here):
     write_records("long.parquet", [*rows(20), *rows(1, id="long", question="word " * 3000)])
     lines = init(here / "mine", "smoke", here / "long.parquet")
-    assert "1 rows left out (no answer that a rule can check, or too long)" in lines[1]
+    assert lines[1].endswith("; left out 1 rows: more than 2048 tokens")
+
+
+def test_rejected_and_ungradable_rows_are_counted_with_their_reason(here):
+    mixed = [
+        *({"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(20)),
+        {"question": "1?", "answer": ""},
+    ]
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, mixed)))
+    lines = init(here / "mine", "smoke", here / "rows.jsonl")
+    assert lines[1].startswith("data: rows per set: prompts 16, direct 16, heldout 4; left out 1 rows: ")

@@ -92,7 +92,6 @@ def test_a_swept_key_is_compared_by_question(toy, run_toy):
     assert cell.p == pytest.approx(2 / 2**6)  # six wins, no loss
 
 
-def test_several_members_need_one_host_and_one_way_of_seeding(toy, capsys):
+def test_several_members_need_one_way_of_seeding(toy, capsys):
     assert main(["run", str(toy.recipe_dir), "--seeds", "0,1", "--seed", "3"]) == 2
     assert "--seed with --seeds" in capsys.readouterr().err
-    assert main(["run", str(toy.recipe_dir), "--seeds", "0,1", "--nnodes", "2"]) == 2

@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import requests
 from PIL import Image
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from chain.report import charts
 from chain.report import data as report
 from chain.report.curves import curves
 from chain.report.page import page
+from chain.report.serving import serving
 from chain.report.write import write
 from core.files import write_json
 from core.manifest import Manifest
@@ -305,3 +307,27 @@ def test_public_benchmarks_stand_beside_the_published_scores(run_dir):
     assert "SAIL-VL2-2B-Thinking (published)68.5" in text
     assert "rlvr61.2" in text
     assert "Other" not in text
+
+
+def test_a_served_report_shows_a_stage_while_it_trains(run_dir):
+    partial = run_dir / "mixed_rl.partial"
+    with serving(run_dir) as url:
+        assert "not finished" not in requests.get(url, timeout=10).text
+        partial.mkdir()
+        lines = "".join(json.dumps(line) + "\n" for line in metrics("mixed_rl")[:7])
+        (partial / "metrics.jsonl").write_text(lines)
+        reply = requests.get(url, timeout=10)
+        assert reply.headers["Refresh"] == "10"
+        assert "not finished; the last logged step is 7" in Page(reply.text).text
+        assert requests.get(f"{url}chain.json", timeout=10).status_code == 404
+        assert requests.get(url, headers={"Host": "evil.example:80"}, timeout=10).status_code == 404
+    with pytest.raises(ConfigError, match="not a run's folder"), serving(run_dir / "rlvr"):
+        pass
+
+
+def test_lengths_and_truncation_have_a_table(run_dir):
+    scores = mode_scores(0.5) | {"truncated_rate": 0.25, "tokens_per_correct": 48.5, "length_auc": 0.75}
+    scores["by_length"] = [{"tokens": [2, 9], "n": 5, "accuracy": 0.875}]
+    write_json(run_dir / "rlvr" / "eval.json", {"scores": {"mcq": scores}, "seconds": 1, "fingerprint": "e"})
+    write(run_dir)
+    assert "mcq0.980.2548.50.752–9: 0.88" in Page((run_dir / "report.html").read_text()).text

@@ -267,7 +267,7 @@ def test_two_chains_cannot_share_a_folder(toy):
 
 def test_missing_data_stops_the_chain_before_it_starts(toy):
     with pytest.raises(ConfigError, match=r"data\.sets\.more = 'nowhere\.parquet': there is no such file"):
-        toy.run("data.sets.more=nowhere.parquet")
+        toy.run("data.sets.more=nowhere.parquet", "sft.phases.0.data.0.set=more")
     assert toy.calls() == []
 
 

@@ -265,3 +265,13 @@ def test_a_batch_without_any_tile_reads_as_text_and_reaches_the_towers_gradients
     assert torch.equal(with_nothing, model(input_ids=ids).logits)
     with_nothing.sum().backward()
     assert all(parameter.grad is not None for parameter in model.model.vision_tower.parameters())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_checkpointing_gives_a_frozen_tower_no_backward_pass(tiny: Path, frozen: bool) -> None:
+    model = SailVL2ForConditionalGeneration.from_pretrained(tiny)
+    model.model.vision_tower.requires_grad_(not frozen)
+    model.train()
+    model.gradient_checkpointing_enable()
+    features = model.model.tower_features(torch.zeros(1, 3, 56, 56))
+    assert features.requires_grad == (not frozen)

@@ -70,6 +70,10 @@ def test_plan_and_run_refuse_unknown_words_by_the_same_code(tmp_path):
         check_rows(load_recipe(recipe_dir), sets, core, tmp_path / "run", said.append)
     allowed = load_recipe(recipe_dir, ["core.max_unknown=0.5"])
     check_rows(allowed, sets, core, tmp_path / "run", said.append)
+    built = ["core.path=null", "core.build=recipes.demo.pretrain:build", "core.vocabulary=[fruit]"]
+    check_rows(
+        load_recipe(recipe_dir, built), sets, core, tmp_path / "run", said.append
+    )  # it will be built anew
     (line,) = said
     assert line.startswith(
         "set fruit: the core's tokenizer does not know 25.0% of the tokens of its questions"

@@ -59,6 +59,7 @@ def test_rows_beyond_the_limits_are_dropped_and_counted_on_request(rows, tiny_co
     assert found(rows, tmp_path / "out", tiny_core, unaskable="drop") == {
         "problems": [],
         "dropped": {"rlvr.data[0]": {"pictures": 1, "tokens": 1}},
+        "warnings": [],
     }
     source = DataSource(set="mine", unaskable="drop")
     pool = PoolConfig(max_model_tokens=160)
