@@ -212,6 +212,6 @@ def test_the_student_gains(tiny_core, tmp_path):
     def mean(of, name):
         return sum(line[name] for line in of) / len(of)
 
-    assert mean(first, "rollout/correct") < 0.5
-    assert mean(last, "rollout/correct") > 0.8
+    assert mean(last, "rollout/correct") > mean(first, "rollout/correct") + 0.2
+    assert mean(last, "rollout/correct") > 0.9
     assert mean(last, "distill/reverse_kl") < 0.2 * mean(first, "distill/reverse_kl")
