@@ -131,17 +131,27 @@ def _session(
     session.headers.update(access.headers(token))
     if not connections:
         session.headers["Connection"] = "close"
-    adapter = _Adapter(token, proof_s, max_retries=retries or urllib3.Retry(0), pool_maxsize=connections or 1)
+    limits = {"max_retries": retries or urllib3.Retry(0), "pool_maxsize": connections or 1}
+    adapter = _Adapter(token, proof_s, bool(connections), **limits)
     session.mount("http://", adapter)
     return session
 
 
 class _Adapter(HTTPAdapter):
-    """Opens only connections to servers that prove within `proof_s` seconds that they know the token."""
+    """Opens only connections to servers that prove within `proof_s` seconds that they know the token.
 
-    def __init__(self, token: str | None, proof_s: float, **options: Any) -> None:
-        self.token, self.proof_s = token, proof_s
+    Without `keeps`, no request uses the connection of an earlier one.
+    """
+
+    def __init__(self, token: str | None, proof_s: float, keeps: bool, **options: Any) -> None:
+        self.token, self.proof_s, self.keeps = token, proof_s, keeps
         super().__init__(**options)
+
+    def send(self, *arguments: Any, **named: Any) -> requests.Response:
+        """As the base class."""
+        if not self.keeps:
+            self.poolmanager.clear()  # urllib3 ignores the request's own `Connection: close`
+        return super().send(*arguments, **named)
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, **options)

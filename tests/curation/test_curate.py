@@ -72,7 +72,7 @@ def test_conversations_and_videos_pass_through(folder):
     )
     assert main(["data", "curate", str(curation(folder, STEPS[1:]))]) == 0
     found = next(one for one in load_records("out") if one["id"] == first["id"])
-    assert (found["system"], found["history"]) == (None, history)  # strip_instructions strips system messages
+    assert (found["system"], found["history"]) == ("Be brief.", history)
     assert [image.getpixel((0, 0))[0] for image in found["videos"][0].decode()] == [0, 99]
 
 

@@ -14,7 +14,7 @@ from rl.job import ServedJob
 from rl.rollout.config import PoolConfig
 
 STAGE = {
-    "data": [{"set": "rl"}],
+    "data": [{"set": "rl", "frames": 3}],  # the servers take eight pictures
     "rewards": [{"name": "digits", "use": "tests_digits:count", "weight": 1.0}],
     "algorithm": {"clip_low": 0.2, "clip_high": 0.28},
     "rollout": {"prompts_per_batch": 4, "group_size": 4, "max_completion_tokens": 12, "temperature": 0.7},
