@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from chain.cli.options import command, count, load, recipe_argument
+from chain.cli.options import command, count, load, overrides, recipe_argument
 
 
 def add(commands: Any) -> None:
@@ -62,15 +62,7 @@ def _add_curate(data: Any) -> None:
         data, "curate", _curate, "run a curation: filter, rewrite and sample rows, with a report"
     )
     curate.add_argument("curation", type=Path, help="YAML file, or a folder with curation.yaml")
-    curate.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="override values",
-    )
+    overrides(curate, "override values")
     curate.add_argument(
         "--plan", action="store_true", help="check the curation and estimate its time; run nothing"
     )

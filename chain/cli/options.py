@@ -31,17 +31,16 @@ def recipe_option(added: argparse.ArgumentParser) -> None:
     recipe_options(added)
 
 
+def overrides(added: argparse.ArgumentParser, about: str) -> None:
+    """The option `--set KEY=VALUE ...`."""
+    added.add_argument(
+        "--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help=about
+    )
+
+
 def recipe_options(added: argparse.ArgumentParser) -> None:
     """Options of every command that reads a recipe."""
-    added.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="override values, e.g. rlvr.rollout.group_size=16 rlvr.rewards.0.weight=0.9",
-    )
+    overrides(added, "override values, e.g. rlvr.rollout.group_size=16 rlvr.rewards.0.weight=0.9")
     added.add_argument(
         "--seed", type=int, help="seed in place of the recipe's; the run is then runs/<name>-seed<N>"
     )
