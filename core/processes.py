@@ -120,9 +120,11 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends, however it ends."""
-    parent = os.getppid()
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends, however it ends.
+
+    `parent` is the process id of that thread's process, which may have ended before this call.
+    """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -17,8 +17,8 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, TimeoutError
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from enum import Enum
 from multiprocessing import context, forkserver, popen_forkserver, process, reduction, util
@@ -105,6 +105,21 @@ class Pool:
         job = Job(argument, self.deadline_s)
         self._start(job)
         return job
+
+    def settle(self, jobs: Sequence[Job], patience_s: float) -> None:
+        """Wait until jobs that have begun end; one that does not, ends as CRASHED, and the workers are replaced.
+
+        pebble never ends a job whose worker is killed between the receipt of the job and its acknowledgement.
+
+        Args:
+            jobs: jobs that have begun.
+            patience_s: seconds to wait beyond two deadlines.
+        """
+        longest = max((job.deadline_s for job in jobs), default=0.0)
+        if wait([job.future for job in jobs], 2 * longest + patience_s).not_done:
+            for job in jobs:
+                job.end(Ending.CRASHED)
+            self._replace(self._processes())
 
     def close(self) -> None:
         """End this process's workers; the next job starts new ones."""

@@ -124,7 +124,9 @@ class MathChecker:
         questions = [one for one in asked if isinstance(one, _Question)]
         try:
             wait([question.job.future for question in questions], timeout_s)
-            begun = {question for question in questions if question.job.begun()}
+            self.pool.settle([question.job for question in questions if question.job.begun()], self.queue_s)
+            # A question that begins only now ends for its other callers.
+            ended = {question for question in questions if question.job.future.done()}
         finally:
             for question in questions:
                 self._leave(question)
@@ -132,7 +134,7 @@ class MathChecker:
             one
             if isinstance(one, Outcome)
             else _outcome(one.job.future.result())
-            if one in begun
+            if one in ended
             else Outcome.TIMEOUT
             for one in asked
         ]

@@ -23,5 +23,6 @@ def register() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "rl.rollout.shm_worker", "SharedMemoryEngine")
     # A server's guard ends the server's engine processes. If both the guard and the server are killed, this does.
-    if TOKEN in os.environ and multiprocessing.parent_process() is not None:
-        end_with_parent()
+    parent = multiprocessing.parent_process()
+    if TOKEN in os.environ and parent is not None and parent.pid:
+        end_with_parent(parent.pid)

@@ -158,3 +158,13 @@ def test_the_lock_of_a_killed_build_goes_once_no_build_can_still_run(tmp_path, m
     (tmp_path / "empty").mkdir()
     assert processes.remove_leftovers(tmp_path / "empty") == [str(tmp_path / "old" / "lock")]
     assert (tmp_path / "young" / "lock").exists()
+
+
+def test_a_child_whose_parent_ended_before_it_asked_to_end_with_it_ends_at_once():
+    code = "import os\nfrom core.processes import end_with_parent\nend_with_parent({})\nprint('lives')"
+    for parent, output in (("os.getppid()", "lives\n"), ("os.getppid() + 1", "")):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code.format(parent)], capture_output=True, text=True
+        )
+        assert done.stdout == output
+        assert done.returncode == (0 if output else 1)

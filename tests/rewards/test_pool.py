@@ -185,6 +185,22 @@ def test_a_job_that_loses_two_workers_is_crashed_and_not_remembered(single, thre
     assert single.compare(*hanging()) in NOT_IN_TIME
 
 
+def test_a_job_that_its_worker_took_along_ends_and_the_workers_are_replaced(make, threads):
+    checker = make(deadline_s=0.2, queue_s=0.3)
+    checker.queue_s = 60
+    started(checker)
+    checker.queue_s = 0.3
+    os.kill(
+        checker.pool.pids[0], signal.SIGSTOP
+    )  # as a worker that died with the job: nothing acknowledges it
+    answer = threads.submit(checker.compare, *new())
+    until(lambda: checker._state().open)
+    next(iter(checker._state().open.values())).job.tried = True
+    assert answer.result() == Outcome.CRASHED
+    checker.queue_s = checker.pool.deadline_s = 60
+    assert checker.compare(*new()) == Outcome.EQUAL
+
+
 def test_workers_killed_in_mid_batch_cost_their_own_jobs_at_most(make):
     checker = make(workers=2)
     started(checker)
