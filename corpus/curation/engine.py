@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+from core.processes import end_with_parent
 from core.strict import ConfigError
 
 EngineName = Literal["local", "ray"]
@@ -67,7 +68,7 @@ class Engine:
 
         if self._processes is None:
             self._stack.enter_context(_safe_path())
-            pool = ProcessPoolExecutor(self.workers, get_context("spawn"), _ends_with_parent)
+            pool = ProcessPoolExecutor(self.workers, get_context("spawn"), end_with_parent, (os.getpid(),))
             self._processes = self._stack.enter_context(pool)
         try:
             yield from _submitted(self._processes, do, tasks)
@@ -127,12 +128,6 @@ def _safe_path() -> Iterator[None]:
             del os.environ["PYTHONSAFEPATH"]
         else:
             os.environ["PYTHONSAFEPATH"] = before
-
-
-def _ends_with_parent() -> None:
-    from core.processes import end_with_parent
-
-    end_with_parent()
 
 
 @contextmanager
