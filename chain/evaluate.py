@@ -33,7 +33,7 @@ def evaluate(context: Context, model: Path | None = None, keep_samples: bool = T
         sets,
         lambda done, of: context.progress(f"evaluation {done}/{of}"),
         lambda source, records, length: context.askable(length)(source, records),
-        (Path.cwd(),),
+        context.recipe.folders,
     )
     if keep_samples:
         write_samples(context.out, [(row.to_dict(), shown(row.record)) for row in judged], cfg.samples)
