@@ -100,7 +100,7 @@ function read(svg, series, values, xOf) {
 
 // Shares in [0, 1] with their intervals: `series` is [[name, [[share, low, high] or null per label]]].
 function intervalChart(title, labels, series) {
-  const width = Math.max(WIDTH, 96 * labels.length + LEFT + RIGHT), step = (width - LEFT - RIGHT) / labels.length;
+  const width = Math.max(860, 96 * labels.length + LEFT + RIGHT), step = (width - LEFT - RIGHT) / labels.length;
   const yOf = scale(0, 1, HEIGHT - BOTTOM, TOP), middle = (at) => LEFT + step * (at + 0.5);
   const svg = frame(title, width, [0, 0.25, 0.5, 0.75, 1], yOf, labels.map((label, at) => [middle(at), label]));
   series.forEach(([name, values], place) => {
