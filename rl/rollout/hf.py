@@ -1,9 +1,10 @@
 """A rollout server over transformers' `generate`, for machines without vLLM. Same endpoints, far slower.
 
 Speaks the part of vLLM's HTTP interface that `RolloutClient` uses: /health, /v1/chat/completions, weight updates and
-their version, cache resets, sleeping and waking (on a GPU the model moves to the CPU and back); and what
-rl.distill.TeacherClient uses: rendering a prompt, and scoring given tokens. Requests that arrive
-together and ask for the same sampling are generated as one batch.
+their version, cache resets, sleeping and waking (on a GPU the model moves to the CPU and back); what
+rl.distill.TeacherClient uses: rendering a prompt, and scoring given tokens; and what `posttrain chat` and other clients
+of the OpenAI API use: /v1/models, requests without our fields, and streams (the answer comes in one piece). Requests
+that arrive together and ask for the same sampling are generated as one batch.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rl.rollout import access
+from rl.rollout.config import MODEL_NAME
 
 MAX_BATCH = 64
 GATHER_S = 0.02
 """Seconds that the first request of a batch waits for others."""
 MAX_BODY = 256 * 2**20
 """Largest request body, bytes."""
+DEFAULTS = {"n": 1, "temperature": 1.0, "top_p": 1.0, "max_tokens": 1024}
+"""Sampling of a request that does not name it: the OpenAI API's, with a bound on the tokens."""
 
 
 class Engine:
@@ -220,6 +224,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/weight_info":
             self._reply(200, {"weight_version": Handler.weight_version})
+        elif self.path == "/v1/models":
+            self._reply(200, {"object": "list", "data": [{"id": MODEL_NAME, "object": "model"}]})
         else:
             self._reply(200 if self.path == "/health" else 404, {})
 
@@ -249,8 +255,11 @@ class Handler(BaseHTTPRequestHandler):
         if path in no_ops or path in caches:  # nothing is cached between requests here
             self._reply(200, {})
         elif path in kinds:
+            if kinds[path] == "generate":
+                body = DEFAULTS | body
             try:
-                self._reply(200, self.engine.ask(kinds[path], body))
+                reply = self.engine.ask(kinds[path], body)
+                self._stream(reply) if body.get("stream") else self._reply(200, reply)
             except Exception as error:  # sent to the client, which raises it
                 self._reply(500, {"error": f"{type(error).__name__}: {error}"})
         else:
@@ -268,10 +277,21 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def _stream(self, reply: dict) -> None:
+        """Send a finished reply as server-sent events, one per choice."""
+        choices = [
+            {"index": at, "delta": choice["message"], "finish_reason": choice["finish_reason"]}
+            for at, choice in enumerate(reply["choices"])
+        ]
+        events = [*(json.dumps({"choices": [choice]}) for choice in choices), "[DONE]"]
+        self._send(200, "text/event-stream", "".join(f"data: {event}\n\n" for event in events).encode())
+
     def _reply(self, status: int, body: dict) -> None:
-        data = json.dumps(body).encode()
+        self._send(status, "application/json", json.dumps(body).encode())
+
+    def _send(self, status: int, kind: str, data: bytes) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
