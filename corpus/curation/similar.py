@@ -1,11 +1,11 @@
 """Duplicates of image-question pairs, exact and near, within a set and with held-out rows.
 
-A row's signature has two parts. One is a 256-bit perceptual hash of each picture and of three frames of each video: the
-lowest 16 x 16 coefficients of a discrete cosine transform against their median (imagehash's phash). The other is a MinHash
-of the user's words (datasketch: 32 permutations of 4-letter shingles). Rows are compared if they share a band of the
-MinHash, a 16-bit band of the first picture's lowest frequencies, the number of pictures and the numbers in the words. So
-"12 + 13 = ?" and "12 + 14 = ?" are different questions. A signature takes about 200 bytes for a row with one picture; only
-signatures are in memory.
+A row's signature has two parts. One is a 256-bit perceptual hash of each picture and of three frames of each video:
+the lowest 16 x 16 coefficients of a discrete cosine transform against their median (imagehash's phash). The other is a
+MinHash of the user's words (datasketch: 32 permutations of 4-letter shingles). Rows are compared if they share a band
+of the MinHash, a 16-bit band of the first picture's lowest frequencies, the number of pictures and the numbers in the
+words. So "12 + 13 = ?" and "12 + 14 = ?" are different questions. A signature takes about 200 bytes for a row with one
+picture; only signatures are in memory.
 """
 
 from __future__ import annotations
