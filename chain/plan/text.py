@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chain.inputs import code_files, is_hub_id, locate_sets, phase_rows, phase_updates, rows_of
+from chain.inputs import code_files, is_on_hub, locate_sets, phase_rows, phase_updates, rows_of
 from chain.plan.resources import Resources
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
 from chain.stages import STAGES, Stage
@@ -126,7 +126,7 @@ class _Sets:
             return f"imported (there{count})" if Path(place).exists() else "imported (at the first run)"
         if name in self.generated:
             return f"generated (there{count})" if Path(place).exists() else "generated (at the first run)"
-        if is_hub_id(place):
+        if is_on_hub(place):
             return f"{place} on the hub"
         return f"{place} (found{count})" if Path(place).exists() else f"{place} (MISSING)"
 
