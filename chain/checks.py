@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chain.inputs import code_file, foreign_set, is_on_hub, set_place
+from chain.plan.curations import curations
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
 from core.checkpoint.check import ForeignCode, check_code
 from core.files import append_jsonl, read_json, require_room
@@ -38,6 +39,7 @@ def check(
     sets on the hub are not looked up. `online`: judges are asked whether they answer, and their canaries tried.
     """
     missing = [*_missing_data(recipe)]
+    curations(recipe)  # refuses what it cannot read
     problems = [*_missing_code(recipe), *_reward_problems(recipe, online, _thought_open(model))]
     if not allow_missing:
         problems += missing
@@ -201,7 +203,9 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             except ConfigError as error:
                 yield f"data.sets.{name}: {error}"
         elif not is_on_hub(found := set_place(recipe, place)) and not Path(found).exists():
-            said = f"there is no such file or folder; {recipe.looked()}{address_hint(place)}"
+            made = recipe.data.curated.get(name)
+            remedy = f"; make it: posttrain data curate {recipe.place(made)}" if made else address_hint(place)
+            said = f"there is no such file or folder; {recipe.looked()}{remedy}"
             yield f"data.sets.{name} = {place!r}: {said}"
     core = recipe.core.path
     if core is not None and not (recipe.place(core) / "config.json").is_file():

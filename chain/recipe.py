@@ -110,6 +110,17 @@ class DataConfig(Strict):
     """Set name -> Parquet file or folder (relative to the recipe's folder, else to the working directory), a data set
     on the hub (hf://datasets/owner/name), or a set in another format, which the run imports."""
 
+    curated: dict[Name, str] = Field(default_factory=dict)
+    """Set name -> the curation that makes it, a YAML file (docs/curation.md). `posttrain data curate FILE` runs it
+    before the run; `plan` shows its time."""
+
+    @model_validator(mode="after")
+    def _curated_sets_are_sets(self) -> DataConfig:
+        for name in self.curated:
+            if not isinstance(self.sets.get(name), str):
+                raise ValueError(f"curated: {name!r} is not a path in data.sets; {nearest(name, self.sets)}")
+        return self
+
     @model_validator(mode="after")
     def _one_origin_per_set(self) -> DataConfig:
         twice = sorted(set(self.sets) & set(self.generate.sets if self.generate else ()))

@@ -107,6 +107,8 @@ class Curation(Placed):
     """Sets whose rows must not leak: held-out sets, and the benchmarks that are evaluated."""
     extra: dict[Name, str | ForeignSet] = Field(default_factory=dict)
     """Sets that the incremental check names; they are not curated."""
+    rows: int | None = Field(default=None, ge=1)
+    """Rows of the input, for the estimate of `--plan` and `posttrain plan` while the sets are not on this machine."""
     output: str = Field(min_length=1)
     """Folder that the curated rows are written to, as Parquet files of records; a recipe names it as a set. It is
     relative to the working directory."""
@@ -146,6 +148,10 @@ class Curation(Placed):
                 if name not in self.extra:
                     raise ValueError(f"incremental: {name!r} is not in extra; {nearest(name, self.extra)}")
         return self
+
+    def every(self) -> dict[str, str | ForeignSet]:
+        """All sets by name."""
+        return {**self.sets, **self.held_out, **self.extra}
 
 
 def load_curation(path: Path, overrides: Iterable[str] = ()) -> Curation:

@@ -54,10 +54,10 @@ class Inputs:
     def prepare(self) -> None:
         """Generate and import what is missing or outdated. Raises ConfigError for sets that do not exist."""
         self._generate()
-        self.places = {name: self._place(name, given) for name, given in self._every().items()}
+        self.places = {name: self._place(name, given) for name, given in self.curation.every().items()}
         memory = Hashes(self.work / "hashes.jsonl")
         for name, place in self.places.items():
-            given = self._every()[name]
+            given = self.curation.every()[name]
             options = given.model_dump(mode="json") if isinstance(given, ForeignSet) else None
             self.hashes[name] = hash_config({"content": memory.of(place), "options": options})
             if isinstance(given, ForeignSet):
@@ -97,9 +97,6 @@ class Inputs:
                 rules[rule] = rules.get(rule, 0) + count
             found[one.set] = read + told["read"], written + told["written"], rules
         return [(name, *counts) for name, counts in found.items()]
-
-    def _every(self) -> dict[str, str | ForeignSet]:
-        return {**self.curation.sets, **self.curation.held_out, **self.curation.extra}
 
     def _generate(self) -> None:
         made = self.curation.generate

@@ -85,7 +85,7 @@ def curate(curation: Curation, display: Display | None = None) -> Path:
     return output
 
 
-_NOT_RESULTS = {"engine", "ray_address", "workers", "about"}
+_NOT_RESULTS = {"engine", "ray_address", "workers", "about", "rows"}
 """Keys that do not change the curated rows."""
 
 
