@@ -18,10 +18,10 @@ def imported(given: ForeignSet, destination: Path, rows: int | None = None) -> l
 
     Raises ConfigError and RecordError as `corpus.importing.import_set` does.
     """
-    from corpus.formats.files import files_of
+    from corpus.formats.files import files_of, root_of
     from corpus.formats.table import Options
 
-    root = Path(given.images).expanduser() if given.images else files_of(given.path, given.split)[0].parent
+    root = root_of(given.path, files_of(given.path, given.split), given.images)
     options = Options(root=root, columns=given.columns, system=given.system, turns=given.turns)
     summary = import_set(
         given.path,

@@ -14,7 +14,7 @@ from typing import IO, Any
 from core.files import fsync
 from core.strict import ConfigError
 from corpus.formats.fields import Rejected
-from corpus.formats.files import files_of, rows_of
+from corpus.formats.files import files_of, root_of, rows_of
 from corpus.formats.gold import kind_of
 from corpus.formats.table import Options, known, recognised
 from corpus.reading import SCAN_ROWS, check_all
@@ -60,7 +60,7 @@ def import_set(
 
     Args:
         source: a .json, .jsonl, .csv, .tsv, .parquet or .tar file, a folder of one kind of them, or a data set on the
-            hub (text: `owner/name`, or `hf://datasets/owner/name[@revision][/folder]`).
+            hub (text: `hf://datasets/owner/name[@revision][/folder]`).
         destination: ends in .parquet.
         format_: name of a format (corpus.formats.table), or "auto".
         options: the folder of the pictures (default: the source's folder), columns, system messages, turns.
@@ -75,7 +75,7 @@ def import_set(
             f"{destination}: records are written as Parquet; name it {destination.name}.parquet"
         )
     files = files_of(source, split)
-    options = options or Options(root=files[0].parent)
+    options = options or Options(root=root_of(source, files))
     look = [row for _, row in islice(rows_of(files[0]), _LOOK) if isinstance(row, dict)]
     name = recognised(look, files[0]) if format_ == "auto" else format_
     chosen = known(name)

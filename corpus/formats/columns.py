@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from core.model.prompts import THINK_CONTRACT
-from corpus.formats.fields import Asked, Rejected, gold_of, named, pictures, questions, text, videos
+from corpus.formats.fields import Asked, Rejected, Root, gold_of, named, pictures, questions, text, videos
 from corpus.formats.gold import choice_of, listed_options, options_of, with_options
 from corpus.schema import Record
 
@@ -71,7 +70,7 @@ def mapping_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
 
 
 def record_of_columns(
-    row: Mapping[str, Any], root: Path, columns: Mapping[str, str], system: str = "keep"
+    row: Mapping[str, Any], root: Root, columns: Mapping[str, str], system: str = "keep"
 ) -> Record:
     """The record of one row; `system` as in corpus.formats.conversations. Raises Rejected."""
     found = mapping_of(row, columns)

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 from core.model.pictures import Picture
 from core.model.prompts import IMAGE, VIDEO
 from core.model.videos import Clip
+from corpus.hub import HubFolder
 from corpus.schema import PLACEHOLDER, Problem, clip_of
 from corpus.writing import frames_of
 
+Root = Path | HubFolder
+"""The folder of a source's pictures and videos."""
 _NUMBER = re.compile(r"\d+")
 _BOX = re.compile(r"\\boxed\s*\{")
 _ANSWER_TAG = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL | re.IGNORECASE)
@@ -42,7 +45,7 @@ def text(value: Any, field: str) -> str:
     raise Rejected(field, "must be a text", value, "map another column, or write text")
 
 
-def pictures(value: Any, root: Path, field: str = "images") -> list[Picture]:
+def pictures(value: Any, root: Root, field: str = "images") -> list[Picture]:
     """The pictures of a cell: one or a list of file names, data URLs, bytes, base64 or {"bytes", "path"}; [] for null.
 
     Files must lie below `root`; the network is never used. Raises Rejected.
@@ -50,7 +53,7 @@ def pictures(value: Any, root: Path, field: str = "images") -> list[Picture]:
     return [_picture(one, root, field) for one in _each(value)]
 
 
-def videos(value: Any, root: Path, field: str = "videos") -> list[Clip]:
+def videos(value: Any, root: Root, field: str = "videos") -> list[Clip]:
     """The videos of a cell: one or a list of file names, names of folders of frames, lists of frames, bytes or
     {"bytes", "path"}; [] for null.
 
@@ -64,7 +67,7 @@ def _each(value: Any) -> list[Any]:
     return [one for one in every if one is not None and one != ""]
 
 
-def _picture(value: Any, root: Path, field: str) -> Picture:
+def _picture(value: Any, root: Root, field: str) -> Picture:
     value = _stored(value, field)
     if isinstance(value, bytes | Picture):
         return Picture.of(value)
@@ -74,13 +77,11 @@ def _picture(value: Any, root: Path, field: str) -> Picture:
         return _base64(value, field)
     file = _below(root, value, field)
     if not file.is_file():
-        raise Rejected(
-            field, "the picture does not exist", value, f"searched below {root}; name the folder: --images"
-        )
+        raise _missing(field, "the picture does not exist", value, root)
     return Picture(file.read_bytes)
 
 
-def _video(value: Any, root: Path, field: str) -> Clip:
+def _video(value: Any, root: Root, field: str) -> Clip:
     if isinstance(value, list | tuple):
         return Clip.of_frames([_picture(one, root, field) for one in value])
     value = _stored(value, field)
@@ -90,10 +91,17 @@ def _video(value: Any, root: Path, field: str) -> Clip:
     if path.is_dir():
         return Clip.of_frames(frames_of(path))
     if not path.is_file():
-        raise Rejected(
-            field, "the video does not exist", value, f"searched below {root}; name the folder: --images"
-        )
+        raise _missing(field, "the video does not exist", value, root)
     return Clip(path.read_bytes)
+
+
+def _missing(field: str, rule: str, name: str, root: Root) -> Rejected:
+    """The problem of a file that is not below `root`."""
+    remedy = f"searched below {root}; name the folder: --images"
+    if isinstance(root, HubFolder) and (archives := root.archives()):
+        names = ", ".join(archives[:3])
+        remedy = f"it may be in an archive of {root} ({names}): unpack it, and name the folder: --images"
+    return Rejected(field, rule, name, remedy)
 
 
 def _stored(value: Any, field: str) -> Any:
@@ -106,11 +114,16 @@ def _stored(value: Any, field: str) -> Any:
     return value
 
 
-def _below(root: Path, name: str, field: str) -> Path:
-    """The path of a file or folder below `root`."""
+def _below(root: Root, name: str, field: str) -> Path:
+    """The path of a file or folder below `root`; a file on the hub is downloaded. Raises Rejected."""
     if "://" in name and not name.startswith("file://"):
         remedy = "download it and give its file name"
         raise Rejected(field, "files are not fetched from the network", name, remedy)
+    if isinstance(root, HubFolder):
+        found = root.file(name)
+        if found is None:
+            raise _missing(field, "the file does not exist", name, root)
+        return found
     path = (root / name.removeprefix("file://")).resolve()
     if not path.is_relative_to(root.resolve()):
         remedy = f"put the files below {root}, or name their folder: --images"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from core.strict import ConfigError
-from corpus.formats.fields import Rejected
-from corpus.hub import SUFFIXES, HubFiles, hub_set
+from corpus.formats.fields import Rejected, Root
+from corpus.hub import SUFFIXES, HubFiles, HubFolder, address_hint, hub_set
 from corpus.parquet import check_expansion, rows_at_once
 
 Row = tuple[int, dict[str, Any] | Rejected]
@@ -32,9 +32,9 @@ def files_of(source: str | Path, split: str = "train") -> Sequence[Path]:
     """
     if isinstance(source, str) and (address := hub_set(source)):
         return HubFiles(address, split)
-    source = Path(source).expanduser()
+    given, source = str(source), Path(source).expanduser()
     if not source.exists():
-        raise ConfigError(f"{source}: no such file or folder")
+        raise ConfigError(f"{source}: there is no such file or folder{address_hint(given)}")
     if source.is_file():
         if source.suffix not in SUFFIXES:
             raise ConfigError(f"{source}: a data file ends in {', '.join(SUFFIXES)}")
@@ -48,6 +48,17 @@ def files_of(source: str | Path, split: str = "train") -> Sequence[Path]:
             f"{source}: holds files of several kinds ({', '.join(sorted(kinds))}); name one of them"
         )
     return files
+
+
+def root_of(source: str | Path, files: Sequence[Path], images: str | None = None) -> Root:
+    """The folder of a source's pictures and videos: `images` (a path, or an address on the hub), else the source's."""
+    if images is not None:
+        address = hub_set(images)
+        return HubFolder(address) if address else Path(images).expanduser()
+    if isinstance(files, HubFiles):
+        return files.folder()
+    source = Path(source).expanduser()
+    return source if source.is_dir() else source.parent
 
 
 def _data_files(paths: Iterable[Path]) -> list[Path]:

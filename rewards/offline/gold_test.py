@@ -62,7 +62,7 @@ class Examples(Sequence[Example]):
 
 
 def load_examples(data: str, split: str, rows: int | None, seed: int, mode: str | None) -> Examples:
-    """A data set: JSONL with the fields of rewards.offline.rows, or records (Parquet file, folder or hub id).
+    """A data set: JSONL with the fields of rewards.offline.rows, or records (Parquet file, folder or hub address).
 
     Raises ConfigError for a bad line or a missing file, RecordError for bad records.
     """
