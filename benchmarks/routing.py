@@ -97,15 +97,12 @@ def _packed(answer: Answer, replay: bool) -> Any:
 
     from rl.shared_prefix.rows import Row, pack
 
-    rows = [
-        Row(
-            tuple(answer.prompt_ids),
-            (),
-            tuple(one.token_ids),
-            (answer.experts, one.experts) if replay and answer.experts is not None else None,
-        )
-        for one in answer.completions
-    ]
+    prompt = answer.experts
+    rows = []
+    for one in answer.completions:
+        known = replay and prompt is not None and one.experts is not None
+        chosen: Any = (prompt, one.experts) if known else None
+        rows.append(Row(tuple(answer.prompt_ids), (), tuple(one.token_ids), chosen))
     return pack(rows, torch.device("cpu"))
 
 

@@ -49,7 +49,7 @@ def rows_of(
     """
     parts = slice(None, -completion_tokens), slice(-completion_tokens, None)
     rows = []
-    chosen = experts or [None] * len(input_ids)
+    chosen: Sequence[Experts | None] = experts or [None] * len(input_ids)
     for ids, mask, own, theirs in zip(
         input_ids.tolist(), attention_mask.tolist(), tiles, chosen, strict=True
     ):

@@ -211,3 +211,57 @@ def test_cores_and_engines_without_experts_to_return_are_refused():
     with pytest.raises(ConfigError, match=r"servers\.routing_replay: the core is dense"):
         check(load_recipe("recipes/sailvl2_2b", [replay, hf]), allow_missing=True)
     assert load_recipe("recipes/sailvl2_a3b", [replay]).servers.routing_replay
+
+
+# A stage
+
+STAGE = {
+    "data": [{"set": "rl"}],
+    "rewards": [{"name": "answer", "use": "answer", "weight": 1.0}],
+    "algorithm": {"name": "gspo", "clip_low": 3e-4, "clip_high": 4e-4},
+    "rollout": {"prompts_per_batch": 2, "group_size": 4, "max_completion_tokens": 12},
+    "dynamic_sampling": {"max_rounds": 0},
+    "batches": 2,
+    "mini_batch": 4,
+    "optim": {"learning_rate": 1e-4, "micro_batch_size": 4},
+    "learner": {"deepspeed": None},
+    "self_test_rows": 0,
+}
+
+
+def test_a_stage_replays_after_every_update_and_its_parity_probe_too(tmp_path, records):
+    from core.files import read_jsonl
+    from core.model.tiny import TinySize, build_tiny
+    from core.strict import parse
+    from corpus.records import write_records
+    from rl.config import RLConfig
+    from rl.job import ServedJob
+    from rl.rollout.server import rollout_pool
+    from rl.train import train
+
+    size = TinySize(experts=16, experts_per_token=4, text_layers=6)
+    core = build_tiny(tmp_path / "core", words=WORDS, seed=0, size=size)
+    write_records(tmp_path / "rl.parquet", records[:4])
+    pool = PoolConfig(engine="hf", dtype="bfloat16", routing_replay=True, max_model_tokens=256)
+    found = {}
+    with rollout_pool(pool, core, tmp_path) as urls:
+        for replay in (True, False):
+            cfg = parse(RLConfig, {**STAGE, "parity": {"bound": 5.0, "tokens": 12}}, "test")
+            out = tmp_path / f"replay-{replay}"
+            out.mkdir()
+            job = ServedJob(
+                stage="rlvr",
+                model=core,
+                out=out,
+                sets={"rl": tmp_path / "rl.parquet"},
+                pool=pool.model_copy(update={"routing_replay": replay}),
+                urls=urls,
+                weights=out,
+            )
+            train(cfg, job)
+            found[replay] = read_jsonl(out / "metrics.jsonl")[::2]  # the first of each batch's two updates
+    gap = "sampling/sampling_logp_difference/mean"
+    assert len(found[True]) == 2
+    for ours, plain in zip(found[True], found[False], strict=True):
+        assert ours[gap] < 0.7 * plain[gap]
+        assert ours["parity/max_logprob_difference"] < plain["parity/max_logprob_difference"]
