@@ -42,7 +42,7 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
     }
     words = [str(word) for pair in args.items() for word in pair]
     flags = ["--no-trust-remote-code", *(_on_cpu(cfg) if cfg.device == "cpu" else _on_gpu(cfg))]
-    return [*python, "vllm.entrypoints.openai.api_server", *address, *words, *flags, *cfg.extra_args]
+    return [*python, "rl.rollout.api_server", *address, *words, *flags, *cfg.extra_args]
 
 
 def _on_cpu(cfg: PoolConfig) -> list[str]:
@@ -72,7 +72,8 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
     env = inherited_environment() | {
         "VLLM_SERVER_DEV_MODE": "1",  # weight updates and cache resets
         "VLLM_NO_USAGE_STATS": "1",
-        # By default the server closes connections after 5 idle seconds, which may be just when the client reuses one.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # rl.rollout.api_server needs it
+        # By default the server closes connections after 5 idle seconds, perhaps just when the client reuses one.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
     if cfg.sends_files or cfg.is_local:
