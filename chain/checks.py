@@ -14,6 +14,7 @@ from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between
 from core.checkpoint.check import ForeignCode, check_code
 from core.files import append_jsonl, read_json, require_room
 from core.manifest import hash_config
+from core.model.shape import SHAPES, CoreShape
 from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
 from corpus.formats.files import files_of
@@ -41,6 +42,7 @@ def check(
     missing = [*_missing_data(recipe)]
     curations(recipe)  # refuses what it cannot read
     problems = [*_missing_code(recipe), *_reward_problems(recipe, online, _thought_open(model))]
+    problems += _routing_problems(recipe, model)
     if not allow_missing:
         problems += missing
     if problems:
@@ -215,6 +217,15 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             check_code(recipe.place(core))
         except ForeignCode as error:
             yield f"core.path: {error}"
+
+
+def _routing_problems(recipe: Recipe, model: Path | None) -> Iterator[str]:
+    """Routing replay with a dense core; a core that is built by this run is checked when its servers start."""
+    if recipe.servers and recipe.servers.routing_replay:
+        size = recipe.core.size
+        shape = CoreShape.read(model) if model else SHAPES[size] if size else None
+        if shape and not shape.experts:
+            yield "servers.routing_replay: the core is dense; routing replay is for mixtures of experts, remove it"
 
 
 def _thought_open(model: Path | None) -> bool | None:

@@ -7,6 +7,7 @@ stage has a new fingerprint.
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -77,13 +78,37 @@ class Fingerprints:
         return found
 
     def of_code(self, import_string: str) -> str:
-        """Hash of the source file that an import string names and, in a package, of the files beside it."""
+        """Hash of the source file that an import string names, and of the files beside it that it needs.
+
+        In a package these are all files; else those that it imports, directly or through each other.
+        """
         file = code_file(import_string, self.folders)
         if file is None:
             return "missing"
         in_package = (file.parent / "__init__.py").exists()
-        files = sorted(file.parent.glob("*.py")) if in_package else [file]
+        files = sorted(file.parent.glob("*.py")) if in_package else with_imported(file)
         return hash_config({one.name: self.hashes.of(str(one)) for one in files})
+
+
+def with_imported(file: Path) -> list[Path]:
+    """The file and the files beside it that it imports, directly or through each other; a file with bad syntax ends
+    the search, and fails where it is imported."""
+    found, todo = {file}, [file]
+    while todo:
+        try:
+            tree = ast.parse(todo.pop().read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            beside = {file.with_name(f"{name.partition('.')[0]}.py") for name in names if name}
+            new = {one for one in beside - found if one.is_file()}
+            found |= new
+            todo += sorted(new)
+    return sorted(found)
 
 
 def identity(manifest: Manifest) -> str:

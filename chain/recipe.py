@@ -270,6 +270,17 @@ class Recipe(Placed, Stages):
         return self
 
     @model_validator(mode="after")
+    def _learners_replay(self) -> Recipe:
+        for name in ("rlvr", "mixed_rl"):
+            stage = getattr(self, name)
+            if self.servers and self.servers.routing_replay and stage and not stage.learner.shares_prefix:
+                raise ValueError(
+                    f"{name}.learner.prefix=stock with servers.routing_replay: TRL's passes take no experts from the "
+                    "servers; use prefix: shared, or leave routing_replay out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _soup_has_something_to_vary(self) -> Recipe:
         if self.soup is not None and self.basic_sft is None:
             raise ValueError(

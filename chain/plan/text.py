@@ -198,7 +198,8 @@ def _rl(config: RLConfig) -> list[str]:
     lines = [
         f"data: {' + '.join(_amount(source) for source in config.data)}",
         f"batch: {rollout.prompts_per_batch} prompts x {rollout.group_size} completions of at most "
-        f"{rollout.max_completion_tokens} tokens = {config.completions_per_batch} completions",
+        f"{rollout.max_completion_tokens} tokens = {config.completions_per_batch} completions"
+        + (", sampled one batch ahead" if rollout.overlap else ""),
         f"updates: {config.completions_per_batch // config.mini_batch} mini-batches of {config.mini_batch} x "
         f"{config.passes} passes = {config.updates_per_batch} per batch; {config.batches} batches = "
         f"{config.max_steps} updates; {_rate(config.optim)}",

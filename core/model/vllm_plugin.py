@@ -2,9 +2,9 @@
 
 vLLM calls it in every process it starts (API server, engine core, workers), before it reads the model's
 configuration. vLLM's transformers backend then finds the classes through the Auto classes and as attributes
-of the `transformers` module. The plug-in also changes four things: the image that vLLM takes as the costliest, the
-token that stands for an image of one token, the decoding of pictures in requests (by core/model/pictures.py, as in the
-learner), and the check of a checkpoint by core/checkpoint/check.py before it is served.
+of the `transformers` module. The plug-in also changes how vLLM finds the costliest image, finds the token of an image
+of one token, and decodes pictures in requests (by core/model/pictures.py, as the learner). It makes vLLM check a
+checkpoint before it serves it (core/checkpoint/check.py).
 """
 
 from functools import wraps
@@ -74,9 +74,9 @@ def _measure_with_the_costliest_image() -> None:
 def _find_the_token_of_an_image_of_one() -> None:
     """Let vLLM put the features of an image of one token in that token's place.
 
-    vLLM 0.31 takes the most frequent token of an image's expansion, which is `<img>`, the image tokens and `</img>`.
-    If there is one image token (at any resolution, up to 41 pixels a side), all three occur once, and vLLM would take
-    the lowest id.
+    An image expands to `<img>`, the image tokens and `</img>`. vLLM 0.31 takes the most frequent of these tokens. If
+    there is one image token (at any resolution, up to 41 pixels a side), all three occur once, and vLLM would take the
+    lowest id.
     """
     from vllm.model_executor.models.transformers import multimodal
 
