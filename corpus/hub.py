@@ -20,7 +20,7 @@ _ADDRESS = re.compile(
 )
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 _OTHER_SPLITS = ("test", "val", "dev")
-"""What the names of files of other splits than train begin with."""
+"""Beginnings of the names of files that belong to other splits than train."""
 
 
 log = logging.getLogger(__name__)

@@ -52,7 +52,7 @@ class Inputs:
         self._imports: list[Import] = []
 
     def prepare(self) -> None:
-        """Generate and import what is missing or outdated. Raises ConfigError for sets that do not exist."""
+        """Generate and import missing and outdated sets. Raises ConfigError for sets that do not exist."""
         self._generate()
         self.places = {name: self._place(name, given) for name, given in self.curation.every().items()}
         memory = Hashes(self.work / "hashes.jsonl")

@@ -152,12 +152,12 @@ def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
 
 
 def _see(seen: list[np.ndarray], picture: Picture) -> None:
-    """Decode a picture and note what is hashed of it."""
+    """Decode a picture and keep its reduced pixels for the hash."""
     seen.append(reduced(picture.grey(HASH_PX)))
 
 
 def _watch(seen: list[np.ndarray], clip: Clip) -> None:
-    """Decode a clip and note what is hashed of it: some of its frames, evenly spread."""
+    """Decode a clip and keep the reduced pixels of some evenly spread frames for the hashes."""
     frames = clip.decode()
     numbers = sampled(len(frames), None, _HASHED_FRAMES)
     seen += [reduced(frames[number].convert("L")) for number in numbers]
@@ -200,7 +200,7 @@ def write_outcomes(
 
 
 def _text(value: Any) -> str | None:
-    """A text as it can be stored; what is not a valid text is shown, because a dropped row may hold anything."""
+    """A text that can be stored. Other values, which a dropped row may hold, are shown as text."""
     if value is None:
         return None
     return str(value).encode("utf-8", "replace").decode()

@@ -9,7 +9,7 @@ from core.model.pictures import Picture
 from core.model.prompts import IMAGE, THINK_CONTRACT, VIDEO
 from core.model.videos import Clip
 from corpus.formats.columns import NAMES, of_reply, system_of
-from corpus.formats.fields import Asked, Rejected, Root, named, pictures, questions, text, videos
+from corpus.formats.fields import Asked, Rejected, Root, named, pictures, questions, reply_text, text, videos
 from corpus.formats.gold import choice_of, listed_options
 from corpus.schema import PLACEHOLDER, Record
 
@@ -97,6 +97,8 @@ def _turns(row: Mapping[str, Any], root: Root) -> list[Turn]:
         if name not in ROLES:
             raise Rejected("messages", f"a role is one of {', '.join(ROLES)}", name, "rename it")
         turns.append(_said(turn.get("value", turn.get("content")), root)._replace(role=ROLES[name]))
+        if ROLES[name] == "assistant":
+            reply_text(turns[-1].text, "messages")
     column = named(row, NAMES["images"])
     if column:
         turns = _dealt(turns, "images", pictures(row[column], root, column))

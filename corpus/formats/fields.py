@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,12 +38,25 @@ class Rejected(ValueError):
 
 
 def text(value: Any, field: str) -> str:
-    """A text, or a number as text. Raises Rejected for anything else."""
+    """A text, or a finite number as text. Raises Rejected for anything else."""
     if isinstance(value, str):
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Rejected(field, "must be a finite number or a text", value, "leave the row out, or write text")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(int(value)) if float(value).is_integer() else str(value)
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+        return str(int(value)) if whole else str(value)
     raise Rejected(field, "must be a text", value, "map another column, or write text")
+
+
+def reply_text(value: Any, field: str) -> str:
+    """The text of a reply. Raises Rejected for other values, and for a placeholder: a reply shows no pictures."""
+    said = text(value, field)
+    if mark := PLACEHOLDER.search(said):
+        raise Rejected(
+            field, "a reply holds a placeholder", mark[0], "leave the row out, or remove the placeholder"
+        )
+    return said
 
 
 def pictures(value: Any, root: Root, field: str = "images") -> list[Picture]:
@@ -72,7 +86,12 @@ def _picture(value: Any, root: Root, field: str) -> Picture:
     if isinstance(value, bytes | Picture):
         return Picture.of(value)
     if value.startswith("data:"):
-        return _base64(value.partition("base64,")[2], field)
+        head, _, data = value.partition(",")
+        if not head.endswith(";base64"):
+            raise Rejected(
+                field, "a data URL must be in base64", value[:40], "write data:image/png;base64,..."
+            )
+        return _base64(data, field)
     if len(value) > 512 and "://" not in value:
         return _base64(value, field)
     file = _below(root, value, field)
@@ -83,16 +102,22 @@ def _picture(value: Any, root: Root, field: str) -> Picture:
 
 def _video(value: Any, root: Root, field: str) -> Clip:
     if isinstance(value, list | tuple):
-        return Clip.of_frames([_picture(one, root, field) for one in value])
+        return _frames([_picture(one, root, field) for one in value], value, field)
     value = _stored(value, field)
     if isinstance(value, bytes | Clip):
         return clip_of(value)
     path = _below(root, value, field)
     if path.is_dir():
-        return Clip.of_frames(frames_of(path))
+        return _frames(frames_of(path), value, field)
     if not path.is_file():
         raise _missing(field, "the video does not exist", value, root)
     return Clip(path.read_bytes)
+
+
+def _frames(pictures: Sequence[Picture], value: Any, field: str) -> Clip:
+    if not pictures:
+        raise Rejected(field, "a video has no frames", value, "give a file, or at least one frame")
+    return Clip.of_frames(pictures)
 
 
 def _missing(field: str, rule: str, name: str, root: Root) -> Rejected:
