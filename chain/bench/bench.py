@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ from chain.display import Display
 from chain.pool import OpenPool, Pool
 from chain.recipe import STAGE_NAMES, Recipe
 from core.checkpoint.check import check_checkpoint
-from core.files import read_json, write_json, write_text
+from core.files import read_json, write_json
 from core.manifest import hash_config, now
 from core.strict import ConfigError
+from rl.rollout.config import PoolConfig
 
 BENCH = "bench.json"
 CONCURRENCY = 16
@@ -76,12 +78,44 @@ def bench(
         raise ConfigError(
             "two checkpoints would write to one folder; bench them one at a time, each with its --out"
         )
-    with Pool(recipe.servers, folders[0] / "logs", open_pool) as pool:
+    servers = recipe.servers and for_suite(recipe.servers, suite, models)
+    with Pool(servers, folders[0] / "logs", open_pool) as pool:
         for model, folder in zip(models, folders, strict=True):
             check_checkpoint(model)
             with display.step(f"bench {model}"):
                 _one(pool, model.resolve(), suite, harness, options, folder.resolve(), display)
     return folders
+
+
+def own_tiles(model: Path) -> int | None:
+    """The checkpoint's tile cap; None if its core does not cut images into tiles."""
+    from core.model.image_tiles import SailVL2ImageProcessor
+
+    saved, _ = SailVL2ImageProcessor.get_image_processor_dict(model)
+    return (
+        saved.get("max_patches")
+        if saved.get("image_processor_type") == SailVL2ImageProcessor.__name__
+        else None
+    )
+
+
+def for_suite(servers: PoolConfig, suite: Suite, models: Sequence[Path]) -> PoolConfig:
+    """The servers with room for the suite's largest images and its frames of a video.
+
+    vLLM takes a tile cap in a request only if the server trusts its clients, which hold the run's token. It sizes its
+    encoder's cache by the default cap, so the default becomes the largest cap of all benchmarks and checkpoints; every
+    request names its own. Servers that run already keep their settings.
+    """
+    benchmarks = suite.benchmarks.values()
+    changes: dict[str, Any] = {
+        "max_images": max([servers.max_images, *(one.frames or 0 for one in benchmarks)])
+    }
+    own = [tiles for model in models if (tiles := own_tiles(model)) is not None]
+    if servers.engine == "vllm" and own and suite.has_caps:
+        caps = json.dumps({"max_patches": max([*own, *(one.tiles or 0 for one in benchmarks)])})
+        flags = ("--trust-request-mm-kwargs", "--mm-processor-kwargs", caps)
+        changes["extra_args"] = (*servers.extra_args, *flags)
+    return servers.model_copy(update=changes)
 
 
 @dataclass(frozen=True)
@@ -141,7 +175,7 @@ def _one(
             continue
         head = {"benchmark": run.name, "mode": run.mode, "blind": run.blind, "limit": options.limit}
         try:
-            found = _scored(pool, model, harness, options, run, folder / fingerprint[:16])
+            found = _scored(pool, model, harness, options, run, folder / fingerprint[:16], suite.has_caps)
             display.line(f"{key}: {found['score']:.1f} (n = {found['n']})")
             report["tasks"][key] = {**head, "fingerprint": fingerprint, **found}
         except (HarnessFailed, ConfigError) as error:
@@ -151,9 +185,12 @@ def _one(
 
 
 def _scored(
-    pool: Pool, model: Path, harness: Harness, options: Options, run: Run, folder: Path
+    pool: Pool, model: Path, harness: Harness, options: Options, run: Run, folder: Path, caps: bool
 ) -> dict[str, Any]:
-    """Score and samples of one benchmark in one mode. Raises HarnessFailed or ConfigError if it has no score."""
+    """Score and samples of one benchmark in one mode. Raises HarnessFailed or ConfigError if it has no score.
+
+    `caps` says whether requests name their tile cap.
+    """
     benchmark, name = run.benchmark, run.name
     if benchmark.judge and options.judge is None:
         raise HarnessFailed("its scoring asks a judge; name one with --judge URL")
@@ -161,12 +198,12 @@ def _scored(
     include = [*options.include, *((folder.parent / "local" / name,) if name in options.local else ())]
     task = benchmark.task or f"posttrain_{name}"
     if benchmark.yaml:
-        write_text(
-            folder / "task" / f"{task}.yaml", harness.task_file(benchmark, name, options.data.get(name))
-        )
+        harness.write_task(benchmark, name, options.data.get(name), folder / "task")
         include.append(folder / "task")
     client = pool.serve(model)
     length = benchmark.max_completion_tokens or options.max_completion_tokens
-    with Relay(client, folder, MODES[run.mode], benchmark.extract, length, run.blind, options.judge) as relay:
-        results = harness.run(task, folder, relay, include, options.limit, CONCURRENCY)
+    own = own_tiles(model) if caps else None
+    with Relay(client, folder, MODES[run.mode], benchmark, length, run.blind, options.judge, own) as relay:
+        videos = Path(options.data[name]) if benchmark.frames and name in options.data else None
+        results = harness.run(task, folder, relay, include, options.limit, CONCURRENCY, videos)
         return outcome(benchmark, task, folder, results, relay)

@@ -61,6 +61,7 @@ lines = "".join(json.dumps(sample) + chr(10) for sample in samples)
 (out / "x_results.json").write_text(json.dumps({"results": {name: {"acc,none": score}}, "versions": {name: 1}}))
 '''
 ROWS = [["1+1?", "2"], ["2+2?", "4"]]
+WHOLE = Benchmark(task="x", metric="acc", score="acc", extract="whole", source="ours: a test")
 
 
 def say(text: str) -> str:
@@ -114,6 +115,7 @@ def run(tmp_path, harness, monkeypatch):
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
     monkeypatch.setattr(benches, "check_checkpoint", lambda _: None)
+    monkeypatch.setattr(benches, "own_tiles", lambda _: 2)
 
     def go(suite: Suite, **options):
         client = FakeClient(say)
@@ -193,7 +195,7 @@ def test_a_judge_that_answers_the_second_time_leaves_no_failure(tmp_path):
     replies = iter([" ", "1"])
     body = {"messages": [{"role": "user", "content": "4"}]}
     with judge_server(lambda text: next(replies)) as (url, asked):
-        relay = Relay(None, tmp_path, "direct", "whole", 8, judge=JudgeServer(url, "tiny"))
+        relay = Relay(None, tmp_path, "direct", WHOLE, 8, judge=JudgeServer(url, "tiny"))
         with pytest.raises(ValueError, match="the judge's reply is empty"):
             relay.answer("judge", body)
         assert len(relay.failures["judge"]) == 1
@@ -211,7 +213,7 @@ def picture() -> str:
 def test_the_relay_keeps_pictures_and_blanks_them_for_the_blind_pass(tmp_path, blind):
     client = FakeClient(say)
     parts = [{"type": "image_url", "image_url": {"url": picture()}}, {"type": "text", "text": "?"}]
-    with Relay(client, tmp_path, "direct", "whole", 8, blind) as relay:
+    with Relay(client, tmp_path, "direct", WHOLE, 8, blind) as relay:
         headers = {"Authorization": f"Bearer {relay.token}"}
         body = {"messages": [{"role": "user", "content": parts}], "temperature": 0}
         url = f"{relay.url('policy')}/chat/completions"
