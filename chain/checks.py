@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from chain.bench import curve
 from chain.inputs import code_file, foreign_set, is_hub_id, set_place
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
 from core.checkpoint.check import ForeignCode, check_code
@@ -38,6 +39,7 @@ def check(
     """
     missing = [*_missing_data(recipe)]
     problems = [*_missing_code(recipe), *_reward_problems(recipe, online, _thought_open(model))]
+    problems += curve.problems(recipe)
     if not allow_missing:
         problems += missing
     if problems:

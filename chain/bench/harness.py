@@ -16,6 +16,7 @@ import yaml
 
 from chain.bench.relay import REPLIES, Relay
 from chain.bench.suite import MEAN, Benchmark
+from core import processes
 from core.files import read_json, read_jsonl, write_text
 from core.processes import inherited_environment
 from core.strict import ConfigError
@@ -130,6 +131,7 @@ class Harness:
             command += ["--include_path", str(place)]
         if limit:
             command += ["--limit", str(limit)]
+        command += ["--seed", str(relay.seed)]
         environment = inherited_environment() | {
             "OPENAI_API_KEY": relay.token,
             "OPENAI_API_URL": relay.url("judge"),
@@ -145,10 +147,13 @@ class Harness:
         environment.setdefault("HF_HOME", str(Path("~/.cache/huggingface").expanduser()))
         if videos:
             environment |= {"HF_HOME": str(videos), "HF_DATASETS_CACHE": str(folder / "datasets")}
-        with (folder / "log.txt").open("w") as log:
-            code = subprocess.run(
-                command, stdout=log, stderr=log, env=environment, cwd=folder, check=False
-            ).returncode
+        log = folder / "log.txt"
+        log.unlink(missing_ok=True)
+        process = processes.start(command, log=log, environment=environment, folder=folder)
+        try:
+            code = process.wait()
+        finally:
+            processes.stop(process)
         # A task may write a submission file of its own, which has the same ending.
         found = [read_json(file) for file in sorted(out.rglob("*_results.json"))]
         results = [one for one in found if isinstance(one, dict) and "results" in one]

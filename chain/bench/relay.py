@@ -59,6 +59,7 @@ class Relay:
         blind: whether images are replaced by grey ones.
         judge: the judge, or None.
         own_tiles: the checkpoint's tile cap; None: requests name no tile cap.
+        seed: seed of sampled requests.
     """
 
     client: RolloutClient | None
@@ -69,6 +70,7 @@ class Relay:
     blind: bool = False
     judge: JudgeServer | None = None
     own_tiles: int | None = None
+    seed: int = 0
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     failures: dict[str, dict[str, str]] = field(default_factory=lambda: {"policy": {}, "judge": {}})
     """Role -> request -> its error, for requests that no later try has answered."""
@@ -137,9 +139,8 @@ class Relay:
                 raise RuntimeError("no rollout server")
             serving = self.client.fleet.serving
             url = serving[next(self._turn) % len(serving)]
-            request = completion_request(Prompt([]), sampling, self.client.core) | {
-                "messages": prompt.messages
-            }
+            prompted = Prompt([], self.seed if sampling.temperature else None)
+            request = completion_request(prompted, sampling, self.client.core) | {"messages": prompt.messages}
             if prompt.processor:
                 request["mm_processor_kwargs"] = prompt.processor
             reply = read_answer(self.client.http.ask(url, "v1/chat/completions", request), self.client.core)

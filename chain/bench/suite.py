@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,14 @@ class Suite(Strict):
     benchmarks: dict[Name, Benchmark] = Field(min_length=1)
     published: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Model -> benchmark -> published score in points."""
+
+    def only(self, names: Sequence[str]) -> Suite:
+        """The suite with these benchmarks alone, or all if none is named. Raises ConfigError for an unknown name."""
+        for name in names:
+            if name not in self.benchmarks:
+                raise ConfigError(f"only: {name}: no such benchmark; {nearest(name, self.benchmarks)}")
+        kept = {name: one for name, one in self.benchmarks.items() if name in (names or self.benchmarks)}
+        return self.model_copy(update={"benchmarks": kept})
 
     @property
     def has_caps(self) -> bool:

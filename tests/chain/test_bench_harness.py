@@ -17,6 +17,7 @@ from chain.bench.bench import Options
 from chain.bench.harness import DEFAULT, Harness
 from chain.bench.relay import JudgeServer
 from chain.bench.suite import load_suite
+from chain.recipe import WandbConfig
 from core.files import read_json
 from core.model.pictures import Picture
 
@@ -122,7 +123,7 @@ def run(
         data={name: data},
         judge=JudgeServer(judge, "fake") if judge else None,
     )
-    recipe = type("Recipe", (), {"servers": None})
+    recipe = type("Recipe", (), {"servers": None, "tracking": (), "wandb": WandbConfig()})
     (folder,) = benches.bench(recipe, [model], wanted, Harness.at(PYTHON), options)
     task = read_json(folder / "bench.json")["tasks"][name]
     assert "failed" not in task, task

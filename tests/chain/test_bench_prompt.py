@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chain.bench.bench import for_suite, own_tiles
 from chain.bench.prompt import PICTURES, Rules, asked
+from chain.bench.servers import for_suite, own_tiles
 from chain.bench.suite import Benchmark, Suite
 from core.model.prompts import THINK_CONTRACT
 from rl.rollout.config import PoolConfig
