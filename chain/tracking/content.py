@@ -109,6 +109,34 @@ def held_out_pictures(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[s
     }
 
 
+def bench_rows(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The samples of a benchmark in bench.json as rows of a table; the verdict's reason is the extracted answer."""
+    return [
+        {
+            "id": str(sample["id"]),
+            "question": sample["prompt"],
+            "mode": "think" if task["mode"] == "thinking" else "direct",
+            "answer": sample["gold"],
+            "completion": sample["completion"],
+            "verdicts": {
+                "bench": {"score": sample["score"], "status": "extracted", "reason": sample["extracted"]}
+            },
+            "pictures": sample["pictures"],
+        }
+        for sample in task["samples"]
+    ]
+
+
+def bench_pictures(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[Any]]:
+    """Row id -> its first pictures, which the bench keeps in `folder`."""
+    return {
+        row["id"]: [
+            Picture((folder / name).read_bytes()).rgb() for name in row["pictures"][:PICTURES_AT_MOST]
+        ]
+        for row in rows
+    }
+
+
 class PictureIndex:
     """Pictures of rows by id, read on request.
 
