@@ -31,10 +31,10 @@ CHECKED = ".checked.jsonl"
 def check(
     recipe: Recipe, *, model: Path | None = None, online: bool = False, allow_missing: bool = False
 ) -> list[str]:
-    """Raise one ConfigError for everything that the recipe names and does not exist; return what may be missing.
+    """Raise one ConfigError for everything missing that the recipe names; return what is missing but may be.
 
-    Rewards are loaded with their parameters, and held against the chat template of the core at `model`. Hub ids
-    are not looked up. `online`: judges are asked whether they answer, and their canaries tried.
+    Rewards are loaded with their parameters, and compared with the chat template of the core at `model`. Hub ids
+    are not looked up. `online`: every judge must answer and pass its canaries.
     """
     missing = [*_missing_data(recipe)]
     problems = [*_missing_code(recipe), *_reward_problems(recipe, online, _thought_open(model))]

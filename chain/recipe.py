@@ -202,7 +202,7 @@ class Recipe(Stages):
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Where the recipe's paths and modules are searched, in order: its folder, those that it extends, this one."""
+        """Where the recipe's paths and modules are searched: its folder, those that it extends, the current one."""
         return (*self._own_folders, Path.cwd())
 
     def place(self, text: str) -> Path:
