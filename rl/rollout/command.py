@@ -22,7 +22,8 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
     python = [sys.executable, "-P", "-m"]
     address = ["--host", cfg.host, "--port", str(port)]
     if cfg.engine == "hf":
-        return [*python, "rl.rollout.hf", str(model), *address, *cfg.extra_args]
+        own = ["--dtype", cfg.dtype, *(["--routing-replay"] if cfg.routing_replay else [])]
+        return [*python, "rl.rollout.hf", str(model), *address, *own, *cfg.extra_args]
     args = {
         "--model": model,
         "--served-model-name": MODEL_NAME,
@@ -64,6 +65,7 @@ def _on_gpu(cfg: PoolConfig) -> list[str]:
         *("--tensor-parallel-size", str(cfg.gpus_per_server)),
         *("--gpu-memory-utilization", str(cfg.gpu_memory_utilization)),
         *(["--enable-sleep-mode"] if cfg.share_gpus else []),
+        *(["--enable-return-routed-experts"] if cfg.routing_replay else []),
     ]
 
 

@@ -17,6 +17,7 @@ import queue
 import threading
 import traceback
 from concurrent.futures import Future
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from urllib.parse import urlsplit
 
 from rl.rollout import access
 from rl.rollout.config import MODEL_NAME
+from rl.rollout.routing import Recorder, Routing, written
 
 MAX_BATCH = 64
 GATHER_S = 0.02
@@ -39,9 +41,11 @@ class Engine:
 
     Args:
         folder: checkpoint folder (architecture, tokenizer, processor, first weights).
+        dtype: name of torch's data type of the weights; None: the checkpoint's.
+        routing_replay: whether completions come with the experts that a mixture of experts chose.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str | None = None, routing_replay: bool = False) -> None:
         import torch
 
         import core
@@ -54,8 +58,13 @@ class Engine:
 
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False).eval()
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype or "auto", trust_remote_code=False
+        ).eval()
         self.model.to(self.device)
+        if routing_replay:
+            Routing.of(self.model.config.text_config.to_dict())  # raises for a dense core
+        self.routing_replay = routing_replay
         self.processor = load_processor(folder)
         self.processor.tokenizer.padding_side = "left"
         self.jobs: queue.Queue[tuple[str, dict, Future]] = queue.Queue()
@@ -143,16 +152,18 @@ class Engine:
             {} if greedy else {"temperature": first["temperature"], "top_p": first["top_p"], "top_k": 0}
         )
         eos = self.model.generation_config.eos_token_id
-        out = self.model.generate(
-            **inputs,
-            do_sample=not greedy,
-            num_return_sequences=first["n"],
-            max_new_tokens=first["max_tokens"],
-            suppress_tokens=[int(token) for token in first.get("logit_bias", {})] or None,
-            output_scores=True,
-            return_dict_in_generate=True,
-            **sampling,
-        )
+        recorder = Recorder(self.model, len(bodies) * first["n"]) if self.routing_replay else None
+        with recorder.running() if recorder else nullcontext():
+            out = self.model.generate(
+                **inputs,
+                do_sample=not greedy,
+                num_return_sequences=first["n"],
+                max_new_tokens=first["max_tokens"],
+                suppress_tokens=[int(token) for token in first.get("logit_bias", {})] or None,
+                output_scores=True,
+                return_dict_in_generate=True,
+                **sampling,
+            )
         length = inputs["input_ids"].shape[1]
         tokens = out.sequences[:, length:].cpu()
         # Scores are logits after temperature and token ban, so they give the sampling distribution.
@@ -162,6 +173,11 @@ class Engine:
         choices = [
             self._choice(row.tolist(), lp.tolist(), eos_ids) for row, lp in zip(tokens, logprobs, strict=True)
         ]
+        if recorder:
+            padding = (length - inputs["attention_mask"].sum(1)).repeat_interleave(first["n"]).tolist()
+            for choice, experts, start in zip(choices, recorder.experts(), padding, strict=True):
+                end = length + len(choice["token_ids"]) - 1  # the last token has not been read
+                choice["routed_experts"] = written(experts[start:end])
         return [
             {
                 "prompt_token_ids": ids[mask.bool()].tolist(),
@@ -303,8 +319,11 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--dtype", help="data type of the weights; default: the checkpoint's")
+    parser.add_argument("--routing-replay", action="store_true", help="return the experts that are chosen")
     args = parser.parse_args()
-    Handler.engine, Handler.token = Engine(args.model), os.environ[access.TOKEN]
+    Handler.engine = Engine(args.model, args.dtype, args.routing_replay)
+    Handler.token = os.environ[access.TOKEN]
     server = ThreadingHTTPServer((args.host, args.port), Handler)
     server.daemon_threads = True
     server.serve_forever()
