@@ -198,7 +198,7 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
         if isinstance(place, ForeignSet):
             try:
                 found = foreign_set(recipe, place).path
-                if not is_on_hub(found):  # a plan asks the hub for nothing
+                if not is_on_hub(found):  # a plan sends no requests to the hub
                     files_of(found)
                 if place.format != "auto":
                     known(place.format)
