@@ -81,9 +81,16 @@ def inherited_environment() -> dict[str, str]:
 
 
 def start(
-    command: Sequence[str], *, log: Path, environment: Mapping[str, str], grace_s: float = GRACE_S
+    command: Sequence[str],
+    *,
+    log: Path,
+    environment: Mapping[str, str],
+    grace_s: float = GRACE_S,
+    folder: Path | None = None,
 ) -> subprocess.Popen:
     """Start a command whose output is appended to `log`; it ends with this process at the latest.
+
+    `folder` is its working directory; None: this process's.
 
     The command has its own session, so that Ctrl-C reaches only this process, which then stops the child in order.
     Signals must go to the guard, which forwards them: use `stop` and `kill` of this module.
@@ -96,6 +103,7 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            cwd=folder,
         )
 
 
