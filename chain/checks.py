@@ -35,10 +35,10 @@ CHECKED = ".checked.jsonl"
 def check(
     recipe: Recipe, *, model: Path | None = None, online: bool = False, allow_missing: bool = False
 ) -> list[str]:
-    """Raise one ConfigError for everything that the recipe names and does not exist; return what may be missing.
+    """Raise one ConfigError for everything missing that the recipe names; return what is missing but may be.
 
-    Rewards are loaded with their parameters, and held against the chat template of the core at `model`. Data
-    sets on the hub are not looked up. `online`: judges are asked whether they answer, and their canaries tried.
+    Rewards are loaded with their parameters, and compared with the chat template of the core at `model`. Data sets on
+    the hub are not looked up. `online`: every judge must answer and pass its canaries.
     """
     missing = [*_missing_data(recipe)]
     curations(recipe)  # refuses what it cannot read
@@ -200,7 +200,7 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
         if isinstance(place, ForeignSet):
             try:
                 found = foreign_set(recipe, place).path
-                if not is_on_hub(found):  # a plan asks the hub for nothing
+                if not is_on_hub(found):  # a plan sends no requests to the hub
                     files_of(found)
                 if place.format != "auto":
                     known(place.format)

@@ -62,7 +62,7 @@ def test_import_refuses_in_one_line(source, tmp_path, capsys):
     assert "rows.jsonl: row 5: answer: no column holds it" in capsys.readouterr().err
 
 
-def test_a_recipe_s_set_in_another_format_is_imported_once(toy, source, capsys):
+def test_a_recipes_set_in_another_format_is_imported_once(toy, source, capsys):
     given = f"data.sets.mine={{path: {source}, columns: {{question: q}}}}"
     recipe = load_recipe(toy.recipe_dir, [given])
     assert _Sets(recipe, toy.run_dir).state("mine") == "imported (at the first run)"
