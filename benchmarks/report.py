@@ -49,24 +49,23 @@ def make_run(folder: Path, questions: int) -> None:
 
     draw = random.Random(0)
     write_json(folder / "chain.json", {"id": "bench", "started": "now"})
-    stages = {name: {} for name in STAGES}
+    stages: dict[str, Any] = {name: {} for name in STAGES}
     write_json(folder / "recipe.json", {"name": "bench", "about": "5,000 completions", "seed": 0, **stages})
     before = None
     for place, name in enumerate(STAGES):
         (folder / name / "images").mkdir(parents=True)
         rows = [_row(number, draw) for number in range(questions)]
         (folder / name / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        inputs = {f"stage:{before}": identity(_manifest(folder / before))} if before else {}
-        at = {"started": f"2026-01-01T10:0{place}:00+00:00", "finished": f"2026-01-01T10:0{place}:30+00:00"}
         made = Manifest(
             stage=name,
             fingerprint="f",
             config_hash="c",
-            inputs=inputs,
+            inputs={f"stage:{before}": identity(_manifest(folder / before))} if before else {},
             seed=0,
             parent=before,
-            seconds=1,
-            **at,
+            started=f"2026-01-01T10:0{place}:00+00:00",
+            finished=f"2026-01-01T10:0{place}:30+00:00",
+            seconds=30.0,
         )
         made.write(folder / name)
         before = name

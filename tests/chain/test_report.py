@@ -323,8 +323,9 @@ def test_metrics_with_the_same_last_word_keep_their_whole_names():
         "reward": 0.1,
         "rollout/correct": 0.2,
     }
+    record |= {"bench/mathvista": 40.0, "bench/mmmu": 30.0}
     labels = [[one["label"] for one in chart["series"]] for chart in groups([record], {"a": 0})[0]["charts"]]
-    assert labels == [["reward", "correct"], ["a"], ["low"]]
+    assert labels == [["reward", "correct"], ["a"], ["mathvista", "mmmu"], ["low"]]
 
 
 def test_alarms_stand_at_the_step_of_their_batch_and_phases_at_their_first_step():
