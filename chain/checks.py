@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from chain.bench import curve
 from chain.inputs import code_file, foreign_set, is_on_hub, set_place
 from chain.plan.curations import curations
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
@@ -43,6 +44,7 @@ def check(
     curations(recipe)  # refuses what it cannot read
     problems = [*_missing_code(recipe), *_reward_problems(recipe, online, _thought_open(model))]
     problems += _routing_problems(recipe, model)
+    problems += curve.problems(recipe)
     if not allow_missing:
         problems += missing
     if problems:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,6 +55,7 @@ class Lead:
     Args:
         share_gpus: whether the servers run on the learners' GPUs. They then sleep from the last completion of a batch
             to the next weight update.
+        look: from the number of a batch to further metrics of the policy that the servers hold.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Lead:
         records: Sequence[Record],
         *,
         share_gpus: bool = False,
+        look: Callable[[int], Mapping[str, float]] = lambda batch: {},
     ) -> None:
         self.client, self.rollouts, self.watcher, self.record = client, rollouts, watcher, record
-        self.share_gpus = share_gpus
+        self.share_gpus, self.look = share_gpus, look
         self.state = StageState(
             {"collector": rollouts.collector, "watcher": watcher, "record": record}, records
         )
@@ -97,7 +99,8 @@ class Lead:
         """Let the watcher check a batch, and log it. Raises rl.watch.RewardAlarm."""
         seen, alarms = self.watcher.batch(batch.sampled)
         judges = {f"judge/{name}": count for name, count in statistics().items()}
-        metrics = {**batch.metrics, **figures, **seen, **judges, **self.client.fleet.figures()}
+        looks = self.look(self.record.batches)
+        metrics = {**batch.metrics, **figures, **seen, **looks, **judges, **self.client.fleet.figures()}
         self.record.batch(batch.groups, batch.sampled, metrics, with_completions=bool(alarms))
         self.watcher.stop_for(alarms)
         every = self.record.cfg.save_every

@@ -129,7 +129,7 @@ class Engine:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            padding=True,
+            processor_kwargs={"padding": True, **(bodies[0].get("mm_processor_kwargs") or {})},
             **(bodies[0].get("chat_template_kwargs") or {}),  # a batch has one, see _alike
         ).to(self.device)
 
@@ -199,7 +199,15 @@ class Engine:
 
 def _alike(jobs: list) -> tuple[list, list]:
     """The jobs that can run in one batch with the first, and the rest. Seeded requests run alone to be repeatable."""
-    keys = ("n", "temperature", "top_p", "max_tokens", "logit_bias", "chat_template_kwargs")
+    keys = (
+        "n",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "logit_bias",
+        "chat_template_kwargs",
+        "mm_processor_kwargs",
+    )
     kind, body, _ = jobs[0]
     if kind != "generate" or (body["temperature"] > 0 and body.get("seed") is not None):
         return jobs[:1], jobs[1:]
