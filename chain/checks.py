@@ -18,7 +18,7 @@ from core.manifest import hash_config
 from core.model.shape import SHAPES, CoreShape
 from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
-from corpus.formats.files import files_of
+from corpus.formats.files import files_of, root_of
 from corpus.formats.table import known
 from corpus.hub import address_hint
 from corpus.records import DataSource, load_source
@@ -199,9 +199,11 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             continue
         if isinstance(place, ForeignSet):
             try:
-                found = foreign_set(recipe, place).path
+                found, images = foreign_set(recipe, place).path, foreign_set(recipe, place).images
                 if not is_on_hub(found):  # a plan sends no requests to the hub
                     files_of(found)
+                if images and not is_on_hub(images):
+                    root_of(found, (), images)
                 if place.format != "auto":
                     known(place.format)
             except ConfigError as error:
