@@ -218,7 +218,7 @@ def planted(good: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def _found(folder: Path, defects: dict[str, list[dict[str, Any]]], part: int) -> list[dict[str, Any]]:
-    """What a curation of planted rows found."""
+    """The planted rows that a curation found, by defect."""
     from core.files import read_jsonl
 
     dropped = {

@@ -7,6 +7,7 @@ stage has a new fingerprint.
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from chain.inputs import code_file, is_hub_id
+from chain.inputs import code_file, is_on_hub
 from chain.recipe import CoreConfig, GenerateConfig, sources
 from core.files import append_jsonl, hash_tree, sha256_file
 from core.manifest import Manifest, hash_config
@@ -31,7 +32,7 @@ class Fingerprints:
 
     Args:
         seed: the chain's seed.
-        sets: data set name -> Parquet file, folder or hub id.
+        sets: data set name -> Parquet file, folder or address on the hub.
         memory: cache file of content hashes.
         place: the absolute path that a recipe's path means.
         folders: where users' modules are searched, after the installed ones.
@@ -77,13 +78,37 @@ class Fingerprints:
         return found
 
     def of_code(self, import_string: str) -> str:
-        """Hash of the source file that an import string names and, in a package, of the files beside it."""
+        """Hash of the source file that an import string names, and of the files beside it that it needs.
+
+        In a package these are all files; else those that it imports, directly or through each other.
+        """
         file = code_file(import_string, self.folders)
         if file is None:
             return "missing"
         in_package = (file.parent / "__init__.py").exists()
-        files = sorted(file.parent.glob("*.py")) if in_package else [file]
+        files = sorted(file.parent.glob("*.py")) if in_package else with_imported(file)
         return hash_config({one.name: self.hashes.of(str(one)) for one in files})
+
+
+def with_imported(file: Path) -> list[Path]:
+    """The file and the files beside it that it imports, directly or through each other; a file with bad syntax ends
+    the search, and fails where it is imported."""
+    found, todo = {file}, [file]
+    while todo:
+        try:
+            tree = ast.parse(todo.pop().read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            beside = {file.with_name(f"{name.partition('.')[0]}.py") for name in names if name}
+            new = {one for one in beside - found if one.is_file()}
+            found |= new
+            todo += sorted(new)
+    return sorted(found)
 
 
 def identity(manifest: Manifest) -> str:
@@ -127,8 +152,8 @@ class Hashes:
         self.known = {line["state"]: line["hash"] for line in read_cache(self.memory)}
 
     def of(self, place: str) -> str:
-        """The content hash of `place`. The result is the id itself for a hub id, and `missing` for a missing file."""
-        if is_hub_id(place):
+        """The content hash of `place`. An address on the hub is its own hash; a missing file has `missing`."""
+        if is_on_hub(place):
             return f"hub:{place}"
         path = Path(place)
         if not path.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from core.strict import Name, Strict
 from core.training.config import LearnerConfig, Optim
@@ -340,6 +340,7 @@ class RLConfig(Strict):
     rollout: Rollout
     dynamic_sampling: DynamicSampling = DynamicSampling()
     overlong: Overlong | None = None
+    """Punishment of over-long completions. Over-long prompts: `unaskable` of `data`."""
     batches: int = Field(ge=1)
     """Rollout batches in this stage (the report's episodes)."""
     mini_batch: int = Field(ge=1)
@@ -371,6 +372,17 @@ class RLConfig(Strict):
     def max_steps(self) -> int:
         """Optimizer updates in the stage."""
         return self.batches * self.updates_per_batch
+
+    @field_validator("overlong", mode="before")
+    @classmethod
+    def _overlong_is_about_completions(cls, value: Any) -> Any:
+        # The report's "periodically" is about rows of SFT's packed stream; RL's 16,384 tokens are the servers' context.
+        if isinstance(value, str):
+            raise ValueError(
+                f"{value!r} is a choice of SFT stages. Here `overlong: {{cache_tokens: N}}` punishes long completions; "
+                "prompts beyond servers.max_model_tokens are refused or dropped: data's `unaskable`"
+            )
+        return value
 
     @model_validator(mode="after")
     def _arithmetic(self) -> RLConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -237,9 +238,11 @@ class RolloutFeed:
             ):  # images of any resolution: both TRL and we split patches by the grids
                 grids = inputs["image_grid_thw"].to(ids.device)
                 extra |= {"image_grid_thw": grids, "num_images": [len(grids)], "num_tiles": None}
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(
-            trainer.model, ids, torch.ones_like(ids), len(completion), **extra
-        )
+        experts = [(answer.experts, answer.completions[0].experts)] if answer.experts is not None else []
+        with trainer.passes.replaying(experts) if experts else nullcontext():
+            logps, _, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, torch.ones_like(ids), len(completion), **extra
+            )
         return logps[0].float().tolist()
 
 
@@ -260,10 +263,14 @@ def trl_rows(group: Group) -> list[dict[str, Any]]:
             scores = {name: verdict.score for name, verdict in sample.graded.verdicts.items()}
             scores["overlong"] = sample.penalty
         completion = sample.completion
-        taught = {} if sample.teacher is None else {"teacher_logprobs": sample.teacher or [0.0]}
+        extra: dict[str, Any] = {}
+        if sample.teacher is not None:
+            extra["teacher_logprobs"] = sample.teacher or [0.0]
+        if group.experts is not None:
+            extra["experts"] = group.experts, completion.experts
         rows.append(
             {
-                **taught,
+                **extra,
                 "id": group.row["id"],
                 "scores": scores,
                 "prompt_ids": group.prompt_ids,

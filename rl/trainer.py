@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,10 @@ class Passes(Protocol):
 
     def split(self, batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
         """The shuffled batch in mini-batches."""
+        ...
+
+    def replaying(self, experts: Sequence[Any]) -> AbstractContextManager[None]:
+        """Inside, `score` lets a mixture of experts visit the servers' experts."""
         ...
 
     def score(self, stock: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from corpus.records import RecordError, load_records, write_records
     from rewards import Example, Status, Verdict
     from rewards.adapters import as_trl
+    from rewards.extract import parse
     from rewards.registry import load_reward
 
 claim()
@@ -41,6 +42,7 @@ __all__ = [
     "load_records",
     "load_reward",
     "messages",
+    "parse",
     "register",
     "run",
     "user_text",
@@ -62,6 +64,7 @@ _HOMES = {
     "load_records": "corpus.records:load_records",
     "load_reward": "rewards.registry:load_reward",
     "messages": "core.model.prompts:messages",
+    "parse": "rewards.extract:parse",
     "register": "core:register",
     "run": "chain.run:run",
     "user_text": "core.model.prompts:user_text",

@@ -53,7 +53,7 @@ def write_stream(
     for name, tensor in tensors:
         if not allow_nonfinite and (what := nonfinite_tensor(tensor)):
             raise NonFinite(
-                f"{out}: {name} holds {what}: such weights are not written; use the checkpoint before it"
+                f"{out}: {name} holds {what}: such weights are not written; use an earlier checkpoint"
             )
         if held and held_bytes + tensor.nbytes > max_shard_bytes:
             flush()

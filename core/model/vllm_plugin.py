@@ -76,9 +76,9 @@ def _measure_with_the_costliest_image() -> None:
 def _find_the_token_of_an_image_of_one() -> None:
     """Let vLLM put the features of an image of one token in that token's place.
 
-    vLLM 0.31 takes the most frequent token of an image's expansion, which is `<img>`, the image tokens and `</img>`.
-    If there is one image token (at any resolution, up to 41 pixels a side), all three occur once, and vLLM would take
-    the lowest id.
+    An image expands to `<img>`, the image tokens and `</img>`. vLLM 0.31 takes the most frequent of these tokens. If
+    there is one image token (at any resolution, up to 41 pixels a side), all three occur once, and vLLM would take the
+    lowest id.
     """
     from vllm.model_executor.models.transformers import multimodal
 

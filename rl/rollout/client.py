@@ -88,7 +88,7 @@ class RolloutClient:
         """The client for a recipe's `servers`, which serve the core at `model`."""
         return cls(
             urls,
-            CoreFacts.of(model),
+            CoreFacts.of(model, routing_replay=pool.routing_replay),
             concurrency=pool.concurrency,
             timeout_s=pool.request_timeout_s,
             patience_s=pool.patience_s,

@@ -56,6 +56,9 @@ class PoolConfig(Strict):
     are awake the learner's weights and optimizer states stay where they are: gpu_memory_utilization is for the rest."""
     max_images: int = Field(default=8, ge=1)
     """Most images in one prompt."""
+    routing_replay: bool = False
+    """Mixtures of experts: servers return the experts that they chose, and the learners of RL stages use them (R3,
+    arXiv:2510.11370). Takes engine hf, or vLLM on GPUs."""
     weights: Literal["shm", "nccl"] = "shm"
     """How weights reach the servers: shm (files that they read) or nccl (GPU to GPU)."""
     weights_dir: str | None = None
@@ -133,6 +136,15 @@ class PoolConfig(Strict):
             raise ValueError(
                 f"extra_args has {bent[0]}: servers must sample from the whole distribution and report its "
                 "log-probabilities, or every importance ratio is biased; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _returns_experts(self) -> PoolConfig:
+        if self.routing_replay and self.engine == "vllm" and self.device == "cpu" and not self.urls:
+            raise ValueError(
+                "routing_replay with engine=vllm on device=cpu: vLLM 0.31 returns experts from its model runner V2 "
+                "only, which needs Triton, and its CPU wheel has none; use engine: hf, or device: gpu"
             )
         return self
 

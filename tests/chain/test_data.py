@@ -30,8 +30,20 @@ def test_import_prints_the_mapping_three_rows_and_every_reason(source, tmp_path,
     assert said.count("-> ") == 3
     assert "5 records of 6 rows, 1 rejected\n  1 x answer: no column holds it" in said
     assert "gold answers: number 100%" in said
-    assert "5 of 5 sampled gold answers are usable for grading" in said
+    assert "rewards test, answer: 5 rows; gold answers score 1, empty and corrupted answers score 0" in said
     assert [row["question"] for row in load_records(out)] == [row["q"] for row in ROWS]
+
+
+def test_import_tests_the_gold_answers_and_shows_the_system_message(tmp_path, capsys):
+    rows = [
+        {"question": "Half?", "answer": answer, "system": "Be brief."} for answer in ("3", "$\\frac{1}{$")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "import", str(tmp_path / "rows.jsonl"), str(tmp_path / "mine.parquet")]) == 0
+    said = capsys.readouterr().out
+    assert "mine-0, direct: [system: Be brief.] Half?" in said
+    assert "failures on 1 of 2 rows" in said
+    assert "rewards test, answer: gold: 1 row; the first: row 1 ('mine-1')" in said
 
 
 def test_import_refuses_in_one_line(source, tmp_path, capsys):

@@ -11,6 +11,7 @@ import pytest
 
 from chain import errors, ranks
 from chain import run as runner
+from chain.fingerprints import Fingerprints
 from chain.folder import RunFolder
 from chain.job import DONE, Task
 from chain.launch import StageFailed, run_job
@@ -85,6 +86,19 @@ def test_changed_generator_code_makes_the_data_again(toy):
     code.write_text(code.read_text() + "\n# another generator\n")
     toy.run(until="core")
     assert toy.calls() == ["data", "core"]
+
+
+def test_code_counts_with_the_files_beside_it_that_it_imports(tmp_path):
+    (tmp_path / "my_data.py").write_text("from my_shapes import SIDE\n")
+    (tmp_path / "my_shapes.py").write_text("import my_colours\nSIDE = 3\n")
+    for name in ("my_colours", "my_reward"):
+        (tmp_path / f"{name}.py").write_text("import my_data\n")
+    prints = Fingerprints(0, {}, tmp_path / "hashes.jsonl", folders=[tmp_path])
+    hashes = [prints.of_code("my_data:make")]
+    for name in ("my_reward", "my_colours"):
+        (tmp_path / f"{name}.py").write_text("import json, my_data\n")
+        hashes.append(prints.of_code("my_data:make"))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_a_half_written_stage_is_not_taken_for_a_finished_one(toy):

@@ -152,7 +152,7 @@ def test_content_hashes_are_remembered_until_the_file_changes(tmp_path, monkeypa
     data.write_text("two")
     os.utime(data, ns=(1, 1))
     assert Hashes(tmp_path / "memory").of(str(data)) != first
-    assert Hashes(tmp_path / "memory").of("owner/name") == "hub:owner/name"
+    assert Hashes(tmp_path / "memory").of("hf://datasets/a/b") == "hub:hf://datasets/a/b"
     assert Hashes(tmp_path / "memory").of("./gone") == "missing"
 
 

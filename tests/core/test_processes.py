@@ -149,17 +149,6 @@ def test_leftovers_are_told_by_name_owner_and_process(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == set(kept)
 
 
-def test_the_lock_of_a_killed_build_goes_once_no_build_can_still_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    for age_s, name in ((processes.BUILD_S + 60, "old"), (5, "young")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "lock").touch()
-        os.utime(tmp_path / name / "lock", (time.time() - age_s,) * 2)
-    (tmp_path / "empty").mkdir()
-    assert processes.remove_leftovers(tmp_path / "empty") == [str(tmp_path / "old" / "lock")]
-    assert (tmp_path / "young" / "lock").exists()
-
-
 def test_a_child_whose_parent_ended_before_it_asked_to_end_with_it_ends_at_once():
     code = "import os\nfrom core.processes import end_with_parent\nend_with_parent({})\nprint('lives')"
     for parent, output in (("os.getppid()", "lives\n"), ("os.getppid() + 1", "")):

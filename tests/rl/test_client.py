@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from rl.rollout import access
 from rl.rollout.client import RolloutClient
 from rl.rollout.http import RolloutError
 from rl.rollout.messages import CoreFacts, Prompt, Sampling
@@ -62,7 +63,9 @@ class FakeServer:
 
 
 @pytest.fixture
-def fakes():
+def fakes(monkeypatch):
+    """Two fake servers. They cannot prove a token, so clients get none, also beside the session's real server."""
+    monkeypatch.delenv(access.TOKEN, raising=False)
     servers = [FakeServer(), FakeServer()]
     yield servers
     for fake in servers:
