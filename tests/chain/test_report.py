@@ -210,6 +210,8 @@ def test_the_pictures_of_rollouts_come_from_the_stages_sets(run_dir):
     found = asked.questions(run_dir, ["rlvr"], [], sets, Thumbnails())
     rows = [row for row in found["rows"] if row["set"] == "rollouts: rlvr"]
     assert [len(row["pictures"]) for row in rows] == [1, 1]
+    (run_dir / "rl.parquet").write_text("PAR1 and then nothing")
+    assert asked.questions(run_dir, ["rlvr"], [], sets, Thumbnails())["rows"][-1]["pictures"] == []
 
 
 def test_the_samples_of_a_bench_are_questions_too(run_dir):
@@ -413,11 +415,14 @@ def test_the_data_section_counts_the_sets_and_names_what_was_dropped(run_dir):
     write_records(folder / "train-00000.parquet", rows)
     step = {"op": "lengths", "rows": 6, "kept": 4, "changed": 0, "reasons": {"too long": 2}}
     write_json(folder / "steps.json", {"steps": [step]})
-    sets = Sets({"mine": str(folder), "gone": "/nowhere.parquet"}, {"thinking": "mine", "direct": "gone"})
+    (run_dir / "torn.parquet").write_text("PAR1 and then nothing")
+    places = {"mine": str(folder), "gone": "/nowhere.parquet", "torn": str(run_dir / "torn.parquet")}
+    sets = Sets(places, {"thinking": "mine", "direct": "gone", "mcq": "torn"})
     found = {table["title"]: table["rows"] for table in tables(run_dir, ["rlvr"], sets)}
     assert found["Sets"][0][:3] == ["mine", "evaluation", "4"]
     assert found["Sets"][0][4] == "think 75%, direct 25%"
     assert found["Sets"][1][2:] == ["–", "–", "–", "–", "–", "–"]
+    assert found["Sets"][2][2] == "unreadable"
     assert found["Made by a stage's own policy"] == [["rlvr", "pass_at_k", "9", "2 never solved"]]
     assert found["Curation of mine"] == [["lengths", "6", "4", "0", "2 too long"]]
 
