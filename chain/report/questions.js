@@ -34,7 +34,7 @@ function answerCard(answer) {
 function thumbnails(row, pictures, most) {
   const shown = row.pictures.slice(0, most), more = row.pictures.length - shown.length;
   return [
-    shown.map((place) => el("img", { src: pictures[place], alt: "", loading: "lazy", decoding: "async" })),
+    shown.map((place) => el("img", { src: pictures[place], alt: "", decoding: "async" })),
     more ? el("small", {}, `+${more}`) : null];
 }
 

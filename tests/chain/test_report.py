@@ -21,6 +21,7 @@ from chain.report.curves import MAIN, MAX_POINTS, POLICY_LOSS, component_looks, 
 from chain.report.page import content, page
 from chain.report.pictures import Thumbnails
 from chain.report.render import HERE, SCRIPTS, script_json
+from chain.report.rows import rows_page
 from chain.report.serving import serving
 from chain.report.sets import Sets, tables
 from chain.report.write import write
@@ -131,6 +132,14 @@ def test_the_policy_names_exactly_the_pages_own_script_and_style(run_dir):
     assert (rules["require-trusted-types-for"], rules["trusted-types"]) == ("'script'", "'none'")
     assert "connect-src" not in rules
     assert "unsafe" not in found.policy
+
+
+def test_the_pages_without_scripts_permit_their_own_style_alone():
+    found = Page(rows_page("rows", ATTACK, ["fact"], [], []))
+    digest = base64.b64encode(hashlib.sha256(found.inside["style"][0].encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in found.policy
+    assert "script-src" not in found.policy
+    assert ("script" in found.tags, found.handlers, found.references) == (False, [], [])
 
 
 def test_the_scripts_parse_no_text_as_html_and_name_no_address():
