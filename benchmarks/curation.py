@@ -88,6 +88,7 @@ def _speed(options: argparse.Namespace, folder: Path) -> None:
             if done.returncode:
                 raise SystemExit(done.stderr)
             results.append({"engine": engine, "rows": count, **json.loads(done.stdout.splitlines()[-1])})
+            print(json.dumps(results[-1]), file=sys.stderr, flush=True)  # a run takes minutes
     heads = ("engine", "rows", "rows/s", "main MiB", "worker MiB")
     show(
         f"all steps, {options.workers} workers",

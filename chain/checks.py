@@ -18,7 +18,7 @@ from core.manifest import hash_config
 from core.model.shape import SHAPES, CoreShape
 from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
-from corpus.formats.files import files_of
+from corpus.formats.files import files_of, root_of
 from corpus.formats.table import known
 from corpus.hub import address_hint
 from corpus.records import DataSource, load_source
@@ -35,10 +35,10 @@ CHECKED = ".checked.jsonl"
 def check(
     recipe: Recipe, *, model: Path | None = None, online: bool = False, allow_missing: bool = False
 ) -> list[str]:
-    """Raise one ConfigError for everything that the recipe names and does not exist; return what may be missing.
+    """Raise one ConfigError for everything missing that the recipe names; return what is missing but may be.
 
-    Rewards are loaded with their parameters, and held against the chat template of the core at `model`. Data
-    sets on the hub are not looked up. `online`: judges are asked whether they answer, and their canaries tried.
+    Rewards are loaded with their parameters, and compared with the chat template of the core at `model`. Data sets on
+    the hub are not looked up. `online`: every judge must answer and pass its canaries.
     """
     missing = [*_missing_data(recipe)]
     curations(recipe)  # refuses what it cannot read
@@ -199,9 +199,11 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             continue
         if isinstance(place, ForeignSet):
             try:
-                found = foreign_set(recipe, place).path
-                if not is_on_hub(found):  # a plan asks the hub for nothing
+                found, images = foreign_set(recipe, place).path, foreign_set(recipe, place).images
+                if not is_on_hub(found):  # a plan sends no requests to the hub
                     files_of(found)
+                if images and not is_on_hub(images):
+                    root_of(found, (), images)
                 if place.format != "auto":
                     known(place.format)
             except ConfigError as error:

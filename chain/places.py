@@ -17,7 +17,7 @@ class Placed(Strict):
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Where paths and modules are searched, in order: the file's folder, those that it extends, this one."""
+        """Where paths and modules are searched: the file's folder, those that it extends, the current one."""
         return (*self._own_folders, Path.cwd())
 
     def read_from(self, folders: Iterable[Path]) -> None:

@@ -66,7 +66,7 @@ def run(
     finished. `ray`: address of the Ray cluster that runs ranks and servers, or `auto` (chain/cluster.py); None: this
     host runs them.
     Raises ConfigError before anything runs, StageFailed when a stage's process fails, and NodeLost when Ray's nodes are
-    lost again and again.
+    lost repeatedly.
     """
     runs_dir = Path(runs_dir)
     check(recipe, model=core_folder(recipe, (runs_dir / recipe.name).resolve()))

@@ -249,7 +249,7 @@ def _open(source: str, split: str, caps: Caps) -> Table:
                 features=features(),
                 batch_size=rows_at_once(files),
             ),
-            f"{source}: not readable as Parquet; write it with corpus.records.write_records",
+            f"{source}: not readable as Parquet; convert other formats: posttrain data import",
         )
         pyarrow.default_memory_pool().release_unused()  # used by the conversion; the rows are on disk now
         return Table(dataset, _locator(files), caps)

@@ -179,7 +179,7 @@ class RolloutFeed:
         if len(rows) != count * ranks:
             raise RuntimeError(
                 f"collected {len(rows)} completions for {ranks} ranks x {count}; "
-                "rollout.prompts_per_batch x group_size must be what TRL's generation batch holds"
+                "rollout.prompts_per_batch x group_size must equal TRL's generation batch"
             )
         own = rows[rank * count : (rank + 1) * count]
         # The rows of a group share their images as objects: rl.shared_prefix.tiles computes each object once.

@@ -11,7 +11,7 @@ Differs from stock TRL:
 
 Differs from the report (arXiv:2509.14033, sections 4.2 and 4.4), which leaves open how its clip value moves within
 0.20 to 0.28: by default those are DAPO's fixed lower and upper clip; `algorithm.clip_schedule` moves the upper one.
-The report names no importance-sampling correction, rollout engine, dynamic sampling limits or overlong punishment.
+The report does not describe importance-sampling correction, rollout engine, dynamic sampling or overlong punishment.
 """
 
 from __future__ import annotations

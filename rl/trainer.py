@@ -63,7 +63,7 @@ class RolloutTrainer(GRPOTrainer):
     Args:
         feed: brings the rows.
         passes: a function from this trainer to the `Passes` object; None keeps TRL's passes.
-        banned_ids: tokens with probability 0 in sampling; policy and reference give them none either.
+        banned_ids: tokens with probability 0 in sampling, and so for policy and reference.
         **trl: arguments of GRPOTrainer.
     """
 

@@ -49,7 +49,7 @@ def test_bfloat16_is_compared_with_float32():
     assert found["our distance over stock's"].measured == pytest.approx(ours / stock)
 
 
-def test_what_a_machine_lacks_is_said():
+def test_checks_that_a_machine_cannot_run_are_named():
     assert "CUDA graphs" in "".join(lines_of("engine"))
     assert "no GPU" in gpu_check._machine_problem("cuda")
 

@@ -47,6 +47,10 @@ def problems(recipe: Recipe) -> Iterator[str]:
         Harness.at(Path(cfg.harness))
     except ConfigError as error:
         yield f"eval.every.harness: {error}"
+    for key, places in (("data", cfg.data.values()), ("include", cfg.include)):
+        yield from (f"eval.every.{key}: {one}: no such folder" for one in places if not Path(one).exists())
+    if cfg.judge_key_env and not os.environ.get(cfg.judge_key_env):
+        yield f"eval.every.judge_key_env: the variable {cfg.judge_key_env} is not set"
     try:
         suite = _suite(cfg)
     except ConfigError as error:

@@ -20,6 +20,7 @@ from core import processes
 from core.files import read_json, read_jsonl, write_text
 from core.processes import inherited_environment
 from core.strict import ConfigError
+from rl.rollout import access
 
 VERSION = "0.7.3"
 DEFAULT = Path(".venv-bench/bin/python")
@@ -132,21 +133,7 @@ class Harness:
         if limit:
             command += ["--limit", str(limit)]
         command += ["--seed", str(relay.seed)]
-        environment = inherited_environment() | {
-            "OPENAI_API_KEY": relay.token,
-            "OPENAI_API_URL": relay.url("judge"),
-            "API_TYPE": "openai",
-            "MODEL_VERSION": relay.judge.model if relay.judge else "none",
-            "LMMS_IMAGE_ENCODE_FORMAT": "PNG",
-            "POSTTRAIN_VIDEO": relay.video,
-            "WANDB_MODE": "disabled",
-            "NO_PROXY": "127.0.0.1",
-        }
-        # Our packages are not for the harness: an installed project's folder holds clashing versions of its libraries.
-        environment.pop("PYTHONPATH")
-        environment.setdefault("HF_HOME", str(Path("~/.cache/huggingface").expanduser()))
-        if videos:
-            environment |= {"HF_HOME": str(videos), "HF_DATASETS_CACHE": str(folder / "datasets")}
+        environment = _environment(relay, folder, videos)
         log = folder / "log.txt"
         log.unlink(missing_ok=True)
         process = processes.start(command, log=log, environment=environment, folder=folder)
@@ -160,6 +147,30 @@ class Harness:
         if code or not results:
             raise HarnessFailed(f"lmms-eval ended with code {code}: {_last_words(folder / 'log.txt')}")
         return results[-1]
+
+
+def _environment(relay: Relay, folder: Path, videos: Path | None) -> dict[str, str]:
+    """The harness's environment: the relay in place of OpenAI, without the servers' token and the judge's key."""
+    secret = {relay.judge.key} - {""} if relay.judge else set()
+    inherited = {
+        name: value
+        for name, value in inherited_environment().items()
+        # Our packages are not for the harness: an installed project's folder holds clashing versions of its libraries.
+        if name not in ("PYTHONPATH", access.TOKEN) and value not in secret
+    }
+    own = {
+        "OPENAI_API_KEY": relay.token,
+        "OPENAI_API_URL": relay.url("judge"),
+        "API_TYPE": "openai",
+        "MODEL_VERSION": relay.judge.model if relay.judge else "none",
+        "LMMS_IMAGE_ENCODE_FORMAT": "PNG",
+        "POSTTRAIN_VIDEO": relay.video,
+        "WANDB_MODE": "disabled",
+        "NO_PROXY": "127.0.0.1",
+    }
+    if videos:
+        own |= {"HF_HOME": str(videos), "HF_DATASETS_CACHE": str(folder / "datasets")}
+    return {"HF_HOME": str(Path("~/.cache/huggingface").expanduser()), **inherited, **own}
 
 
 def outcome(

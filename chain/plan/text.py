@@ -284,7 +284,15 @@ def _evaluation(recipe: Recipe) -> str:
     for name, one in cfg.sets.items():
         drawn = f" + {one.draws} samples" if one.draws else ""
         parts.append(f"{name} on {_amount(one)}, greedy{drawn}, at most {cfg.longest(name)} tokens")
-    return "; ".join(parts) + ("; each also with blanked images" if cfg.blind else "")
+    blind = "; each also with blanked images" if cfg.blind else ""
+    every = cfg.every
+    looks = ""
+    if every:
+        names = ", ".join(every.only) or "all benchmarks"
+        looks = (
+            f"; every {every.batches} batches of RL the first {every.limit} of {names} of suite {every.suite}"
+        )
+    return "; ".join(parts) + blind + looks
 
 
 def _pool(recipe: Recipe) -> str:

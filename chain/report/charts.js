@@ -40,32 +40,39 @@ function figure(title, keys, svg, wide) {
     el("figcaption", {}, el("strong", {}, title), el("span", { class: "legend" }, keys)), svg);
 }
 
-// One chart of a stage; `marks` are the stage's alarms and phases.
-function lineChart(chart, marks) {
+// The scales and ticks of a line chart.
+function axes(chart) {
+  const least = (values) => values.reduce((a, b) => Math.min(a, b));
+  const most = (values) => values.reduce((a, b) => Math.max(a, b));
   const points = chart.series.flatMap((one) => one.points);
   const xs = points.map(([x]) => x), ys = points.map(([, y]) => y);
-  const min = (values) => values.reduce((a, b) => Math.min(a, b)), max = (values) => values.reduce((a, b) => Math.max(a, b));
-  const [low, high] = [min(xs), max(xs)];
-  const base = chart.zero ? Math.min(0, min(ys)) : min(ys), top = max(ys);
+  const low = least(xs), high = most(xs), top = most(ys);
+  const base = chart.zero ? Math.min(0, least(ys)) : least(ys);
   const yTicks = ticks(base, chart.zero && base === 0 && top === 0 ? 1 : top, 4);
   const xOf = scale(low, high, LEFT, WIDTH - RIGHT), yOf = scale(yTicks[0], yTicks.at(-1), HEIGHT - BOTTOM, TOP);
-  const xTicks = ticks(low, high, 5).filter((tick) => tick >= low && tick <= high && Number.isInteger(tick)).map((tick) => [xOf(tick), number(tick)]);
+  const whole = ticks(low, high, 5).filter((tick) => tick >= low && tick <= high && Number.isInteger(tick));
+  return { low, high, xOf, yOf, yTicks, xTicks: whole.map((tick) => [xOf(tick), number(tick)]) };
+}
+
+// One chart of a stage; `marks` are the stage's alarms and phases.
+function lineChart(chart, marks) {
+  const { low, high, xOf, yOf, yTicks, xTicks } = axes(chart);
   const svg = frame(`${chart.title} by step`, WIDTH, yTicks, yOf, xTicks);
   for (const mark of marks.filter((one) => one.x >= low && one.x <= high)) {
     const x = xOf(mark.x), line = el("svg:path", { class: mark.kind, d: `M${x} ${TOP}V${HEIGHT - BOTTOM}` });
     const flag = mark.kind === "alarm" && el("svg:path", { class: "flag", d: `M${x - 4} ${TOP - 8}h8l-4 8z` });
-    svg.append(el("svg:g", {}, el("svg:title", {}, mark.label), line, flag || []));
+    svg.append(el("svg:g", {}, el("svg:title", {}, mark.label), line, flag));
   }
   const values = chart.series.map(() => el("b"));
-  const keys = chart.series.map((one, at) => el("span", { class: `key ${look(one.look)}`, title: one.key }, `${one.label} `, values[at]));
+  const key = (one, at) => el("span", { class: `key ${look(one.look)}`, title: one.key }, `${one.label} `, values[at]);
   for (const one of chart.series) {
+    const points = one.points.map(([x, y]) => `${xOf(x).toFixed(1)},${yOf(y).toFixed(1)}`).join(" ");
     const [x, y] = one.points.at(-1);
-    svg.append(
-      el("svg:polyline", { class: `line ${look(one.look)}`, points: one.points.map(([a, b]) => `${xOf(a).toFixed(1)},${yOf(b).toFixed(1)}`).join(" ") }),
+    svg.append(el("svg:polyline", { class: `line ${look(one.look)}`, points }),
       el("svg:circle", { class: `dot ${look(one.look)}`, cx: xOf(x), cy: yOf(y), r: 3 }));
   }
   read(svg, chart.series, values, xOf);
-  return figure(chart.title, keys, svg);
+  return figure(chart.title, chart.series.map(key), svg);
 }
 
 // Show the last values, and under the pointer those of the nearest step.
@@ -76,12 +83,12 @@ function read(svg, series, values, xOf) {
     cross.setAttribute("d", "");
     step.textContent = "";
   };
-  const nearest = (one, x) => one.points.reduce((a, b) => (Math.abs(xOf(b[0]) - x) < Math.abs(xOf(a[0]) - x) ? b : a));
+  const closest = (points, x) =>
+    points.reduce((a, b) => (Math.abs(xOf(b[0]) - x) < Math.abs(xOf(a[0]) - x) ? b : a));
   svg.append(cross, step);
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * WIDTH;
-    const found = series.map((one) => nearest(one, x));
-    const at = found.reduce((a, b) => (Math.abs(xOf(b[0]) - x) < Math.abs(xOf(a[0]) - x) ? b : a))[0];
+    const found = series.map((one) => closest(one.points, x)), at = closest(found, x)[0];
     found.forEach((point, place) => { values[place].textContent = point[0] === at ? number(point[1]) : "\u2013"; });
     cross.setAttribute("d", `M${xOf(at)} ${TOP}V${HEIGHT - BOTTOM}`);
     step.setAttribute("x", Math.max(LEFT + 16, Math.min(WIDTH - 30, xOf(at))));
@@ -93,20 +100,22 @@ function read(svg, series, values, xOf) {
 
 // Shares in [0, 1] with their intervals: `series` is [[name, [[share, low, high] or null per label]]].
 function intervalChart(title, labels, series) {
-  const wide = Math.max(WIDTH, 96 * labels.length + LEFT + RIGHT), step = (wide - LEFT - RIGHT) / labels.length;
+  const width = Math.max(860, 96 * labels.length + LEFT + RIGHT), step = (width - LEFT - RIGHT) / labels.length;
   const yOf = scale(0, 1, HEIGHT - BOTTOM, TOP), middle = (at) => LEFT + step * (at + 0.5);
-  const svg = frame(title, wide, [0, 0.25, 0.5, 0.75, 1], yOf, labels.map((label, at) => [middle(at), label]));
+  const svg = frame(title, width, [0, 0.25, 0.5, 0.75, 1], yOf, labels.map((label, at) => [middle(at), label]));
   series.forEach(([name, values], place) => {
     const x = (at) => middle(at) + 9 * (place - (series.length - 1) / 2), css = look(place);
     const known = values.map((value, at) => [value, at]).filter(([value]) => value);
-    svg.append(el("svg:polyline", { class: `line faint ${css}`, points: known.map(([value, at]) => `${x(at)},${yOf(value[0])}`).join(" ") }));
+    const points = known.map(([value, at]) => `${x(at)},${yOf(value[0])}`).join(" ");
+    svg.append(el("svg:polyline", { class: `line faint ${css}`, points }));
     for (const [[share, low, high], at] of known) {
-      svg.append(el("svg:g", {},
-        el("svg:title", {}, `${labels[at]}, ${name}: ${share.toFixed(3)} [${low.toFixed(3)}, ${high.toFixed(3)}]`),
+      const hint = `${labels[at]}, ${name}: ${share.toFixed(3)} [${low.toFixed(3)}, ${high.toFixed(3)}]`;
+      svg.append(el("svg:g", {}, el("svg:title", {}, hint),
         el("svg:path", { class: `line ${css}`, d: `M${x(at)} ${yOf(low)}V${yOf(high)}` }),
         el("svg:circle", { class: `dot ${css}`, cx: x(at), cy: yOf(share), r: 4 })));
     }
   });
   svg.setAttribute("class", "scrolls");
-  return figure(title, series.map(([name], at) => el("span", { class: `key ${look(at)}` }, name)), el("div", { class: "scroll" }, svg), true);
+  const keys = series.map(([name], at) => el("span", { class: `key ${look(at)}` }, name));
+  return figure(title, keys, el("div", { class: "scroll" }, svg), true);
 }

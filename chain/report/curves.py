@@ -22,6 +22,7 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     (MAIN, "Token accuracy", ("mean_token_accuracy",), False),
     (MAIN, "Completion length, tokens", ("completions/mean_length", "completions/max_length"), True),
     (MAIN, "Entropy, nats per token", ("entropy",), True),
+    (MAIN, "Public benchmarks, points", ("bench/*",), True),
     (MAIN, "Held-out watch, accuracy", ("watch/held_out_accuracy", "watch/held_out_accuracy_blanked"), True),
     (
         MAIN,
@@ -127,8 +128,9 @@ def marks(metrics: Sequence[Mapping[str, Any]], alarms: Sequence[Mapping[str, An
     ]
     for alarm in alarms:
         batch = alarm.get("batch")
-        known = isinstance(batch, int) and 0 <= batch < len(starts)
-        step = starts[batch] if known else steps[-1] if steps else 0.0
+        step = steps[-1] if steps else 0.0
+        if isinstance(batch, int) and 0 <= batch < len(starts):
+            step = starts[batch]
         label = f"{alarm.get('name')}: {alarm.get('text')}"
         found.append({"kind": "alarm", "x": step, "label": label})
     return found

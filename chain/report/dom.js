@@ -3,17 +3,22 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
-// Control characters, invisible characters and characters that turn the direction of text. They would hide or reorder
-// what a model has written, so they are shown by their code points. Line breaks and tabs stay.
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+// Control characters, invisible characters and characters that turn the direction of text would hide or reorder what a
+// model has written, so they are shown by their code points. Line breaks and tabs stay.
+const HIDDEN = new RegExp([
+  "[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f]",
+  "[\\ufeff\\ufff9-\\uffff]", "[\\ud800-\\udbff](?![\\udc00-\\udfff])", "(?<![\\ud800-\\udbff])[\\udc00-\\udfff]",
+].join("|"), "g");
 
 function visible(text) {
-  return String(text).replace(HIDDEN, (one) => `\u27e8U+${one.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}\u27e9`);
+  const code = (one) => one.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
+  return String(text).replace(HIDDEN, (one) => `\u27e8U+${code(one)}\u27e9`);
 }
 
 // An element. `attributes` are set by name, `on` holds listeners by event; children are nodes, texts, or lists of them.
 function el(name, attributes = {}, ...children) {
-  const made = name.startsWith("svg:") ? document.createElementNS(SVG, name.slice(4)) : document.createElement(name);
+  const isSvg = name.startsWith("svg:");
+  const made = isSvg ? document.createElementNS(SVG, name.slice(4)) : document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
     if (key === "on") for (const [event, listener] of Object.entries(value)) made.addEventListener(event, listener);
     else if (key.startsWith("aria-")) made.setAttribute(key, value);
@@ -27,10 +32,15 @@ function el(name, attributes = {}, ...children) {
   return made;
 }
 
+// A button that reads like text; `link` colours it.
+function plainButton(text, act, more = {}) {
+  return el("button", { type: "button", class: "plain link", on: { click: act }, ...more }, text);
+}
+
 // A table that scrolls inside its own frame. Cells are texts or nodes; the first column is the row's name.
 function grid(heads, rows, title) {
-  const cells = (row) => row.map((cell, at) => el(at ? "td" : "th", at ? {} : { scope: "row" }, cell));
-  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": title || "table" },
+  const cells = (row) => row.map((cell, at) => (at ? el("td", {}, cell) : el("th", { scope: "row" }, cell)));
+  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": title },
     el("table", {},
       el("thead", {}, el("tr", {}, heads.map((head) => el("th", { scope: "col" }, head)))),
       el("tbody", {}, rows.map((row) => el("tr", {}, cells(row))))));
@@ -40,9 +50,9 @@ function grid(heads, rows, title) {
 function number(value) {
   if (value === null || value === undefined) return "\u2013";
   if (value === 0) return "0";
-  const size = Math.abs(value);
-  if (size >= 1000) return size < 1e15 ? Math.round(value).toLocaleString("en-US") : value.toExponential(2);
-  return size < 1e-3 ? String(Number(value.toPrecision(3)).toExponential()) : String(Number(value.toPrecision(3)));
+  const size = Math.abs(value), short = Number(value.toPrecision(3));
+  if (size >= 1000) return size < 1e15 ? Math.round(value).toLocaleString("en-US") : short.toExponential();
+  return size < 1e-3 ? short.toExponential() : String(short);
 }
 
 function seconds(value) {

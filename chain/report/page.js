@@ -1,16 +1,22 @@
 // The page: its sections, the reader's choices (kept in the address), and newer content while a run trains.
 
-const NONE = { set: "", source: "", stage: "", judge: "", verdict: "", flip: "", base: "", sort: "", cut: "", search: "", page: "0", tab: "" };
+const PAGE = 25; // questions of one page of the table
+const NONE = {
+  set: "", source: "", stage: "", judge: "", verdict: "", flip: "", base: "", sort: "", cut: "", search: "",
+  page: "0", tab: "" };
 let content = JSON.parse(document.getElementById("data").textContent);
 let state = { ...NONE, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1))) };
-const opened = new Set(); // keys of the open questions
 const sections = new Map(); // name of a section -> its element
 let waiting = 0; // the timer of a search that is being typed
 let version = null; // of the content that the server sent last
 
-const rowKey = (row) => JSON.stringify([row.set, row.source, row.id]);
-// The open questions as a set of rows; the keys outlive newer content.
-const openRows = { has: (row) => opened.has(rowKey(row)), add: (row) => opened.add(rowKey(row)), delete: (row) => opened.delete(rowKey(row)) };
+// The open questions. Their keys outlive newer content.
+const opened = {
+  keys: new Set(),
+  key: (row) => JSON.stringify([row.set, row.source, row.id]),
+  has: (row) => opened.keys.has(opened.key(row)),
+  turn: (row) => { if (!opened.keys.delete(opened.key(row))) opened.keys.add(opened.key(row)); },
+};
 
 function remember(changes) {
   state = { ...state, ...changes };
@@ -24,77 +30,93 @@ function changeFilter(changes) {
   waiting = setTimeout(fillQuestions, "search" in changes ? 150 : 0);
 }
 
+function sortBy(key) {
+  changeFilter({ sort: state.sort === `-${key}` ? key : `-${key}` });
+  document.getElementById("filter-sort").value = state.sort;
+}
+
+function clearFilters() {
+  remember({ ...NONE, tab: state.tab });
+  show("questions");
+}
+
 function openStage(name) {
   remember({ tab: name });
   show("training");
   sections.get("training").scrollIntoView({ block: "start" });
 }
 
-function turn(to) {
-  remember({ page: String(to) });
+function turnTo(page) {
+  remember({ page: String(page) });
   fillQuestions();
   document.getElementById("question-table").scrollIntoView({ block: "nearest" });
 }
 
 // Fill the table of the questions section by the present filters.
 function fillQuestions() {
-  const data = content.questions, found = selection(data.rows, state), last = Math.max(0, Math.ceil(found.length / PAGE) - 1);
+  const data = content.questions, found = selection(data.rows, state);
+  const last = Math.max(0, Math.ceil(found.length / PAGE) - 1);
   const at = Math.max(0, Math.min(last, Math.floor(Number(state.page)) || 0));
-  const columns = [["", ""], ["question", ""], ["right", "right"], ["completion", ""], ["tokens, reward", "tokens"]];
-  const sortBy = (key) => { changeFilter({ sort: state.sort === `-${key}` ? key : `-${key}` }); document.getElementById("filter-sort").value = state.sort; };
-  const heads = columns.map(([name, key]) => el("th", { scope: "col" }, key ? el("button", { class: "plain link", on: { click: () => sortBy(key) } }, name) : name));
-  document.getElementById("question-count").textContent = `${found.length.toLocaleString("en-US")} of ${data.rows.length.toLocaleString("en-US")} questions`;
-  document.getElementById("question-table").replaceChildren(
-    el("table", { class: "questions" }, el("thead", {}, el("tr", {}, heads)), el("tbody", {}, questionRows(found.slice(at * PAGE, (at + 1) * PAGE), data, openRows))));
+  const heads = COLUMNS.map(([name, key]) =>
+    el("th", { scope: "col" }, key ? plainButton(name, () => sortBy(key)) : name));
+  const count = (list) => list.length.toLocaleString("en-US");
+  document.getElementById("question-count").textContent = `${count(found)} of ${count(data.rows)} questions`;
+  document.getElementById("question-table").replaceChildren(el("table", { class: "questions" },
+    el("thead", {}, el("tr", {}, heads)),
+    el("tbody", {}, questionRows(found.slice(at * PAGE, (at + 1) * PAGE), data, opened))));
+  const turn = (text, page) =>
+    el("button", { type: "button", disabled: page < 0 || page > last, on: { click: () => turnTo(page) } }, text);
   document.getElementById("question-pages").replaceChildren(
-    el("button", { disabled: at === 0, on: { click: () => turn(at - 1) } }, "previous"), ` page ${at + 1} of ${last + 1} `,
-    el("button", { disabled: at === last, on: { click: () => turn(at + 1) } }, "next"));
+    turn("previous", at - 1), ` page ${at + 1} of ${last + 1} `, turn("next", at + 1));
 }
 
 function questionsSection(data) {
-  const clear = () => { remember({ ...NONE, tab: state.tab }); show("questions"); };
-  setTimeout(fillQuestions, 0);
+  setTimeout(fillQuestions, 0); // once the section is part of the page
   return el("div", {}, filters(data, state, changeFilter),
-    el("p", { class: "soft" }, el("span", { id: "question-count", role: "status" }), " ", el("button", { on: { click: clear } }, "clear filters")),
+    el("p", { class: "soft" }, el("span", { id: "question-count", role: "status" }), " ",
+      el("button", { type: "button", on: { click: clearFilters } }, "clear filters")),
     el("div", { id: "question-table", class: "scroll", tabindex: 0, role: "region", "aria-label": "questions" }),
-    el("p", { id: "question-pages", class: "pages" }), data.left.map((line) => el("p", { class: "soft" }, `Left out: ${line}.`)));
+    el("p", { id: "question-pages", class: "pages" }),
+    data.left.map((line) => el("p", { class: "soft" }, `Left out: ${line}.`)));
 }
 
 function headSection(head) {
-  return el("div", {}, el("h1", {}, head.title), head.about ? el("p", {}, head.about) : [],
-    el("p", { class: "soft" }, head.facts.join(" \u00b7 "), content.live ? el("span", { id: "live" }) : ""),
-    head.failed ? el("p", { class: "failed banner" }, head.failed) : []);
+  return el("div", {}, el("h1", {}, head.title), head.about && el("p", {}, head.about),
+    el("p", { class: "soft" }, head.facts.join(" \u00b7 "), content.live && el("span", { id: "live" })),
+    head.failed && el("p", { class: "failed banner" }, head.failed));
 }
 
 // Name of a section -> its title and what fills it from its part of the content.
 const SECTIONS = {
   head: ["", headSection],
   stages: ["Stages", (data) => stagesSection(data, openStage)],
-  benchmarks: ["Public benchmarks", (data) => (data ? benchmarksSection(data) : null)],
+  benchmarks: ["Public benchmarks", (data) => data && benchmarksSection(data)],
   training: ["Curves", (data) => trainingSection(data, state.tab, openStage)],
-  questions: ["Questions", (data) => (data.rows.length ? questionsSection(data) : null)],
-  sets: ["Data", (data) => (data.length ? setsSection(data) : null)],
+  questions: ["Questions", (data) => data.rows.length > 0 && questionsSection(data)],
+  sets: ["Data", (data) => data.length > 0 && el("div", {}, titledGrids(data))],
   lineage: ["Lineage", lineageSection],
 };
 
 function show(name) {
   const [title, fill] = SECTIONS[name], filled = fill(content[name]);
-  sections.get(name).replaceChildren(...(filled ? [title ? el("h2", {}, title) : "", filled] : []));
-  const links = Object.entries(SECTIONS).filter(([key, [text]]) => text && sections.get(key)?.firstChild);
-  document.getElementById("contents").replaceChildren(...links.map(([key, [text]]) =>
-    el("button", { class: "plain link", on: { click: () => sections.get(key).scrollIntoView({ block: "start" }) } }, text)));
+  sections.get(name).replaceChildren(...(filled ? [title && el("h2", {}, title), filled] : []));
+  const linked = Object.entries(SECTIONS).filter(([key, [text]]) => text && sections.get(key).firstChild);
+  const jump = (key) => () => sections.get(key).scrollIntoView({ block: "start" });
+  document.getElementById("contents").replaceChildren(
+    ...linked.map(([key, [text]]) => plainButton(text, jump(key))));
 }
 
 // Take newer content: only the sections that differ are drawn again, and the focus stays.
 function take(newer) {
-  const old = content, focus = document.activeElement?.id, caret = document.activeElement?.selectionStart;
+  const old = content, { id, selectionStart } = document.activeElement || {};
   content = newer;
-  for (const name of Object.keys(SECTIONS)) if (JSON.stringify(old[name]) !== JSON.stringify(newer[name])) show(name);
-  const again = focus && document.getElementById(focus);
-  if (again && again !== document.activeElement) {
-    again.focus({ preventScroll: true });
-    if (typeof caret === "number") again.setSelectionRange(caret, caret);
+  for (const name of Object.keys(SECTIONS)) {
+    if (JSON.stringify(old[name]) !== JSON.stringify(newer[name])) show(name);
   }
+  const again = id && document.getElementById(id);
+  if (!again || again === document.activeElement) return;
+  again.focus({ preventScroll: true });
+  if (typeof selectionStart === "number") again.setSelectionRange(selectionStart, selectionStart);
 }
 
 async function follow() {

@@ -23,9 +23,9 @@ from core.files import PARTIAL
 from rl.watch import ALARMS
 
 
-def page(report: Report, run_dir: Path) -> str:
+def page(report: Report, run_dir: Path, thumbnails: Thumbnails | None = None) -> str:
     """The whole page, with the stages' curves and completions from the run's folder."""
-    return interactive(f"{report.recipe}: report", content(report, run_dir, Thumbnails()))
+    return interactive(f"{report.recipe}: report", content(report, run_dir, thumbnails or Thumbnails()))
 
 
 def content(report: Report, run_dir: Path, thumbnails: Thumbnails) -> dict[str, Any]:

@@ -9,6 +9,7 @@ true, false, or null where nothing could be judged; of a rollout it says whether
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,10 +27,15 @@ from chain.tracking.content import with_advantages
 from core.files import PARTIAL, read_json
 from core.model.prompts import THINK_CONTRACT
 
+log = logging.getLogger(__name__)
+
 CHARACTERS, NAME = 6000, 200
 """Longer texts, and longer names of rows, sets and components, lose their middle."""
 TEXT_BYTES = 16 << 20
 """Most characters of a page's held-out questions and benchmark samples, and of its rollouts, as JSON."""
+READ_BYTES = 256 << 20
+"""Most of one file that is read: the first held-out rows, or the newest rollouts. A large run's rollouts have
+gigabytes."""
 DECODED = 2000
 """Most questions of each origin whose pictures are decoded."""
 Question = dict[str, Any]
@@ -71,15 +77,13 @@ def questions(
         `rows`, `pictures` (data URLs), `contract` (the words that follow a question in thinking mode), and `left`, a
         line for everything that the page has no room for.
     """
-    asked, rolled = Found(), Found()
+    asked, rolled, left = Found(), Found(), list[str]()
     for stage in stages:
-        _held_out(asked, run_dir / stage, sets)
+        _held_out(asked, run_dir / stage, sets, left)
         _bench(asked, run_dir / stage)
-    for stage in stages:
-        _rollouts(rolled, run_dir / stage, stage, sets.places)
-    for stage in unfinished:
-        _rollouts(rolled, run_dir / f"{stage}{PARTIAL}", stage, sets.places)
-    left: list[str] = []
+    folders = {stage: run_dir / stage for stage in stages}
+    for stage, folder in {**folders, **{one: run_dir / f"{one}{PARTIAL}" for one in unfinished}}.items():
+        _rollouts(rolled, folder, stage, sets.places, left)
     shown = {id(found): _within(found, left) for found in (asked, rolled)}
     urls: dict[str, int] = {}
     missing = sum(_add_pictures(found, shown[id(found)], thumbnails, urls) for found in (asked, rolled))
@@ -91,10 +95,13 @@ def questions(
     return {"rows": rows, "pictures": list(urls), "contract": THINK_CONTRACT, "left": left}
 
 
-def _held_out(found: Found, folder: Path, sets: Sets) -> None:
+def _held_out(found: Found, folder: Path, sets: Sets, left: list[str]) -> None:
     """The rows of held_out.jsonl. The evaluation keeps the picture of some of them beside samples.jsonl."""
     kept = {(_set(row), str(row.get("id"))): row.get("image") for row in Tail(folder / "samples.jsonl").new()}
-    for row in Tail(folder / "held_out.jsonl").new():
+    rows, all_read = _records(folder / "held_out.jsonl")
+    if not all_read:
+        left.append(f"{folder.name}: held-out rows after the first {len(rows):,}")
+    for row in rows:
         name, row_id = _set(row), str(row.get("id"))
         key = ("held-out", name, row_id)
         answer = {**_answer(row, folder.name), "right": _verdict_right(row)}
@@ -123,9 +130,13 @@ def _bench(found: Found, folder: Path) -> None:
             found.files.setdefault(key, (file.parent, list(sample.get("pictures") or ())))
 
 
-def _rollouts(found: Found, folder: Path, stage: str, sets: Mapping[str, str]) -> None:
+def _rollouts(found: Found, folder: Path, stage: str, sets: Mapping[str, str], left: list[str]) -> None:
     """The logged completions of an RL stage, a question per group."""
-    lines = Tail(folder / "completions.jsonl").new()
+    lines, all_read = _records(folder / "completions.jsonl", newest=True)
+    if not all_read:
+        # The first batch that was read may have lost completions, which would change its advantages.
+        lines = [line for line in lines if line.get("batch") != lines[0].get("batch")]
+        left.append(f"{stage}: older rollouts than the last {len(lines):,}")
     if not lines:
         return
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
@@ -142,6 +153,25 @@ def _rollouts(found: Found, folder: Path, stage: str, sets: Mapping[str, str]) -
             head = {**row, "source": f"batch {batch}", "kind": row.get("verifier")}
             found.add(key, _head(head, f"rollouts: {stage}"), answer)
             found.places.setdefault(key, (places, str(row.get("id"))))
+
+
+def _records(file: Path, newest: bool = False) -> tuple[list[dict[str, Any]], bool]:
+    """The records of a JSONL file, at most READ_BYTES from its start or its end, and whether these are all."""
+    size = file.stat().st_size if file.exists() else 0
+    if size <= READ_BYTES:
+        return Tail(file).new(), True
+    with file.open("rb") as opened:
+        if newest:
+            opened.seek(size - READ_BYTES)
+            opened.readline()
+        lines = opened.read(READ_BYTES).split(b"\n")
+    records = []
+    for line in lines[:-1]:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            log.warning("%s: a line is not JSON; skipped", file)
+    return records, False
 
 
 def _head(row: Mapping[str, Any], name: str) -> Question:

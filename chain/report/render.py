@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SCRIPTS = ("dom.js", "charts.js", "questions.js", "stages.js", "page.js")
+SCRIPTS = ("dom.js", "charts.js", "choosing.js", "questions.js", "stages.js", "page.js")
 """The page's scripts, in the order in which they are joined."""
 
 

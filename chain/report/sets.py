@@ -96,7 +96,8 @@ def _readers(run_dir: Path, stages: Sequence[str], sets: Sets) -> dict[str, dict
 
 
 def _facts(place: str) -> list[str]:
-    """Rows, size and shares of a local set; unknown for a set that is not on this machine."""
+    """Rows, size and shares of a local set; unknown for a set that is not on this machine or cannot be read."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = Path(place)
@@ -106,7 +107,10 @@ def _facts(place: str) -> list[str]:
     counts: dict[str, Counter[str]] = {name: Counter() for name in _COLUMNS}
     rows = counted = 0
     for file in files:
-        parquet = pq.ParquetFile(file)
+        try:
+            parquet = pq.ParquetFile(file)
+        except pa.ArrowException:  # the report shows a run whatever became of its data
+            return [f"{file.name} cannot be read", *["–"] * (1 + len(_COLUMNS))]
         rows += parquet.metadata.num_rows
         columns = [name for name in _COLUMNS if name in parquet.schema_arrow.names]
         for batch in parquet.iter_batches(batch_size=COUNTED, columns=columns) if counted < COUNTED else ():

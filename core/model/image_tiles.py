@@ -133,8 +133,8 @@ class SailVL2ImageProcessor(GotOcr2ImageProcessorPil):
 def second_grid(size: tuple[int, int], side: int, least: int, most: int) -> tuple[int, int]:
     """(columns, rows) of the second grid of an image of (height, width) with tiles of `side` pixels; (0, 0) for none.
 
-    It is chosen by the same rule as the first grid, among the grids of `least` to `most` tiles except those whose
-    columns divide the first grid's columns and whose rows divide its rows.
+    The same rule chooses it as the first grid, among the grids of `least` to `most` tiles. Grids whose columns divide
+    the first grid's columns and whose rows divide its rows are excluded.
     """
     if most <= 1:
         return 0, 0

@@ -122,7 +122,7 @@ def _count_the_tiles_of_the_request() -> None:
 def _decode_pictures_as_the_learner_does() -> None:
     """Let vLLM read the pictures of requests by our rule.
 
-    vLLM 0.31 applies EXIF orientation and blends alpha over white as we do, but it reads every format of Pillow's (EPS
+    vLLM 0.31 applies EXIF orientation and blends alpha over white as we do. But it reads every format of Pillow's (EPS
     through Ghostscript) and truncates 16 bits per channel to eight. If its command line asks for a mode other than RGB
     or a background other than white, vLLM's own decoding stays.
     """

@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled operators: one process builds or loads an operator at a time, and a killed build blocks nobody.
+"""DeepSpeed's compiled operators: one process at a time builds or loads one, and a killed build blocks no other.
 
 torch marks a running build by a file. The file outlives a killed process, and torch then waits for its removal forever.
 """

@@ -72,7 +72,7 @@ class BalanceLengths(SetOperator):
         chained = np.flatnonzero(lengths)
         bins = np.floor(np.log2(np.maximum(lengths[chained], 1))).astype(int)
         drops: list[Dropped | None] = [None] * len(lengths)
-        chosen = evenly(bins, round(len(chained) * self.keep_share), seed, "its chain length is too frequent")
+        chosen = evenly(bins, round(len(chained) * self.keep_share), seed, "chain length too frequent")
         for row, drop in zip(chained.tolist(), chosen, strict=True):
             drops[row] = drop
         names, counts = np.unique(bins, return_counts=True)
@@ -124,7 +124,7 @@ class LatentClasses(SetOperator):
         clusters = MiniBatchKMeans(count, random_state=seed, n_init=1, batch_size=4096)
         clusters.fit(np.concatenate(sample).astype(np.float32))
         labels = np.concatenate([clusters.predict(one["embedding"].astype(np.float32)) for one in parts])
-        drops = evenly(labels, round(rows * self.keep_share), seed, "its latent class is too frequent")
+        drops = evenly(labels, round(rows * self.keep_share), seed, "latent class too frequent")
         sizes = np.sort(np.bincount(labels, minlength=count))
         facts = {
             "sources": sources,

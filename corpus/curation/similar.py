@@ -148,7 +148,7 @@ class Decontaminate(Similar):
     """Drop rows whose image-question pair is equal or nearly equal to a held-out row: the curation's `held_out` sets,
     among them the benchmarks that are evaluated.
 
-    Source: the issue's requirement; the report does not describe decontamination. The hashes are those of `duplicates`.
+    Source: ours; the report does not describe decontamination. The hashes are those of `duplicates`.
     """
 
     op: Literal["decontaminate"]

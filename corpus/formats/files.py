@@ -54,9 +54,14 @@ def files_of(source: str | Path, split: str = "train") -> Sequence[Path]:
 
 
 def root_of(source: str | Path, files: Sequence[Path], images: str | None = None) -> Root:
-    """The folder of a source's pictures and videos: `images` (a path, or an address on the hub), else the source's."""
+    """The folder of a source's pictures and videos: `images` (a path, or an address on the hub), else the source's.
+
+    Raises ConfigError if `images` does not exist.
+    """
     if images is not None:
         address = hub_set(images)
+        if address is None and not Path(images).expanduser().is_dir():
+            raise ConfigError(f"{images}: there is no such folder of pictures")
         return HubFolder(address) if address else Path(images).expanduser()
     if isinstance(files, HubFiles):
         return files.folder()

@@ -126,9 +126,9 @@ class Tested(NamedTuple):
     failures: list[str]
     """A line for each kind of completion with wrong scores."""
     summary: str
-    """The number of failures; "" without any."""
+    """The number of failures; "" without failures."""
     claims: list[str]
-    """What holds, if nothing failed."""
+    """The claims that hold if nothing failed."""
 
 
 def tested(

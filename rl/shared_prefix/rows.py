@@ -99,7 +99,7 @@ class Packed:
         """`values` (1, K) as (B, completion tokens), with 0 at positions that are not scored."""
         scored = values[0, : len(self.places[0])]
         padded = values.new_zeros((self.rows, completion_tokens)).index_put(self.places, scored)
-        return padded if len(scored) else padded + 0 * values.sum()  # a gradient, if a zero one
+        return padded if len(scored) else padded + 0 * values.sum()  # keeps a gradient, which is zero
 
 
 def pack(rows: Sequence[Row], device: torch.device, *, whole: bool = False) -> Packed:

@@ -1,16 +1,7 @@
-"""A headless browser for tests of pages, and what a page did: requests, dialogs, errors, violations of its policy."""
+"""A page in a headless browser, and what it did: requests, dialogs, errors, violations of its policy."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-VARIABLE = "POSTTRAIN_BROWSER"
-"""Environment variable with the path of the browser."""
-QUIET = ("--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update")
 
 
 @dataclass
@@ -22,30 +13,6 @@ class Seen:
     errors: list[str] = field(default_factory=list)
     """Uncaught exceptions and lines on the console; the browser reports violations of the policy there."""
     windows: list[str] = field(default_factory=list)
-
-
-def executable() -> str:
-    """The browser's path. Raises RuntimeError with the remedy if there is none."""
-    found = os.environ.get(VARIABLE) or next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        raise RuntimeError(
-            f"no browser: install Chromium (`apt-get install chromium`), or name one with {VARIABLE}"
-        )
-    return found
-
-
-@contextmanager
-def browser() -> Iterator[Any]:
-    """A headless Chromium with a profile of its own, which makes no requests of its own."""
-    from playwright.sync_api import sync_playwright
-
-    sandbox = ("--no-sandbox",) if os.geteuid() == 0 else ()
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=executable(), args=[*QUIET, "--disable-sync", *sandbox])
-        try:
-            yield opened
-        finally:
-            opened.close()
 
 
 def until(page: Any, expression: str) -> None:

@@ -22,6 +22,7 @@ from core.files import read_json
 from core.model.prompts import THINK_CONTRACT
 from core.strict import ConfigError
 from corpus.records import load_records, write_records
+from rl.rollout.access import TOKEN
 
 from .benching import FakeClient, judge_server
 
@@ -39,6 +40,8 @@ def post(url, body):
     reply = json.loads(urllib.request.urlopen(request).read())
     return reply["choices"][0]["message"]["content"], reply["usage"]["prompt_tokens"]
 
+if "SHOWN" in os.environ:
+    Path(os.environ["SHOWN"]).write_text(str(dict(os.environ)))
 model = dict(pair.split("=", 1) for pair in option("--model_args").split(","))
 file = Path(os.environ["FAKE_TASKS"]) / (option("--tasks") + ".json")
 if not file.exists():
@@ -227,6 +230,17 @@ def test_the_judge_decides_and_is_asked_once(run):
     assert found["tasks"]["judged"]["score"] == 100.0
     assert found["judge"] == {"url": url, "model": "tiny"}
     assert [body["model"] for body in requests_] == ["tiny"]  # both answers are equal
+
+
+def test_the_harness_gets_neither_the_servers_token_nor_the_judges_key(run, monkeypatch, tmp_path):
+    monkeypatch.setenv(TOKEN, "of the servers")
+    monkeypatch.setenv("MY_KEY", "of the judge")
+    monkeypatch.setenv("SHOWN", str(tmp_path / "environment.txt"))
+    with judge_server(lambda text: "1") as (url, _):
+        run(suite(judged=True), judge=JudgeServer(url, "tiny", "of the judge"))
+    shown = (tmp_path / "environment.txt").read_text()
+    assert "OPENAI_API_KEY" in shown
+    assert not any(one in shown for one in ("of the servers", "of the judge", "PYTHONPATH"))
 
 
 def test_a_judge_that_fails_leaves_no_score(run):

@@ -1,8 +1,8 @@
 """A local lmms-eval task made of held-out rows gives the verdicts of `posttrain eval`, row by row.
 
-The smoke recipe runs up to RLVR, and RLVR asks a small task of lmms-eval after each of its two batches. It needs the
-second environment (`make bench-setup`). BENCH_RUN names a finished run, such as runs/demo; without it the smoke recipe
-runs. BENCH_RECIPE is that run's recipe.
+The smoke recipe runs up to RLVR, which asks a small task of lmms-eval at each of its two batches. The tests need the
+second environment (`make bench-setup`). BENCH_RUN names a finished run in place of this one, such as runs/demo, and
+BENCH_RECIPE its recipe.
 """
 
 import json

@@ -82,6 +82,11 @@ def test_problems_name_the_remedy(tmp_path, harness, monkeypatch):  # noqa: F811
     )
     (problem,) = curve.problems(recipe(suite="video", only=("videomme",)))
     assert problem == "servers.max_images = 8: videomme has 16 frames; raise it"
+    away = {"suite": "general", "only": ("mmmu",), "data": {"mmmu": "gone"}, "judge_key_env": "NO_SUCH_KEY"}
+    assert [*curve.problems(recipe(**away))] == [
+        "eval.every.data: gone: no such folder",
+        "eval.every.judge_key_env: the variable NO_SUCH_KEY is not set",
+    ]
     alone = recipe(suite="general", only=("mmmu",))
     alone.rlvr = None
     assert "no RL stage" in next(curve.problems(alone))

@@ -243,6 +243,24 @@ def test_what_the_page_has_no_room_for_is_said(run_dir, monkeypatch):
     assert f"{sum(not row['pictures'] for row in kept)} questions are shown without" in found["left"][-1]
 
 
+def test_of_a_huge_file_only_whole_newest_batches_of_rollouts_are_read(run_dir, monkeypatch):
+    rolled = [rollout(batch, "rl-1", reward) for batch in range(9) for reward in (0.0, 1.0)]
+    write_lines(run_dir / "rlvr" / "completions.jsonl", rolled)
+    # Room for three batches of two lines, of which the first might be incomplete.
+    monkeypatch.setattr(asked, "READ_BYTES", 7 * len(json.dumps(rolled[0])))
+    found = asked.questions(run_dir, ["rlvr"], [], Sets({}, {}), Thumbnails())
+    assert [row["source"] for row in found["rows"] if row["set"] == "rollouts: rlvr"] == [
+        "batch 7",
+        "batch 8",
+    ]
+    held = [row for row in found["rows"] if row["set"] == "held-out: thinking"]
+    assert 0 < len(held) < 12
+    assert found["left"] == [
+        f"rlvr: held-out rows after the first {len(held)}",
+        "rlvr: older rollouts than the last 4",
+    ]
+
+
 def test_a_long_completion_loses_its_middle(run_dir):
     write_lines(run_dir / "rlvr" / "completions.jsonl", [rollout(0, "a", 1.0, completion="x" * 9000 + "end")])
     answer = shown(run_dir)["questions"]["rows"][-1]["answers"][0]
@@ -305,8 +323,9 @@ def test_metrics_with_the_same_last_word_keep_their_whole_names():
         "reward": 0.1,
         "rollout/correct": 0.2,
     }
+    record |= {"bench/mathvista": 40.0, "bench/mmmu": 30.0}
     labels = [[one["label"] for one in chart["series"]] for chart in groups([record], {"a": 0})[0]["charts"]]
-    assert labels == [["reward", "correct"], ["a"], ["low"]]
+    assert labels == [["reward", "correct"], ["a"], ["mathvista", "mmmu"], ["low"]]
 
 
 def test_alarms_stand_at_the_step_of_their_batch_and_phases_at_their_first_step():

@@ -6,13 +6,14 @@ import re
 
 import pytest
 
+from benchmarks.browser import browser
 from chain.report import data as report
 from chain.report import serving as served
 from chain.report.page import page as html_of
 from chain.report.write import write
 from core.files import write_json
 
-from .browsing import browser, until, watched
+from .browsing import until, watched
 from .reports import STAGES, held_out, metrics, rollout, write_lines, write_run
 
 pytestmark = pytest.mark.browser

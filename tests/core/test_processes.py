@@ -91,7 +91,7 @@ def test_a_killed_guard_takes_its_child_along(tmp_path):
         ("pass", "ended with exit code 0"),
     ],
 )
-def test_a_child_ends_for_its_parent_as_it_did(tmp_path, code, words):
+def test_the_parent_sees_how_a_child_ended(tmp_path, code, words):
     process = begin(tmp_path, code)
     assert processes.ended(process, 30)
     assert processes.how_it_ended(process.returncode) == words
@@ -139,7 +139,7 @@ def test_semaphores_of_a_killed_process_are_removed_and_held_ones_stay(tmp_path)
         process.wait()
 
 
-def test_leftovers_are_told_by_name_owner_and_process(tmp_path):
+def test_leftovers_are_recognised_by_name_owner_and_process(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     kept = [f"torch_{os.getpid()}_1_0", "someone-elses", "psm_new"]

@@ -178,7 +178,10 @@ def test_paths_are_searched_in_the_folder_of_the_file_first(folder, capsys, monk
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"steps": [{"op": "duplicate"}]}, "duplicates"),
+        (
+            {"steps": [{"op": "duplicate"}]},
+            "steps[0]: op = 'duplicate' is unknown; did you mean duplicates?",
+        ),
         ({"steps": [{"op": "redundancy", "max_overlp": 0.5}]}, "did you mean max_overlap?"),
         ({"steps": [{"op": "describe", "model": "judge"}]}, "model 'judge'"),
         ({"held_out": {}}, "decontaminate needs held_out"),

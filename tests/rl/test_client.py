@@ -179,7 +179,7 @@ def test_a_dead_server_is_named():
     client.close()
 
 
-def test_an_empty_folder_is_no_checkpoint(client, tmp_path):
+def test_an_empty_folder_is_refused(client, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no \*.safetensors file"):
         client.load_checkpoint(tmp_path)
 

@@ -50,7 +50,7 @@ def test_updates_follow_from_batches_mini_batches_and_passes():
         ({"rollout": {**STAGE["rollout"], "grup_size": 4}}, "did you mean group_size"),
     ],
 )
-def test_what_cannot_be_is_refused_with_value_and_rule(changes, words):
+def test_inconsistent_settings_are_refused_with_value_and_rule(changes, words):
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
         stage(**changes)
 

@@ -23,7 +23,7 @@ from rl.rollout.http import RolloutError
 from rl.rollout.messages import CoreFacts, Prompt, Sampling
 from rl.rollout.server import rollout_pool
 
-from .conftest import record
+from .conftest import plain_logprobs, record
 from .learners import Scripted, backward, learner, relative_difference, shared, stock
 from .test_loss import config
 
@@ -136,20 +136,9 @@ def check_scores(client: RolloutClient, core: Path, folder: Path) -> None:
     teacher.close()
     model, processor = load_model(core, LearnerConfig()).eval(), load_processor(core)
     for row, answer, group in zip(rows, answers, found, strict=True):
-        inputs = processor.apply_chat_template(
-            [prompt_messages(row)],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
         for completion, given in zip(answer.completions, group, strict=True):
-            ids = torch.tensor([answer.prompt_ids + completion.token_ids])
-            pixels = {name: inputs[name] for name in ("pixel_values",) if name in inputs}
-            with torch.no_grad():
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0]
-            expected = logits.log_softmax(-1)[len(answer.prompt_ids) - 1 : -1]
-            expected = expected.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            ids = completion.token_ids
+            expected = plain_logprobs(model, processor, row, answer.prompt_ids, ids, temperature=1.0)
             assert given == pytest.approx(expected.tolist(), abs=1e-4)
 
 

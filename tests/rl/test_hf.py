@@ -29,7 +29,7 @@ def hf_client(tiny_core, tmp_path_factory):
         client.close()
 
 
-def test_it_samples_groups_with_the_learners_probabilities_before_and_after_an_update(
+def test_the_engine_samples_with_the_learners_probabilities_before_and_after_an_update(
     hf_client,
     fresh_learner,  # noqa: F811
     records,
@@ -56,7 +56,7 @@ def test_it_samples_groups_with_the_learners_probabilities_before_and_after_an_u
     ]
 
 
-def test_it_answers_plain_clients_of_the_openai_api(hf_client):
+def test_the_engine_answers_plain_clients_of_the_openai_api(hf_client):
     question = {"messages": [{"role": "user", "content": "compute A"}], "temperature": 0, "max_tokens": 4}
     asked = Server(hf_client.urls[0], 0.0, 4, None, None)
     assert asked.model == "policy"
