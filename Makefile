@@ -101,9 +101,9 @@ rollout-server: setup ## serve MODEL=path/to/checkpoint until interrupted
 	$(POSTTRAIN) rollout-server $(MODEL) --recipe $(RECIPE) $(foreach assignment,$(SET),--set $(assignment))
 
 test: setup ## run the tests that CI runs; they need neither a GPU nor a network
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not browser"
 
-test-all: setup ## run the slow tests as well
+test-all: setup ## run the slow tests as well, and those that need a browser (Chromium or Chrome)
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest
 
 bench: setup ## run the benchmarks; each prints a table and one JSON line (QUICK=1: each within a minute)

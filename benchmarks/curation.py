@@ -88,6 +88,7 @@ def _speed(options: argparse.Namespace, folder: Path) -> None:
             if done.returncode:
                 raise SystemExit(done.stderr)
             results.append({"engine": engine, "rows": count, **json.loads(done.stdout.splitlines()[-1])})
+            print(json.dumps(results[-1]), file=sys.stderr, flush=True)  # a run takes minutes
     heads = ("engine", "rows", "rows/s", "main MiB", "worker MiB")
     show(
         f"all steps, {options.workers} workers",
@@ -218,7 +219,7 @@ def planted(good: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def _found(folder: Path, defects: dict[str, list[dict[str, Any]]], part: int) -> list[dict[str, Any]]:
-    """What a curation of planted rows found."""
+    """The planted rows that a curation found, by defect."""
     from core.files import read_jsonl
 
     dropped = {

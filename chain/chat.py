@@ -105,7 +105,7 @@ def picture(path: Path) -> Path:
 
 
 def chat(conversation: Chat, lines: Iterable[str]) -> int:
-    """Answer lines until they end or `/quit`; errors are printed and the conversation goes on. Returns their number."""
+    """Answer lines until they end or `/quit`. Errors are printed and counted; returns their number."""
     errors = 0
     for line in map(str.strip, lines):
         try:

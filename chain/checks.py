@@ -8,15 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chain.inputs import code_file, foreign_set, is_hub_id, set_place
+from chain.bench import curve
+from chain.inputs import code_file, foreign_set, is_on_hub, set_place
+from chain.plan.curations import curations
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
 from core.checkpoint.check import ForeignCode, check_code
 from core.files import append_jsonl, read_json, require_room
 from core.manifest import hash_config
+from core.model.shape import SHAPES, CoreShape
 from core.strict import ConfigError, KeyPath, key_path
 from core.training.job import Job
-from corpus.formats.files import files_of
+from corpus.formats.files import files_of, root_of
 from corpus.formats.table import known
+from corpus.hub import address_hint
 from corpus.records import DataSource, load_source
 from corpus.vocabulary import has_unknown
 from rewards.example import Example
@@ -31,13 +35,16 @@ CHECKED = ".checked.jsonl"
 def check(
     recipe: Recipe, *, model: Path | None = None, online: bool = False, allow_missing: bool = False
 ) -> list[str]:
-    """Raise one ConfigError for everything that the recipe names and does not exist; return what may be missing.
+    """Raise one ConfigError for everything missing that the recipe names; return what is missing but may be.
 
-    Rewards are loaded with their parameters, and held against the chat template of the core at `model`. Hub ids
-    are not looked up. `online`: judges are asked whether they answer, and their canaries tried.
+    Rewards are loaded with their parameters, and compared with the chat template of the core at `model`. Data sets on
+    the hub are not looked up. `online`: every judge must answer and pass its canaries.
     """
     missing = [*_missing_data(recipe)]
+    curations(recipe)  # refuses what it cannot read
     problems = [*_missing_code(recipe), *_reward_problems(recipe, online, _thought_open(model))]
+    problems += _routing_problems(recipe, model)
+    problems += curve.problems(recipe)
     if not allow_missing:
         problems += missing
     if problems:
@@ -121,7 +128,7 @@ def _limits(recipe: Recipe, sets: Mapping[str, str], model: Path | None, only: s
 
     def is_here(source: DataSource) -> bool:
         place = sets[source.set]
-        return source.set not in made and (is_hub_id(place) or Path(place).exists())
+        return source.set not in made and (is_on_hub(place) or Path(place).exists())
 
     here = tuple(
         Asked(key=key_path(path), source=source, max_completion_tokens=length, seed=seed)
@@ -182,12 +189,7 @@ def _missing_code(recipe: Recipe) -> Iterator[str]:
     generate = recipe.data.generate
     for key, name in (("data.generate.by", generate and generate.by), ("core.build", recipe.core.build)):
         if name and code_file(name, recipe.folders) is None:
-            yield f"{key} = {name!r}: there is no such module; {_looked(recipe)}"
-
-
-def _looked(recipe: Recipe) -> str:
-    """Where the recipe's own paths and modules are searched."""
-    return f"looked in {', '.join(dict.fromkeys(map(str, recipe.folders)))}"
+            yield f"{key} = {name!r}: there is no such module; {recipe.looked()}"
 
 
 def _missing_data(recipe: Recipe) -> Iterator[str]:
@@ -197,23 +199,37 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             continue
         if isinstance(place, ForeignSet):
             try:
-                found = foreign_set(recipe, place).path
-                if not is_hub_id(found):  # a plan asks the hub for nothing
+                found, images = foreign_set(recipe, place).path, foreign_set(recipe, place).images
+                if not is_on_hub(found):  # a plan sends no requests to the hub
                     files_of(found)
+                if images and not is_on_hub(images):
+                    root_of(found, (), images)
                 if place.format != "auto":
                     known(place.format)
             except ConfigError as error:
                 yield f"data.sets.{name}: {error}"
-        elif not is_hub_id(found := set_place(recipe, place)) and not Path(found).exists():
-            yield f"data.sets.{name} = {place!r}: there is no such file or folder; {_looked(recipe)}"
+        elif not is_on_hub(found := set_place(recipe, place)) and not Path(found).exists():
+            made = recipe.data.curated.get(name)
+            remedy = f"; make it: posttrain data curate {recipe.place(made)}" if made else address_hint(place)
+            said = f"there is no such file or folder; {recipe.looked()}{remedy}"
+            yield f"data.sets.{name} = {place!r}: {said}"
     core = recipe.core.path
     if core is not None and not (recipe.place(core) / "config.json").is_file():
-        yield f"core.path = {core!r}: this is not a checkpoint folder: config.json is missing; {_looked(recipe)}"
+        yield f"core.path = {core!r}: this is not a checkpoint folder: config.json is missing; {recipe.looked()}"
     elif core is not None:
         try:
             check_code(recipe.place(core))
         except ForeignCode as error:
             yield f"core.path: {error}"
+
+
+def _routing_problems(recipe: Recipe, model: Path | None) -> Iterator[str]:
+    """Routing replay with a dense core; a core that is built by this run is checked when its servers start."""
+    if recipe.servers and recipe.servers.routing_replay:
+        size = recipe.core.size
+        shape = CoreShape.read(model) if model else SHAPES[size] if size else None
+        if shape and not shape.experts:
+            yield "servers.routing_replay: the core is dense; routing replay is for mixtures of experts, remove it"
 
 
 def _thought_open(model: Path | None) -> bool | None:
@@ -283,7 +299,7 @@ def _reward_problem(
     from rewards.selftest import thought_problem
 
     if ":" in use and code_file(use, recipe.folders) is None:
-        return f"there is no such module or file; {_looked(recipe)}"
+        return f"there is no such module or file; {recipe.looked()}"
     try:
         reward = load_limited(use, params, recipe.folders)
         rows = examples() if getattr(reward, "needs", ()) else None

@@ -31,7 +31,7 @@ class Context:
     out: Path
     """Output folder: for `prepare` the folder of the sets, for `evaluate` the folder of the finished stage."""
     sets: Mapping[str, str]
-    """Data set name -> Parquet file, folder or hub id."""
+    """Data set name -> Parquet file, folder or address on the hub."""
     folders: Mapping[str, Path]
     """Stage name -> folder, for the stages before this one."""
     pool: Pool

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from chain.inputs import code_file, is_hub_id
+from chain.inputs import code_file, is_on_hub
 from chain.recipe import CoreConfig, GenerateConfig, sources
 from core.files import append_jsonl, hash_tree, sha256_file
 from core.manifest import Manifest, hash_config
@@ -32,7 +32,7 @@ class Fingerprints:
 
     Args:
         seed: the chain's seed.
-        sets: data set name -> Parquet file, folder or hub id.
+        sets: data set name -> Parquet file, folder or address on the hub.
         memory: cache file of content hashes.
         place: the absolute path that a recipe's path means.
         folders: where users' modules are searched, after the installed ones.
@@ -152,8 +152,8 @@ class Hashes:
         self.known = {line["state"]: line["hash"] for line in read_cache(self.memory)}
 
     def of(self, place: str) -> str:
-        """The content hash of `place`. The result is the id itself for a hub id, and `missing` for a missing file."""
-        if is_hub_id(place):
+        """The content hash of `place`. An address on the hub is its own hash; a missing file has `missing`."""
+        if is_on_hub(place):
             return f"hub:{place}"
         path = Path(place)
         if not path.exists():

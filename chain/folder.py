@@ -200,7 +200,7 @@ class RunFolder:
             **self.prints.of_files(cfg),
             "stage": identity(self.manifest(name)),
         }
-        return self.prints.fingerprint("eval", cfg, inputs)
+        return self.prints.fingerprint("eval", cfg.model_copy(update={"every": None}), inputs)
 
     @contextmanager
     def making(self, step: Step, seconds_before: float = 0.0) -> Iterator[Path]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from chain.recipe import ForeignSet
+from core.model.prompts import user_text
 from corpus.importing import Summary, import_set
+from corpus.schema import Record
+
+SAMPLE = 200
+"""Rows whose gold answers are tested."""
 
 
 def imported(given: ForeignSet, destination: Path, rows: int | None = None) -> list[str]:
@@ -18,10 +23,10 @@ def imported(given: ForeignSet, destination: Path, rows: int | None = None) -> l
 
     Raises ConfigError and RecordError as `corpus.importing.import_set` does.
     """
-    from corpus.formats.files import files_of
+    from corpus.formats.files import files_of, root_of
     from corpus.formats.table import Options
 
-    root = Path(given.images).expanduser() if given.images else files_of(given.path, given.split)[0].parent
+    root = root_of(given.path, files_of(given.path, given.split), given.images)
     options = Options(root=root, columns=given.columns, system=given.system, turns=given.turns)
     summary = import_set(
         given.path,
@@ -32,25 +37,30 @@ def imported(given: ForeignSet, destination: Path, rows: int | None = None) -> l
         rows=rows,
         strict=given.strict,
     )
-    places = f"records: {destination}; rejected rows: {destination.with_suffix('.rejected.jsonl')}"
-    return [*lines(summary), places, _golds(destination)]
+    notes = destination.with_suffix(".rejected.jsonl")
+    places = f"records: {destination}" + (f"; rejected rows: {notes}" if summary.rejected else "")
+    return [*lines(summary), places, *_golds(destination)]
+
+
+def _asked(row: Record) -> str:
+    """A row's prompt: system message, pictures, earlier turns, question."""
+    before = [f"[system: {row['system']}]"] if row["system"] else []
+    before += [f"[{image.width}x{image.height}]" for image in row["images"]]
+    before += [f"[video: {len(video.frames)} frames]" for video in row["videos"]]
+    before += [f"[{turn['user']} -> {turn['assistant']}]" for turn in row["history"]]
+    return " ".join([*before, user_text(row["question"], row["mode"])])
 
 
 def lines(summary: Summary) -> list[str]:
     """Describe an import: format, mapping, three rows as the model sees them, counts of kinds and of reject reasons."""
-    from core.model.prompts import user_text
     from rewards.offline.rows import printable
 
     said = [
         f"format {summary.format}: " + ", ".join(f"{name} = {of}" for name, of in summary.mapping.items())
     ]
     for row in summary.first:
-        media = [f"[{image.width}x{image.height}]" for image in row["images"]]
-        media += [f"[video: {len(video.frames)} frames]" for video in row["videos"]]
-        pictures = " ".join([*media, *[f"[{len(row['history'])} earlier turns]"] * bool(row["history"])])
-        asked = printable(f"{pictures} {user_text(row['question'], row['mode'])}".strip(), 160)
+        said.append(f"  {row['id']}, {row['mode']}: {printable(_asked(row), 160)}")
         gold = f"gold {row['answer']!r}, {row['verifier']}" if row["answer"] else "no gold"
-        said.append(f"  {row['id']}, {row['mode']}: {asked}")
         said.append(
             f"    -> {printable(row['response'] or row['chain'] or row['answer'], 120)} ({printable(gold)})"
         )
@@ -67,16 +77,10 @@ def lines(summary: Summary) -> list[str]:
     return said
 
 
-def _golds(path: Path) -> str:
-    """A line with the share of sampled gold answers that the RL stages' verifier can use."""
-    from corpus.records import load_records
-    from rewards.answer import gold_problem
-    from rl.data import example_of
+def _golds(path: Path) -> list[str]:
+    """The result of `posttrain rewards test answer` on a sample: do its gold answers score 1, and corrupted ones 0?"""
+    from rewards.offline.gold_test import tested
 
-    records = load_records(path)
-    sample = [
-        row for row in records[:: max(1, len(records) // 200)] if row["verifier"] not in ("none", "judge")
-    ]
-    bad = [f"{row['id']}: {problem}" for row in sample if (problem := gold_problem(example_of(row)))]
-    first = f"; the first unusable one: {bad[0]}" if bad else ""
-    return f"{len(sample) - len(bad)} of {len(sample)} sampled gold answers are usable for grading{first}"
+    found = tested("answer", str(path), {}, rows=SAMPLE, seed=0, mode=None, split="train")
+    said = [found.summary, found.failures[0]] if found.failures else found.claims
+    return [f"rewards test, answer: {line}" for line in said]

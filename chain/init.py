@@ -1,4 +1,4 @@
-"""`posttrain init`: a recipe folder of one's own, from a shipped recipe and optionally from one's own data.
+"""`posttrain init`: makes a user's recipe folder from a shipped recipe and, optionally, the user's data.
 
 The files are templates in chain/starter. With data, the folder gets sets that the recipe's stages need: prompts for RL,
 direct answers, chains, and held-out rows.
@@ -55,7 +55,7 @@ class OwnData:
 
 
 def init(folder: Path, base: str = "demo", data: Path | None = None) -> list[str]:
-    """Make the recipe folder; return lines that tell what it holds and what to do next.
+    """Make the recipe folder; return lines that describe its contents and the next steps.
 
     Raises ConfigError if the folder exists, or if the data hold too few rows that a rule can grade.
     """

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from chain.places import Placed
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, made_between, split_import
 from corpus.hub import hub_set
 from rewards.registry import split_adapter
@@ -29,7 +30,7 @@ def imported_folder(run: Path, name: str) -> Path:
 
 
 def locate_sets(recipe: Recipe, run: Path) -> dict[str, str]:
-    """Set name -> Parquet file, folder or hub id, for every set of the recipe, existing or not."""
+    """Set name -> Parquet file, folder or address on the hub, for every set of the recipe, existing or not."""
     generated = recipe.data.generate.sets if recipe.data.generate else ()
     located = {name: str(data_folder(run) / f"{name}.parquet") for name in generated}
     for name, given in recipe.data.sets.items():
@@ -70,20 +71,19 @@ def phase_updates(phase: Phase, rows: Callable[[str], int | None]) -> int | None
     return round(math.ceil(count / optim.global_batch_size) * optim.epochs)
 
 
-def set_place(recipe: Recipe, text: str) -> str:
-    """The absolute path of a set that a recipe names by a path, or the hub id that it names."""
-    place = recipe.place(text)
-    return text if is_hub_id(text) and not place.exists() else str(place)
+def set_place(config: Placed, text: str) -> str:
+    """The absolute path of a set that a recipe or a curation names, or its address on the hub."""
+    return text if is_on_hub(text) else str(config.place(text))
 
 
-def foreign_set(recipe: Recipe, given: ForeignSet) -> ForeignSet:
+def foreign_set(config: Placed, given: ForeignSet) -> ForeignSet:
     """A set of another format with absolute paths."""
-    images = {"images": str(recipe.place(given.images))} if given.images else {}
-    return given.model_copy(update={"path": set_place(recipe, given.path), **images})
+    images = {"images": set_place(config, given.images)} if given.images else {}
+    return given.model_copy(update={"path": set_place(config, given.path), **images})
 
 
-def is_hub_id(text: str) -> bool:
-    """Whether a set's place is a data set on the hub (corpus.hub)."""
+def is_on_hub(text: str) -> bool:
+    """Whether a set's place is an address on the hub (corpus.hub)."""
     return hub_set(text) is not None
 
 

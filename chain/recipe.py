@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, Field, model_validator
 
+from chain.places import Placed
 from chain.yaml_files import read_folder
 from core.strict import ConfigError, KeyPath, Name, Strict, key_path, nearest, parse
 from corpus.records import DataSource
@@ -81,7 +82,7 @@ class ForeignSet(Strict):
 
     path: str = Field(min_length=1)
     """A .json, .jsonl, .csv, .tsv, .parquet or .tar file, a folder whose files all have one of these types, or a data
-    set on the hub: owner/name, or hf://datasets/owner/name[@revision][/folder]."""
+    set on the hub: hf://datasets/owner/name[@revision][/folder]."""
     split: Name = "train"
     """Split of a data set on the hub."""
     format: str = "auto"
@@ -89,7 +90,8 @@ class ForeignSet(Strict):
     columns: dict[str, str] = Field(default_factory=dict)
     """Field of a record -> column of the file, for columns whose names do not match a field."""
     images: str | None = None
-    """Folder of the pictures; None: the folder of the file. A picture path that leaves this folder is refused."""
+    """Folder of the pictures, or its address on the hub; None: the folder of the file. A picture's path that leaves the
+    folder is refused."""
     system: Literal["keep", "strip", "refuse"] = "keep"
     """System messages. keep: as the row's own; strip: drop them; refuse: reject rows that have one."""
     turns: Literal["keep", "first", "split", "refuse"] = "keep"
@@ -105,8 +107,19 @@ class DataConfig(Strict):
     generate: GenerateConfig | None = None
     """Sets that the run generates."""
     sets: dict[Name, str | ForeignSet] = Field(default_factory=dict)
-    """Set name -> Parquet file or folder (relative to the recipe's folder, else to the working directory), hub id
-    `owner/name`, or a set in another format, which the run imports."""
+    """Set name -> Parquet file or folder (relative to the recipe's folder, else to the working directory), a data set
+    on the hub (hf://datasets/owner/name), or a set in another format, which the run imports."""
+
+    curated: dict[Name, str] = Field(default_factory=dict)
+    """Set name -> the curation that makes it, a YAML file (docs/curation.md). `posttrain data curate FILE` runs it
+    before the run; `plan` shows its time."""
+
+    @model_validator(mode="after")
+    def _curated_sets_are_sets(self) -> DataConfig:
+        for name in self.curated:
+            if not isinstance(self.sets.get(name), str):
+                raise ValueError(f"curated: {name!r} is not a path in data.sets; {nearest(name, self.sets)}")
+        return self
 
     @model_validator(mode="after")
     def _one_origin_per_set(self) -> DataConfig:
@@ -178,7 +191,7 @@ class Stages(Strict):
 STAGE_NAMES = tuple(Stages.model_fields)
 
 
-class Recipe(Stages):
+class Recipe(Placed, Stages):
     """A whole chain, resolved."""
 
     renamed: ClassVar[dict[str, str]] = {"rollout": "servers"}
@@ -198,17 +211,6 @@ class Recipe(Stages):
     """Experiment trackers that receive curves and completions; `[]` turns tracking off."""
     wandb: WandbConfig = WandbConfig()
     hardware: HardwareConfig = HardwareConfig()
-    _own_folders: tuple[Path, ...] = PrivateAttr(())
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """Where the recipe's paths and modules are searched, in order: its folder, those that it extends, this one."""
-        return (*self._own_folders, Path.cwd())
-
-    def place(self, text: str) -> Path:
-        """The absolute path that a recipe's path means: the first that exists in `folders`, else that in the last."""
-        places = [(folder / Path(text).expanduser()).resolve() for folder in self.folders]
-        return next((place for place in places if place.exists()), places[-1])
 
     def stage(self, name: str) -> Strict | None:
         """A stage's part of the recipe; None if the recipe leaves it out."""
@@ -268,6 +270,17 @@ class Recipe(Stages):
         return self
 
     @model_validator(mode="after")
+    def _learners_replay(self) -> Recipe:
+        for name in ("rlvr", "mixed_rl"):
+            stage = getattr(self, name)
+            if self.servers and self.servers.routing_replay and stage and not stage.learner.shares_prefix:
+                raise ValueError(
+                    f"{name}.learner.prefix=stock with servers.routing_replay: TRL's passes take no experts from the "
+                    "servers; use prefix: shared, or leave routing_replay out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _soup_has_something_to_vary(self) -> Recipe:
         if self.soup is not None and self.basic_sft is None:
             raise ValueError(
@@ -295,7 +308,7 @@ def load_recipe(
     if name is not None:
         folder.merge({"name": name}, "--name")
     recipe = parse(Recipe, folder.values, folder.where)
-    recipe._own_folders = tuple(one.resolve() for one in (folder.path, *folder.extended))
+    recipe.read_from((folder.path, *folder.extended))
     check_sets(recipe, folder.where)
     return recipe
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from chain.bench.curve import look_of
 from chain.checks import check, check_rows, room_for
 from chain.cluster import MOST_LOSSES, Cluster, NodeLost
 from chain.context import Context, Progress
@@ -38,6 +39,7 @@ from core.manifest import git_commit
 from core.processes import remove_leftovers
 from core.strict import ConfigError, Strict
 from core.training.job import Job
+from rl.config import RLConfig
 from rl.job import ServedJob
 from rl.rollout.weights import weights_folder
 
@@ -64,7 +66,7 @@ def run(
     finished. `ray`: address of the Ray cluster that runs ranks and servers, or `auto` (chain/cluster.py); None: this
     host runs them.
     Raises ConfigError before anything runs, StageFailed when a stage's process fails, and NodeLost when Ray's nodes are
-    lost again and again.
+    lost repeatedly.
     """
     runs_dir = Path(runs_dir)
     check(recipe, model=core_folder(recipe, (runs_dir / recipe.name).resolve()))
@@ -341,6 +343,7 @@ class Loop:
                 urls=tuple(self.pool.urls(model)),
                 addresses=self.pool.addresses,
                 weights=weights,
+                look=look_of(self.recipe) if isinstance(work, RLConfig) else None,
             )
             yield Task.of(stage.train, work, served, vllm)
 

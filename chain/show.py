@@ -28,7 +28,7 @@ class Shown:
     """A set, its statistics and its rows.
 
     Args:
-        place: Parquet file, folder or hub id; or the name of a set of the recipe.
+        place: Parquet file, folder or address on the hub; or the name of a set of the recipe.
         recipe: gives the sets' places, the stages' limits and the core; None: only `place`.
         model: checkpoint whose processor counts tokens; None: the recipe's core if it exists.
         split: split of the set.

@@ -32,8 +32,6 @@ LOOK_S = 1.0
 LAST_LINES = 40
 SETTLED_S = 60.0
 """Seconds. A younger file in shared memory may have been created but not yet mapped by its user."""
-BUILD_S = 900.0
-"""Seconds. A build of an operator takes less; an older lock belongs to a killed build, and torch would wait forever."""
 SHARED_MEMORY = Path("/dev/shm")
 LOOPBACK = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
 """The loopback interface's name, for GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."""
@@ -83,9 +81,16 @@ def inherited_environment() -> dict[str, str]:
 
 
 def start(
-    command: Sequence[str], *, log: Path, environment: Mapping[str, str], grace_s: float = GRACE_S
+    command: Sequence[str],
+    *,
+    log: Path,
+    environment: Mapping[str, str],
+    grace_s: float = GRACE_S,
+    folder: Path | None = None,
 ) -> subprocess.Popen:
     """Start a command whose output is appended to `log`; it ends with this process at the latest.
+
+    `folder` is its working directory; None: this process's.
 
     The command has its own session, so that Ctrl-C reaches only this process, which then stops the child in order.
     Signals must go to the guard, which forwards them: use `stop` and `kill` of this module.
@@ -98,6 +103,7 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            cwd=folder,
         )
 
 
@@ -197,10 +203,10 @@ def held_folder(root: Path) -> Iterator[Path]:
 def remove_leftovers(*roots: Path) -> list[str]:
     """Remove leftovers of this user's killed processes; return their paths.
 
-    Leftovers are folders of `held_folder` that no process holds, semaphores and segments in shared memory, and locks of
-    killed builds of DeepSpeed's operators. A file in shared memory with a process id in its name is removed if that
-    process has ended; any other one if no process has it mapped. Processes of another container with the same shared
-    memory are invisible here. So a file without an id stays for a minute, the time in which its user maps it.
+    Leftovers are folders of `held_folder` that no process holds, and semaphores and segments in shared memory. A file
+    in shared memory with a process id in its name is removed if that process has ended; any other one if no process
+    has it mapped. Processes of another container with the same shared memory are invisible here. So a file without an
+    id stays for a minute, the time in which its user maps it.
 
     Args:
         roots: folders to search; default: shared memory and the folder of temporary files.
@@ -214,11 +220,6 @@ def remove_leftovers(*roots: Path) -> list[str]:
             elif found := _LEFTOVERS.fullmatch(path.name):
                 mapped = _mapped_inodes() if mapped is None and not found["pid"] else mapped
                 removed += [str(path)] if _unlink_if_left(path, found["pid"], mapped or set()) else []
-    for lock in extensions_folder().glob("**/lock"):
-        with contextlib.suppress(OSError):
-            if time.time() - lock.lstat().st_mtime > BUILD_S:
-                lock.unlink()
-                removed.append(str(lock))
     return removed
 
 

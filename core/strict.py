@@ -8,6 +8,7 @@ run. `parse` turns pydantic's report into one `ConfigError` with a line per prob
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -133,6 +134,11 @@ def _lines(error: ValidationError, where: str | Callable[[KeyPath], str]) -> lis
         path = found["loc"]
         file = where(path) if callable(where) else where
         rule = found["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if found["type"] == "union_tag_invalid":  # the value of a key that chooses among several models
+            tag, known = found["ctx"]["tag"], re.findall("'([^']*)'", found["ctx"]["expected_tags"])
+            rule = (
+                f"{found['ctx']['discriminator'].strip(chr(39))} = {tag!r} is unknown; {nearest(tag, known)}"
+            )
         key = key_path(path) or "the whole configuration"
         # A whole sub-tree is too long to show; missing and unknown keys have no value.
         plain = found["input"] is None or isinstance(found["input"], str | int | float)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import IO, Any
 from core.files import fsync
 from core.strict import ConfigError
 from corpus.formats.fields import Rejected
-from corpus.formats.files import files_of, rows_of
+from corpus.formats.files import files_of, root_of, rows_of
 from corpus.formats.gold import kind_of
-from corpus.formats.table import Options, known, recognised
+from corpus.formats.table import Format, Options, known, recognised
 from corpus.reading import SCAN_ROWS, check_all
 from corpus.schema import Problem, Record, RecordError, completed
 from corpus.writing import RecordFile
@@ -60,7 +60,7 @@ def import_set(
 
     Args:
         source: a .json, .jsonl, .csv, .tsv, .parquet or .tar file, a folder of one kind of them, or a data set on the
-            hub (text: `owner/name`, or `hf://datasets/owner/name[@revision][/folder]`).
+            hub (text: `hf://datasets/owner/name[@revision][/folder]`).
         destination: ends in .parquet.
         format_: name of a format (corpus.formats.table), or "auto".
         options: the folder of the pictures (default: the source's folder), columns, system messages, turns.
@@ -75,15 +75,14 @@ def import_set(
             f"{destination}: records are written as Parquet; name it {destination.name}.parquet"
         )
     files = files_of(source, split)
-    options = options or Options(root=files[0].parent)
-    look = [row for _, row in islice(rows_of(files[0]), _LOOK) if isinstance(row, dict)]
+    options = options or Options(root=root_of(source, files))
+    look = _first(files[0])
     name = recognised(look, files[0]) if format_ == "auto" else format_
     chosen = known(name)
-    try:
-        mapping = chosen.mapping(look[0], options) if look else {}
-    except Rejected as error:
-        raise ConfigError(f"{files[0]}: as {name}: {error}") from None
-    summary, convert = Summary(name, mapping), chosen.converter(options)
+    summary, convert = (
+        Summary(name, _mapping(look, chosen, options, f"{files[0]}: as {name}")),
+        chosen.converter(options),
+    )
     every = ((file, number, row) for file in files for number, row in rows_of(file))
     numbered = islice(every, rows)
     notes = destination.with_suffix(".rejected.jsonl")
@@ -94,13 +93,39 @@ def import_set(
             writer = _Writer(summary, out, rejected, strict, destination.stem)
             while part := list(islice(numbered, SCAN_ROWS)):
                 writer.add([(file, number, list(_converted(row, convert))) for file, number, row in part])
+            rejected.flush()
+            fsync(draft)
+            draft.replace(notes)
             if not summary.written:
-                raise RecordError(f"{source}: no row fits the format {name}: {dict(summary.rejected)}")
-        fsync(draft)
-        draft.replace(notes)
+                counts = ", ".join(f"{count} x {rule}" for rule, count in summary.rejected.most_common())
+                raise RecordError(f"{source}: no row fits the format {name}: {counts}; each row: {notes}")
     finally:
         draft.unlink(missing_ok=True)
     return summary
+
+
+def _first(file: Path) -> list[dict[str, Any]]:
+    """The first rows of a file that can be read. Raises ConfigError if there are rows, and none of them can."""
+    first = [row for _, row in islice(rows_of(file), _LOOK)]
+    found = [row for row in first if isinstance(row, dict)]
+    if first and not found:
+        raise ConfigError(f"{file}: none of its first {len(first)} rows can be read; row 0: {first[0]}")
+    return found
+
+
+def _mapping(
+    look: Sequence[dict[str, Any]], chosen: Format, options: Options, where: str
+) -> Mapping[str, str]:
+    """The mapping of the first row that has one, because a row may lack a value. Raises ConfigError if none has."""
+    problem: Rejected | None = None
+    for row in look:
+        try:
+            return chosen.mapping(row, options)
+        except Rejected as error:
+            problem = problem or error
+    if problem:
+        raise ConfigError(f"{where}: {problem}")
+    return {}
 
 
 def _converted(row: Any, convert: Any) -> Iterator[Record | Problem]:
@@ -122,21 +147,17 @@ class _Writer:
 
     def add(self, rows: list[tuple[Path, int, list[Record | Problem]]]) -> None:
         """Take some rows of the source, each as its records or problems."""
-        places: list[tuple[Path, int]] = []
-        records: list[Record] = []
-        for file, number, made in rows:
-            self.summary.read += 1
-            for one in made:
-                if isinstance(one, Problem):
-                    self._reject(file, number, one)
-                else:
-                    places.append((file, number))
-                    records.append(self._finished(one))
-        found = check_all(list(enumerate(records)), self.seen)
+        every = [(file, number, one) for file, number, made in rows for one in made]
+        self.summary.read += len(rows)
+        bad = [(at, one) for at, (_, _, one) in enumerate(every) if isinstance(one, Problem)]
+        records = {
+            at: self._finished(one) for at, (_, _, one) in enumerate(every) if not isinstance(one, Problem)
+        }
+        found = check_all(list(records.items()), self.seen)
         self.seen.difference_update(self.made_ids)  # generated ids are unique; given ids are all compared
         self.made_ids.clear()
-        for at, problem in found.bad:
-            self._reject(*places[at], problem)
+        for at, problem in sorted([*bad, *found.bad]):
+            self._reject(*every[at][:2], problem)
         good = [records[at] for at in found.good]
         self.out.add(good)
         self.summary.written += len(good)

@@ -49,7 +49,7 @@ def check_file(file: Path) -> None:
     try:
         reader = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        complaint = "not readable as Parquet; write it with corpus.records.write_records"
+        complaint = "not readable as Parquet; convert other formats: posttrain data import"
         raise RecordError(f"{file}: {complaint} ({type(error).__name__}: {error})") from None
     with reader:
         check_columns(reader.schema_arrow.names, str(file))

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from core.model.pictures import Picture
 from core.model.videos import Caps, Clip
-from corpus.hub import hub_set
+from corpus.hub import address_hint, hub_set
 from corpus.parquet import check_columns, check_file, features, rows_at_once
 from corpus.schema import (
     JSON_FIELDS,
@@ -100,7 +100,8 @@ def load_records(
     """The records of a Parquet file, a folder of Parquet files, or a dataset on the hub.
 
     Args:
-        source: path or hub id. In a folder the files `<split>*.parquet` are read; without any, all files for "train".
+        source: path, or address on the hub (hf://datasets/owner/name). In a folder the files `<split>*.parquet` are
+            read; without any, all files for "train".
         split: split of the set.
         rows: number of rows: the first ones, or with a seed a random draw in the file's order.
         seed: seed of the draw.
@@ -248,13 +249,13 @@ def _open(source: str, split: str, caps: Caps) -> Table:
                 features=features(),
                 batch_size=rows_at_once(files),
             ),
-            f"{source}: not readable as Parquet; write it with corpus.records.write_records",
+            f"{source}: not readable as Parquet; convert other formats: posttrain data import",
         )
         pyarrow.default_memory_pool().release_unused()  # used by the conversion; the rows are on disk now
         return Table(dataset, _locator(files), caps)
     address = hub_set(source)
     if address is None:
-        raise FileNotFoundError(f"{source}: no such file or folder, and not a hub id (owner/name)")
+        raise FileNotFoundError(f"{source}: there is no such file or folder{address_hint(source)}")
     dataset = _quietly(
         lambda: datasets.load_dataset(
             address.repo, revision=address.revision, data_dir=address.folder or None, split=split

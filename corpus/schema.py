@@ -124,19 +124,24 @@ class Problem(NamedTuple):
         return f"{self.field}: {self.rule} (found {self.found}); {self.remedy}"
 
 
-def problem_of(record: Mapping[str, Any], look: Callable[[Picture], Any] = Picture.rgb) -> Problem | None:
+def problem_of(
+    record: Mapping[str, Any],
+    look: Callable[[Picture], Any] = Picture.rgb,
+    watch: Callable[[Clip], Any] = Clip.decode,
+) -> Problem | None:
     """The first rule that a record breaks, or None.
 
     Args:
         record: missing fields have their defaults. Pictures may be `Picture`s, files' bytes, PIL images or
             {"bytes": ...}; they are decoded.
-        look: decodes a picture, and raises if it is broken.
+        look: decodes a picture; it raises an exception for a broken one.
+        watch: decodes a video; it raises an exception for a broken one.
 
     It checks a single row, so it does not find duplicate ids.
     """
     checks: tuple[Callable[[Mapping[str, Any]], Problem | None], ...] = (
         *(_text_problem, _empty_problem, _kind_problem, _history_problem, _markup_problem),
-        *(_placeholder_problem, _meta_problem, partial(_media_problem, look=look)),
+        *(_placeholder_problem, _meta_problem, partial(_media_problem, look=look, watch=watch)),
     )
     whole = completed(record)
     return next((problem for check in checks if (problem := check(whole))), None)
@@ -308,10 +313,12 @@ def _meta_problem(record: Mapping[str, Any]) -> Problem | None:
     return None
 
 
-def _media_problem(record: Mapping[str, Any], look: Callable[[Picture], Any]) -> Problem | None:
+def _media_problem(
+    record: Mapping[str, Any], look: Callable[[Picture], Any], watch: Callable[[Clip], Any]
+) -> Problem | None:
     decoders: dict[str, Callable[[Any], Any]] = {
         "images": lambda image: look(picture_of(image)),
-        "videos": lambda video: clip_of(video).decode(),
+        "videos": lambda video: watch(clip_of(video)),
     }
     for name, decode in decoders.items():
         media = record[name]

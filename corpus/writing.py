@@ -34,7 +34,7 @@ def write_records(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     A picture is a path (text or `Path`), a file's bytes, `{"bytes": ...}` or a PIL image; a video is the path of a file
     or of a folder of frames, a file's bytes, or a list of pictures. Files are stored unchanged; a PIL image is stored
     as the model sees it, as PNG. Memory holds some hundred rows at a time. Raises RecordError if
-    a row breaks a rule, with its row (from 0), field, rule and remedy: what is written can be loaded.
+    a row breaks a rule, with its row (from 0), field, rule and remedy, so a written file can always be loaded.
     """
     path = Path(path)
     seen, bad = set[str](), list[tuple[int, Problem]]()

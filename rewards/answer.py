@@ -97,7 +97,7 @@ class AnswerReward:
             verdict = replace(verdict, answer=parsed.answer[:MAX_BOX_CHARS])
         if example.verifier == "auto":
             said = f": {verdict.reason}" if verdict.reason else ""
-            verdict = replace(verdict, reason=f"auto took it for {kind}{said}")
+            verdict = replace(verdict, reason=f"auto read the gold as {kind}{said}")
         return verdict
 
     def limit(self, name: str, example: Example) -> Fraction:
@@ -166,7 +166,7 @@ def validate_gold(example: Example) -> None:
 
     >>> validate_gold(Example("row-1", "Which?", "E", "direct", "choice", meta={"choices": ["red", "blue"]}))
     Traceback (most recent call last):
-    rewards.answers.kind.GoldError: row 'row-1': gold answer 'E' names no option (A: red, B: blue); correct it ...
+    rewards.answers.kind.GoldError: row 'row-1': gold answer 'E' is not an option (A: red, B: blue); correct it ...
 
     Raises GoldError naming the row, the rule and a remedy.
     """

@@ -16,10 +16,10 @@ def component_metrics(groups: Sequence[Sequence[Graded]]) -> dict[str, float]:
 
     | key | |
     |---|---|
-    | reward/<name>/mean, std | over scored completions; std is the population standard deviation |
-    | reward/<name>/zero_variance_groups | share of groups with equal scores, among groups with two or more scores |
-    | reward/<name>/correlation/<other> | Pearson correlation over completions that both terms scored; one per pair |
-    | reward/<name>/status/<status> | number of completions with that status; every status is listed |
+    | sampled/<name>/mean, std | over scored completions; std is the population standard deviation |
+    | sampled/<name>/zero_variance_groups | share of groups with equal scores, among groups with two or more scores |
+    | sampled/<name>/correlation/<other> | Pearson correlation over completions that both terms scored; one per pair |
+    | sampled/<name>/status/<status> | number of completions with that status; every status is listed |
 
     Undefined values (without scores or variance) are left out, so that all values are finite.
 

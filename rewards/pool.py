@@ -52,7 +52,7 @@ class Ending(Enum):
 
     OVER_TIME = "it used up its computing time"
     OVER_MEMORY = "it used up its memory"
-    TIMEOUT = "it met its deadline without having had its computing time"
+    TIMEOUT = "it reached its deadline before it had used its computing time"
     CRASHED = "it lost two workers"
 
 
@@ -107,7 +107,7 @@ class Pool:
         return job
 
     def settle(self, jobs: Sequence[Job], patience_s: float) -> None:
-        """Wait until jobs that have begun end; one that does not, ends as CRASHED, and the workers are replaced.
+        """Wait until jobs that have begun end. If a job does not, it ends as CRASHED, and the workers are replaced.
 
         pebble never ends a job whose worker is killed between the receipt of the job and its acknowledgement.
 

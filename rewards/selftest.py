@@ -254,7 +254,7 @@ def _test_mixture(mixture: Mixture, rows: Sequence[tuple[int, Example]], caller:
             level = _level(term.reward, "runs")
             found, scores[term.name] = _test_term(term.reward, term.name, level, own, caller, thought_open)
             failures += found
-    failed = {failure.row for failure in failures}  # their totals say nothing new
+    failed = {failure.row for failure in failures}  # their totals would repeat these failures
     return failures + _test_totals(
         mixture, [one for one in rows if one[0] not in failed], scores, thought_open
     )

@@ -55,6 +55,8 @@ class Group:
     """Number of weight updates that the servers had received when the group was sampled."""
     staleness: int = 0
     """Number of weight updates between sampling the group and training on it."""
+    experts: Any = None
+    """Routing replay: the experts of the prompt's tokens, as in rl.rollout.messages.Answer."""
 
     @property
     def kind(self) -> str:
@@ -228,7 +230,13 @@ class Collector:
         sampled = time.monotonic()
         samples = iter(self._grade(rows, answers))
         groups = [
-            Group(row, answer.prompt_ids, [next(samples) for _ in answer.completions], self.version)
+            Group(
+                row,
+                answer.prompt_ids,
+                [next(samples) for _ in answer.completions],
+                self.version,
+                experts=answer.experts,
+            )
             for row, answer in zip(rows, answers, strict=True)
         ]
         self._generating_s += sampled - started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from core.strict import Name, Strict
 from core.training.config import LearnerConfig, Optim
@@ -14,9 +14,9 @@ from rewards.mix import check_terms
 
 Mode = Literal["think", "direct"]
 _BENT = (
-    "an RL stage samples from the whole distribution, as the learner's probabilities are of that one (with top_p=0.9 "
+    "an RL stage samples from the whole distribution, over which the learner computes probabilities (with top_p=0.9 "
     "the mean ratio of learner to server is 0.91, with 0.5 it is 0.52). Leave the key out; a lower rollout.temperature "
-    "samples more sharply on both sides"
+    "makes both distributions sharper"
 )
 BENDS_SAMPLING = dict.fromkeys(
     (
@@ -195,7 +195,7 @@ class RewardTerm(Strict):
     """Kinds of rows that the term grades: rows that a rule can check (verifiable), rows that only a judge can check
     (verifier judge or none), or both. Per mode and kind the weights sum to 1."""
     gate: str | None = None
-    """Name of another term. This term is evaluated if that term scores 1; otherwise it scores 0."""
+    """Name of another term. This term is called only where that term scores 1; elsewhere it scores 0."""
     on_error: Literal["stop", "unscorable"] = "stop"
     """If the reward fails: stop the run, or count the failure and leave the row unscored. A reward fails if it raises,
     returns something other than a verdict, exceeds a limit below, or ends its process."""
@@ -214,9 +214,7 @@ class RewardTerm(Strict):
             limits = ("deadline_s", "isolate", "memory_gib")
             given = [key for key in limits if getattr(self, key) != type(self).model_fields[key].default]
             if given:
-                raise ValueError(
-                    f"{given[0]} is for rewards of one's own; {self.use!r} is built in: remove it"
-                )
+                raise ValueError(f"{given[0]} is for users' own rewards; {self.use!r} is built in: remove it")
         return self
 
 
@@ -229,7 +227,7 @@ class PassAtK(Strict):
     samples: int = Field(default=4, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     drop_never_solved: bool = True
-    """Drop never-solved prompts too, for think rows only. Of direct rows always-solved ones go (report)."""
+    """Whether to drop never-solved think rows too. Of direct rows, only always-solved ones are dropped (report)."""
     drop_always_solved: bool = True
     min_rows: int = Field(default=1, ge=1)
     """Keeping fewer rows than this is an error: the policy is too weak or too strong for these prompts."""
@@ -340,6 +338,7 @@ class RLConfig(Strict):
     rollout: Rollout
     dynamic_sampling: DynamicSampling = DynamicSampling()
     overlong: Overlong | None = None
+    """Punishment of over-long completions. Over-long prompts: `unaskable` of `data`."""
     batches: int = Field(ge=1)
     """Rollout batches in this stage (the report's episodes)."""
     mini_batch: int = Field(ge=1)
@@ -354,10 +353,10 @@ class RLConfig(Strict):
     """Number of rows on which the rewards are tested with gold and corrupted answers before training; 0: no test."""
     watch: Watch = Watch()
     log_completions_every: int = Field(default=1, ge=1)
-    """Completions with their verdicts are logged every so many rollout batches."""
+    """Rollout batches from one whose completions are logged with their verdicts to the next."""
     save_every: int | None = Field(default=None, ge=1)
     """Rollout batches between two checkpoints with the optimizer's states and the prompts' ledger. An interrupted stage
-    that is started again unchanged resumes from the last checkpoint. None: it starts from its beginning."""
+    that is started again unchanged resumes from the last checkpoint. None: the stage starts from its beginning."""
 
     @property
     def completions_per_batch(self) -> int:
@@ -371,6 +370,17 @@ class RLConfig(Strict):
     def max_steps(self) -> int:
         """Optimizer updates in the stage."""
         return self.batches * self.updates_per_batch
+
+    @field_validator("overlong", mode="before")
+    @classmethod
+    def _overlong_is_about_completions(cls, value: Any) -> Any:
+        # The report's "periodically" is about rows of SFT's packed stream; RL's 16,384 tokens are the servers' context.
+        if isinstance(value, str):
+            raise ValueError(
+                f"{value!r} is a choice of SFT stages. Here `overlong: {{cache_tokens: N}}` punishes long completions; "
+                "prompts beyond servers.max_model_tokens are refused or dropped: data's `unaskable`"
+            )
+        return value
 
     @model_validator(mode="after")
     def _arithmetic(self) -> RLConfig:

@@ -2,9 +2,8 @@
 
 The rollout engine's probabilities differ from the learner's, so TRL weighs every token (or sequence) by
 learner / engine. TRL computes the learner's probabilities in an extra pass before the update. If one update follows
-each batch, the pass of the loss gives the same numbers, and the extra pass is skipped. The formulas are those of
-TRL 1.16's
-`GRPOTrainer._generate_and_score_completions`; tests/rl/test_shared_prefix.py compares them in every mode.
+each batch, the pass of the loss gives the same numbers, and the extra pass is skipped. The formulas are those of TRL
+1.16's `GRPOTrainer._generate_and_score_completions`; tests/rl/test_shared_prefix.py compares them in every mode.
 """
 
 from __future__ import annotations

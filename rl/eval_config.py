@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -47,6 +47,35 @@ class EvalSet(DataSource):
         return self
 
 
+class BenchEvery(Strict):
+    """A subset of public benchmarks that RL stages ask their current policy while they train, by lmms-eval.
+
+    The learner waits meanwhile. Images are tiled as in training, whatever the suite's tile caps. A benchmark that fails
+    is logged, and training goes on.
+    """
+
+    batches: int = Field(ge=1)
+    """Rollout batches between two looks; the first look is at the stage's first batch."""
+    suite: str
+    """Built-in suite (docs/bench.md) or a YAML file."""
+    only: tuple[Name, ...] = ()
+    """Benchmarks of the suite; empty: all."""
+    limit: int = Field(default=32, ge=1)
+    """First questions of each benchmark."""
+    mode: Literal["thinking", "direct"] = "thinking"
+    data: dict[Name, str] = Field(default_factory=dict)
+    """Benchmark -> local copy of its data set."""
+    include: tuple[str, ...] = ()
+    """Folders of lmms-eval tasks that the suite names."""
+    judge: str | None = None
+    """Base URL of an OpenAI-compatible judge, for benchmarks that ask one."""
+    judge_model: str = "gpt-4o-mini"
+    judge_key_env: str | None = None
+    """Environment variable with the judge's key."""
+    harness: str = ".venv-bench/bin/python"
+    """Python of lmms-eval's environment, which `make bench-setup` makes; relative to the working directory."""
+
+
 class EvalConfig(Strict):
     """Evaluation on the held-out sets through the rollout servers."""
 
@@ -64,6 +93,9 @@ class EvalConfig(Strict):
     blind: bool = False
     """Whether rows with images are asked a second time with grey images. The second accuracy shows how much of a score
     needs no image."""
+
+    every: BenchEvery | None = None
+    """Public benchmarks whose curves over training the RL stages log as `bench/<name>`."""
 
     @field_validator("sets", mode="before")
     @classmethod

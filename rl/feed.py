@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +55,7 @@ class Lead:
     Args:
         share_gpus: whether the servers run on the learners' GPUs. They then sleep from the last completion of a batch
             to the next weight update.
+        look: from the number of a batch to further metrics of the policy that the servers hold.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class Lead:
         records: Sequence[Record],
         *,
         share_gpus: bool = False,
+        look: Callable[[int], Mapping[str, float]] = lambda batch: {},
     ) -> None:
         self.client, self.rollouts, self.watcher, self.record = client, rollouts, watcher, record
-        self.share_gpus = share_gpus
+        self.share_gpus, self.look = share_gpus, look
         self.state = StageState(
             {"collector": rollouts.collector, "watcher": watcher, "record": record}, records
         )
@@ -96,7 +99,8 @@ class Lead:
         """Let the watcher check a batch, and log it. Raises rl.watch.RewardAlarm."""
         seen, alarms = self.watcher.batch(batch.sampled)
         judges = {f"judge/{name}": count for name, count in statistics().items()}
-        metrics = {**batch.metrics, **figures, **seen, **judges, **self.client.fleet.figures()}
+        looks = self.look(self.record.batches)
+        metrics = {**batch.metrics, **figures, **seen, **looks, **judges, **self.client.fleet.figures()}
         self.record.batch(batch.groups, batch.sampled, metrics, with_completions=bool(alarms))
         self.watcher.stop_for(alarms)
         every = self.record.cfg.save_every
@@ -175,7 +179,7 @@ class RolloutFeed:
         if len(rows) != count * ranks:
             raise RuntimeError(
                 f"collected {len(rows)} completions for {ranks} ranks x {count}; "
-                "rollout.prompts_per_batch x group_size must be what TRL's generation batch holds"
+                "rollout.prompts_per_batch x group_size must equal TRL's generation batch"
             )
         own = rows[rank * count : (rank + 1) * count]
         # The rows of a group share their images as objects: rl.shared_prefix.tiles computes each object once.
@@ -234,9 +238,11 @@ class RolloutFeed:
             ):  # images of any resolution: both TRL and we split patches by the grids
                 grids = inputs["image_grid_thw"].to(ids.device)
                 extra |= {"image_grid_thw": grids, "num_images": [len(grids)], "num_tiles": None}
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(
-            trainer.model, ids, torch.ones_like(ids), len(completion), **extra
-        )
+        experts = [(answer.experts, answer.completions[0].experts)] if answer.experts is not None else []
+        with trainer.passes.replaying(experts) if experts else nullcontext():
+            logps, _, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, torch.ones_like(ids), len(completion), **extra
+            )
         return logps[0].float().tolist()
 
 
@@ -257,10 +263,14 @@ def trl_rows(group: Group) -> list[dict[str, Any]]:
             scores = {name: verdict.score for name, verdict in sample.graded.verdicts.items()}
             scores["overlong"] = sample.penalty
         completion = sample.completion
-        taught = {} if sample.teacher is None else {"teacher_logprobs": sample.teacher or [0.0]}
+        extra: dict[str, Any] = {}
+        if sample.teacher is not None:
+            extra["teacher_logprobs"] = sample.teacher or [0.0]
+        if group.experts is not None:
+            extra["experts"] = group.experts, completion.experts
         rows.append(
             {
-                **taught,
+                **extra,
                 "id": group.row["id"],
                 "scores": scores,
                 "prompt_ids": group.prompt_ids,

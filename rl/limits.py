@@ -47,7 +47,7 @@ class Limits(Strict):
     read: tuple[DataSource, ...] = ()
     """All sets that the policy reads or writes, whose words its tokenizer should know."""
     max_unknown: float = 1.0
-    """Largest share of tokens of these sets that it may not know."""
+    """Largest share of tokens of these sets that the tokenizer may not know."""
 
 
 def check(cfg: Limits, job: Job) -> Path:
@@ -94,7 +94,7 @@ def askable(
         return records
     counts = dict(Counter(kind for kind, _ in found.values()))
     log.warning(
-        "%s: dropped %d of %d rows that the servers cannot be asked: %s",
+        "%s: dropped %d of %d rows beyond the servers' limits: %s",
         source.set, len(found), len(records), counts,
     )  # fmt: skip
     return records.only([row for row in range(len(records)) if row not in found])

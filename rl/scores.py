@@ -96,7 +96,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def majority_correct(drawn: Sequence[Row]) -> float:
-    """Whether the most frequent answer of these completions is right; among equals the share of right ones.
+    """Whether the most frequent answer of these completions is right; in a tie, the share of right tied answers.
 
     Answers are compared as the verifier extracted them, without white space and case. Right answers count as one,
     because the verifier has found them equal to the gold answer. A completion without an answer has no vote.

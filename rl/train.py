@@ -11,14 +11,15 @@ Differs from stock TRL:
 
 Differs from the report (arXiv:2509.14033, sections 4.2 and 4.4), which leaves open how its clip value moves within
 0.20 to 0.28: by default those are DAPO's fixed lower and upper clip; `algorithm.clip_schedule` moves the upper one.
-The report names no importance-sampling correction, rollout engine, dynamic sampling limits or overlong punishment.
+The report does not describe importance-sampling correction, rollout engine, dynamic sampling or overlong punishment.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,10 +186,23 @@ def _lead(
         record,
         records,
         share_gpus=job.pool.share_gpus,
+        look=_look(job, client),
     )
     if unfinished.checkpoint:
         lead.state.read(unfinished.checkpoint)
     return lead
+
+
+def _look(job: ServedJob, client: RolloutClient) -> Callable[[int], Mapping[str, float]]:
+    """A function from the number of a batch to the metrics of `job.look` at it, {} between two looks."""
+    look = job.look
+    if look is None:
+        return lambda batch: {}
+    module, _, name = look.call.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    return lambda batch: (
+        {} if batch % look.batches else function(client, job.out / "looks" / str(batch), look.params)
+    )
 
 
 def _watcher(cfg: RLConfig, job: ServedJob, client: RolloutClient) -> Watcher:

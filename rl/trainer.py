@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,10 @@ class Passes(Protocol):
         """The shuffled batch in mini-batches."""
         ...
 
+    def replaying(self, experts: Sequence[Any]) -> AbstractContextManager[None]:
+        """Inside, `score` lets a mixture of experts visit the servers' experts."""
+        ...
+
     def score(self, stock: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Log-probabilities, entropies and the router's loss of completions."""
         ...
@@ -58,7 +63,7 @@ class RolloutTrainer(GRPOTrainer):
     Args:
         feed: brings the rows.
         passes: a function from this trainer to the `Passes` object; None keeps TRL's passes.
-        banned_ids: tokens with probability 0 in sampling; policy and reference give them none either.
+        banned_ids: tokens with probability 0 in sampling, and so for policy and reference.
         **trl: arguments of GRPOTrainer.
     """
 

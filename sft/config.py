@@ -68,7 +68,7 @@ class SFTConfig(Strict):
     periodic: Periodic = Periodic()
     """For overlong: periodic."""
     on_bad: Literal["raise", "drop"] = "raise"
-    """Whether to stop at a row that breaks a rule of corpus.records, or drop the row."""
+    """Whether to stop at a row that breaks a rule of corpus.records, or to drop the row."""
     learner: LearnerConfig = LearnerConfig()
     packing: Packing | None = Packing()
     """How rows are packed into micro-batches; `off` pads them into batches of micro_batch_size instead. Updates contain
@@ -78,7 +78,7 @@ class SFTConfig(Strict):
     """Steps between two lines of metrics.jsonl."""
     save_every: int | None = Field(default=None, ge=1)
     """Updates between two checkpoints with the optimizer's states. An interrupted stage that is started again unchanged
-    resumes from the last one and keeps its finished phases. None: it starts from its beginning."""
+    resumes from the last one and keeps its finished phases. None: the stage starts from its beginning."""
 
     @field_validator("packing", mode="before")
     @classmethod

@@ -12,8 +12,8 @@ The rows of an update are chosen in one of two ways:
 - by tokens: a stream. Each update takes rows from a buffer of the next rows: first those that have waited too long,
   then those that fill its packs best.
 
-Over-long rows are let in periodically, if a phase has them: every so many updates, evenly spread, and each fills a pack
-alone, which may then hold more than `budget` tokens.
+If a phase lets over-long rows in, they are spread evenly over every n-th update. Each fills a pack alone, which may
+then hold more than `budget` tokens.
 
 Either way each row is trained once per epoch, and sft/balance.py balances text and image tokens over the packs of an
 update. These are the report's stream packing and visual packing (arXiv:2509.14033, section 5).
@@ -165,7 +165,7 @@ class Plan(Sequence[Pack]):
         """The rows in the order of an epoch, which equals the padded path's order with the same seed.
 
         The padded path uses accelerate's SeedableRandomSampler, by which transformers' trainer shuffles. Over-long rows
-        are moved to every so many updates of `ByRows`.
+        are moved to every n-th update of `ByRows`.
         """
         import torch
 
@@ -279,8 +279,8 @@ def stream(
     a row waits for at most max_wait + ceil(buffer / packs) updates. The other rows follow from longest to shortest, and
     each goes to the fullest pack with room for it. At the end of the order the buffer is emptied.
 
-    The rows that `overlong` (rows,) marks enter in every `every`-th update, so many that they last for all updates, and
-    when no other row waits.
+    The rows that `overlong` (rows,) marks enter in every `every`-th update, evenly spread over the stream, and when no
+    other row waits.
     """
     long = np.zeros(len(tokens), dtype=bool) if overlong is None else overlong
     updates = math.ceil(int(tokens.sum()) / (packs * budget))

@@ -7,7 +7,7 @@ Differs from stock TRL:
   with images.
 - Updates with a loss or gradients that are not finite are skipped and counted, and a few in a row end the stage
   (core/training/finite.py).
-- Loss (token mean over the global batch), loop, optimizer and DeepSpeed are TRL's.
+Loss (token mean over the global batch), loop, optimizer and DeepSpeed are TRL's.
 
 Differs from the report (arXiv:2509.14033, sections 4 and 5):
 

@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks; what they measure is asserted in themselves."""
+"""The arithmetic of the benchmarks, which assert their own measurements."""
 
 import json
 

@@ -70,7 +70,7 @@ def test_the_entry_point_is_our_command_and_is_on_the_path():
     assert of("ENV") == [f"PATH={of('WORKDIR')[0]}/.venv/bin:$PATH"]
 
 
-def test_what_is_left_out_of_the_image_is_nothing_that_git_tracks():
+def test_no_tracked_file_is_left_out_of_the_image():
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,10 +1,15 @@
 """`make gpu-check` on tiny cores on the CPU: every check runs; the driver reports what failed and what did not run."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Line, Lines, _in_child, main
 from core.files import read_json
+
+ROOT = Path(__file__).parents[1]
 
 
 def lines_of(check: str) -> dict[str, Line]:
@@ -44,7 +49,7 @@ def test_bfloat16_is_compared_with_float32():
     assert found["our distance over stock's"].measured == pytest.approx(ours / stock)
 
 
-def test_what_a_machine_lacks_is_said():
+def test_checks_that_a_machine_cannot_run_are_named():
     assert "CUDA graphs" in "".join(lines_of("engine"))
     assert "no GPU" in gpu_check._machine_problem("cuda")
 
@@ -80,3 +85,31 @@ def test_a_bound_is_kept_by_a_number_only():
 def test_a_check_runs_in_its_own_process(check):
     found = _in_child(check, "cpu", 900.0)
     assert all(line.verdict.startswith(("pass", "not run", "measured")) for line in found), found
+
+
+WITHOUT = """
+from importlib.machinery import PathFinder
+
+stock = PathFinder.find_spec
+
+
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in ("vllm", "deepspeed") else stock(name, path, target)
+
+
+PathFinder.find_spec = staticmethod(find_spec)
+"""
+
+
+@pytest.mark.slow
+def test_the_chain_runs_where_vllm_and_deepspeed_are_missing(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)  # read by every child of this process
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
+    (engine,) = _in_child("engine", "cpu", 900.0)
+    assert engine.verdict == "not run: vLLM is not installed"
+    found = {line.claim: line.verdict for line in _in_child("chain", "cpu", 900.0)}
+    assert found == {
+        "engine hf: under DeepSpeed": "not run: DeepSpeed is not installed; plain PyTorch",
+        "engine hf: largest difference of log-probabilities": "pass",
+        "engine hf: updates": "pass",
+    }

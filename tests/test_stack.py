@@ -12,7 +12,7 @@ PINNED = [line for line in PROJECT["dependencies"] if "==" in line]
 
 
 @pytest.mark.parametrize("requirement", PINNED)
-def test_what_is_pinned_is_installed(requirement):
+def test_pinned_versions_are_installed(requirement):
     name, version = re.fullmatch(r"([\w-]+)(?:\[.*\])?==([\d.]+)", requirement).groups()
     assert metadata.version(name).split("+")[0] == version
 

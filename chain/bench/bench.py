@@ -10,16 +10,18 @@ from typing import Any
 from chain.bench.harness import Harness, HarnessFailed, outcome
 from chain.bench.local import local_task
 from chain.bench.relay import JudgeServer, Relay
+from chain.bench.servers import for_suite, own_tiles
 from chain.bench.suite import Benchmark, Suite
+from chain.bench.track import BENCH, track
 from chain.display import Display
 from chain.pool import OpenPool, Pool
 from chain.recipe import STAGE_NAMES, Recipe
 from core.checkpoint.check import check_checkpoint
-from core.files import read_json, write_json, write_text
+from core.files import read_json, write_json
 from core.manifest import hash_config, now
 from core.strict import ConfigError
+from rl.rollout.client import RolloutClient
 
-BENCH = "bench.json"
 CONCURRENCY = 16
 """Requests that the harness keeps in flight."""
 MODES = {"thinking": "think", "direct": "direct"}
@@ -31,6 +33,8 @@ class Options:
 
     modes: tuple[str, ...]
     max_completion_tokens: int
+    seed: int = 0
+    """Seed of the harness, and of requests that are sampled; most tasks are greedy."""
     limit: int | None = None
     judge: JudgeServer | None = None
     blind: bool = False
@@ -76,11 +80,13 @@ def bench(
         raise ConfigError(
             "two checkpoints would write to one folder; bench them one at a time, each with its --out"
         )
-    with Pool(recipe.servers, folders[0] / "logs", open_pool) as pool:
+    servers = recipe.servers and for_suite(recipe.servers, suite, models)
+    with Pool(servers, folders[0] / "logs", open_pool) as pool:
         for model, folder in zip(models, folders, strict=True):
             check_checkpoint(model)
             with display.step(f"bench {model}"):
-                _one(pool, model.resolve(), suite, harness, options, folder.resolve(), display)
+                new = _one(pool, model.resolve(), suite, harness, options, folder.resolve(), display)
+            track(recipe, model.resolve(), folder.resolve(), new, display.line)
     return folders
 
 
@@ -93,9 +99,14 @@ class Run:
     mode: str
     blind: bool
 
-    def key(self, modes: Sequence[str]) -> str:
-        """The name in bench.json: with the mode if there are several."""
-        return self.name + (f".{self.mode}" if len(modes) > 1 else "") + (".blind" if self.blind else "")
+    @property
+    def key(self) -> str:
+        """The name in bench.json: the benchmark's, in thinking mode and with its images."""
+        return (
+            self.name
+            + ("" if self.mode == "thinking" else f".{self.mode}")
+            + (".blind" if self.blind else "")
+        )
 
     def fingerprint(self, options: Options, model: str, version: str) -> str:
         """A hash of everything that determines the score; `version` is the harness's."""
@@ -106,6 +117,7 @@ class Run:
                 "data": options.data.get(self.name),
                 "limit": options.limit,
                 "length": options.max_completion_tokens,
+                "seed": options.seed,
                 "judge": judge if self.benchmark.judge else None,
                 "model": model,
                 "harness": version,
@@ -115,45 +127,51 @@ class Run:
 
 def _one(
     pool: Pool, model: Path, suite: Suite, harness: Harness, options: Options, folder: Path, display: Display
-) -> None:
-    """All benchmarks of one checkpoint. bench.json is written after each."""
+) -> list[str]:
+    """Score all benchmarks of one checkpoint; return the names of the new scores. bench.json is written after each."""
     files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(model.iterdir())}
     report: dict[str, Any] = {
         "model": str(model),
         "harness": {"name": "lmms-eval", "version": harness.version},
+        "seed": options.seed,
         "suite": suite.about,
         "published": suite.published,
         "judge": options.judge and {"url": options.judge.url, "model": options.judge.model},
         "tasks": read_json(folder / BENCH)["tasks"] if (folder / BENCH).exists() else {},
     }
+    new: list[str] = []
     local = {name: local_task(name, place, folder / "local" / name) for name, place in options.local.items()}
     blind = (False, True) if options.blind else (False,)
     named = {**suite.benchmarks, **local}.items()
     for run in [
         Run(name, one, mode, grey) for name, one in named for mode in options.modes for grey in blind
     ]:
-        key, fingerprint = (
-            run.key(options.modes),
-            run.fingerprint(options, hash_config(files), harness.version),
-        )
+        key, fingerprint = run.key, run.fingerprint(options, hash_config(files), harness.version)
         if report["tasks"].get(key, {}).get("fingerprint") == fingerprint:
             display.line(f"{key}: finished, unchanged — skipped")
             continue
         head = {"benchmark": run.name, "mode": run.mode, "blind": run.blind, "limit": options.limit}
+        head["judge"] = options.judge.model if options.judge and run.benchmark.judge else None
         try:
-            found = _scored(pool, model, harness, options, run, folder / fingerprint[:16])
+            client, own = pool.serve(model), own_tiles(model) if suite.has_caps else None
+            found = scored(client, own, harness, options, run, folder / fingerprint[:16])
             display.line(f"{key}: {found['score']:.1f} (n = {found['n']})")
             report["tasks"][key] = {**head, "fingerprint": fingerprint, **found}
+            new.append(key)
         except (HarnessFailed, ConfigError) as error:
             display.line(f"{key}: no score: {error}")
             report["tasks"][key] = {**head, "failed": str(error)}
         write_json(folder / BENCH, {**report, "written": now()})
+    return new
 
 
-def _scored(
-    pool: Pool, model: Path, harness: Harness, options: Options, run: Run, folder: Path
+def scored(
+    client: RolloutClient, own: int | None, harness: Harness, options: Options, run: Run, folder: Path
 ) -> dict[str, Any]:
-    """Score and samples of one benchmark in one mode. Raises HarnessFailed or ConfigError if it has no score."""
+    """Score and samples of one benchmark in one mode. Raises HarnessFailed or ConfigError if it has no score.
+
+    `own` is the checkpoint's tile cap; None: requests name no tile cap.
+    """
     benchmark, name = run.benchmark, run.name
     if benchmark.judge and options.judge is None:
         raise HarnessFailed("its scoring asks a judge; name one with --judge URL")
@@ -161,12 +179,12 @@ def _scored(
     include = [*options.include, *((folder.parent / "local" / name,) if name in options.local else ())]
     task = benchmark.task or f"posttrain_{name}"
     if benchmark.yaml:
-        write_text(
-            folder / "task" / f"{task}.yaml", harness.task_file(benchmark, name, options.data.get(name))
-        )
+        harness.write_task(benchmark, name, options.data.get(name), folder / "task")
         include.append(folder / "task")
-    client = pool.serve(model)
     length = benchmark.max_completion_tokens or options.max_completion_tokens
-    with Relay(client, folder, MODES[run.mode], benchmark.extract, length, run.blind, options.judge) as relay:
-        results = harness.run(task, folder, relay, include, options.limit, CONCURRENCY)
+    with Relay(
+        client, folder, MODES[run.mode], benchmark, length, run.blind, options.judge, own, options.seed
+    ) as relay:
+        videos = Path(options.data[name]) if benchmark.frames and name in options.data else None
+        results = harness.run(task, folder, relay, include, options.limit, CONCURRENCY, videos)
         return outcome(benchmark, task, folder, results, relay)

@@ -15,10 +15,12 @@ from typing import Any
 import yaml
 
 from chain.bench.relay import REPLIES, Relay
-from chain.bench.suite import Benchmark
-from core.files import read_json, read_jsonl
+from chain.bench.suite import MEAN, Benchmark
+from core import processes
+from core.files import read_json, read_jsonl, write_text
 from core.processes import inherited_environment
 from core.strict import ConfigError
+from rl.rollout import access
 
 VERSION = "0.7.3"
 DEFAULT = Path(".venv-bench/bin/python")
@@ -27,6 +29,24 @@ _LOCATE = (
     "import importlib.metadata as m, importlib.util as u; "
     "print(m.version('lmms-eval')); print(u.find_spec('lmms_eval').origin)"
 )
+
+
+VIDEO = '''\
+"""Messages of a video task: the video's file by name, for the relay; posttrain has written this file."""
+
+import os
+
+from lmms_eval.utils import load_yaml_config
+
+BASE = load_yaml_config(yaml_path={base!r})
+
+
+def messages(doc, lmms_eval_specific_kwargs=None):
+    videos = [os.environ["POSTTRAIN_VIDEO"] + file for file in BASE["doc_to_visual"](doc)]
+    text = BASE["doc_to_text"](doc, lmms_eval_specific_kwargs)
+    content = [{{"type": "text", "text": part}} for part in (*videos, text)]
+    return [{{"role": "user", "content": content}}]
+'''
 
 
 class HarnessFailed(RuntimeError):
@@ -58,8 +78,8 @@ class Harness:
             )
         return cls(python, version, Path(origin).parent / "tasks")
 
-    def task_file(self, benchmark: Benchmark, name: str, data: str | None) -> str:
-        """The text of the task's file: the harness's own file with our changes."""
+    def write_task(self, benchmark: Benchmark, name: str, data: str | None, folder: Path) -> None:
+        """Write the task `posttrain_<name>` to `folder`: the harness's own file with our changes."""
         assert benchmark.yaml
         base = self.tasks / benchmark.yaml
         if not base.is_file():
@@ -67,7 +87,16 @@ class Harness:
         changes = {"task": f"posttrain_{name}", **benchmark.changes}
         if data:
             changes |= {"dataset_path": data, "dataset_name": None, "dataset_kwargs": None}
-        return yaml.safe_dump({"include": str(base), **changes}, sort_keys=False)
+        lines = ""
+        if benchmark.frames:
+            if data:  # a folder of tables and videos: `datasets` would load the videos
+                tables = sorted(map(str, Path(data).rglob("*.parquet")))
+                changes |= {"dataset_path": "parquet", "dataset_kwargs": {"data_files": {"test": tables}}}
+                changes["test_split"] = "test"
+            write_text(folder / "video.py", VIDEO.format(base=str(base)))
+            lines = "doc_to_messages: !function video.messages\n"
+        text = yaml.safe_dump({"include": str(base), **changes}, sort_keys=False)
+        write_text(folder / f"posttrain_{name}.yaml", text + lines)
 
     def run(
         self,
@@ -77,8 +106,12 @@ class Harness:
         include: Sequence[Path],
         limit: int | None,
         concurrency: int,
+        videos: Path | None = None,
     ) -> dict[str, Any]:
-        """Run one task; return the harness's results. Raises HarnessFailed."""
+        """Run one task; return the harness's results. Raises HarnessFailed.
+
+        `videos` is a local copy of a data set of videos, in the place of the harness's cache.
+        """
         out = folder / "harness"
         shutil.rmtree(out, ignore_errors=True)
         model = (
@@ -99,25 +132,45 @@ class Harness:
             command += ["--include_path", str(place)]
         if limit:
             command += ["--limit", str(limit)]
-        environment = inherited_environment() | {
-            "OPENAI_API_KEY": relay.token,
-            "OPENAI_API_URL": relay.url("judge"),
-            "API_TYPE": "openai",
-            "MODEL_VERSION": relay.judge.model if relay.judge else "none",
-            "LMMS_IMAGE_ENCODE_FORMAT": "PNG",
-            "WANDB_MODE": "disabled",
-            "NO_PROXY": "127.0.0.1",
-        }
-        with (folder / "log.txt").open("w") as log:
-            code = subprocess.run(
-                command, stdout=log, stderr=log, env=environment, cwd=folder, check=False
-            ).returncode
+        command += ["--seed", str(relay.seed)]
+        environment = _environment(relay, folder, videos)
+        log = folder / "log.txt"
+        log.unlink(missing_ok=True)
+        process = processes.start(command, log=log, environment=environment, folder=folder)
+        try:
+            code = process.wait()
+        finally:
+            processes.stop(process)
         # A task may write a submission file of its own, which has the same ending.
         found = [read_json(file) for file in sorted(out.rglob("*_results.json"))]
         results = [one for one in found if isinstance(one, dict) and "results" in one]
         if code or not results:
             raise HarnessFailed(f"lmms-eval ended with code {code}: {_last_words(folder / 'log.txt')}")
         return results[-1]
+
+
+def _environment(relay: Relay, folder: Path, videos: Path | None) -> dict[str, str]:
+    """The harness's environment: the relay in place of OpenAI, without the servers' token and the judge's key."""
+    secret = {relay.judge.key} - {""} if relay.judge else set()
+    inherited = {
+        name: value
+        for name, value in inherited_environment().items()
+        # Our packages are not for the harness: an installed project's folder holds clashing versions of its libraries.
+        if name not in ("PYTHONPATH", access.TOKEN) and value not in secret
+    }
+    own = {
+        "OPENAI_API_KEY": relay.token,
+        "OPENAI_API_URL": relay.url("judge"),
+        "API_TYPE": "openai",
+        "MODEL_VERSION": relay.judge.model if relay.judge else "none",
+        "LMMS_IMAGE_ENCODE_FORMAT": "PNG",
+        "POSTTRAIN_VIDEO": relay.video,
+        "WANDB_MODE": "disabled",
+        "NO_PROXY": "127.0.0.1",
+    }
+    if videos:
+        own |= {"HF_HOME": str(videos), "HF_DATASETS_CACHE": str(folder / "datasets")}
+    return {"HF_HOME": str(Path("~/.cache/huggingface").expanduser()), **inherited, **own}
 
 
 def outcome(
@@ -130,9 +183,12 @@ def outcome(
                 f"{len(failed)} requests to the {role} failed, the first: {next(iter(failed.values()))}"
             )
     own = results["results"][task]
-    value = next((own[key] for key in own if key.partition(",")[0] == benchmark.metric), None)
     (file,) = (folder / "harness").rglob(f"*_samples_{task}.jsonl")
     samples = _samples(benchmark, read_jsonl(file), folder)
+    if benchmark.metric == MEAN:
+        value = sum(sample["score"] for sample in samples) / len(samples)
+    else:
+        value = next((own[key] for key in own if key.partition(",")[0] == benchmark.metric), None)
     if value is None or value == "":  # MathVista's aggregation returns None for 0 right answers
         value = 0.0 if not any(sample["score"] for sample in samples) else None
     if not isinstance(value, int | float):

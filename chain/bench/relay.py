@@ -7,12 +7,9 @@ a repeated request from there: an interrupted bench asks nothing twice.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import itertools
 import json
-import re
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -23,23 +20,20 @@ from typing import Any
 
 import requests
 
-from chain.bench.suite import Extract
+from chain.bench.prompt import PICTURES, Rules, asked
+from chain.bench.suite import Benchmark
 from core.files import append_jsonl, read_jsonl
-from core.model.prompts import user_text
 from rewards.extract import parse
-from rl.blank import GREY
 from rl.rollout.client import RolloutClient
 from rl.rollout.config import MODEL_NAME
 from rl.rollout.messages import Prompt, Sampling, completion_request, read_answer
 
 REPLIES = "replies.jsonl"
 """File in a benchmark's folder: a line per reply of the policy and the judge, in the order of arrival."""
-PICTURES = "pictures"
 JUDGE_S = 120.0
 """Seconds for one request to the judge."""
 MOST_BYTES = 256 * 2**20
 """Largest request that the relay reads."""
-_DATA_URL = re.compile(r"data:image/[^;,]*;base64,")
 
 
 @dataclass(frozen=True)
@@ -60,19 +54,23 @@ class Relay:
         client: the rollout servers; None: every policy request fails.
         folder: folder of replies.jsonl and the pictures.
         mode: "think" or "direct".
-        extract: the part of a thinking completion that the harness gets.
+        benchmark: how prompts are sent, and which part of a completion the harness gets.
         max_tokens: longest completion. It replaces the harness's limit, which is too short for a thought.
         blind: whether images are replaced by grey ones.
         judge: the judge, or None.
+        own_tiles: the checkpoint's tile cap; None: requests name no tile cap.
+        seed: seed of sampled requests.
     """
 
     client: RolloutClient | None
     folder: Path
     mode: str
-    extract: Extract
+    benchmark: Benchmark
     max_tokens: int
     blind: bool = False
     judge: JudgeServer | None = None
+    own_tiles: int | None = None
+    seed: int = 0
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     failures: dict[str, dict[str, str]] = field(default_factory=lambda: {"policy": {}, "judge": {}})
     """Role -> request -> its error, for requests that no later try has answered."""
@@ -81,6 +79,15 @@ class Relay:
         self._known = {line["key"]: line for line in read_jsonl(self.folder / REPLIES)}
         self._writing, self._turn = threading.Lock(), itertools.count()
         (self.folder / PICTURES).mkdir(parents=True, exist_ok=True)
+        self._rules = Rules(
+            self.benchmark,
+            self.mode,
+            self.client.core.frame_px if self.client else 0,
+            self.folder,
+            self.video,
+            self.blind,
+            self.own_tiles,
+        )
 
     def __enter__(self) -> Relay:
         relay = self
@@ -103,6 +110,11 @@ class Relay:
         self._server.shutdown()
         self._server.server_close()
 
+    @property
+    def video(self) -> str:
+        """Start of a text part that names a video's file."""
+        return f"{self.token}:"
+
     def url(self, role: str) -> str:
         """Base URL of the OpenAI API of a role, "policy" or "judge"."""
         return f"http://127.0.0.1:{self._server.server_port}/{role}/v1"
@@ -119,7 +131,7 @@ class Relay:
         return {**frame, "choices": [choice], "usage": usage}
 
     def _policy(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        messages, text, pictures = self._messages(body["messages"])
+        prompt = asked(body["messages"], self._rules)
         sampling = Sampling(max_tokens=self.max_tokens, temperature=float(body.get("temperature") or 0.0))
 
         def ask() -> dict[str, Any]:
@@ -127,15 +139,17 @@ class Relay:
                 raise RuntimeError("no rollout server")
             serving = self.client.fleet.serving
             url = serving[next(self._turn) % len(serving)]
-            asked = completion_request(Prompt([]), sampling, self.client.core) | {"messages": messages}
-            reply = read_answer(self.client.http.ask(url, "v1/chat/completions", asked), self.client.core)
+            prompted = Prompt([], self.seed if sampling.temperature else None)
+            request = completion_request(prompted, sampling, self.client.core) | {"messages": prompt.messages}
+            if prompt.processor:
+                request["mm_processor_kwargs"] = prompt.processor
+            reply = read_answer(self.client.http.ask(url, "v1/chat/completions", request), self.client.core)
             (given,) = reply.completions
             return {"completion": given.text, "tokens": len(given.token_ids), "truncated": not given.finished}
 
         settings = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
-        return self._remembered(
-            "policy", {"messages": messages, **settings}, {"text": text, "pictures": pictures}, ask
-        )
+        key = {"messages": prompt.messages, "processor": prompt.processor, **settings}
+        return self._remembered("policy", key, {"text": prompt.text, "pictures": prompt.pictures}, ask)
 
     def _judged(self, body: Mapping[str, Any]) -> dict[str, Any]:
         judge = self.judge
@@ -144,9 +158,9 @@ class Relay:
 
         def ask() -> dict[str, Any]:
             headers = {"Authorization": f"Bearer {judge.key}"} if judge.key else {}
-            asked = {**body, "model": judge.model}
+            request = {**body, "model": judge.model}
             reply = requests.post(
-                f"{judge.url}/chat/completions", json=asked, headers=headers, timeout=JUDGE_S
+                f"{judge.url}/chat/completions", json=request, headers=headers, timeout=JUDGE_S
             )
             reply.raise_for_status()
             content = reply.json()["choices"][0]["message"]["content"]
@@ -177,42 +191,14 @@ class Relay:
             append_jsonl(self.folder / REPLIES, line)
         return line
 
-    def _messages(self, given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str, list[str]]:
-        """The conversation for the servers, the text of its last turn without the contract, and its pictures' files."""
-        pictures: list[str] = []
-        messages = [
-            {"role": one["role"], "content": self._content(one["content"], pictures)} for one in given
-        ]
-        last = messages[-1]["content"]
-        text = "".join(part["text"] for part in last if part["type"] == "text")
-        if self.mode == "think":
-            place = max(place for place, part in enumerate(last) if part["type"] == "text")
-            last[place] = {"type": "text", "text": user_text(last[place]["text"], "think")}
-        return messages, text, pictures
-
-    def _content(self, content: Any, pictures: list[str]) -> list[dict[str, Any]]:
-        if isinstance(content, str):
-            return [{"type": "text", "text": content}]
-        parts = []
-        for part in content:
-            if part["type"] == "image_url":
-                data = base64.b64decode(_DATA_URL.sub("", part["image_url"]["url"], count=1), validate=True)
-                data = _grey(data) if self.blind else data
-                name = f"{PICTURES}/{hashlib.sha256(data).hexdigest()[:32]}.png"
-                if not (self.folder / name).exists():
-                    (self.folder / name).write_bytes(data)
-                pictures.append(name)
-                url = f"data:image/*;base64,{base64.b64encode(data).decode()}"
-                part = {"type": "image_url", "image_url": {"url": url}}
-            parts.append(dict(part))
-        return parts
-
     def extracted(self, completion: str) -> str:
         """The part of a completion that the harness scores."""
-        if self.extract == "contract":
+        if self.benchmark.extract == "contract":
             opened = bool(self.client and self.client.core.thought_open)
             return parse(completion, self.mode, opened).answer or ""
-        return last_box(completion) if self.extract == "box" and self.mode == "think" else completion
+        return (
+            last_box(completion) if self.benchmark.extract == "box" and self.mode == "think" else completion
+        )
 
 
 def last_box(completion: str) -> str:
@@ -233,15 +219,6 @@ def last_box(completion: str) -> str:
             if depth == 0:
                 return text[start + len(r"\boxed{") : place].strip()
     return completion
-
-
-def _grey(data: bytes) -> bytes:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as picture:
-        buffer = io.BytesIO()
-        Image.new("RGB", picture.size, GREY).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _serve(handler: BaseHTTPRequestHandler, relay: Relay) -> None:

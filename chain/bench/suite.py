@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from pydantic import Field
 from core.strict import ConfigError, Name, Strict, nearest, parse
 
 FOLDER = Path(__file__).parent / "suites"
+MEAN = "mean"
+"""Metric of a benchmark whose score is the mean of its samples' scores."""
 Extract = Literal["box", "contract", "whole"]
 
 
@@ -24,7 +27,7 @@ class Benchmark(Strict):
     changes: dict[str, Any] = Field(default_factory=dict)
     """Keys of the task's file that differ here, such as `doc_to_text`."""
     metric: str
-    """The harness's metric that is the benchmark's score."""
+    """The harness's metric that is the benchmark's score; mean: the mean of the samples' scores."""
     scale: float = 100.0
     """Factor from the metric to points; 1 if the metric is in points."""
     score: str
@@ -36,6 +39,14 @@ class Benchmark(Strict):
     """The part of a completion that the harness scores. box: of a thinking completion the box after the thought, else
     the last box, else everything; contract: the answer by this project's format contract, "" without one; whole:
     everything."""
+    tiles: int | None = Field(default=None, ge=1, le=64)
+    """Most tiles of an image (the image processor's max_patches). With it the prompt follows the model's authors'
+    wrapper: at most 64 tiles over all images, and several images stand before the text as "Image-1: " lines, without
+    MSAC's second scale. None: images as in training."""
+    enlarge_first: bool = False
+    """Whether the first image is sent at twice its width and height."""
+    frames: int | None = Field(default=None, ge=1, le=1024)
+    """Frames that are sampled of a video; None: the benchmark has no videos."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """Longest completion, tokens; None: the command's."""
     source: str
@@ -49,6 +60,19 @@ class Suite(Strict):
     benchmarks: dict[Name, Benchmark] = Field(min_length=1)
     published: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Model -> benchmark -> published score in points."""
+
+    def only(self, names: Sequence[str]) -> Suite:
+        """The suite with these benchmarks alone, or all if none is named. Raises ConfigError for an unknown name."""
+        for name in names:
+            if name not in self.benchmarks:
+                raise ConfigError(f"only: {name}: no such benchmark; {nearest(name, self.benchmarks)}")
+        kept = {name: one for name, one in self.benchmarks.items() if name in (names or self.benchmarks)}
+        return self.model_copy(update={"benchmarks": kept})
+
+    @property
+    def has_caps(self) -> bool:
+        """Whether a benchmark has a tile cap, so that every request must name its own."""
+        return any(one.tiles for one in self.benchmarks.values())
 
 
 def load_suite(name: str) -> Suite:

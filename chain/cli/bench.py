@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
     added = command(commands, "bench", _bench, "score checkpoints on public benchmarks with lmms-eval")
     added.add_argument("models", type=Path, nargs="+", help="checkpoint folders, stages' folders or runs")
     added.add_argument(
-        "--suite", help="reasoning, general, or a YAML file; default: reasoning, without --local"
+        "--suite", help="reasoning, general, video or a YAML file; default: reasoning, without --local"
     )
     added.add_argument("--only", nargs="+", metavar="BENCHMARK", help="benchmarks of the suite to run")
     added.add_argument(
@@ -60,6 +60,7 @@ def _bench(options: argparse.Namespace) -> None:
         Options(
             modes=("thinking", "direct") if options.mode == "both" else (options.mode,),
             max_completion_tokens=length,
+            seed=recipe.seed,
             limit=options.limit,
             judge=_judge(options),
             blind=options.blind,
@@ -73,16 +74,10 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _suite(options: argparse.Namespace) -> Any:
     from chain.bench.suite import Suite, load_suite
-    from core.strict import ConfigError, nearest
 
     if options.suite is None and options.local:
         return Suite.model_construct(about="local files", benchmarks={}, published={})
-    suite = load_suite(options.suite or "reasoning")
-    for name in options.only or ():
-        if name not in suite.benchmarks:
-            raise ConfigError(f"--only {name}: no such benchmark; {nearest(name, suite.benchmarks)}")
-    kept = {name: one for name, one in suite.benchmarks.items() if name in (options.only or suite.benchmarks)}
-    return suite.model_copy(update={"benchmarks": kept})
+    return load_suite(options.suite or "reasoning").only(options.only or ())
 
 
 def _judge(options: argparse.Namespace) -> Any:

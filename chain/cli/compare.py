@@ -44,6 +44,8 @@ def _compare(options: argparse.Namespace) -> None:
     console, file = new_console(), options.html or Path("compare.html")
     for one in comparisons:
         console.print(_table(one))
+        if any(one.measures.values()):
+            console.print(_measures(one))
     write_text(file, page(comparisons, base))
     console.print(f"changed questions: {file}", markup=False, soft_wrap=True)
     check(gates, comparisons)
@@ -64,6 +66,20 @@ def _table(comparison: Comparison) -> Table:
             span = f"{100 * one.difference:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
             shares = f"{one.base:.3f}", f"{one.other:.3f}"
             rows.add_row(one.name, str(one.n), *shares, span, str(one.wins), str(one.losses), f"{one.p:.2g}")
+    return rows
+
+
+def _measures(comparison: Comparison) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    rows = Table(box=box.SIMPLE_HEAD, caption="over all questions of each; docs/compare.md explains the rows")
+    for place, heading in enumerate(("", "base", "other")):
+        rows.add_column(heading, justify="right" if place else "left", no_wrap=True)
+    for name, found in comparison.measures.items():
+        rows.add_row(name, style="dim")
+        for one in found:
+            rows.add_row(one.name, *("-" if x is None else f"{x:.3g}" for x in (one.base, one.other)))
     return rows
 
 

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     taken.add_argument(
         "source",
         help=".json, .jsonl, .csv, .tsv, .parquet or .tar file, a folder of one kind, or a data set on the hub: "
-        "owner/name, or hf://datasets/owner/name@revision/folder",
+        "hf://datasets/owner/name@revision/folder",
     )
     taken.add_argument("--split", default="train", help="split of a data set on the hub; default: train")
     taken.add_argument(
@@ -73,7 +73,7 @@ def _add_curate(data: Any) -> None:
 
 def _add_show(data: Any) -> None:
     show = command(data, "show", _show, "show statistics and rows of a set, in the terminal and on a page")
-    show.add_argument("set", help="Parquet file, folder or hub id of records; or a set of --recipe")
+    show.add_argument("set", help="Parquet file, folder or hub address of records; or a set of --recipe")
     show.add_argument("--n", type=count, default=12, help="rows on the page; default: %(default)s")
     show.add_argument("--recipe", type=Path, help="recipe with the set, the stages' limits and the core")
     show.add_argument(

@@ -1,4 +1,4 @@
-"""`posttrain init`: a recipe folder of one's own."""
+"""`posttrain init`: makes a user's recipe folder."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGHUP, _terminated)  # the terminal is gone
     try:
         options.do(options)
-    except BrokenPipeError:  # whoever read our output, `head` perhaps, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = _words(error)
         if words is None or options.debug:
             raise
-        # Words of files and checkpoints must not drive a terminal.
+        # Text from files and checkpoints must not control the terminal.
         from core.checkpoint.shards import printable
 
         print(f"posttrain: {printable(words)}", file=sys.stderr)

@@ -25,7 +25,7 @@ def _add_test(commands: Any) -> None:
     )
     test.add_argument("reward", help="a built-in name, package.module:Name or file.py:Name")
     test.add_argument(
-        "data", help="records (Parquet file, folder, hub id), or JSONL rows as `score` reads them"
+        "data", help="records (Parquet file, folder, hub address), or JSONL rows as `score` reads them"
     )
     test.add_argument(
         "--param", metavar="KEY=VALUE", action="append", default=[], help="a reward's parameter"

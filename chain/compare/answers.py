@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chain.compare.measures import Scores, of_samples
 from chain.recipe import STAGE_NAMES
 from core.files import read_json, read_jsonl
 from core.strict import ConfigError
@@ -42,6 +43,8 @@ class Answers:
     rows: Mapping[Key, Answer]
     sets: Mapping[str, str] = field(default_factory=dict)
     """Set -> file or folder of its rows, which hold the pictures."""
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    """Set or benchmark -> its figures."""
 
     @property
     def names(self) -> list[str]:
@@ -81,15 +84,17 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, label: str) -> Answers:
     found: dict[Key, Answer] = {}
     lines = read_jsonl(folder / HELD_OUT)
-    sets = read_json(folder / SCORES).get("sets", {}) if (folder / SCORES).exists() else {}
+    evaluated = read_json(folder / SCORES) if (folder / SCORES).exists() else {}
+    scores = dict(evaluated.get("scores", {}))
     rows = [_held_out(line, folder / HELD_OUT, number) for number, line in enumerate(lines, start=1)]
-    if (folder / BENCH).exists():
-        rows += [_bench(task, sample, folder) for task, sample in _samples(folder / BENCH)]
+    for task, samples in _samples(folder / BENCH).items():
+        rows += [_bench(task, sample, folder) for sample in samples]
+        scores[task] = of_samples(samples)
     for row in rows:
         if row.key in found:
             raise ConfigError(f"{folder}: question {row.key[1]!r} is twice in set {row.key[0]!r}")
         found[row.key] = row
-    return Answers(label, folder, found, sets)
+    return Answers(label, folder, found, evaluated.get("sets", {}), scores)
 
 
 def _held_out(line: Mapping[str, Any], file: Path, number: int) -> Answer:
@@ -109,9 +114,10 @@ def _held_out(line: Mapping[str, Any], file: Path, number: int) -> Answer:
     )
 
 
-def _samples(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    tasks = read_json(file)["tasks"]
-    return [(name, sample) for name, task in tasks.items() for sample in task.get("samples", ())]
+def _samples(file: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """The samples of each benchmark that has a score."""
+    tasks = read_json(file)["tasks"] if file.exists() else {}
+    return {name: task["samples"] for name, task in tasks.items() if task.get("samples")}
 
 
 def _bench(task: str, sample: Mapping[str, Any], folder: Path) -> Answer:

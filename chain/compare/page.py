@@ -6,6 +6,7 @@ All text is escaped, and the page's content security policy forbids scripts and 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ def page(comparisons: Sequence[Comparison], base: Answers) -> str:
             {
                 "other": one.other,
                 "tables": {"set": one.sets, **one.groups},
+                "measures": one.measures,
                 "unpaired": one.unpaired,
                 "flipped": len(one.flipped),
                 "cards": _cards(one, base),
@@ -70,4 +72,14 @@ def _pictures(pairs: Sequence[Pair], base: Answers) -> dict[tuple[str, str], lis
                 log.warning("%s: the picture is missing, or lies outside %s", file, base.folder)
                 continue
             found.setdefault(pair.base.key, []).append(data_url(Picture(file.read_bytes()).rgb()))
+    bare = Counter(
+        pair.base.key[0]
+        for pair in pairs
+        if pair.base.groups["images"] != "0" and not found.get(pair.base.key)
+    )
+    for name, count in bare.items():
+        place = base.sets.get(name, "unknown")
+        log.warning(
+            "set %s: %d questions are shown without pictures; place of their rows: %s", name, count, place
+        )
     return found

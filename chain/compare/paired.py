@@ -8,6 +8,7 @@ from functools import partial
 from statistics import fmean
 
 from chain.compare.answers import Answer, Answers
+from chain.compare.measures import Measure, measures
 from core.strict import ConfigError
 
 RESAMPLES = 9_999
@@ -58,6 +59,8 @@ class Comparison:
     sets: tuple[Figures, ...]
     groups: dict[str, tuple[Figures, ...]]
     """Property (source, kind, images, tokens of base) -> its values."""
+    measures: dict[str, list[Measure]]
+    """Set -> its figures beside the accuracy, over all questions of each evaluation."""
     pairs: tuple[Pair, ...]
     unpaired: tuple[int, int]
     """Questions that only the base and only the other evaluation has."""
@@ -98,6 +101,10 @@ def compare(base: Answers, other: Answers) -> Comparison:
         other.label,
         _grouped(pairs, lambda pair: pair.base.key[0]),
         {key: found for key, found in groups.items() if len(found) > 1},
+        {
+            name: measures(base.scores.get(name, {}), other.scores.get(name, {}))
+            for name in dict.fromkeys(pair.base.key[0] for pair in pairs)
+        },
         tuple(pairs),
         (len(base.rows) - len(keys), len(other.rows) - len(keys)),
     )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from chain.places import Placed
 from chain.recipe import IMPORT_STRING, CoreConfig, ForeignSet, GenerateConfig
 from chain.yaml_files import Folder, read_file, read_value
 from core.strict import ConfigError, Name, Strict, nearest, parse
@@ -89,7 +90,7 @@ class Incremental(Strict):
         return self
 
 
-class Curation(Strict):
+class Curation(Placed):
     """A curation, resolved."""
 
     name: Name
@@ -100,13 +101,17 @@ class Curation(Strict):
     generate: GenerateConfig | None = None
     """Sets that are made before the first step."""
     sets: dict[Name, str | ForeignSet] = Field(min_length=1)
-    """The input: set name -> Parquet file or folder of records, or a set in another format, which is imported."""
+    """The input: set name -> Parquet file or folder of records, or a set in another format, which is imported. Paths
+    are searched in the file's folder, then in the working directory."""
     held_out: dict[Name, str | ForeignSet] = Field(default_factory=dict)
     """Sets whose rows must not leak: held-out sets, and the benchmarks that are evaluated."""
     extra: dict[Name, str | ForeignSet] = Field(default_factory=dict)
     """Sets that the incremental check names; they are not curated."""
+    rows: int | None = Field(default=None, ge=1)
+    """Rows of the input, for the estimate of `--plan` and `posttrain plan` while the sets are not on this machine."""
     output: str = Field(min_length=1)
-    """Folder that the curated rows are written to, as Parquet files of records; a recipe names it as a set."""
+    """Folder that the curated rows are written to, as Parquet files of records; a recipe names it as a set. It is
+    relative to the working directory."""
     models: dict[Name, Server] = Field(default_factory=dict)
     """The models that steps name."""
     steps: tuple[Step, ...] = Field(min_length=1)
@@ -144,6 +149,10 @@ class Curation(Strict):
                     raise ValueError(f"incremental: {name!r} is not in extra; {nearest(name, self.extra)}")
         return self
 
+    def every(self) -> dict[str, str | ForeignSet]:
+        """All sets by name."""
+        return {**self.sets, **self.held_out, **self.extra}
+
 
 def load_curation(path: Path, overrides: Iterable[str] = ()) -> Curation:
     """The curation in a YAML file, or in the file curation.yaml of a folder, with `a.b=value` overrides.
@@ -152,6 +161,7 @@ def load_curation(path: Path, overrides: Iterable[str] = ()) -> Curation:
     file, key, value and rule.
     """
     file = path / FILE if path.is_dir() else path
+    folders = [file.parent]
     if not file.exists():
         raise ConfigError(
             f"{file}: there is no such file; a curation is a YAML file, or a folder with {FILE}"
@@ -159,11 +169,15 @@ def load_curation(path: Path, overrides: Iterable[str] = ()) -> Curation:
     folder = Folder(file)
     values = _read(file)
     if base := values.pop("extends", None):
-        folder.merge(_read(file.parent / str(base)), str(file.parent / str(base)))
+        below = file.parent / str(base)
+        folder.merge(_read(below), str(below))
+        folders.append(below.parent)
     folder.merge({"name": path.resolve().stem, **values}, str(file))
     for assignment in overrides:
         folder.override(assignment, {})
-    return parse(Curation, folder.values, folder.where)
+    curation = parse(Curation, folder.values, folder.where)
+    curation.read_from(folders)
+    return curation
 
 
 def _read(file: Path) -> dict[str, Any]:

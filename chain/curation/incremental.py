@@ -33,7 +33,7 @@ def check(curation: Curation, inputs: Inputs, new: Path, work: Path) -> dict[str
     """
     cfg = curation.incremental
     assert cfg
-    core = core_of(cfg.core, work, curation.seed)
+    core = core_of(cfg.core, curation, work)
     sets = {cfg.base: inputs.files(cfg.base), NEW: new}
     without = _losses(curation, core, sets, (cfg.base,), inputs, work)
     with_new = _losses(curation, core, sets, (cfg.base, NEW), inputs, work)

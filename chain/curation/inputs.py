@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from chain.curation.config import GENERATED, Curation
 from chain.fingerprints import Hashes
-from chain.inputs import is_hub_id
+from chain.inputs import is_on_hub, set_place
 from chain.job import Task
 from chain.launch import run_job
 from chain.recipe import ForeignSet
@@ -18,6 +18,7 @@ from core.strict import ConfigError
 from core.training.job import Job
 from corpus.curation.engine import Engine
 from corpus.curation.shards import Shard, shards_of
+from corpus.hub import address_hint
 
 
 class Import(NamedTuple):
@@ -25,9 +26,10 @@ class Import(NamedTuple):
 
     set: str
     given: ForeignSet
-    source: Path
-    root: Path
-    """Folder of the pictures."""
+    source: str
+    """The file's path or address on the hub."""
+    images: str | None
+    """Folder of the pictures; None: the file's."""
     out: Path
 
 
@@ -42,26 +44,31 @@ class Inputs:
 
     def __init__(self, curation: Curation, work: Path, engine: Engine) -> None:
         self.curation, self.work, self.engine = curation, work, engine
+        self.places: dict[str, str] = {}
+        """Name of a set -> its path or address on the hub."""
         self.hashes: dict[str, str] = {}
         """Name of a set -> hash of its content and of its import options."""
         self._files: dict[str, list[Path]] = {}
         self._imports: list[Import] = []
 
     def prepare(self) -> None:
-        """Generate and import what is missing or outdated. Raises ConfigError for sets that do not exist."""
+        """Generate and import missing and outdated sets. Raises ConfigError for sets that do not exist."""
         self._generate()
+        self.places = {name: self._place(name, given) for name, given in self.curation.every().items()}
         memory = Hashes(self.work / "hashes.jsonl")
-        for name, given in self._every().items():
-            place = self._place(name, given)
+        for name, place in self.places.items():
+            given = self.curation.every()[name]
             options = given.model_dump(mode="json") if isinstance(given, ForeignSet) else None
-            self.hashes[name] = hash_config({"content": memory.of(str(place)), "options": options})
+            self.hashes[name] = hash_config({"content": memory.of(place), "options": options})
             if isinstance(given, ForeignSet):
                 self._plan_import(name, given, place)
-            else:
-                self._files[name] = [place] if place.is_file() else sorted(place.glob("*.parquet"))
+                continue
+            path = Path(place)
+            self._files[name] = [path] if path.is_file() else sorted(path.glob("*.parquet"))
             if not self._files[name]:
                 raise ConfigError(
-                    f"{place}: no Parquet file of records; give the set a format: posttrain data import"
+                    f"set {name}: {place} holds no Parquet file of records; for other files write "
+                    f"{name}: {{path: {place}, format: auto}}"
                 )
         todo = [one for one in self._imports if not _summary(one).exists()]
         for _ in self.engine.each(import_file, todo):
@@ -91,9 +98,6 @@ class Inputs:
             found[one.set] = read + told["read"], written + told["written"], rules
         return [(name, *counts) for name, counts in found.items()]
 
-    def _every(self) -> dict[str, str | ForeignSet]:
-        return {**self.curation.sets, **self.curation.held_out, **self.curation.extra}
-
     def _generate(self) -> None:
         made = self.curation.generate
         if made is None:
@@ -103,46 +107,60 @@ class Inputs:
         if (folder / "generated.json").exists() and read_json(folder / "generated.json")["same"] == same:
             return
         with atomic_dir(folder) as out:
-            job = Job(stage="data", out=out, seed=self.curation.seed)
+            job = Job(stage="data", out=out, seed=self.curation.seed, folders=self.curation.folders)
             run_job(Task.of("chain.make:generate", made, job), out, threads=made.threads)
             write_json(out / "generated.json", {"same": same})
 
-    def _place(self, name: str, given: str | ForeignSet) -> Path:
+    def _place(self, name: str, given: str | ForeignSet) -> str:
+        """The set's path or address on the hub. Raises ConfigError if it does not exist."""
         text = given.path if isinstance(given, ForeignSet) else given
         if text == GENERATED:
-            return self.work / "generated" / f"{name}.parquet"
+            return str(self.work / "generated" / f"{name}.parquet")
         if text.startswith(f"{GENERATED}/"):
-            return self.work / text
-        if is_hub_id(text):
-            raise ConfigError(
-                f"set {name}: {text} is on the hub; download it first: hf download --repo-type dataset {text} "
-                f"--local-dir data/{text.rpartition('/')[2]}"
-            )
-        path = Path(text).expanduser().resolve()
-        if not path.exists():
-            raise ConfigError(f"set {name}: {path} does not exist")
-        return path
+            return str(self.work / text)
+        if problem := missing(self.curation, name, given):
+            raise ConfigError(problem)
+        return set_place(self.curation, text)
 
-    def _plan_import(self, name: str, given: ForeignSet, place: Path) -> None:
-        from corpus.formats.files import files_of
+    def _plan_import(self, name: str, given: ForeignSet, place: str) -> None:
+        from corpus.formats.files import files_of, root_of
+        from corpus.hub import HubFiles
 
         out = self.work / "imported" / f"{name}-{self.hashes[name][:12]}"
-        root = Path(given.images).expanduser() if given.images else place if place.is_dir() else place.parent
+        files = files_of(place, given.split)
+        images = set_place(self.curation, given.images) if given.images else None
+        if isinstance(files, HubFiles):
+            sources = [str(address) for address in files.each()]
+        else:
+            sources, images = [str(file) for file in files], images or str(root_of(place, files))
         mine = [
-            Import(name, given, file, root, out / f"{number:05d}-{file.stem}.parquet")
-            for number, file in enumerate(files_of(place))
+            Import(name, given, source, images, out / f"{number:05d}-{Path(source).stem}.parquet")
+            for number, source in enumerate(sources)
         ]
         self._imports += mine
         self._files[name] = [one.out for one in mine]
 
 
+def missing(curation: Curation, name: str, given: str | ForeignSet) -> str | None:
+    """The problem of a set that does not exist, or cannot be read where it is; None for every other set."""
+    text = given.path if isinstance(given, ForeignSet) else given
+    if is_on_hub(text):
+        remedy = f"records on the hub are imported: write {name}: {{path: {text}, format: records}}"
+        return None if isinstance(given, ForeignSet) else f"set {name}: {remedy}"
+    if curation.place(text).exists():
+        return None
+    return f"set {name}: {text!r}: there is no such file or folder; {curation.looked()}{address_hint(text)}"
+
+
 def import_file(task: Import) -> int:
     """Import one file (corpus.importing), then write its counts; returns the number of records. Runs in workers."""
+    from corpus.formats.files import files_of, root_of
     from corpus.formats.table import Options
     from corpus.importing import import_set
 
     given = task.given
-    options = Options(root=task.root, columns=given.columns, system=given.system, turns=given.turns)
+    root = root_of(task.source, files_of(task.source, given.split), task.images)
+    options = Options(root=root, columns=given.columns, system=given.system, turns=given.turns)
     found = import_set(task.source, task.out, format_=given.format, options=options, strict=given.strict)
     counts = {"read": found.read, "written": found.written, "rejected": dict(found.rejected)}
     write_json(_summary(task), counts)

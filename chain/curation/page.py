@@ -115,7 +115,7 @@ def _settings(step: Operator) -> str:
 def _example(
     place: tuple[int, int, int], folder: Path, before: Path | None, shards: Sequence[Shard]
 ) -> dict[str, Any]:
-    """The card of one row of a step, with what the step changed."""
+    """The card of one row of a step, with the step's changes."""
     _, shard, number = place
     row = _stored(folder, shard, number)
     reason, detail = row.pop(REASON) or "", row.pop(DETAIL) or ""

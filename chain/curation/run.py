@@ -40,9 +40,11 @@ def curate(curation: Curation, display: Display | None = None) -> Path:
     output = Path(curation.output).expanduser().resolve()
     work = output.with_name(output.name + ".work")
     engine = Engine(curation.engine, curation.workers or os.cpu_count() or 1, curation.ray_address)
-    with _locked(work), engine, Servers(work, curation.seed) as servers, display.step(curation.name):
+    with _locked(work), engine, Servers(curation, work) as servers, display.step(curation.name):
         inputs = Inputs(curation, work, engine)
         inputs.prepare()
+        for name, place in inputs.places.items():
+            display.line(f"set {name}: {place}")
         fingerprint = hash_config(
             {"config": curation.model_dump(mode="json", exclude=_NOT_RESULTS), "inputs": inputs.hashes}
         )
@@ -83,7 +85,7 @@ def curate(curation: Curation, display: Display | None = None) -> Path:
     return output
 
 
-_NOT_RESULTS = {"engine", "ray_address", "workers", "about"}
+_NOT_RESULTS = {"engine", "ray_address", "workers", "about", "rows"}
 """Keys that do not change the curated rows."""
 
 

@@ -6,7 +6,7 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from chain.curation.config import Server
+from chain.curation.config import Curation, Server
 from chain.job import Task, load
 from chain.launch import run_job
 from chain.recipe import CoreConfig
@@ -19,12 +19,12 @@ class Servers:
     """Starts servers at their first use and stops them at the end of the block.
 
     Args:
+        curation: its folders are searched for cores and functions, and its seed builds cores.
         work: the curation's work folder, for cores that are built and for logs.
-        seed: seed of cores that are built.
     """
 
-    def __init__(self, work: Path, seed: int) -> None:
-        self.work, self.seed, self._stack = work, seed, ExitStack()
+    def __init__(self, curation: Curation, work: Path) -> None:
+        self.curation, self.work, self._stack = curation, work, ExitStack()
 
     def __enter__(self) -> Servers:
         return self
@@ -35,10 +35,10 @@ class Servers:
     def start(self, name: str, server: Server) -> Server:
         """The server, running, with its base_url."""
         if server.start:
-            url = self._stack.enter_context(load(server.start)())
+            url = self._stack.enter_context(load(server.start, self.curation.folders)())
             return server.model_copy(update={"base_url": url})
         assert server.core
-        checkpoint = core_of(server.core, self.work, self.seed)
+        checkpoint = core_of(server.core, self.curation, self.work)
         url = self._served(name, server, checkpoint)
         from rl.rollout.access import TOKEN
         from rl.rollout.config import MODEL_NAME
@@ -63,14 +63,14 @@ class Servers:
         return self._stack.enter_context(rollout_pool(pool, checkpoint, self.work / "logs" / name))[0]
 
 
-def core_of(core: CoreConfig, work: Path, seed: int) -> Path:
+def core_of(core: CoreConfig, curation: Curation, work: Path) -> Path:
     """The checkpoint folder of a core, which is built below the work folder unless that has been done."""
     if core.path is not None:
-        return Path(core.path).expanduser().resolve()
-    same = hash_config({"core": core, "seed": seed})
+        return curation.place(core.path)
+    same = hash_config({"core": core, "seed": curation.seed})
     folder = work / "cores" / same[:12]
     if not folder.exists():
         with atomic_dir(folder, same=same) as out:
-            job = Job(stage="core", out=out, seed=seed)
+            job = Job(stage="core", out=out, seed=curation.seed, folders=curation.folders)
             run_job(Task.of("chain.make:core", core, job, vllm=True), out, threads=core.threads)
     return folder / "checkpoint"

@@ -1,6 +1,6 @@
 """The model card of a stage's checkpoint: scores, stages, recipe, data and lineage, from the run's own files.
 
-It names no local path and no server: a card is public.
+It contains neither local paths nor servers, because a card is public.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chain.inputs import code_files, is_hub_id, locate_sets, phase_rows, phase_updates, rows_of
+from chain.inputs import code_files, is_on_hub, locate_sets, phase_rows, phase_updates, rows_of
+from chain.plan import curations
 from chain.plan.resources import Resources
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
 from chain.stages import STAGES, Stage
@@ -67,6 +68,7 @@ def text(
     lines += [recipe.about] if recipe.about else []
     if generate := recipe.data.generate:
         lines.append(f"data: {generate.by} makes {', '.join(generate.sets)}")
+    lines += curations.lines(recipe)
     for one in plans:
         lines.append(f"\n{one.name}: {one.title}" + (f", from {one.parent}" if one.parent else ""))
         lines += [f"  {detail}" for detail in one.details]
@@ -101,6 +103,7 @@ def as_json(recipe: Recipe, plans: Sequence[StagePlan], resources: Resources | N
         **({"resources": resources.to_dict()} if resources else {}),
         "name": recipe.name,
         "seed": recipe.seed,
+        "curations": curations.to_dict(recipe),
         "stages": [asdict(one) for one in plans],
         "recipe": recipe.model_dump(mode="json"),
     }
@@ -126,7 +129,7 @@ class _Sets:
             return f"imported (there{count})" if Path(place).exists() else "imported (at the first run)"
         if name in self.generated:
             return f"generated (there{count})" if Path(place).exists() else "generated (at the first run)"
-        if is_hub_id(place):
+        if is_on_hub(place):
             return f"{place} on the hub"
         return f"{place} (found{count})" if Path(place).exists() else f"{place} (MISSING)"
 
@@ -195,7 +198,8 @@ def _rl(config: RLConfig) -> list[str]:
     lines = [
         f"data: {' + '.join(_amount(source) for source in config.data)}",
         f"batch: {rollout.prompts_per_batch} prompts x {rollout.group_size} completions of at most "
-        f"{rollout.max_completion_tokens} tokens = {config.completions_per_batch} completions",
+        f"{rollout.max_completion_tokens} tokens = {config.completions_per_batch} completions"
+        + (", sampled one batch ahead" if rollout.overlap else ""),
         f"updates: {config.completions_per_batch // config.mini_batch} mini-batches of {config.mini_batch} x "
         f"{config.passes} passes = {config.updates_per_batch} per batch; {config.batches} batches = "
         f"{config.max_steps} updates; {_rate(config.optim)}",
@@ -280,7 +284,15 @@ def _evaluation(recipe: Recipe) -> str:
     for name, one in cfg.sets.items():
         drawn = f" + {one.draws} samples" if one.draws else ""
         parts.append(f"{name} on {_amount(one)}, greedy{drawn}, at most {cfg.longest(name)} tokens")
-    return "; ".join(parts) + ("; each also with blanked images" if cfg.blind else "")
+    blind = "; each also with blanked images" if cfg.blind else ""
+    every = cfg.every
+    looks = ""
+    if every:
+        names = ", ".join(every.only) or "all benchmarks"
+        looks = (
+            f"; every {every.batches} batches of RL the first {every.limit} of {names} of suite {every.suite}"
+        )
+    return "; ".join(parts) + blind + looks
 
 
 def _pool(recipe: Recipe) -> str:

@@ -1,19 +1,24 @@
-"""`posttrain report --serve`: the report of a run, written again for every look, on loopback."""
+"""`posttrain report --serve`: the report of a run on loopback; an open page asks for what has changed."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from chain.report.data import build
-from chain.report.page import page
+from chain.report.page import content
+from chain.report.pictures import Thumbnails
+from chain.report.render import interactive, script_json
 
 REFRESH_S = 10
-"""Seconds after which a browser asks again."""
+"""Seconds after which an open page asks again."""
 _HOSTS = ("127.0.0.1", "localhost")
+_PAGE, _CONTENT = "/", "/content.json"
 
 
 @contextmanager
@@ -24,23 +29,40 @@ def serving(run_dir: Path, port: int = 0) -> Iterator[str]:
     it has pointed at 127.0.0.1.
     """
     build(run_dir)
-    lock = threading.Lock()
+    lock, thumbnails = threading.Lock(), Thumbnails()
+
+    def newest() -> dict[str, Any]:
+        with lock:
+            found = content(build(run_dir), run_dir, thumbnails)
+        found["head"]["facts"].pop()  # the time at which this was made; the page has a clock of its own
+        return {**found, "live": REFRESH_S}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             host = self.headers.get("Host", "").rpartition(":")[0]
-            if host not in _HOSTS or self.path != "/":
+            if host not in _HOSTS or self.path not in (_PAGE, _CONTENT):
                 self.send_error(404)
                 return
-            with lock:
-                data = page(build(run_dir), run_dir).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Refresh", str(REFRESH_S))
+            found = newest()
+            if self.path == _PAGE:
+                self._send("text/html", interactive(found["head"]["title"], found, live=True))
+            else:
+                self._send("application/json", script_json(found))
+
+        def _send(self, kind: str, text: str) -> None:
+            data = text.encode()
+            tag = f'"{hashlib.sha256(data).hexdigest()}"'
+            known = self.headers.get("If-None-Match") == tag
+            self.send_response(304 if known else 200)
+            self.send_header("ETag", tag)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", "0" if known else str(len(data)))
             self.send_header("Cache-Control", "no-store")
+            self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+            self.send_header("Content-Security-Policy", "frame-ancestors 'none'")
+            self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(b"" if known else data)
 
         def log_message(self, *_: object) -> None:
             pass

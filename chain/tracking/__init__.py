@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from chain.recipe import TrackerName, WandbConfig
-from chain.tracking.content import PictureIndex, Table, held_out_pictures, table_of, with_advantages
+from chain.tracking.content import (
+    PictureIndex,
+    Table,
+    bench_pictures,
+    bench_rows,
+    held_out_pictures,
+    table_of,
+    with_advantages,
+)
 from chain.tracking.mlflow_run import open_mlflow
 from chain.tracking.tensorboard_run import open_tensorboard
 from chain.tracking.wandb_run import open_wandb
@@ -165,6 +173,16 @@ class StageTrack:
             lambda: read_jsonl(folder / "samples.jsonl"),
             lambda rows: held_out_pictures(rows, folder),
         )
+
+    def bench(self, tasks: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+        """Add the scores of benchmarks, in points, and a table of each one's samples with pictures from `folder`."""
+        self._each(lambda run: run.summary({f"bench/{name}": task["score"] for name, task in tasks.items()}))
+        for name, task in tasks.items():
+            self._table(
+                f"bench_samples/{name}",  # a table under the score's name would replace it in W&B's summary
+                lambda task=task: bench_rows(task),  # type: ignore[misc]
+                lambda rows: bench_pictures(rows, folder),
+            )
 
     def finish(self, exit_code: int) -> None:
         """End all runs, including runs of trackers that have failed."""

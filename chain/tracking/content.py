@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -109,6 +109,34 @@ def held_out_pictures(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[s
     }
 
 
+def bench_rows(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The samples of a benchmark in bench.json as rows of a table; the verdict's reason is the extracted answer."""
+    return [
+        {
+            "id": str(sample["id"]),
+            "question": sample["prompt"],
+            "mode": "think" if task["mode"] == "thinking" else "direct",
+            "answer": sample["gold"],
+            "completion": sample["completion"],
+            "verdicts": {
+                "bench": {"score": sample["score"], "status": "extracted", "reason": sample["extracted"]}
+            },
+            "pictures": sample["pictures"],
+        }
+        for sample in task["samples"]
+    ]
+
+
+def bench_pictures(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[Any]]:
+    """Row id -> its first pictures, which the bench keeps in `folder`."""
+    return {
+        row["id"]: [
+            Picture((folder / name).read_bytes()).rgb() for name in row["pictures"][:PICTURES_AT_MOST]
+        ]
+        for row in rows
+    }
+
+
 class PictureIndex:
     """Pictures of rows by id, read on request.
 
@@ -122,8 +150,12 @@ class PictureIndex:
         self.places = places
         self._where: dict[str, tuple[Path, int]] | None = None
 
-    def of(self, ids: Sequence[str]) -> dict[str, list[Any]]:
+    def of(self, ids: Collection[str]) -> dict[str, list[Any]]:
         """Row id -> pictures of the row as PIL images in mode RGB. Unknown and unreadable rows are left out."""
+        return dict(self.each(ids))
+
+    def each(self, ids: Collection[str]) -> Iterator[tuple[str, list[Any]]]:
+        """The rows of `of` one by one, in the order of the file, so that few pictures are in memory at once."""
         import pyarrow.parquet as pq
 
         from core.model.videos import Caps, Decoded
@@ -131,21 +163,22 @@ class PictureIndex:
 
         if self._where is None:
             self._where = self._indexed()
-        found: dict[str, list[Any]] = {}
-        groups = {self._where[row_id] for row_id in ids if row_id in self._where}
-        for file, group in sorted(groups):
+        wanted = set(ids) & self._where.keys()
+        for file, group in sorted({self._where[row_id] for row_id in wanted}):
             rows = pq.ParquetFile(file).read_row_group(group, columns=["id", "images", "videos"]).to_pylist()
             for row in rows:
-                if row["id"] not in ids or row["id"] in found:
+                if row["id"] not in wanted:
                     continue
                 try:
                     clips = [clip_of(one, Caps(PICTURES_AT_MOST)) for one in row.get("videos") or ()]
                     frames = [frame for clip in clips for frame in clip.frames]
                     pictures = [picture_of(one) for one in row["images"] or ()]
-                    found[row["id"]] = list(Decoded([*pictures, *frames]))
+                    decoded = list(Decoded([*pictures, *frames]))
                 except Exception as error:  # Pillow passes on any exception of a decoder
-                    log.warning("%s: row %s: no picture for the trackers: %s", file, row["id"], error)
-        return found
+                    log.warning("%s: row %s: no picture: %s", file, row["id"], error)
+                    continue
+                wanted.discard(row["id"])
+                yield row["id"], decoded
 
     def _indexed(self) -> dict[str, tuple[Path, int]]:
         import pyarrow.parquet as pq

@@ -106,7 +106,7 @@ def read_adapter(folder: Path) -> Adapter:
         ):
             problems.append(f"{module}: lora_A {shapes['A']} and lora_B {shapes['B']} do not multiply")
     if not halves and not whole:
-        problems.append(f"{WEIGHTS} holds no tensors")
+        problems.append(f"{WEIGHTS} does not contain tensors")
     if problems:
         raise AdapterError(listed(f"{folder}: cannot use this adapter", problems))
     pairs = {module: (pair["A"], pair["B"]) for module, pair in halves.items()}

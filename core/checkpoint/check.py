@@ -74,7 +74,7 @@ def check_finite(folder: Path) -> None:
     if broken := _nonfinite(Path(folder).resolve(), files):
         raise NonFinite(
             listed(f"{folder}: weights that are not finite", shortened(broken))
-            + "\nuse the checkpoint before it; a diverged training needs a lower learning rate"
+            + "\nuse an earlier checkpoint; a diverged training needs a lower learning rate"
         )
 
 

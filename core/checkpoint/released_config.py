@@ -33,7 +33,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_sailvl.SAILVLModel",
     "AutoModelForCausalLM": "modeling_sailvl.SAILVLModel",
 }
-"""The file that transformers looks for the released code in; an export without `--like` does not have it."""
+"""The file in which transformers looks for the released code; an export without `--like` does not have it."""
 _VISION: dict[str, Any] = configuration.DEFAULT_VISION
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet

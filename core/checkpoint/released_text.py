@@ -50,7 +50,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer = kind.from_pretrained(scratch, local_files_only=True)
         except Exception as error:  # tokenizers raises a bare Exception for a file it cannot parse
             raise LayoutError(f"{folder / needed[0]}: not a tokenizer ({error}); download it again") from None
-    for key in ("is_local", "local_files_only", "name_or_path"):  # its location is not part of it
+    for key in ("is_local", "local_files_only", "name_or_path"):  # its location is not part of the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.name_or_path = ""
     try:

@@ -19,9 +19,9 @@ def save_checkpoint(trainer: Any, processor: Any, out: Path) -> Path:
 
     Raises NonFinite, and leaves no checkpoint, if a weight is NaN or infinity.
 
-    Every rank calls it (ZeRO-3 gathers the weights); rank 0 writes. After LoRA training the checkpoint holds
-    the merged weights, and `out/adapter` holds the adapter in PEFT's format, with the path and the weights' hash of
-    the checkpoint it was trained on. peft and vLLM load the adapter from there; `core.checkpoint.merge` merges it.
+    Every rank calls it (ZeRO-3 gathers the weights); rank 0 writes. After LoRA training the checkpoint holds the merged
+    weights. `out/adapter` then holds the adapter in PEFT's format, with path and weights' hash of the checkpoint it was
+    trained on. peft and vLLM load the adapter from there; `core.checkpoint.merge` merges it.
 
     The configuration is the one that the policy was loaded with. Trainers edit theirs (no key/value cache, other
     end-of-text tokens), and a server of the checkpoint would follow those edits.

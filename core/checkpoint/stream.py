@@ -1,7 +1,7 @@
 """The only writer of weight files: it streams named tensors into safetensors files and their index.
 
-Every writer of a checkpoint (training, soup, merge, import, export, new cores) and the transfer of weights to rollout
-servers use it, so that weights with NaN or infinity are never written.
+Training, soup, merge, import, export, new cores and the transfer of weights to rollout servers all use it. So weights
+with NaN or infinity are never written.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write_stream(
     for name, tensor in tensors:
         if not allow_nonfinite and (what := nonfinite_tensor(tensor)):
             raise NonFinite(
-                f"{out}: {name} holds {what}: such weights are not written; use the checkpoint before it"
+                f"{out}: {name} holds {what}: such weights are not written; use an earlier checkpoint"
             )
         if held and held_bytes + tensor.nbytes > max_shard_bytes:
             flush()

@@ -34,13 +34,13 @@ class SailVL2ImageProcessor(GotOcr2ImageProcessorPil):
     """Tiles of one image, row by row, then its thumbnail; bicubic on eight bits, then mean and deviation.
 
     The grid is the one of `min_patches` to `max_patches` tiles whose aspect ratio is closest to the image's. With
-    `use_msac` the tiles of a second grid stand before the thumbnail (`second_grid`); the thumbnail of an image whose
-    first grid is one tile is that tile. Source: MSAC in the authors' VLMEvalKit wrapper (vlmeval/vlm/sail_vl.py,
-    load_image_msac). Differs from it: it uses MSAC for prompts with one image only, here the option holds for every
-    image, as a server expands each image by itself; and with `max_patches` 1 there is no second grid.
-    Differs from GotOcr2ImageProcessorPil in three points: the thumbnail can be switched off; images that eight bits of
-    RGB cannot represent are refused (core.model.pictures.as_bytes); and the name has no torchvision backend, whose
-    resize gives different pixels.
+    `use_msac` the tiles of a second grid come before the thumbnail (`second_grid`). If the first grid is one tile, the
+    thumbnail is that tile. Source: MSAC in the authors' VLMEvalKit wrapper (vlmeval/vlm/sail_vl.py, load_image_msac).
+    Differs from the wrapper, which uses MSAC only for prompts with one image: here the option holds for every image,
+    because a server expands each image by itself. With `max_patches` 1 there is no second grid.
+    Differs from GotOcr2ImageProcessorPil in three points. The thumbnail can be switched off. Images that eight bits of
+    RGB cannot represent are refused (core.model.pictures.as_bytes). The name has no torchvision backend, whose resize
+    gives different pixels.
     """
 
     valid_kwargs = SailVL2ImageKwargs
@@ -133,8 +133,8 @@ class SailVL2ImageProcessor(GotOcr2ImageProcessorPil):
 def second_grid(size: tuple[int, int], side: int, least: int, most: int) -> tuple[int, int]:
     """(columns, rows) of the second grid of an image of (height, width) with tiles of `side` pixels; (0, 0) for none.
 
-    It is chosen by the same rule as the first grid, among the grids of `least` to `most` tiles except those whose
-    columns divide the first grid's columns and whose rows divide its rows.
+    The same rule chooses it as the first grid, among the grids of `least` to `most` tiles. Grids whose columns divide
+    the first grid's columns and whose rows divide its rows are excluded.
     """
     if most <= 1:
         return 0, 0
@@ -155,7 +155,7 @@ def decisive_sizes(side: int, least: int, most: int) -> list[tuple[int, int]]:
     """(height, width) of images that show every pair of first and second grid with the most tiles.
 
     The grids depend on the aspect ratio, and change only where two grids' ratios are equally near. So one size at each
-    such ratio and one between each two of them suffice, large enough that ties go to the grid with more tiles.
+    such ratio and one between neighbouring ratios suffice. They are so large that ties go to the grid with more tiles.
     """
     ratios = {columns / rows for columns, rows in get_all_supported_aspect_ratios(least, most)}
     turns = sorted({(one + other) / 2 for one, other in itertools.combinations_with_replacement(ratios, 2)})

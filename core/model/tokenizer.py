@@ -52,7 +52,7 @@ def chat_template() -> str:
 def generation_config(tokenizer: "PreTrainedTokenizerBase") -> "GenerationConfig":
     """The ids at which `generate` and vLLM stop (end of turn, end of text) and the padding id (end of text).
 
-    It holds no sampling parameters on purpose: vLLM would make them the defaults of every request. Raises ValueError
+    It omits sampling parameters on purpose: vLLM would make them the defaults of every request. Raises ValueError
     if the tokenizer lacks one of the two tokens.
     """
     from transformers import GenerationConfig

@@ -38,7 +38,7 @@ class Caps(NamedTuple):
     frames: int = 16
     """Per video. Source: the report evaluates with 16 frames."""
     fps: float | None = None
-    """Per second of the video; None: no such limit. A folder of frames has no time, so it is not limited by it."""
+    """Per second of the video; None: no limit. It does not apply to a folder of frames, which has no time."""
 
 
 class Clip:

@@ -2,9 +2,10 @@
 
 vLLM calls it in every process it starts (API server, engine core, workers), before it reads the model's
 configuration. vLLM's transformers backend then finds the classes through the Auto classes and as attributes
-of the `transformers` module. The plug-in also changes four things: the image that vLLM takes as the costliest, the
-token that stands for an image of one token, the decoding of pictures in requests (by core/model/pictures.py, as in the
-learner), and the check of a checkpoint by core/checkpoint/check.py before it is served.
+of the `transformers` module. The plug-in also changes five things: the image that vLLM takes as the costliest, the
+token that stands for an image of one token, the count of tiles if a request names its own cap, the decoding of pictures
+in requests (by core/model/pictures.py, as in the learner), and the check of a checkpoint by core/checkpoint/check.py
+before it is served.
 """
 
 from functools import wraps
@@ -19,6 +20,7 @@ def register() -> None:
     core.register()
     _measure_with_the_costliest_image()
     _find_the_token_of_an_image_of_one()
+    _count_the_tiles_of_the_request()
     _decode_pictures_as_the_learner_does()
     _refuse_what_is_no_sound_checkpoint()
 
@@ -74,9 +76,9 @@ def _measure_with_the_costliest_image() -> None:
 def _find_the_token_of_an_image_of_one() -> None:
     """Let vLLM put the features of an image of one token in that token's place.
 
-    vLLM 0.31 takes the most frequent token of an image's expansion, which is `<img>`, the image tokens and `</img>`.
-    If there is one image token (at any resolution, up to 41 pixels a side), all three occur once, and vLLM would take
-    the lowest id.
+    An image expands to `<img>`, the image tokens and `</img>`. vLLM 0.31 takes the most frequent of these tokens. If
+    there is one image token (at any resolution, up to 41 pixels a side), all three occur once, and vLLM would take the
+    lowest id.
     """
     from vllm.model_executor.models.transformers import multimodal
 
@@ -92,10 +94,35 @@ def _find_the_token_of_an_image_of_one() -> None:
     multimodal._get_embed_token_id = between_its_marks
 
 
+def _count_the_tiles_of_the_request() -> None:
+    """Let vLLM attribute tiles to images by their tokens.
+
+    vLLM 0.31 passes a request's `mm_processor_kwargs` to the processor, but counts an image's tiles by the server's own
+    settings, and refuses the request if the counts differ.
+    """
+    from vllm.model_executor.models.transformers.multimodal import OffsetsMultiModalProcessor
+
+    from core.model.processing import SailVL2Processor
+
+    stock = OffsetsMultiModalProcessor._get_num_image_patches
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @wraps(stock)
+    def counted(self: Any, hf_inputs: Any, mm_data: Any, num_images: int) -> Any:
+        processor = self.info.get_hf_processor()
+        if not isinstance(processor, SailVL2Processor) or processor.any_resolution:
+            return stock(self, hf_inputs, mm_data, num_images)
+        # Besides its tiles' tokens an image has <img> and </img>.
+        return (hf_inputs["image_replacement_sizes"] - 2) // processor.image_seq_length
+
+    OffsetsMultiModalProcessor._get_num_image_patches = counted  # type: ignore[method-assign]
+
+
 def _decode_pictures_as_the_learner_does() -> None:
     """Let vLLM read the pictures of requests by our rule.
 
-    vLLM 0.31 applies EXIF orientation and blends alpha over white as we do, but it reads every format of Pillow's (EPS
+    vLLM 0.31 applies EXIF orientation and blends alpha over white as we do. But it reads every format of Pillow's (EPS
     through Ghostscript) and truncates 16 bits per channel to eight. If its command line asks for a mode other than RGB
     or a background other than white, vLLM's own decoding stays.
     """

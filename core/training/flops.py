@@ -1,7 +1,7 @@
 """Floating-point operations of a pass: arithmetic over shapes, without torch.
 
 Norms, rotations and softmax are left out; attention counts the pairs that a token may see.
-tests/test_realsize.py compares it with the operations of the real passes.
+tests/test_realsize.py compares these counts with the operations of the real passes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def forward_flops(
         tiles: tiles that pass through the tower.
         scored: positions at which the output layer computes a distribution.
         pairs: pairs of a query token and a key token of attention.
-        seen: False: without tower and adapter.
+        seen: whether the tower and the adapter run.
     """
     h = shape.hidden
     feed_forward = (

@@ -19,7 +19,7 @@ class Job(Strict):
     seed: int = 0
     """The chain's seed."""
     sets: dict[str, Path] = Field(default_factory=dict)
-    """Data set name -> Parquet file, folder or hub id."""
+    """Data set name -> Parquet file, folder or address on the hub."""
 
     folders: tuple[Path, ...] = ()
     """Folders that are searched for users' modules, after the installed packages."""

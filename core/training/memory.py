@@ -69,7 +69,7 @@ class Memory:
     head_gradient: int
     """Gradient of the output layer's weight, which exists from the start of the backward pass."""
     tied: bool
-    """Whether the embedding's gradient is added to it at the end: both gradients and their sum then exist together."""
+    """Whether the embedding's gradient is added to `head_gradient` at the end; both and their sum then coexist."""
 
     @property
     def passing(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from core.processes import extensions_folder, free_port
 from core.training.config import LearnerConfig, Optim
 from core.training.group import form_group
+from core.training.operators import guard_builds
 
 
 def training_arguments(optim: Optim, learner: LearnerConfig, *, seed: int) -> dict[str, Any]:
@@ -74,5 +75,6 @@ def join_process_group(cfg: LearnerConfig) -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # imports would load the compiler: two seconds
     import deepspeed
 
+    guard_builds()
     # On a CPU accelerate initialises only torch's group; ZeRO-3 would then load a model as if there were one rank.
     deepspeed.init_distributed(verbose=False)

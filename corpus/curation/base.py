@@ -59,7 +59,7 @@ class Unanswered(RuntimeError):
 
 
 class Tools(Protocol):
-    """What the chain gives to operators."""
+    """The access to models and graders that the chain gives to operators."""
 
     def ask(self, model: str, requests: Sequence[Request]) -> list[str | NoReply]:
         """A reply to each request, in order. Raises Unanswered if the server is down or a budget is spent."""

@@ -198,7 +198,10 @@ class Runner:
             self.results.append(result)
             self.finished(result)
             if not result.outline.kept:
-                raise NothingLeft(f"no row is left after {op}: {dict(result.outline.reasons)}")
+                counts = ", ".join(
+                    f"{count} x {reason}" for reason, count in result.outline.reasons.most_common()
+                )
+                raise NothingLeft(f"{op} dropped every row: {counts}; the rows: {folder}")
 
     def _made(
         self, op: str, step: Operator | None, shards: Sequence[Shard], before: Path | None, out: Path
@@ -214,9 +217,9 @@ class Runner:
             outline.add(self._pass(op, "sign", self.held_out, self.folder / "held_out", out, step, first=own))
         count = own + (len(self.held_out) if step.reads_held_out() else 0)
         parts = StoredParts([out / f"sign-{number:05d}.npz" for number in range(count)], own)
-        began = time.thread_time()
+        began = time.process_time()  # with the threads of numerical libraries; nothing else runs now
         decision = step.decide(parts, self.seed)
-        outline.cpu_s += time.thread_time() - began
+        outline.cpu_s += time.process_time() - began
         outline.add(self._pass(op, "mark", shards, before, out, step, drops=decision.drops, parts=parts))
         for file in parts.files:
             file.unlink()
@@ -379,7 +382,7 @@ def _finished(
         changed = work.do == "rows" and any(old.get(name) != new.get(name) for name in TEXTS)
         outline.kept += 1
         outline.changed += changed
-        # Changed rows come first: their examples show what the step does.
+        # Changed rows come first, because their examples show the step's effect.
         outline.kept_examples.append((chance if changed else chance + (1 << 48), work.number, number))
     whole = Outline()
     whole.add(outline)

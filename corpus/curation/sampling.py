@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
-_FIT_ROWS = 100_000
-"""Most embeddings on which the clusters are fitted; all rows are assigned to them."""
+_FIT_ROWS, _FIT_ROWS_PER_CLASS = 20_000, 64
+"""The clusters are fitted on the larger of these numbers of embeddings; all rows are assigned to them."""
 
 
 def caps(counts: Sequence[int], wanted: int) -> list[int]:
@@ -43,8 +43,9 @@ def evenly(labels: np.ndarray, wanted: int, seed: int, reason: str) -> list[Drop
     drops: list[Dropped | None] = [None] * len(labels)
     for place, cap in enumerate(caps(counts.tolist(), wanted)):
         members = np.flatnonzero(inverse == place)
-        for row in random.permutation(members)[cap:]:
-            drops[row] = Dropped(reason, f"class {names[place]}")
+        drop = Dropped(reason, f"class {names[place]}")
+        for row in random.permutation(members)[cap:].tolist():
+            drops[row] = drop
     return drops
 
 
@@ -71,7 +72,7 @@ class BalanceLengths(SetOperator):
         chained = np.flatnonzero(lengths)
         bins = np.floor(np.log2(np.maximum(lengths[chained], 1))).astype(int)
         drops: list[Dropped | None] = [None] * len(lengths)
-        chosen = evenly(bins, round(len(chained) * self.keep_share), seed, "its chain length is too frequent")
+        chosen = evenly(bins, round(len(chained) * self.keep_share), seed, "chain length too frequent")
         for row, drop in zip(chained.tolist(), chosen, strict=True):
             drops[row] = drop
         names, counts = np.unique(bins, return_counts=True)
@@ -116,19 +117,14 @@ class LatentClasses(SetOperator):
         import numpy as np
         from sklearn.cluster import MiniBatchKMeans
 
-        rows = parts.rows()
-        random = np.random.default_rng(seed)
-        share = min(1.0, _FIT_ROWS / max(1, rows))
-        sample = np.concatenate(
-            [one["embedding"][random.random(len(one["embedding"])) < share] for one in parts]
-        )
-        sources = len(np.unique(parts.column("source")))
-        count = min(self.classes or 10 * sources, max(2, rows // 2), len(sample))
-        clusters = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=4096).fit(
-            sample.astype(np.float32)
-        )
+        rows, sources = parts.rows(), len(np.unique(parts.column("source")))
+        count = min(self.classes or 10 * sources, max(1, rows // 2))
+        random, share = np.random.default_rng(seed), max(_FIT_ROWS, _FIT_ROWS_PER_CLASS * count) / rows
+        sample = [one["embedding"][random.random(len(one["embedding"])) < share] for one in parts]
+        clusters = MiniBatchKMeans(count, random_state=seed, n_init=1, batch_size=4096)
+        clusters.fit(np.concatenate(sample).astype(np.float32))
         labels = np.concatenate([clusters.predict(one["embedding"].astype(np.float32)) for one in parts])
-        drops = evenly(labels, round(rows * self.keep_share), seed, "its latent class is too frequent")
+        drops = evenly(labels, round(rows * self.keep_share), seed, "latent class too frequent")
         sizes = np.sort(np.bincount(labels, minlength=count))
         facts = {
             "sources": sources,

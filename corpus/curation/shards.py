@@ -10,20 +10,20 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.model.pictures import Picture
-from core.model.videos import Caps, Clip
+from core.model.videos import Caps, Clip, sampled
 from corpus.curation.base import Dropped, Outcome
-from corpus.curation.similar import image_hash, picture_hash
+from corpus.curation.similar import HASH_PX, picture_hashes, reduced
 from corpus.parquet import check_file
 from corpus.schema import (
     FIELDS,
     JSON_FIELDS,
     MEDIA,
     TEXTS,
-    Problem,
     Record,
     clip_of,
     completed,
@@ -32,10 +32,13 @@ from corpus.schema import (
     problem_of,
 )
 
+if TYPE_CHECKING:
+    import numpy as np
+
 SHARD_BYTES = 64 << 20
 """A shard ends when its row groups have this many uncompressed bytes; a single group may be larger."""
 _HASHED_FRAMES = Caps(frames=3)
-"""Frames of a video whose hashes are compared."""
+"""Of a video's sampled frames, those whose hashes are compared."""
 HASHES, ROW, REASON, DETAIL = "hashes", "row", "reason", "detail"
 
 
@@ -128,25 +131,36 @@ class Source:
 def checked(shard: Shard) -> tuple[list[Record], list[Outcome]]:
     """The shard's rows as they are stored, and their outcomes under the rules of corpus.schema, with hashes."""
     outcomes: list[Outcome] = []
+    pixels: list[np.ndarray] = []
     records = Source(shard).records()
     for record in records:
         if isinstance(record["id"], str) and record["id"].strip():
             record["id"] = shard.prefix + record["id"]
-        hashes: list[bytes] = []
-
-        def look(picture: Picture, hashes: list[bytes] = hashes) -> None:
-            hashes.append(picture_hash(picture))
-
+        seen: list[np.ndarray] = []
         parsed = {**record, **_parsed(record)}
-        problem: Problem | None = problem_of(parsed, look)
+        problem = problem_of(parsed, partial(_see, seen), partial(_watch, seen))
         if problem:
             outcomes.append(Dropped(f"{problem.field}: {problem.rule}", problem.found))
             continue
-        for clip in record["videos"]:
-            clip.caps = _HASHED_FRAMES
-            hashes += [image_hash(frame.convert("L")) for frame in clip.decode()]
-        outcomes.append({**parsed, "source": record["source"] or shard.set, HASHES: hashes})
+        outcomes.append({**parsed, "source": record["source"] or shard.set, HASHES: len(seen)})
+        pixels += seen
+    hashes = iter(picture_hashes(pixels))
+    for outcome in outcomes:
+        if not isinstance(outcome, Dropped):
+            outcome[HASHES] = list(islice(hashes, outcome[HASHES]))
     return records, outcomes
+
+
+def _see(seen: list[np.ndarray], picture: Picture) -> None:
+    """Decode a picture and keep its reduced pixels for the hash."""
+    seen.append(reduced(picture.grey(HASH_PX)))
+
+
+def _watch(seen: list[np.ndarray], clip: Clip) -> None:
+    """Decode a clip and keep the reduced pixels of some evenly spread frames for the hashes."""
+    frames = clip.decode()
+    numbers = sampled(len(frames), None, _HASHED_FRAMES)
+    seen += [reduced(frames[number].convert("L")) for number in numbers]
 
 
 def _parsed(record: Record) -> Record:
@@ -186,7 +200,7 @@ def write_outcomes(
 
 
 def _text(value: Any) -> str | None:
-    """A text as it can be stored; what is not a valid text is shown, because a dropped row may hold anything."""
+    """A text that can be stored. Other values, which a dropped row may hold, are shown as text."""
     if value is None:
         return None
     return str(value).encode("utf-8", "replace").decode()

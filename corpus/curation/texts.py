@@ -43,7 +43,7 @@ _LABEL = re.compile(r"^\s*question:\s*", re.IGNORECASE)
 class StripInstructions(RowOperator):
     """Remove the system message, and system prompts and hints about the form of the answer in the question.
 
-    Source: SAIL-VL2 (arXiv:2509.14033), section 4, LongCoT data, step 1: strip what does not belong to the reasoning
+    Source: SAIL-VL2 (arXiv:2509.14033), section 4, LongCoT data, step 1: strip text that is foreign to the reasoning
     (system prompts, conflicting hints). The chain's mode alone decides the form of the reply. The patterns are ours.
     A question that consists only of instructions is dropped.
 

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from core.model.prompts import THINK_CONTRACT
-from corpus.formats.fields import Asked, Rejected, gold_of, named, pictures, questions, text, videos
+from corpus.formats.fields import (
+    Asked,
+    Rejected,
+    Root,
+    gold_of,
+    named,
+    pictures,
+    questions,
+    reply_text,
+    text,
+    videos,
+)
 from corpus.formats.gold import choice_of, listed_options, options_of, with_options
 from corpus.schema import Record
 
@@ -71,7 +81,7 @@ def mapping_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
 
 
 def record_of_columns(
-    row: Mapping[str, Any], root: Path, columns: Mapping[str, str], system: str = "keep"
+    row: Mapping[str, Any], root: Root, columns: Mapping[str, str], system: str = "keep"
 ) -> Record:
     """The record of one row; `system` as in corpus.formats.conversations. Raises Rejected."""
     found = mapping_of(row, columns)
@@ -102,16 +112,17 @@ def record_of_columns(
         letters = choice_of(_single(value), options)
         return {**record, "answer": letters, "mode": "direct", "options": True}
     if found["answer"] in NAMES["response"]:
-        return {**record, **of_reply(text(value, found["answer"]))}
-    answer = gold_of(text(_single(value), found["answer"])) or text(_single(value), found["answer"]).strip()
+        return {**record, **of_reply(reply_text(value, found["answer"]))}
+    said = reply_text(_single(value), found["answer"])
+    answer = gold_of(said) or said.strip()
     chain = row.get(found["chain"]) if "chain" in found else None
     if chain:
-        return {**record, "answer": answer, "chain": text(chain, found["chain"]), "mode": "think"}
+        return {**record, "answer": answer, "chain": reply_text(chain, found["chain"]), "mode": "think"}
     reply = row.get(found["response"]) if "response" in found else None
     if found["answer"] == "short_answer" and row.get("answer"):
         reply = row["answer"]
     if reply:
-        return {**record, **of_reply(text(reply, "response")), "answer": answer}
+        return {**record, **of_reply(reply_text(reply, "response")), "answer": answer}
     return {**record, "answer": answer, "mode": "direct"}
 
 
@@ -159,7 +170,7 @@ def _history(row: Mapping[str, Any], found: Mapping[str, str]) -> list[tuple[str
         raise Rejected(
             "history", "must be pairs of question and reply", value, "write [[question, reply], ...]"
         )
-    return [(text(user, "history"), text(reply, "history")) for user, reply in value or []]
+    return [(text(user, "history"), reply_text(reply, "history")) for user, reply in value or []]
 
 
 def _source(row: Mapping[str, Any], found: Mapping[str, str]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.model.pictures import Picture
 from core.model.prompts import IMAGE, THINK_CONTRACT, VIDEO
 from core.model.videos import Clip
 from corpus.formats.columns import NAMES, of_reply, system_of
-from corpus.formats.fields import Asked, Rejected, named, pictures, questions, text, videos
+from corpus.formats.fields import Asked, Rejected, Root, named, pictures, questions, reply_text, text, videos
 from corpus.formats.gold import choice_of, listed_options
 from corpus.schema import PLACEHOLDER, Record
 
@@ -31,7 +30,7 @@ class Turn(NamedTuple):
 
 
 def records_of_turns(
-    row: Mapping[str, Any], root: Path, *, system: str = "keep", turns: str = "keep"
+    row: Mapping[str, Any], root: Root, *, system: str = "keep", turns: str = "keep"
 ) -> Iterator[Record]:
     """The records of one row's conversation: one, or with turns="split" one per exchange.
 
@@ -88,7 +87,7 @@ def _record(row: Mapping[str, Any], system: str | None, pairs: Sequence[tuple[Tu
     return record
 
 
-def _turns(row: Mapping[str, Any], root: Path) -> list[Turn]:
+def _turns(row: Mapping[str, Any], root: Root) -> list[Turn]:
     given = row.get("conversations") if row.get("conversations") is not None else row.get("messages")
     if not isinstance(given, list) or not all(isinstance(turn, Mapping) for turn in given):
         raise Rejected("messages", "must be a list of turns", given, "write role and content for each")
@@ -98,6 +97,8 @@ def _turns(row: Mapping[str, Any], root: Path) -> list[Turn]:
         if name not in ROLES:
             raise Rejected("messages", f"a role is one of {', '.join(ROLES)}", name, "rename it")
         turns.append(_said(turn.get("value", turn.get("content")), root)._replace(role=ROLES[name]))
+        if ROLES[name] == "assistant":
+            reply_text(turns[-1].text, "messages")
     column = named(row, NAMES["images"])
     if column:
         turns = _dealt(turns, "images", pictures(row[column], root, column))
@@ -127,7 +128,7 @@ def _dealt(turns: list[Turn], kind: str, waiting: list[Any]) -> list[Turn]:
     return out
 
 
-def _said(content: Any, root: Path) -> Turn:
+def _said(content: Any, root: Root) -> Turn:
     """Text, pictures and videos of a turn's content, which is a text or OpenAI's list of parts."""
     turn = Turn("", "", [], [])
     if isinstance(content, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any, NamedTuple
 from core.model.pictures import Picture
 from core.model.prompts import IMAGE, VIDEO
 from core.model.videos import Clip
+from corpus.hub import HubFolder
 from corpus.schema import PLACEHOLDER, Problem, clip_of
 from corpus.writing import frames_of
 
+Root = Path | HubFolder
+"""The folder of a source's pictures and videos."""
 _NUMBER = re.compile(r"\d+")
 _BOX = re.compile(r"\\boxed\s*\{")
 _ANSWER_TAG = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL | re.IGNORECASE)
@@ -34,15 +38,28 @@ class Rejected(ValueError):
 
 
 def text(value: Any, field: str) -> str:
-    """A text, or a number as text. Raises Rejected for anything else."""
+    """A text, or a finite number as text. Raises Rejected for anything else."""
     if isinstance(value, str):
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Rejected(field, "must be a finite number or a text", value, "leave the row out, or write text")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(int(value)) if float(value).is_integer() else str(value)
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+        return str(int(value)) if whole else str(value)
     raise Rejected(field, "must be a text", value, "map another column, or write text")
 
 
-def pictures(value: Any, root: Path, field: str = "images") -> list[Picture]:
+def reply_text(value: Any, field: str) -> str:
+    """The text of a reply. Raises Rejected for other values, and for a placeholder: a reply shows no pictures."""
+    said = text(value, field)
+    if mark := PLACEHOLDER.search(said):
+        raise Rejected(
+            field, "a reply holds a placeholder", mark[0], "leave the row out, or remove the placeholder"
+        )
+    return said
+
+
+def pictures(value: Any, root: Root, field: str = "images") -> list[Picture]:
     """The pictures of a cell: one or a list of file names, data URLs, bytes, base64 or {"bytes", "path"}; [] for null.
 
     Files must lie below `root`; the network is never used. Raises Rejected.
@@ -50,7 +67,7 @@ def pictures(value: Any, root: Path, field: str = "images") -> list[Picture]:
     return [_picture(one, root, field) for one in _each(value)]
 
 
-def videos(value: Any, root: Path, field: str = "videos") -> list[Clip]:
+def videos(value: Any, root: Root, field: str = "videos") -> list[Clip]:
     """The videos of a cell: one or a list of file names, names of folders of frames, lists of frames, bytes or
     {"bytes", "path"}; [] for null.
 
@@ -64,36 +81,52 @@ def _each(value: Any) -> list[Any]:
     return [one for one in every if one is not None and one != ""]
 
 
-def _picture(value: Any, root: Path, field: str) -> Picture:
+def _picture(value: Any, root: Root, field: str) -> Picture:
     value = _stored(value, field)
     if isinstance(value, bytes | Picture):
         return Picture.of(value)
     if value.startswith("data:"):
-        return _base64(value.partition("base64,")[2], field)
+        head, _, data = value.partition(",")
+        if not head.endswith(";base64"):
+            raise Rejected(
+                field, "a data URL must be in base64", value[:40], "write data:image/png;base64,..."
+            )
+        return _base64(data, field)
     if len(value) > 512 and "://" not in value:
         return _base64(value, field)
     file = _below(root, value, field)
     if not file.is_file():
-        raise Rejected(
-            field, "the picture does not exist", value, f"searched below {root}; name the folder: --images"
-        )
+        raise _missing(field, "the picture does not exist", value, root)
     return Picture(file.read_bytes)
 
 
-def _video(value: Any, root: Path, field: str) -> Clip:
+def _video(value: Any, root: Root, field: str) -> Clip:
     if isinstance(value, list | tuple):
-        return Clip.of_frames([_picture(one, root, field) for one in value])
+        return _frames([_picture(one, root, field) for one in value], value, field)
     value = _stored(value, field)
     if isinstance(value, bytes | Clip):
         return clip_of(value)
     path = _below(root, value, field)
     if path.is_dir():
-        return Clip.of_frames(frames_of(path))
+        return _frames(frames_of(path), value, field)
     if not path.is_file():
-        raise Rejected(
-            field, "the video does not exist", value, f"searched below {root}; name the folder: --images"
-        )
+        raise _missing(field, "the video does not exist", value, root)
     return Clip(path.read_bytes)
+
+
+def _frames(pictures: Sequence[Picture], value: Any, field: str) -> Clip:
+    if not pictures:
+        raise Rejected(field, "a video has no frames", value, "give a file, or at least one frame")
+    return Clip.of_frames(pictures)
+
+
+def _missing(field: str, rule: str, name: str, root: Root) -> Rejected:
+    """The problem of a file that is not below `root`."""
+    remedy = f"searched below {root}; name the folder: --images"
+    if isinstance(root, HubFolder) and (archives := root.archives()):
+        names = ", ".join(archives[:3])
+        remedy = f"it may be in an archive of {root} ({names}): unpack it, and name the folder: --images"
+    return Rejected(field, rule, name, remedy)
 
 
 def _stored(value: Any, field: str) -> Any:
@@ -106,11 +139,16 @@ def _stored(value: Any, field: str) -> Any:
     return value
 
 
-def _below(root: Path, name: str, field: str) -> Path:
-    """The path of a file or folder below `root`."""
+def _below(root: Root, name: str, field: str) -> Path:
+    """The path of a file or folder below `root`; a file on the hub is downloaded. Raises Rejected."""
     if "://" in name and not name.startswith("file://"):
         remedy = "download it and give its file name"
         raise Rejected(field, "files are not fetched from the network", name, remedy)
+    if isinstance(root, HubFolder):
+        found = root.file(name)
+        if found is None:
+            raise _missing(field, "the file does not exist", name, root)
+        return found
     path = (root / name.removeprefix("file://")).resolve()
     if not path.is_relative_to(root.resolve()):
         remedy = f"put the files below {root}, or name their folder: --images"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from core.strict import ConfigError
-from corpus.formats.fields import Rejected
-from corpus.hub import SUFFIXES, HubFiles, hub_set
+from corpus.formats.fields import Rejected, Root
+from corpus.hub import SUFFIXES, HubFiles, HubFolder, address_hint, hub_set
 from corpus.parquet import check_expansion, rows_at_once
 
 Row = tuple[int, dict[str, Any] | Rejected]
@@ -32,12 +32,15 @@ def files_of(source: str | Path, split: str = "train") -> Sequence[Path]:
     """
     if isinstance(source, str) and (address := hub_set(source)):
         return HubFiles(address, split)
-    source = Path(source).expanduser()
+    given, source = str(source), Path(source).expanduser()
     if not source.exists():
-        raise ConfigError(f"{source}: no such file or folder")
+        raise ConfigError(f"{source}: there is no such file or folder{address_hint(given)}")
     if source.is_file():
         if source.suffix not in SUFFIXES:
-            raise ConfigError(f"{source}: a data file ends in {', '.join(SUFFIXES)}")
+            packed = (
+                "; unpack it first" if source.suffix in (".gz", ".zip", ".tgz", ".bz2", ".xz", ".zst") else ""
+            )
+            raise ConfigError(f"{source}: a data file ends in {', '.join(SUFFIXES)}{packed}")
         return [source]
     files = _data_files(source.iterdir()) or _data_files(source.rglob("*"))
     if not files:
@@ -48,6 +51,22 @@ def files_of(source: str | Path, split: str = "train") -> Sequence[Path]:
             f"{source}: holds files of several kinds ({', '.join(sorted(kinds))}); name one of them"
         )
     return files
+
+
+def root_of(source: str | Path, files: Sequence[Path], images: str | None = None) -> Root:
+    """The folder of a source's pictures and videos: `images` (a path, or an address on the hub), else the source's.
+
+    Raises ConfigError if `images` does not exist.
+    """
+    if images is not None:
+        address = hub_set(images)
+        if address is None and not Path(images).expanduser().is_dir():
+            raise ConfigError(f"{images}: there is no such folder of pictures")
+        return HubFolder(address) if address else Path(images).expanduser()
+    if isinstance(files, HubFiles):
+        return files.folder()
+    source = Path(source).expanduser()
+    return source if source.is_dir() else source.parent
 
 
 def _data_files(paths: Iterable[Path]) -> list[Path]:
@@ -73,27 +92,41 @@ def _jsonl(file: Path) -> Iterator[Row]:
         number = 0
         while line := lines.readline(MAX_CELL):
             if len(line) == MAX_CELL:
-                raise ConfigError(f"{file}: row {number} is longer than {MAX_CELL} characters")
-            if line.strip():
+                while line and not line.endswith("\n"):
+                    line = lines.readline(MAX_CELL)
+                yield (
+                    number,
+                    Rejected("row", "is too long", f"more than {MAX_CELL} characters", "leave it out"),
+                )
+                number += 1
+            elif line.strip():
                 yield number, _object(line)
                 number += 1
 
 
 def _object(line: str) -> dict[str, Any] | Rejected:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         return Rejected("row", "must be JSON", f"{line[:60]}: {error}", "write one JSON object on a line")
-    return (
-        row
-        if isinstance(row, dict)
-        else Rejected("row", "must be an object", row, "write one object on a line")
-    )
+    if isinstance(row, dict | Rejected):
+        return row
+    return Rejected("row", "must be an object", row, "write one object on a line")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Rejected:
+    """An object's keys and values. JSON leaves open which value of a repeated key counts, so it is refused."""
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    return Rejected("row", "a key is repeated", twice, "keep one of its values")
 
 
 def _json(file: Path) -> Iterator[Row]:
     """The items of a JSON array, parsed one by one, so that the whole array is never in memory."""
-    decoder, number, at = json.JSONDecoder(), 0, 0
+    decoder, number, at = json.JSONDecoder(object_pairs_hook=_unique), 0, 0
     with file.open(encoding="utf-8-sig") as source:
         buffer = source.read(_CHUNK)
         if not buffer.lstrip().startswith("["):
@@ -122,7 +155,7 @@ def _json(file: Path) -> Iterator[Row]:
                 continue
             at = end
             bad = Rejected("row", "must be an object", row, "write an array of objects")
-            yield number, row if isinstance(row, dict) else bad
+            yield number, row if isinstance(row, dict | Rejected) else bad
             number += 1
 
 

@@ -86,6 +86,8 @@ def choice_of(answer: Any, options: Sequence[str]) -> str:
     plain = [option.strip().casefold() for option in options]
     if plain.count(words.casefold()) == 1:
         return LETTERS[plain.index(words.casefold())]
+    if plain.count(words.casefold()) > 1:
+        raise Rejected("answer", "is several of the options", answer, "write the letter of one option")
     letter = _LETTER.fullmatch(words)
     if letter and LETTERS.index(letter[1]) < len(options):
         return letter[1]

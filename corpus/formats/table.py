@@ -10,7 +10,7 @@ from typing import Any, Literal
 from core.strict import ConfigError, nearest
 from corpus.formats.columns import mapping_of, record_of_columns
 from corpus.formats.conversations import records_of_turns
-from corpus.formats.fields import Rejected, pictures, videos
+from corpus.formats.fields import Rejected, Root, pictures, videos
 from corpus.schema import FIELDS, REQUIRED, Record
 
 
@@ -18,7 +18,7 @@ from corpus.schema import FIELDS, REQUIRED, Record
 class Options:
     """The user's options for a file."""
 
-    root: Path
+    root: Root
     """Folder of the pictures; file names that lead out of it are refused."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Field of a record -> column of the file, for columns with unknown names."""

@@ -1,4 +1,4 @@
-"""The curation demo's data: panels of the demo as other data sets would hold them, with defects of every kind.
+"""The curation demo's data: panels of the demo in the formats of other data sets, with defects of every kind.
 
 | file | rows |
 |---|---|

@@ -1,4 +1,4 @@
-r"""The demo's thinking judge. It is exact, as the row's meta has the scene. It is also an example of a user's reward.
+r"""The demo's thinking judge, also an example of a user's reward. It is exact, because the row's meta has the scene.
 
 It scores the chain by the report's three criteria, each with yes or no: factual grounding (every claim about the
 picture matches the scene, and every cell that the question needs is read), logical soundness (every step is correct

@@ -1,6 +1,6 @@
 """How an answer is compared with its gold: one module for each kind of answer.
 
-An answer goes one way: text -> parsed value -> comparison by the type of the value -> Outcome. If the types cannot
+Each comparison runs text -> parsed value -> comparison by the type of the value -> Outcome. If the types cannot
 decide, the comparison stays open as a formula of expression pairs (rewards.answers.outcome). A worker process settles
 that formula with sympy (rewards.pool, rewards.answers.checker).
 

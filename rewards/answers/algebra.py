@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 MAX_PRODUCTS = 2000
-"""Products of two terms that one value may cost: some milliseconds."""
+"""Most products of two terms per value; they take some milliseconds."""
 MAX_BITS = 1400
 MAX_EXPONENT = 64
 MAX_DEPTH = 30
@@ -53,7 +53,7 @@ _TOKEN = re.compile(
     r"|(?P<letter>[A-Za-z](?:_(?:[A-Za-z0-9](?![0-9])|\{[A-Za-z0-9]{1,8}\}))?)|(?P<mark>[-+*/^(){}])|(?P<space> +)"
 )
 _FACTORS = frozenset(("(", "{", "/", "cdot", "times", "frac", "sqrt"))
-"""Tokens with which a product may go on."""
+"""Tokens that may continue a product."""
 _APPLIED = frozenset("fghFGHPE")
 """Letters that name a function when a parenthesis follows."""
 
@@ -73,7 +73,7 @@ class Value(NamedTuple):
 
     @property
     def is_constant(self) -> bool:
-        """Whether the value holds no variable; e and π do not count as variables here."""
+        """Whether the value has no variables; e and π do not count as variables here."""
         return not any(
             name not in _CONSTANTS and not name.startswith(_ROOT)
             for side in self

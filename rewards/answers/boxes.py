@@ -222,7 +222,7 @@ def _box_gold(example: Example) -> list[Box]:
     boxes = gold_boxes(example.answer)
     if not boxes:
         raise GoldError(
-            f"gold answer {example.answer[:80]!r} is no box; write [x1, y1, x2, y2] with x1 < x2 and y1 < y2"
+            f"gold answer {example.answer[:80]!r} is not a box; write [x1, y1, x2, y2] with x1 < x2 and y1 < y2"
         )
     return boxes
 

@@ -154,7 +154,7 @@ class MathChecker:
         with state.lock:
             state.open.pop(result, None)
             if future.exception() or _outcome(future.result()) in _NOT_SETTLED:
-                return  # another time it may be
+                return  # another attempt may settle it
             state.known[result] = _outcome(future.result())
             if len(state.known) > CACHE_SIZE:
                 state.known.popitem(last=False)

@@ -55,7 +55,7 @@ def _gold(example: Example) -> tuple[dict[str, str], str]:
     if letter is None:
         known = ", ".join(f"{letter}: {text}" for letter, text in options.items()) or "any single letter"
         raise GoldError(
-            f"gold answer {example.answer!r} names no option ({known}); correct it or meta's choices"
+            f"gold answer {example.answer!r} is not an option ({known}); correct it or meta's choices"
         )
     return options, letter
 

@@ -49,7 +49,7 @@ def _gold(example: Example, ordered: bool) -> tuple[Answer, ...]:
     what = "list" if ordered else "set"
     if not parts:
         wanted = "(1, 2)" if ordered else r"\{1, 2\}"
-        raise GoldError(f"gold answer {example.answer!r} is no {what}; write its elements as in {wanted}")
+        raise GoldError(f"gold answer {example.answer!r} is not a {what}; write its elements as in {wanted}")
     for part in parts:
         if not part:
             raise GoldError(f"{what}: an element is empty; correct it")
@@ -63,7 +63,7 @@ def _gold(example: Example, ordered: bool) -> tuple[Answer, ...]:
 def _judge(answer: str, gold: tuple[Answer, ...], example: Example, limits: Limits, ordered: bool) -> Verdict:
     given = read(answer, ordered)
     if given is None:
-        return Verdict.wrong(answer, f"brackets that no {'list' if ordered else 'set'} has")
+        return Verdict.wrong(answer, f"its brackets are not those of a {'list' if ordered else 'set'}")
     result = compare_parts(gold, _answers(given), ordered, example.question)
     return verdict_of(checker.SHARED.settle(result), answer)
 

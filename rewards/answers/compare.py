@@ -156,7 +156,7 @@ def _is_chain(one: Relation) -> bool:
 
 
 def _unnamed(gold: Answer, given: Answer) -> tuple[Answer, Answer]:
-    """The two without the name of what they are the values of, unless they name different things."""
+    """Gold and given value without their names, unless the names differ."""
     given = _same_argument(gold, given)
     wanted, found = (one.name if isinstance(one, Named) else "" for one in (gold, given))
     if wanted == found and isinstance(gold, Named) and isinstance(given, Named):

@@ -46,7 +46,7 @@ def settled(result: Result) -> Outcome:
         return settle(result, compare)
     except MemoryError:
         raise
-    except Exception:  # sympy stumbles over it; the gold was read when it was loaded, so it is the answer
+    except Exception:  # sympy fails; the gold was read at load time, so the answer is at fault
         return Outcome.UNPARSEABLE
 
 

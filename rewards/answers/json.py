@@ -36,7 +36,7 @@ def read_json(text: str) -> Any:
     {'a': [Fraction(1, 1), Fraction(5, 2)]}
     >>> read_json('{"a": 1, "a": 2}')
     Traceback (most recent call last):
-    rewards.answers.json.JsonError: the key 'a' is there twice
+    rewards.answers.json.JsonError: the key 'a' occurs twice
 
     Raises JsonError, and JsonLimitError if the text breaks a cap.
     """
@@ -106,7 +106,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise JsonError(f"the key {key!r:.40} is there twice")
+            raise JsonError(f"the key {key!r:.40} occurs twice")
         found[key] = value
     return found
 
@@ -119,7 +119,7 @@ def _fraction(text: str) -> Fraction:
 
 
 def _refused(text: str) -> Any:
-    raise JsonError(f"{text} is no JSON number")
+    raise JsonError(f"{text} is not a JSON number")
 
 
 def _depth(text: str) -> int:

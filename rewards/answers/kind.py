@@ -84,7 +84,9 @@ def verdict_of(outcome: Outcome, answer: str, what: str = "mathematics") -> Verd
     if outcome == Outcome.UNPARSEABLE:
         return unparseable(answer, what)
     if outcome == Outcome.OVER_TIME:
-        return Verdict.wrong(answer, "its comparison with the gold takes too much computing", Status.TIMEOUT)
+        return Verdict.wrong(
+            answer, "its comparison with the gold takes too much computing time", Status.TIMEOUT
+        )
     if outcome == Outcome.OVER_MEMORY:
         return Verdict.wrong(answer, "its comparison with the gold takes too much memory", Status.OVER_LIMIT)
     if outcome == Outcome.TIMEOUT:

@@ -204,20 +204,20 @@ def _number_of(text: str, example: Example) -> Number | None:
 def _gold(example: Example) -> Number:
     number = _number_of(example.answer, example)
     if number is None:
-        raise _no_gold(example, "number")
+        raise _no_gold(example, "a number")
     return number
 
 
 def _integer_gold(example: Example) -> Number:
     number = _number_of(example.answer, example)
     if number is None or number.value.denominator != 1 or number.percent:
-        raise _no_gold(example, "integer")
+        raise _no_gold(example, "an integer")
     return number
 
 
 def _no_gold(example: Example, what: str) -> GoldError:
     remedy = 'correct it, or use verifier "math" or "exact"'
-    return GoldError(f"gold answer {example.answer!r} is no {what}; {remedy}")
+    return GoldError(f"gold answer {example.answer!r} is not {what}; {remedy}")
 
 
 def _integer(answer: str, gold: Number, example: Example, limits: Limits) -> Verdict:

@@ -113,7 +113,7 @@ def plain_text(text: str) -> str:
     """
     text = unwrapped(cleaned(text)).replace(r"\%", "%")
     primed = _PRIMED.fullmatch(text.strip())
-    if primed:  # a prime is no quote
+    if primed:  # a prime is not a quotation mark
         return primed[1].casefold()
     text = _SPACE.sub(" ", text.casefold()).strip(" $\"'“”‘’`*")
     return text.removesuffix(".").strip(" $\"'“”‘’`*")

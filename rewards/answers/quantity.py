@@ -406,7 +406,7 @@ def _gold(example: Example) -> Quantity:
     quantity = read(_bare(example.answer))
     if quantity is None:
         raise GoldError(
-            f'gold answer {example.answer!r} is no number with a unit; correct it, or use verifier "math"'
+            f'gold answer {example.answer!r} is not a number with a unit; correct it, or use verifier "math"'
         )
     return quantity
 

@@ -13,7 +13,7 @@ def _gold(example: Example) -> list[str]:
     texts = [plain_text(str(gold)) for gold in (example.answer, *others)]
     if not all(texts):
         raise GoldError(
-            f"gold answer {example.answer!r}, or one of meta's answers, holds nothing to compare; correct it"
+            f"gold answer {example.answer!r}, or one of meta's answers, is empty after normalisation; correct it"
         )
     return texts
 

@@ -29,7 +29,7 @@ class Progress(Watch):
         self.since.pop(row, None)
 
     def late_at(self, deadline_s: float) -> float:
-        """The time at which the oldest running call is late; without a running call, the time to have begun one."""
+        """The time (time.monotonic) at which the oldest running call, or the start of the next call, is late."""
         return min(list(self.since.values()), default=self.last) + deadline_s
 
     def late(self, deadline_s: float) -> list[int]:

@@ -3,10 +3,11 @@
 Callers from any thread or event loop submit a batch to the background event loop (rewards.calls) and wait for it, at
 most until the batch's deadline. A batch has its own connections. All batches for a server share its circuit and slots.
 
-A failure is a value, never an exception: `Failure` with one of CAUSES. Temporary failures (no connection, no reply in
-time, HTTP 408, 425, 429, 5xx, a reply that is not a chat completion) are retried after a growing, jittered pause, or
-after the pause that the server requests, if that pause fits into the budget. After several questions in a row have
-failed after all retries, the circuit opens: for a while no request is sent, and then one question probes the server.
+A failure is a value, never an exception: `Failure` with one of CAUSES. Temporary failures are no connection, no reply
+in time, HTTP 408, 425, 429, 5xx, and a reply that is not a chat completion. They are retried after a growing, jittered
+pause, or after the pause that the server requests, if that pause fits into the budget. After several questions in a
+row have failed after all retries, the circuit opens: for a while no request is sent, and then one question probes the
+server.
 
 We measured the official openai client in place of this client (version 3.57, server on loopback, 64 concurrent
 requests). It takes 2.4 ms of CPU per question, and this client 0.16 ms; with a picture 15 ms, and this client 6.5 ms.

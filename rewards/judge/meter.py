@@ -36,7 +36,7 @@ class Meter:
     tokens: int = 0
     """Tokens as reported by the server. Without a report, a quarter of the characters, pictures not counted."""
     seconds: float = 0.0
-    """Total time during which at least one batch was waiting."""
+    """Seconds during which at least one batch was waiting."""
     failures: Counter[str] = field(default_factory=Counter)
     """Questions without a reply, by cause."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)

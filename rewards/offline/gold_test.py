@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from core.strict import ConfigError
 from rewards.adapters import check_columns
@@ -62,7 +62,7 @@ class Examples(Sequence[Example]):
 
 
 def load_examples(data: str, split: str, rows: int | None, seed: int, mode: str | None) -> Examples:
-    """A data set: JSONL with the fields of rewards.offline.rows, or records (Parquet file, folder or hub id).
+    """A data set: JSONL with the fields of rewards.offline.rows, or records (Parquet file, folder or hub address).
 
     Raises ConfigError for a bad line or a missing file, RecordError for bad records.
     """
@@ -112,6 +112,39 @@ def run(
     split: str,
 ) -> None:
     """The command. Raises SelfTestFailed if a score is wrong, and ConfigError if nothing was tested."""
+    found = tested(name, data, params, rows=rows, seed=seed, mode=mode, split=split)
+    for line in found.failures:
+        print(f"{data}: {line}")
+    if found.failures:
+        raise SelfTestFailed(f"{name}: {found.summary}")
+    print("\n".join(f"{name}: {line}" for line in found.claims))
+
+
+class Tested(NamedTuple):
+    """The result of a test."""
+
+    failures: list[str]
+    """A line for each kind of completion with wrong scores."""
+    summary: str
+    """The number of failures; "" without failures."""
+    claims: list[str]
+    """The claims that hold if nothing failed."""
+
+
+def tested(
+    name: str,
+    data: str,
+    params: Mapping[str, Any],
+    *,
+    rows: int | None,
+    seed: int,
+    mode: str | None,
+    split: str,
+) -> Tested:
+    """The test of a reward on `rows` rows of a data set, drawn by the seed.
+
+    Raises ConfigError if nothing was tested.
+    """
     reward = load(name, params, [Path.cwd()])
     found = load_examples(data, split, rows, seed, mode)
     examples = found.take(chosen_rows(found, getattr(reward, "contract_of", None), rows, seed))
@@ -120,13 +153,10 @@ def run(
         failures = self_test(reward, examples, None, seed, name)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    for line in _by_case(failures, examples.numbers):
-        print(f"{data}: {line}")
-    if failures:
-        failed = len({failure.row for failure in failures})
-        raise SelfTestFailed(f"{name}: {len(failures)} failures on {failed} of {len(examples)} rows")
-    for line in _claims(getattr(reward, "self_test", "answer"), examples):
-        print(f"{name}: {line}")
+    failed = len({failure.row for failure in failures})
+    summary = f"{len(failures)} failures on {failed} of {len(examples)} rows" if failures else ""
+    lines = [*_by_case(failures, examples.numbers)]
+    return Tested(lines, summary, [*_claims(getattr(reward, "self_test", "answer"), examples)])
 
 
 def _by_case(failures: Sequence[Failure], numbers: Sequence[int]) -> Iterator[str]:

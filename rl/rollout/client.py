@@ -88,7 +88,7 @@ class RolloutClient:
         """The client for a recipe's `servers`, which serve the core at `model`."""
         return cls(
             urls,
-            CoreFacts.of(model),
+            CoreFacts.of(model, routing_replay=pool.routing_replay),
             concurrency=pool.concurrency,
             timeout_s=pool.request_timeout_s,
             patience_s=pool.patience_s,
@@ -177,7 +177,7 @@ class RolloutClient:
     def sleep(self) -> None:
         """Free the GPUs of every server: weights and caches are gone until the next update.
 
-        No request may be running; none is after `generate` has returned.
+        No request may be running. After `generate` has returned, none is.
         """
         self.served.asleep = True
         self.on_every_server(f"sleep?level={DISCARD_ALL}")
@@ -188,18 +188,18 @@ class RolloutClient:
             self.on_every_server("update_weight_version", {"new_version": version})
 
     def ask(self, url: str, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
-        """One server's answers, serving or not. Raises ServerLost if it is gone."""
+        """One server's answers, serving or not. Raises ServerLost if the server is down."""
         futures = [self._threads.submit(self._ask, url, prompt, sampling) for prompt in prompts]
         ended = list(self._ended({future: [url] for future in futures}))
         if len(ended) < len(futures):
-            raise ServerLost(f"{url}: it is gone, with requests under way")
+            raise ServerLost(f"{url}: it is down, with requests in flight")
         return [future.result() for future in futures]
 
     def find_lost(self) -> None:
         """Check every serving server, and mark dead ones as lost."""
         for url in self.fleet.serving:
             if self.http.gone(url):
-                self.fleet.lose(url, "it takes no connection, or says that it is not healthy")
+                self.fleet.lose(url, "it refuses connections, or reports to be unhealthy")
 
     def reset_caches(self) -> None:
         """Reset the three caches of values that were computed with old weights.
@@ -280,7 +280,7 @@ class RolloutClient:
             if self.served.gate:
                 self.served.gate(url)
         except ServerLost:
-            return  # gone again
+            return  # down again
         except RuntimeError as error:
             self.fleet.refuse(url, str(error))
             return
@@ -348,7 +348,7 @@ class RolloutClient:
                 continue
             for url in {asked[future][-1] for future in waiting if asked[future]}:
                 if self.http.gone(url):
-                    self.fleet.lose(url, "it is gone, with requests under way")
+                    self.fleet.lose(url, "it is down, with requests in flight")
             lost = [
                 future for future in waiting if asked[future] and asked[future][-1] not in self.fleet.serving
             ]
@@ -385,7 +385,7 @@ class RolloutClient:
         # The seed makes a request repeatable: if it is sent again after a lost connection, the answer is the same.
         reply = self.http.ask(url, path, completion_request(prompt, sampling, self.core))
         if any(choice["finish_reason"] == "abort" for choice in reply["choices"]):
-            raise ServerLost(f"{url}/{path}: the server ended the request before its time")
+            raise ServerLost(f"{url}/{path}: the server ended the request early")
         try:
             return read_answer(reply, self.core)
         except ValueError as error:

@@ -22,7 +22,8 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
     python = [sys.executable, "-P", "-m"]
     address = ["--host", cfg.host, "--port", str(port)]
     if cfg.engine == "hf":
-        return [*python, "rl.rollout.hf", str(model), *address, *cfg.extra_args]
+        own = ["--dtype", cfg.dtype, *(["--routing-replay"] if cfg.routing_replay else [])]
+        return [*python, "rl.rollout.hf", str(model), *address, *own, *cfg.extra_args]
     args = {
         "--model": model,
         "--served-model-name": MODEL_NAME,
@@ -42,7 +43,7 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
     }
     words = [str(word) for pair in args.items() for word in pair]
     flags = ["--no-trust-remote-code", *(_on_cpu(cfg) if cfg.device == "cpu" else _on_gpu(cfg))]
-    return [*python, "vllm.entrypoints.openai.api_server", *address, *words, *flags, *cfg.extra_args]
+    return [*python, "rl.rollout.api_server", *address, *words, *flags, *cfg.extra_args]
 
 
 def _on_cpu(cfg: PoolConfig) -> list[str]:
@@ -64,6 +65,7 @@ def _on_gpu(cfg: PoolConfig) -> list[str]:
         *("--tensor-parallel-size", str(cfg.gpus_per_server)),
         *("--gpu-memory-utilization", str(cfg.gpu_memory_utilization)),
         *(["--enable-sleep-mode"] if cfg.share_gpus else []),
+        *(["--enable-return-routed-experts"] if cfg.routing_replay else []),
     ]
 
 
@@ -72,7 +74,8 @@ def environment(cfg: PoolConfig, index: int = 0) -> dict[str, str]:
     env = inherited_environment() | {
         "VLLM_SERVER_DEV_MODE": "1",  # weight updates and cache resets
         "VLLM_NO_USAGE_STATS": "1",
-        # By default the server closes connections after 5 idle seconds, which may be just when the client reuses one.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # rl.rollout.api_server needs it
+        # By default the server closes connections after 5 idle seconds, perhaps just when the client reuses one.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
     if cfg.sends_files or cfg.is_local:

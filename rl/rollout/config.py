@@ -53,9 +53,12 @@ class PoolConfig(Strict):
     share_gpus: bool = False
     """GPU only: servers and learners take turns on the same GPUs. The servers sleep while a learner trains (vLLM's
     sleep mode, level 2: they keep neither weights nor key/value cache) and wake with the next weights. While they
-    are awake the learner's weights and optimizer states stay where they are: gpu_memory_utilization is for the rest."""
+    are awake the learner's weights and optimizer states stay on the GPU: gpu_memory_utilization must leave room."""
     max_images: int = Field(default=8, ge=1)
     """Most images in one prompt."""
+    routing_replay: bool = False
+    """Mixtures of experts: servers return the experts that they chose, and the learners of RL stages use them (R3,
+    arXiv:2510.11370). Takes engine hf, or vLLM on GPUs."""
     weights: Literal["shm", "nccl"] = "shm"
     """How weights reach the servers: shm (files that they read) or nccl (GPU to GPU)."""
     weights_dir: str | None = None
@@ -68,8 +71,8 @@ class PoolConfig(Strict):
     """Port of the first started server; the others get the next ports. None: free ports are chosen."""
     token_file: str | None = None
     """File of mode 0600 with the token of the servers at `urls`, which `posttrain rollout-server` with the same recipe
-    makes. The environment variable POSTTRAIN_SERVER_TOKEN wins. None: servers that a run starts have a token of that
-    run."""
+    makes. The environment variable POSTTRAIN_SERVER_TOKEN takes precedence. None: servers that a run starts have a
+    token of that run."""
     startup_timeout_s: float = Field(default=300, gt=0)
     """Seconds in which a server must become healthy. If every server is lost, a stage waits this long for one to come
     back."""
@@ -133,6 +136,15 @@ class PoolConfig(Strict):
             raise ValueError(
                 f"extra_args has {bent[0]}: servers must sample from the whole distribution and report its "
                 "log-probabilities, or every importance ratio is biased; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _returns_experts(self) -> PoolConfig:
+        if self.routing_replay and self.engine == "vllm" and self.device == "cpu" and not self.urls:
+            raise ValueError(
+                "routing_replay with engine=vllm on device=cpu: vLLM 0.31 returns experts from its model runner V2 "
+                "only, which needs Triton, and its CPU wheel has none; use engine: hf, or device: gpu"
             )
         return self
 

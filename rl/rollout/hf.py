@@ -1,9 +1,10 @@
 """A rollout server over transformers' `generate`, for machines without vLLM. Same endpoints, far slower.
 
 Speaks the part of vLLM's HTTP interface that `RolloutClient` uses: /health, /v1/chat/completions, weight updates and
-their version, cache resets, sleeping and waking (on a GPU the model moves to the CPU and back); and what
-rl.distill.TeacherClient uses: rendering a prompt, and scoring given tokens. Requests that arrive
-together and ask for the same sampling are generated as one batch.
+their version, cache resets, sleeping and waking (on a GPU the model moves to the CPU and back); what
+rl.distill.TeacherClient uses: rendering a prompt, and scoring given tokens; and what `posttrain chat` and other clients
+of the OpenAI API use: /v1/models, requests without our fields, and streams (the answer comes in one piece). Requests
+that arrive together and ask for the same sampling are generated as one batch.
 """
 
 from __future__ import annotations
@@ -16,18 +17,23 @@ import queue
 import threading
 import traceback
 from concurrent.futures import Future
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from rl.rollout import access
+from rl.rollout.config import MODEL_NAME
+from rl.rollout.routing import Recorder, Routing, written
 
 MAX_BATCH = 64
 GATHER_S = 0.02
 """Seconds that the first request of a batch waits for others."""
 MAX_BODY = 256 * 2**20
 """Largest request body, bytes."""
+DEFAULTS = {"n": 1, "temperature": 1.0, "top_p": 1.0, "max_tokens": 1024}
+"""Sampling of a request that does not name it: the OpenAI API's, with a bound on the tokens."""
 
 
 class Engine:
@@ -35,9 +41,11 @@ class Engine:
 
     Args:
         folder: checkpoint folder (architecture, tokenizer, processor, first weights).
+        dtype: name of torch's data type of the weights; None: the checkpoint's.
+        routing_replay: whether completions come with the experts that a mixture of experts chose.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str | None = None, routing_replay: bool = False) -> None:
         import torch
 
         import core
@@ -50,8 +58,13 @@ class Engine:
 
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False).eval()
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype or "auto", trust_remote_code=False
+        ).eval()
         self.model.to(self.device)
+        if routing_replay:
+            Routing.of(self.model.config.text_config.to_dict())  # raises for a dense core
+        self.routing_replay = routing_replay
         self.processor = load_processor(folder)
         self.processor.tokenizer.padding_side = "left"
         self.jobs: queue.Queue[tuple[str, dict, Future]] = queue.Queue()
@@ -116,7 +129,7 @@ class Engine:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            padding=True,
+            processor_kwargs={"padding": True, **(bodies[0].get("mm_processor_kwargs") or {})},
             **(bodies[0].get("chat_template_kwargs") or {}),  # a batch has one, see _alike
         ).to(self.device)
 
@@ -139,16 +152,18 @@ class Engine:
             {} if greedy else {"temperature": first["temperature"], "top_p": first["top_p"], "top_k": 0}
         )
         eos = self.model.generation_config.eos_token_id
-        out = self.model.generate(
-            **inputs,
-            do_sample=not greedy,
-            num_return_sequences=first["n"],
-            max_new_tokens=first["max_tokens"],
-            suppress_tokens=[int(token) for token in first.get("logit_bias", {})] or None,
-            output_scores=True,
-            return_dict_in_generate=True,
-            **sampling,
-        )
+        recorder = Recorder(self.model, len(bodies) * first["n"]) if self.routing_replay else None
+        with recorder.running() if recorder else nullcontext():
+            out = self.model.generate(
+                **inputs,
+                do_sample=not greedy,
+                num_return_sequences=first["n"],
+                max_new_tokens=first["max_tokens"],
+                suppress_tokens=[int(token) for token in first.get("logit_bias", {})] or None,
+                output_scores=True,
+                return_dict_in_generate=True,
+                **sampling,
+            )
         length = inputs["input_ids"].shape[1]
         tokens = out.sequences[:, length:].cpu()
         # Scores are logits after temperature and token ban, so they give the sampling distribution.
@@ -158,6 +173,11 @@ class Engine:
         choices = [
             self._choice(row.tolist(), lp.tolist(), eos_ids) for row, lp in zip(tokens, logprobs, strict=True)
         ]
+        if recorder:
+            padding = (length - inputs["attention_mask"].sum(1)).repeat_interleave(first["n"]).tolist()
+            for choice, experts, start in zip(choices, recorder.experts(), padding, strict=True):
+                end = length + len(choice["token_ids"]) - 1  # the last token has not been read
+                choice["routed_experts"] = written(experts[start:end])
         return [
             {
                 "prompt_token_ids": ids[mask.bool()].tolist(),
@@ -179,7 +199,15 @@ class Engine:
 
 def _alike(jobs: list) -> tuple[list, list]:
     """The jobs that can run in one batch with the first, and the rest. Seeded requests run alone to be repeatable."""
-    keys = ("n", "temperature", "top_p", "max_tokens", "logit_bias", "chat_template_kwargs")
+    keys = (
+        "n",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "logit_bias",
+        "chat_template_kwargs",
+        "mm_processor_kwargs",
+    )
     kind, body, _ = jobs[0]
     if kind != "generate" or (body["temperature"] > 0 and body.get("seed") is not None):
         return jobs[:1], jobs[1:]
@@ -220,6 +248,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/weight_info":
             self._reply(200, {"weight_version": Handler.weight_version})
+        elif self.path == "/v1/models":
+            self._reply(200, {"object": "list", "data": [{"id": MODEL_NAME, "object": "model"}]})
         else:
             self._reply(200 if self.path == "/health" else 404, {})
 
@@ -249,8 +279,11 @@ class Handler(BaseHTTPRequestHandler):
         if path in no_ops or path in caches:  # nothing is cached between requests here
             self._reply(200, {})
         elif path in kinds:
+            if kinds[path] == "generate":
+                body = DEFAULTS | body
             try:
-                self._reply(200, self.engine.ask(kinds[path], body))
+                reply = self.engine.ask(kinds[path], body)
+                self._stream(reply) if body.get("stream") else self._reply(200, reply)
             except Exception as error:  # sent to the client, which raises it
                 self._reply(500, {"error": f"{type(error).__name__}: {error}"})
         else:
@@ -268,10 +301,21 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def _stream(self, reply: dict) -> None:
+        """Send a finished reply as server-sent events, one per choice."""
+        choices = [
+            {"index": at, "delta": choice["message"], "finish_reason": choice["finish_reason"]}
+            for at, choice in enumerate(reply["choices"])
+        ]
+        events = [*(json.dumps({"choices": [choice]}) for choice in choices), "[DONE]"]
+        self._send(200, "text/event-stream", "".join(f"data: {event}\n\n" for event in events).encode())
+
     def _reply(self, status: int, body: dict) -> None:
-        data = json.dumps(body).encode()
+        self._send(status, "application/json", json.dumps(body).encode())
+
+    def _send(self, status: int, kind: str, data: bytes) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -283,8 +327,11 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--dtype", help="data type of the weights; default: the checkpoint's")
+    parser.add_argument("--routing-replay", action="store_true", help="return the experts that are chosen")
     args = parser.parse_args()
-    Handler.engine, Handler.token = Engine(args.model), os.environ[access.TOKEN]
+    Handler.engine = Engine(args.model, args.dtype, args.routing_replay)
+    Handler.token = os.environ[access.TOKEN]
     server = ThreadingHTTPServer((args.host, args.port), Handler)
     server.daemon_threads = True
     server.serve_forever()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.files import read_json
 from core.model.pictures import Picture
 from core.model.videos import tiles
 from rl.rollout.config import MODEL_NAME
+from rl.rollout.routing import Routing
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BAN = -100.0
 """Logit bias of a banned token, the lowest that the API takes: e**-100 of any other token's probability."""
@@ -53,6 +57,8 @@ class Completion:
     text: str
     finished: bool
     """False if the completion was truncated at max_tokens or at a banned token."""
+    experts: np.ndarray | None = None
+    """Routing replay: the experts (tokens - 1, layers, experts per token) of every token but the last."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class Answer:
 
     prompt_ids: list[int]
     completions: list[Completion]
+    experts: np.ndarray | None = None
+    """Routing replay: the experts (prompt tokens, layers, experts per token) of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,11 @@ class CoreFacts:
     """Side in pixels of the tile that a frame of a video is."""
     thought_open: bool = False
     """Whether the chat template opens the thought, so that completions of thinking rows start inside it."""
+    routing: Routing | None = None
+    """Routing replay: what the servers return with each completion; None: nothing."""
 
     @classmethod
-    def of(cls, model: Path) -> CoreFacts:
+    def of(cls, model: Path, *, routing_replay: bool = False) -> CoreFacts:
         """Read `model/config.json` and the chat template."""
         from core.training.model import opens_thought
 
@@ -87,7 +97,8 @@ class CoreFacts:
         # old head, and every log-probability after the first update belongs to another policy.
         twins = {"lm_head.weight": "model.language_model.embed_tokens.weight"} if tied else {}
         side = config["vision_config"]["image_size"]
-        return cls((config["image_token_id"],), twins, side, opens_thought(model))
+        routing = Routing.of(config["text_config"]) if routing_replay else None
+        return cls((config["image_token_id"],), twins, side, opens_thought(model), routing)
 
 
 def completion_request(prompt: Prompt, sampling: Sampling, core: CoreFacts) -> dict[str, Any]:
@@ -109,10 +120,20 @@ def completion_request(prompt: Prompt, sampling: Sampling, core: CoreFacts) -> d
 
 def read_answer(reply: Mapping[str, Any], core: CoreFacts) -> Answer:
     """The answer in a server's reply. Raises ValueError if the reply is incomplete."""
-    return Answer(
-        prompt_ids=reply["prompt_token_ids"],
-        completions=[_completion(choice, core) for choice in reply["choices"]],
-    )
+    prompt = reply["prompt_token_ids"]
+    completions = [_completion(choice, core) for choice in reply["choices"]]
+    if core.routing is None:
+        return Answer(prompt, completions)
+    # The completions of a group read one prompt. The learner computes it once, with the first completion's experts.
+    found = [
+        core.routing.read(choice.get("routed_experts"), len(prompt) + len(choice["token_ids"]) - 1)
+        for choice in reply["choices"]
+    ]
+    completions = [
+        replace(one, experts=experts[len(prompt) : len(prompt) + len(one.token_ids) - 1].copy())
+        for one, experts in zip(completions, found, strict=True)
+    ]
+    return Answer(prompt, completions, found[0][: len(prompt)].copy())
 
 
 def _completion(choice: Mapping[str, Any], core: CoreFacts) -> Completion:

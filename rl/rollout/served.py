@@ -23,7 +23,7 @@ class Served:
         self.files: list[Path] = []
         """Files from which a returned server loads the weights; empty with a `version`: it cannot load them again."""
         self.asleep = False
-        """Whether the servers sleep, so that they hold no weights until the next update."""
+        """Whether the servers sleep, and so lack weights until the next update."""
         self.gate: Callable[[str], None] | None = None
         """Called with the URL of a server that came back and holds these weights; raises RuntimeError to keep it out.
         The next update forgets it."""

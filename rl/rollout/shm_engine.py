@@ -7,12 +7,6 @@ Source of the interface: vllm/distributed/weight_transfer/base.py (vLLM 0.31).
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-
-from core.processes import end_with_parent
-from rl.rollout.access import TOKEN
-
 BACKEND = "sailvl2_shm"
 
 
@@ -22,7 +16,3 @@ def register() -> None:
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "rl.rollout.shm_worker", "SharedMemoryEngine")
-    # A server's guard ends the server's engine processes. If both the guard and the server are killed, this does.
-    parent = multiprocessing.parent_process()
-    if TOKEN in os.environ and parent is not None and parent.pid:
-        end_with_parent(parent.pid)

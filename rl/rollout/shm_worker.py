@@ -95,7 +95,7 @@ def _tensors(paths: list[str], aliases: dict[str, str]) -> Iterator[tuple[str, t
     twins = {twin: name for name, twin in aliases.items()}
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 tensor = file.get_tensor(name)
                 yield name, tensor
                 if name in twins:

@@ -12,6 +12,7 @@ import torch
 
 from core.training.kept import take_keep
 from rl.shared_prefix.attention import SHARED_PREFIX, SHARED_PREFIX_FLEX
+from rl.shared_prefix.routing import take_experts
 from rl.shared_prefix.rows import Packed
 
 
@@ -26,6 +27,7 @@ def take_packed_rows(core: Any, *, flex: bool = False) -> None:
     `flex` chooses torch's flex attention for packed rows, which has a backward pass on GPUs only.
     """
     take_keep(core)
+    take_experts(core)
     backbone = core.model
     plain = backbone.forward
     core.config.text_config._attn_implementation = SHARED_PREFIX_FLEX if flex else SHARED_PREFIX
@@ -39,6 +41,8 @@ def take_packed_rows(core: Any, *, flex: bool = False) -> None:
             inputs["inputs_embeds"] = _embedded(backbone, inputs.pop("input_ids"), features)
         # The layout defines attention. transformers uses a mask with four axes unchanged.
         inputs["attention_mask"] = torch.ones((1, 1, 1, 1), device=packed.keep.device)
+        if packed.experts is not None:
+            inputs["experts"] = packed.experts
         return plain(*args, prefix=packed.layout, keep=packed.keep, **inputs)
 
     backbone.forward = forward

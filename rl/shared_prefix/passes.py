@@ -8,7 +8,8 @@ objective, its masks and its statistics stay TRL's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from core.model.modeling import no_images
 from rl.shared_prefix.core import core_of, take_packed_rows
 from rl.shared_prefix.loss import PackedLoss
-from rl.shared_prefix.rows import Packed, Row, fitting, groups_of, pack, rows_of
+from rl.shared_prefix.rows import Experts, Packed, Row, fitting, groups_of, pack, rows_of
 from rl.shared_prefix.scores import Scores, joined_scores, taken
 from rl.shared_prefix.tiles import TileStore, joined, tile_numbers
 
@@ -52,6 +53,8 @@ class SharedPasses:
         self.tiles: TileStore | None = None
         self.given: Scores | None = None
         """Computed scores for TRL's loss: TRL's call for the policy's pass returns them."""
+        self.experts: Sequence[Experts] = ()
+        """The servers' choices for the rows that are scored, see `replaying`."""
         for model in (trainer.model, trainer.ref_model):
             if model is not None:
                 take_packed_rows(core_of(trainer.accelerator.unwrap_model(model)), flex=flex)
@@ -67,8 +70,11 @@ class SharedPasses:
         if trainer.args.steps_per_generation * trainer.num_iterations == 1 and trainer.model.training:
             # With one update per batch the policy is the old policy. Without the correction TRL skips that pass.
             trainer.vllm_importance_sampling_correction = False
+        experts = [row["experts"] for row in rows if "experts" in row]
         try:
-            return stock(rows)
+            with self.replaying(experts):
+                batch = stock(rows)
+            return {**batch, "experts": experts} if experts else batch
         finally:
             processor.image_processor = original
             trainer.vllm_importance_sampling_correction = corrected
@@ -88,7 +94,20 @@ class SharedPasses:
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].shape[1],
             tile_numbers(batch.get("pixel_values"), counts),
+            batch.get("experts"),
         )
+
+    @contextmanager
+    def replaying(self, experts: Sequence[Experts]) -> Iterator[None]:
+        """Inside, `score` lets the model visit these experts, one entry per row; without entries it chooses itself.
+
+        TRL scores a new batch for the old policy and for the reference; both visit the servers' experts.
+        """
+        self.experts = experts
+        try:
+            yield
+        finally:
+            self.experts = ()
 
     # Log-probabilities
 
@@ -114,7 +133,8 @@ class SharedPasses:
         if self.given is not None:
             return self.given
         counts = num_tiles or num_images or [0] * len(input_ids)
-        rows = rows_of(input_ids, attention_mask, logits_to_keep, tile_numbers(pixel_values, counts))
+        tiles = tile_numbers(pixel_values, counts)
+        rows = rows_of(input_ids, attention_mask, logits_to_keep, tiles, self.experts)
         parts = [
             self._pass(
                 model,

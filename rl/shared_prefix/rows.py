@@ -9,9 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from rl.shared_prefix.layout import PrefixGroup, PrefixLayout
+from rl.shared_prefix.routing import UNKNOWN
+
+Experts = tuple[np.ndarray, np.ndarray]
+"""The experts of a prompt's and of a completion's tokens, each (tokens, layers, experts per token)."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,8 @@ class Row:
     tiles: tuple[int, ...]
     """Numbers of the prompt's image tiles, in order. An any-resolution image counts as one tile."""
     completion: tuple[int, ...]
+    experts: Experts | None = field(default=None, compare=False)
+    """Routing replay: those of the prompt's and of the completion's tokens."""
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -34,18 +41,22 @@ def rows_of(
     attention_mask: torch.Tensor,
     completion_tokens: int,
     tiles: Sequence[Sequence[int]],
+    experts: Sequence[Experts] | None = None,
 ) -> list[Row]:
     """The rows of TRL's padded batch (B, tokens): prompts are padded on the left, completions on the right.
 
-    The last `completion_tokens` columns hold the completions; `tiles` has one list per row.
+    The last `completion_tokens` columns hold the completions; `tiles` and `experts` have one entry per row.
     """
     parts = slice(None, -completion_tokens), slice(-completion_tokens, None)
     rows = []
-    for ids, mask, own in zip(input_ids.tolist(), attention_mask.tolist(), tiles, strict=True):
+    chosen: Sequence[Experts | None] = experts or [None] * len(input_ids)
+    for ids, mask, own, theirs in zip(
+        input_ids.tolist(), attention_mask.tolist(), tiles, chosen, strict=True
+    ):
         prompt, completion = (
             tuple(token for token, kept in zip(ids[part], mask[part], strict=True) if kept) for part in parts
         )
-        rows.append(Row(prompt, tuple(own), completion))
+        rows.append(Row(prompt, tuple(own), completion, theirs))
     return rows
 
 
@@ -81,12 +92,14 @@ class Packed:
     """B of that batch."""
     tiles: list[int]
     """Tile numbers in the order of their tokens."""
+    experts: torch.Tensor | None = None
+    """Routing replay: (1, N, layers, experts per token), rl.shared_prefix.routing.UNKNOWN where none is known."""
 
     def unpacked(self, values: torch.Tensor, completion_tokens: int) -> torch.Tensor:
         """`values` (1, K) as (B, completion tokens), with 0 at positions that are not scored."""
         scored = values[0, : len(self.places[0])]
         padded = values.new_zeros((self.rows, completion_tokens)).index_put(self.places, scored)
-        return padded if len(scored) else padded + 0 * values.sum()  # a gradient, if a zero one
+        return padded if len(scored) else padded + 0 * values.sum()  # keeps a gradient, which is zero
 
 
 def pack(rows: Sequence[Row], device: torch.device, *, whole: bool = False) -> Packed:
@@ -122,6 +135,7 @@ class _Draft:
     places: list[tuple[int, int]] = field(default_factory=list)
     tiles: list[int] = field(default_factory=list)
     layout: list[PrefixGroup] = field(default_factory=list)
+    experts: list[np.ndarray] = field(default_factory=list)
 
     def add(self, members: Sequence[int]) -> None:
         """Append a group: the prompt of its rows, then their completions."""
@@ -131,6 +145,7 @@ class _Draft:
         self.weights += [len(members)] * len(prompt)
         self.tiles += self.rows[members[0]].tiles
         last, lengths = len(self.ids) - 1, []
+        self._note_experts(members[0], 0, len(prompt))
         for number in members:
             completion = self.rows[number].completion
             if not completion:
@@ -143,7 +158,15 @@ class _Draft:
             self.positions += range(len(prompt), len(prompt) + len(read))
             self.weights += [1] * len(read)
             lengths.append(len(read))
+            self._note_experts(number, 1, len(read))
         self.layout.append(PrefixGroup(len(prompt), tuple(lengths)))
+
+    def _note_experts(self, number: int, part: int, tokens: int) -> None:
+        """Append the experts of a row's prompt (part 0) or completion (part 1)."""
+        if (experts := self.rows[number].experts) is not None:
+            known = experts[part][:tokens]
+            missing = ((0, tokens - len(known)), (0, 0), (0, 0))
+            self.experts.append(np.pad(known, missing, constant_values=UNKNOWN))
 
     def packed(self, device: torch.device) -> Packed:
         def tensor(values: Sequence[int]) -> torch.Tensor:
@@ -159,6 +182,7 @@ class _Draft:
             places=(tensor([row for row, _ in self.places]), tensor([column for _, column in self.places])),
             rows=len(self.rows),
             tiles=self.tiles,
+            experts=torch.from_numpy(np.concatenate(self.experts))[None].to(device) if self.experts else None,
         )
 
 

@@ -17,10 +17,12 @@ from chain.bench.harness import Harness
 from chain.bench.local import local_task
 from chain.bench.relay import JudgeServer, Relay, last_box
 from chain.bench.suite import FOLDER, Benchmark, Suite, load_suite
+from chain.recipe import WandbConfig
 from core.files import read_json
 from core.model.prompts import THINK_CONTRACT
 from core.strict import ConfigError
 from corpus.records import load_records, write_records
+from rl.rollout.access import TOKEN
 
 from .benching import FakeClient, judge_server
 
@@ -38,6 +40,8 @@ def post(url, body):
     reply = json.loads(urllib.request.urlopen(request).read())
     return reply["choices"][0]["message"]["content"], reply["usage"]["prompt_tokens"]
 
+if "SHOWN" in os.environ:
+    Path(os.environ["SHOWN"]).write_text(str(dict(os.environ)))
 model = dict(pair.split("=", 1) for pair in option("--model_args").split(","))
 file = Path(os.environ["FAKE_TASKS"]) / (option("--tasks") + ".json")
 if not file.exists():
@@ -61,6 +65,7 @@ lines = "".join(json.dumps(sample) + chr(10) for sample in samples)
 (out / "x_results.json").write_text(json.dumps({"results": {name: {"acc,none": score}}, "versions": {name: 1}}))
 '''
 ROWS = [["1+1?", "2"], ["2+2?", "4"]]
+WHOLE = Benchmark(task="x", metric="acc", score="acc", extract="whole", source="ours: a test")
 
 
 def say(text: str) -> str:
@@ -114,11 +119,12 @@ def run(tmp_path, harness, monkeypatch):
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
     monkeypatch.setattr(benches, "check_checkpoint", lambda _: None)
+    monkeypatch.setattr(benches, "own_tiles", lambda _: 2)
 
-    def go(suite: Suite, **options):
+    def go(suite: Suite, tracking=(), **options):
         client = FakeClient(say)
         monkeypatch.setattr(benches, "Pool", FakePool(client))
-        recipe = type("Recipe", (), {"servers": None})
+        recipe = type("Recipe", (), {"servers": None, "tracking": tracking, "wandb": WandbConfig()})
         options = Options(**{"modes": ("thinking",), "max_completion_tokens": 64, **options})
         (folder,) = benches.bench(recipe, [model], suite, harness, options)
         return read_json(folder / "bench.json"), client.asked
@@ -144,14 +150,58 @@ def test_a_bench_keeps_every_sample_and_scores_the_box_after_the_thought(run):
 
 def test_both_modes_and_the_blind_pass_have_entries_of_their_own(run):
     found, asked = run(suite(sums=False), modes=("thinking", "direct"), blind=True)
-    assert list(found["tasks"]) == [
-        "sums.thinking",
-        "sums.thinking.blind",
-        "sums.direct",
-        "sums.direct.blind",
-    ]
+    assert list(found["tasks"]) == ["sums", "sums.blind", "sums.direct", "sums.direct.blind"]
     assert len(asked) == 8
     assert found["tasks"]["sums.direct"]["samples"][0]["completion"] == "2"
+
+
+def test_a_second_mode_keeps_the_first_ones_scores(run):
+    first, _ = run(suite(sums=False))
+    both, asked = run(suite(sums=False), modes=("direct",))
+    assert both["tasks"]["sums"] == first["tasks"]["sums"]
+    assert (both["tasks"]["sums.direct"]["mode"], len(asked)) == ("direct", 2)
+
+
+def test_everything_that_makes_a_score_is_kept_beside_it(run):
+    with judge_server(lambda text: "1") as (url, _):
+        found, _ = run(suite(judged=True, sums=False), judge=JudgeServer(url, "tiny"), seed=3, limit=2)
+    assert (found["seed"], found["harness"]) == (3, {"name": "lmms-eval", "version": "0.7.3"})
+    task = found["tasks"]["judged"]
+    assert (task["judge"], task["task_version"], task["limit"], task["metric"]) == ("tiny", 1, 2, "acc")
+    assert found["tasks"]["sums"]["judge"] is None
+    assert len(task["prompts_sha256"]) == 64
+    again, _ = run(suite(sums=False), seed=4, limit=2)
+    assert again["tasks"]["sums"]["fingerprint"] != found["tasks"]["sums"]["fingerprint"]
+
+
+def test_scores_and_samples_reach_the_tracker_in_the_group_of_the_run(run, tmp_path, monkeypatch):
+    seen = {}
+    (tmp_path / "chain.json").write_text('{"id": "demo-1234"}')
+
+    class Run:
+        def summary(self, values):
+            seen["summary"] = values
+
+        def table(self, name, table, step):
+            seen[name] = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+        def finish(self, exit_code):
+            seen["exit"] = exit_code
+
+    def opened(cfg, group, stage, config, run_dir):
+        seen["opened"] = (group, stage, run_dir, config["seed"])
+        return Run()
+
+    monkeypatch.setattr("chain.tracking.open_wandb", opened)
+    run(suite(sums=False), tracking=("wandb",))
+    assert seen["opened"] == ("demo-1234", "bench_rlvr", tmp_path, 0)
+    assert (seen["summary"], seen["exit"]) == ({"bench/sums": 50.0}, 0)
+    assert [(row["score/bench"], row["why/bench"]) for row in seen["bench_samples/sums"]] == [
+        (1.0, "extracted: 2"), (0.0, "extracted: 2")
+    ]  # fmt: skip
+    seen.clear()
+    run(suite(sums=False), tracking=("wandb",))
+    assert seen == {}  # nothing new, no run
 
 
 def test_a_finished_bench_asks_nothing_and_an_interrupted_one_asks_the_rest(run, tmp_path):
@@ -182,6 +232,17 @@ def test_the_judge_decides_and_is_asked_once(run):
     assert [body["model"] for body in requests_] == ["tiny"]  # both answers are equal
 
 
+def test_the_harness_gets_neither_the_servers_token_nor_the_judges_key(run, monkeypatch, tmp_path):
+    monkeypatch.setenv(TOKEN, "of the servers")
+    monkeypatch.setenv("MY_KEY", "of the judge")
+    monkeypatch.setenv("SHOWN", str(tmp_path / "environment.txt"))
+    with judge_server(lambda text: "1") as (url, _):
+        run(suite(judged=True), judge=JudgeServer(url, "tiny", "of the judge"))
+    shown = (tmp_path / "environment.txt").read_text()
+    assert "OPENAI_API_KEY" in shown
+    assert not any(one in shown for one in ("of the servers", "of the judge", "PYTHONPATH"))
+
+
 def test_a_judge_that_fails_leaves_no_score(run):
     with judge_server(lambda text: " ") as (url, _):
         found, _ = run(suite(judged=True), judge=JudgeServer(url, "tiny"))
@@ -193,7 +254,7 @@ def test_a_judge_that_answers_the_second_time_leaves_no_failure(tmp_path):
     replies = iter([" ", "1"])
     body = {"messages": [{"role": "user", "content": "4"}]}
     with judge_server(lambda text: next(replies)) as (url, asked):
-        relay = Relay(None, tmp_path, "direct", "whole", 8, judge=JudgeServer(url, "tiny"))
+        relay = Relay(None, tmp_path, "direct", WHOLE, 8, judge=JudgeServer(url, "tiny"))
         with pytest.raises(ValueError, match="the judge's reply is empty"):
             relay.answer("judge", body)
         assert len(relay.failures["judge"]) == 1
@@ -211,7 +272,7 @@ def picture() -> str:
 def test_the_relay_keeps_pictures_and_blanks_them_for_the_blind_pass(tmp_path, blind):
     client = FakeClient(say)
     parts = [{"type": "image_url", "image_url": {"url": picture()}}, {"type": "text", "text": "?"}]
-    with Relay(client, tmp_path, "direct", "whole", 8, blind) as relay:
+    with Relay(client, tmp_path, "direct", WHOLE, 8, blind) as relay:
         headers = {"Authorization": f"Bearer {relay.token}"}
         body = {"messages": [{"role": "user", "content": parts}], "temperature": 0}
         url = f"{relay.url('policy')}/chat/completions"

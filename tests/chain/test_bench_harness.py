@@ -1,8 +1,10 @@
-"""lmms-eval's own MathVista, MMMU and MathVerse code on ten local rows each, with a scripted policy and judge.
+"""lmms-eval's own code of the suites' benchmarks on ten local rows each, with a scripted policy and judge.
 
 They need the second environment (`make bench-setup`).
 """
 
+import base64
+import io
 import re
 from pathlib import Path
 
@@ -15,8 +17,11 @@ from chain.bench.bench import Options
 from chain.bench.harness import DEFAULT, Harness
 from chain.bench.relay import JudgeServer
 from chain.bench.suite import load_suite
+from chain.recipe import WandbConfig
 from core.files import read_json
+from core.model.pictures import Picture
 
+from ..core.films import film
 from .benching import FakeClient, judge_server
 from .test_bench import FakePool
 
@@ -90,10 +95,10 @@ def mathverse(folder: Path) -> str:
     return save(folder, "vision_only", rows, ("image",))
 
 
-def say(gold) -> FakeClient:
+def say(gold, wrong: str = "none") -> FakeClient:
     def answer(text: str) -> str:
         number = int(re.search(r"q(\d)\?", text)[1])
-        said = "none" if number in WRONG else gold(number)
+        said = wrong if number in WRONG else gold(number)
         return rf"<think>of question {number}</think> \boxed{{{said}}}"
 
     return FakeClient(answer)
@@ -106,6 +111,7 @@ def run(
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
     monkeypatch.setattr(benches, "check_checkpoint", lambda _: None)
+    monkeypatch.setattr(benches, "own_tiles", lambda _: 2)
     monkeypatch.setattr(benches, "Pool", FakePool(client))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
@@ -117,7 +123,7 @@ def run(
         data={name: data},
         judge=JudgeServer(judge, "fake") if judge else None,
     )
-    recipe = type("Recipe", (), {"servers": None})
+    recipe = type("Recipe", (), {"servers": None, "tracking": (), "wandb": WandbConfig()})
     (folder,) = benches.bench(recipe, [model], wanted, Harness.at(PYTHON), options)
     task = read_json(folder / "bench.json")["tasks"][name]
     assert "failed" not in task, task
@@ -169,3 +175,116 @@ def test_mathverse_runs_with_a_binary_judge(tmp_path, monkeypatch):
     assert_scored(task)
     assert task["samples"][4]["prompt"] == "q4?"
     assert len(asked) == 10
+
+
+def picture_text(n: int) -> str:
+    buffer = io.BytesIO()
+    picture(n).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+LETTER = "Answer with the option's letter from the given choices directly."
+WORD = "Answer the question using a single word or phrase."
+GENERAL: dict = {
+    "ai2d": (
+        "test",
+        {"options": ["x", "red", "y"], "answer": "1"},
+        lambda n: "B",
+        "q0?\nA. x\nB. red\nC. y\n" + LETTER,
+    ),
+    "chartqa": ("test", {"answer": "10", "type": "human_test"}, lambda n: "10.4", f"q0?\n{WORD}"),
+    "docvqa": ("validation", {"answers": ["the house", "house"]}, lambda n: "house", f"q0?\n{WORD}"),
+    "infovqa": ("validation", {"answers": ["red car"]}, lambda n: "red car", f"q0?\n{WORD}"),
+    "ocrbench": (
+        "test",
+        {"answer": ["shop"], "dataset": "IIIT5K", "question_type": "Regular Text Recognition"},
+        lambda n: "SHOP",
+        f"q0?\n{WORD}",
+    ),
+    "hrbench4k": (
+        "hrbench_4k",
+        {
+            "A": "x",
+            "B": "red",
+            "C": "y",
+            "D": "z",
+            "answer": "B",
+            "category": "single",
+            "cycle_category": "0",
+        },
+        lambda n: "B",
+        f"q0?\nA. x\nB. red\nC. y\nD. z\n{LETTER}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_the_general_suite_runs_with_the_wrappers_prompts(tmp_path, monkeypatch, name):
+    split, row, gold, prompt = GENERAL[name]
+    rows = [
+        {"question": f"q{n}?", "questionId": str(n), "index": n, **row}
+        | {"image": picture_text(n) if name == "hrbench4k" else picture(n)}
+        for n in range(10)
+    ]
+    data = save(tmp_path / "data", split, rows, () if name == "hrbench4k" else ("image",))
+    client = say(gold)
+    with judge_server(lambda text: "A") as (url, _):
+        task = run(tmp_path, monkeypatch, name, "general", data, client, url)
+    assert_scored(task)
+    assert task["samples"][0]["prompt"] == prompt
+    cap = load_suite("general").benchmarks[name].tiles
+    assert {body["mm_processor_kwargs"]["max_patches"] for _, body in client.asked} == {cap}
+
+
+VIDEOS: dict = {
+    "videomme": (
+        "videomme/data",
+        {
+            "videoID": "clip{}",
+            "question_id": "{}",
+            "options": ["A. red", "B. blue"],
+            "answer": "B",
+            "duration": "short",
+        }
+        | {"domain": "Knowledge", "sub_category": "Law", "task_type": "OCR Problems"},
+    ),
+    "longvideobench": (
+        "datasets/longvideobench/videos",
+        {"video_path": "clip{}.mp4", "id": "{}", "option0": "red", "option1": "blue", "correct_choice": 1}
+        | {
+            "option2": "N/A",
+            "option3": "N/A",
+            "option4": "N/A",
+            "duration_group": 15,
+            "question_category": "S2E",
+        },
+    ),
+    "tempcompass_mcq": ("tempcompass/videos", {"video_id": "clip{}", "answer": "B. blue", "dim": "speed"}),
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_are_sixteen_labelled_frames(tmp_path, monkeypatch, name):
+    folder, row = VIDEOS[name]
+    rows = [
+        {"question": f"q{n}?"}
+        | {key: one.format(n) if isinstance(one, str) else one for key, one in row.items()}
+        for n in range(10)
+    ]
+    data = save(tmp_path / "data", "test", rows, ())
+    for n in range(10):
+        (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+        film(20 + n, to=tmp_path / "data" / folder / f"clip{n}.mp4")
+    client = say(lambda n: "B", wrong="A")  # an unreadable answer gets a random option
+    with judge_server(lambda text: "Incorrect") as (url, _):
+        task = run(tmp_path, monkeypatch, name, "video", data, client, url)
+    assert [one["score"] for one in task["samples"]] == [float(n not in WRONG) for n in range(10)]
+    assert task["score"] == pytest.approx(80.0)
+    labels = "".join(f"Frame-{number}: \n" for number in range(1, 17))
+    for one in task["samples"]:
+        assert one["prompt"].startswith(labels)
+        assert len(one["pictures"]) == 16
+    sizes = {
+        Picture(file.read_bytes()).size for file in (tmp_path / "rlvr" / "bench").rglob("pictures/*.png")
+    }
+    assert sizes == {(448, 448)}

@@ -182,6 +182,6 @@ def test_another_server_gets_the_key_of_an_environment_variable(server, monkeypa
         Server(server, 0.0, 16, None, "NONE")
 
 
-def test_lines_that_carry_no_text_are_passed_over():
+def test_lines_without_text_are_skipped():
     lines = [": ping", "", 'data: {"choices": [{"delta": {}}]}', 'data: {"usage": 1}', "data: [DONE]"]
     assert "".join(deltas(iter(lines))) == ""

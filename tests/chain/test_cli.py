@@ -38,7 +38,7 @@ sys.exit(f"imported {heavy}" if heavy else code)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["plan", "RECIPE"], ["score", "--help"], ["stages"]])
-def test_help_and_plan_answer_at_once_as_they_import_nothing_heavy(toy, importable, words):
+def test_help_and_plan_import_nothing_heavy(toy, importable, words):
     words = [str(toy.recipe_dir) if word == "RECIPE" else word for word in words]
     command = [sys.executable, "-P", "-c", LIGHT, *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=toy.root)
@@ -118,7 +118,7 @@ def test_every_command_explains_itself():
         assert all(argument.help for argument in action._actions)
 
 
-def test_folders_of_the_users_that_are_called_like_ours_hide_nothing(tmp_path):
+def test_users_folders_with_our_names_shadow_nothing(tmp_path):
     for name in ("core", "rewards", "rl", "sft", "recipes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('a stranger')")
@@ -144,7 +144,7 @@ def test_debug_shows_the_traceback_of_a_clear_error(toy, monkeypatch, place):
         main(["--debug", *words] if place == "before" else [*words, "--debug"])
 
 
-def test_plan_ends_with_code_2_where_something_is_missing_unless_it_may_be(toy, capsys):
+def test_plan_ends_with_code_2_for_missing_inputs_unless_allowed(toy, capsys):
     words = ["plan", str(toy.recipe_dir), "--set", "data.sets.more=nowhere.parquet"]
     assert main(words) == 0  # no stage reads it
     words.append("sft.phases.0.data.0.set=more")

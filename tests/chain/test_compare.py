@@ -13,6 +13,7 @@ from PIL import Image
 from chain.cli.main import main
 from chain.compare.answers import read_all
 from chain.compare.gate import Gate
+from chain.compare.measures import of_samples
 from chain.compare.page import page
 from chain.compare.paired import compare
 from core.files import write_json
@@ -168,3 +169,55 @@ def test_a_run_stands_for_its_last_evaluated_stage(tmp_path):
     ]
     with pytest.raises(ConfigError, match="name a stage's folder"):
         read_all([tmp_path])
+
+
+def test_figures_beside_the_accuracy_are_compared(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, other = write(tmp_path / "base", [True, False]), write(tmp_path / "other", [True, True])
+    drawn = {"k": 2, "pass_at": {"1": 0.25, "2": 0.5}, "majority_at": {"1": 0.25, "2": 0.25}}
+    figures = {
+        "format_rate": 1.0,
+        "mean_tokens": 12.0,
+        "tokens_per_correct": None,
+        "blind": {"accuracy": 0.5},
+    }
+    write_json(base / "eval.json", {"scores": {"mcq": {**figures, "drawn": drawn}}})
+    write_json(other / "eval.json", {"scores": {"mcq": {**figures, "mean_tokens": 8.0}}})
+    found = compare(*read_all([base, other])).measures["mcq"]
+    assert [(one.name, one.base, one.other) for one in found] == [
+        ("format", 1.0, 1.0),
+        ("tokens", 12.0, 8.0),
+        ("blind", 0.5, 0.5),
+        ("pass@1", 0.25, None),
+        ("pass@2", 0.5, None),
+        ("majority@1", 0.25, None),
+        ("majority@2", 0.25, None),
+    ]
+    assert main(["compare", str(base), str(other)]) == 0
+    out = capsys.readouterr()
+    assert re.search(r"majority@2\s+0.25\s+-", out.out)
+    assert "<th>pass@2</th>" in (tmp_path / "compare.html").read_text()
+
+
+def test_figures_of_a_bench_come_from_its_samples():
+    samples = [
+        {"score": 1, "tokens": 10, "truncated": False},
+        {"score": 0, "tokens": 30, "truncated": True},
+        {"score": 1, "tokens": 20, "truncated": False},
+    ]
+    assert of_samples(samples) == {
+        "truncated_rate": pytest.approx(1 / 3),
+        "mean_tokens": 20.0,
+        "tokens_per_correct": 30.0,
+        "length_auc": 1.0,
+    }
+
+
+def test_questions_without_their_pictures_are_counted(tmp_path, caplog):
+    base, other = (
+        write(tmp_path / "base", [True, False, True]),
+        write(tmp_path / "other", [False, True, False]),
+    )
+    answers = read_all([base, other])
+    page([compare(*answers)], answers[0])
+    assert "set mcq: 2 questions are shown without pictures; place of their rows: unknown" in caplog.text

@@ -1,4 +1,4 @@
-"""`posttrain core import` and `core export`, called like by a user."""
+"""`posttrain core import` and `core export`, called as a user calls them."""
 
 import pytest
 
@@ -28,13 +28,13 @@ def test_import_says_what_it_read_and_assumed_and_export_gives_it_back(tmp_path,
     assert (tmp_path / "native" / FOLDER / "config.json").read_bytes() == (there / "config.json").read_bytes()
 
 
-def test_what_is_wrong_with_a_checkpoint_ends_with_code_1_and_no_traceback(tmp_path, capsys):
+def test_a_faulty_checkpoint_ends_with_code_1_and_no_traceback(tmp_path, capsys):
     assert main(["core", "import", str(tmp_path / "nowhere"), str(tmp_path / "native")]) == 1
     assert capsys.readouterr().err == f"posttrain: {tmp_path / 'nowhere'}: no such folder\n"
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "many", "nan", "inf"])
-def test_a_file_size_that_is_none_is_a_wrong_command_line(size, tmp_path, capsys):
+def test_an_invalid_file_size_is_a_wrong_command_line(size, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["core", "import", "a", "b", "--shard-gb", size])
     assert end.value.code == 2
@@ -42,7 +42,7 @@ def test_a_file_size_that_is_none_is_a_wrong_command_line(size, tmp_path, capsys
 
 
 @pytest.mark.parametrize("size", ["0", "-24", "nan"])
-def test_a_gpu_of_no_memory_is_a_wrong_command_line(size, capsys):
+def test_a_gpu_without_memory_is_a_wrong_command_line(size, capsys):
     with pytest.raises(SystemExit) as end:
         main(["plan", "recipes/demo", "--gpu-gib", size])
     assert end.value.code == 2
@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_made_ends_with_code_1_and_no_traceback(tmp_path
     assert capsys.readouterr().err == f"posttrain: {tmp_path}/file/core.partial: Not a directory\n"
 
 
-def test_a_release_is_no_checkpoint_to_serve_or_score(tmp_path, capsys):
+def test_a_release_is_neither_served_nor_scored(tmp_path, capsys):
     there = write_released(tmp_path / "released")
     assert main(["rollout-server", str(there)]) == 2
     assert (

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from chain.checks import check
 from chain.cli.main import main
 from chain.plan.text import _Sets
 from chain.recipe import load_recipe
 from chain.run import data
+from core.strict import ConfigError
 from corpus.records import load_records
 
 ROWS = [{"q": f"{n}+1?", "answer": str(n + 1), "note": ""} for n in range(5)]
@@ -30,8 +32,20 @@ def test_import_prints_the_mapping_three_rows_and_every_reason(source, tmp_path,
     assert said.count("-> ") == 3
     assert "5 records of 6 rows, 1 rejected\n  1 x answer: no column holds it" in said
     assert "gold answers: number 100%" in said
-    assert "5 of 5 sampled gold answers are usable for grading" in said
+    assert "rewards test, answer: 5 rows; gold answers score 1, empty and corrupted answers score 0" in said
     assert [row["question"] for row in load_records(out)] == [row["q"] for row in ROWS]
+
+
+def test_import_tests_the_gold_answers_and_shows_the_system_message(tmp_path, capsys):
+    rows = [
+        {"question": "Half?", "answer": answer, "system": "Be brief."} for answer in ("3", "$\\frac{1}{$")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "import", str(tmp_path / "rows.jsonl"), str(tmp_path / "mine.parquet")]) == 0
+    said = capsys.readouterr().out
+    assert "mine-0, direct: [system: Be brief.] Half?" in said
+    assert "failures on 1 of 2 rows" in said
+    assert "rewards test, answer: gold: 1 row; the first: row 1 ('mine-1')" in said
 
 
 def test_import_refuses_in_one_line(source, tmp_path, capsys):
@@ -48,9 +62,17 @@ def test_import_refuses_in_one_line(source, tmp_path, capsys):
     ]
     assert main(arguments) == 1
     assert "rows.jsonl: row 5: answer: no column holds it" in capsys.readouterr().err
+    assert main([*arguments[:4], "--images", str(tmp_path / "gone")]) == 2
+    assert "gone: there is no such folder of pictures" in capsys.readouterr().err
 
 
-def test_a_recipe_s_set_in_another_format_is_imported_once(toy, source, capsys):
+def test_a_plan_refuses_a_folder_of_pictures_that_does_not_exist(toy, source):
+    given = f"data.sets.mine={{path: {source}, images: gone}}"
+    with pytest.raises(ConfigError, match=r"data.sets.mine: .*gone: there is no such folder of pictures"):
+        check(load_recipe(toy.recipe_dir, [given, "sft.phases.0.data.0.set=mine"]))
+
+
+def test_a_recipes_set_in_another_format_is_imported_once(toy, source, capsys):
     given = f"data.sets.mine={{path: {source}, columns: {{question: q}}}}"
     recipe = load_recipe(toy.recipe_dir, [given])
     assert _Sets(recipe, toy.run_dir).state("mine") == "imported (at the first run)"

@@ -25,7 +25,7 @@ def write(path, *steps, longer=""):
     path.write_text("".join(f'{{"step": {step}{longer}}}\n' for step in steps))
 
 
-def test_a_file_that_a_resumed_stage_rewrote_is_read_on_where_it_differs(tmp_path):
+def test_a_file_that_a_resumed_stage_rewrote_is_read_from_the_first_difference(tmp_path):
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)
     write(path, 1, 2, 3, 4)
@@ -54,7 +54,7 @@ def test_a_bad_line_is_left_out_with_a_warning(tmp_path, caplog, bad):
     assert "metrics.jsonl:2" in caplog.text
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
+def test_without_a_terminal_progress_is_printed_at_intervals(monkeypatch):
     clock = iter(range(0, 1000, 6))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     display = Display(Console(file=StringIO(), width=80))

@@ -278,7 +278,7 @@ def finish(process, output):
 
 
 @pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
-def test_what_listens_is_listed_on_loopback_and_refuses_a_neighbour(tiny_core, tmp_path, engine):  # noqa: F811
+def test_listeners_are_documented_on_loopback_and_refuse_other_accounts(tiny_core, tmp_path, engine):  # noqa: F811
     (tmp_path / "hold").touch()  # the learner waits for its first rewards, and everything listens
     process = start(tmp_path, tiny_core, "visited", engine)
     seen, visited, answered, refusals, tokens, stores, gained = set(), set(), [], 0, set(), "", None

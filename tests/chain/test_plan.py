@@ -62,9 +62,12 @@ def test_rows_of_sets_that_are_there_are_counted_into_updates(toy):
 
 
 def test_sets_on_the_hub_and_missing_ones_are_told_apart(toy):
-    overrides = ["data.sets={a: some/where, b: ./no/where}", "sft.phases.0.data=[{set: a}, {set: b}]"]
+    overrides = [
+        "data.sets={a: 'hf://datasets/some/where', b: ./no/where}",
+        "sft.phases.0.data=[{set: a}, {set: b}]",
+    ]
     _, plans = planned(toy, *overrides)
-    assert plans[1].sets["a"] == "some/where on the hub"
+    assert plans[1].sets["a"] == "hf://datasets/some/where on the hub"
     assert plans[1].sets["b"].endswith("no/where (MISSING)")
 
 

@@ -98,7 +98,7 @@ def test_an_error_names_the_file_that_wrote_the_key(toy, write_recipe):
         load_recipe(toy.recipe_dir)
 
 
-def test_a_set_nobody_provides_is_refused_with_the_nearest(toy):
+def test_a_set_without_an_origin_is_refused_with_the_nearest(toy):
     with pytest.raises(
         ConfigError, match=r"basic_sft\.phases\[0\]\.data\[0\]\.set = 'trian'.*did you mean train"
     ):
@@ -157,7 +157,7 @@ def test_an_alias_does_not_tie_two_places_together(tmp_path):
     assert (folder.values["a"], folder.values["b"]) == ({"n": 1}, {"n": 2})
 
 
-def test_a_folder_without_a_pipeline_is_no_recipe(tmp_path):
+def test_a_folder_without_a_pipeline_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"this is not a recipe folder: pipeline\.yaml is missing"):
         load_recipe(tmp_path)
 

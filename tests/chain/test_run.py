@@ -145,7 +145,7 @@ def test_a_failed_stage_is_in_the_report(toy, monkeypatch):
     assert json.loads((toy.run_dir / "report.json").read_text())["failed"] is None
 
 
-def test_a_failed_stage_that_saves_goes_on_in_its_folder_unless_it_changed(toy, monkeypatch):
+def test_a_failed_stage_that_saves_continues_in_its_folder_unless_it_changed(toy, monkeypatch):
     saving = "basic_sft.save_every=1"
     left = toy.run_dir / "basic_sft.partial" / "left"
     for overrides, stays in (([saving], True), ([saving, "basic_sft.max_tokens=65"], False), ([], False)):
@@ -285,7 +285,7 @@ def test_missing_data_stops_the_chain_before_it_starts(toy):
     assert toy.calls() == []
 
 
-def test_folders_named_like_ours_where_the_user_stands_are_not_imported(toy, monkeypatch):
+def test_folders_named_like_ours_in_the_working_directory_are_not_imported(toy, monkeypatch):
     for name in ("core", "rl", "recipes"):
         (toy.root / "here" / name).mkdir(parents=True)
         (toy.root / "here" / name / "__init__.py").write_text("raise SystemExit('a stranger')")
@@ -384,7 +384,7 @@ def test_no_rank_searches_the_working_directory(tmp_path):
     assert (env["OMP_NUM_THREADS"], env["PYTHONSAFEPATH"]) == ("3", "1")
 
 
-def test_a_stage_that_was_done_but_for_its_final_name_is_not_trained_again(toy):
+def test_a_finished_stage_without_its_final_name_is_not_trained_again(toy):
     toy.run()
     toy.calls()
     fingerprint = Manifest.read(toy.run_dir / "rlvr").fingerprint
@@ -412,7 +412,7 @@ def test_a_stage_that_was_done_with_another_config_is_trained_again(toy):
 @pytest.mark.parametrize(
     ("kind", "first"), [("ours", "rlvr: the judge refused"), ("bug", "rlvr: KeyError: 'colour'")]
 )
-def test_an_error_inside_a_child_is_told_by_its_one_line(toy, monkeypatch, kind, first):
+def test_an_error_inside_a_child_is_shown_as_one_line(toy, monkeypatch, kind, first):
     monkeypatch.setenv("TOY_RAISE", "rlvr")
     monkeypatch.setenv("TOY_AS", kind)
     with pytest.raises(StageFailed) as caught:
@@ -426,7 +426,7 @@ def test_an_error_inside_a_child_is_told_by_its_one_line(toy, monkeypatch, kind,
     assert not (toy.run_dir / "rlvr" / "error.json").exists()
 
 
-def test_torn_lines_of_the_hashes_are_dropped_and_said(toy, caplog):
+def test_torn_lines_of_the_hashes_are_dropped_with_a_warning(toy, caplog):
     toy.run()
     toy.calls()
     with (toy.run_dir / ".hashes.jsonl").open("a") as file:
@@ -437,7 +437,7 @@ def test_torn_lines_of_the_hashes_are_dropped_and_said(toy, caplog):
     assert [json.loads(line) for line in (toy.run_dir / ".hashes.jsonl").read_text().splitlines()]
 
 
-def test_a_full_disk_is_named_before_what_its_victims_say(toy, monkeypatch):
+def test_a_full_disk_is_named_before_the_errors_that_it_causes(toy, monkeypatch):
     monkeypatch.setenv("TOY_FAIL", "rlvr")
     monkeypatch.setattr(errors, "FULL_BYTES", 2**60)
     with pytest.raises(

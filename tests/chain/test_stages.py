@@ -118,12 +118,12 @@ def test_a_checkpoint_that_is_not_finite_is_never_served(tmp_path, checkpoints):
         assert client.loaded == []
 
 
-def test_servers_that_were_there_are_not_trusted_to_serve_the_checkpoint(tmp_path, checkpoints):
+def test_servers_that_were_already_running_get_the_checkpoint(tmp_path, checkpoints):
     with pool(tmp_path, [], urls=("http://127.0.0.1:1",)) as servers:
         assert servers.serve(checkpoints[0]).loaded == ["one"]
 
 
-def test_a_failed_update_is_not_taken_for_a_done_one(tmp_path, checkpoints):
+def test_a_failed_update_is_sent_again(tmp_path, checkpoints):
     one, two = checkpoints
     with pool(tmp_path, []) as servers:
         client = servers.serve(one)
@@ -152,7 +152,7 @@ def test_content_hashes_are_remembered_until_the_file_changes(tmp_path, monkeypa
     data.write_text("two")
     os.utime(data, ns=(1, 1))
     assert Hashes(tmp_path / "memory").of(str(data)) != first
-    assert Hashes(tmp_path / "memory").of("owner/name") == "hub:owner/name"
+    assert Hashes(tmp_path / "memory").of("hf://datasets/a/b") == "hub:hf://datasets/a/b"
     assert Hashes(tmp_path / "memory").of("./gone") == "missing"
 
 

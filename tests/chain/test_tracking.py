@@ -114,7 +114,7 @@ def test_a_failed_stage_is_a_failed_run(tmp_path, fake):
     assert fake.runs[0].exit_code == 1
 
 
-def test_a_failing_wandb_is_told_once_and_stops_nothing(tmp_path, fake):
+def test_a_failing_wandb_is_reported_once_and_stops_nothing(tmp_path, fake):
     fake.fails = True
     said: list[str] = []
     track = tracker(tmp_path, said)
@@ -126,7 +126,7 @@ def test_a_failing_wandb_is_told_once_and_stops_nothing(tmp_path, fake):
     assert [run.exit_code for run in fake.runs] == [0, 0]  # their runs are still ended
 
 
-def test_a_wandb_that_does_not_start_is_told_and_stops_nothing(tmp_path, monkeypatch):
+def test_a_wandb_that_does_not_start_is_reported_and_stops_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     said: list[str] = []
     with tracker(tmp_path, said).stage("rlvr", {}) as stage:
@@ -245,7 +245,7 @@ def test_each_batch_of_completions_is_one_table(tmp_path, monkeypatch):
     assert run.logged[-1]["eval/thinking/ci95_low"] == 0.4
 
 
-def test_a_malformed_sample_costs_its_table_alone(tmp_path, monkeypatch):
+def test_a_malformed_sample_loses_only_its_own_table(tmp_path, monkeypatch):
     run, said = Recorder(), []
     monkeypatch.setattr("chain.tracking.open_wandb", lambda *_: run)
     with tracker(tmp_path, said).stage("rlvr", {}) as stage:

@@ -1,4 +1,4 @@
-"""Which adapters vLLM serves, which it would silently serve by half, and that what it serves is what peft computes.
+"""vLLM serves adapters of the language model as peft computes them; an adapter that it would apply in part is refused.
 
 The engine runs in a child process: vLLM patches transformers, so a process with an engine must not compare.
 """
@@ -36,7 +36,7 @@ def cores(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(cores, tmp_path_factory):
-    """Adapters with something to say, by core and targets."""
+    """Adapters that change the output, by core and targets."""
     import torch
     from peft import get_peft_model
 
@@ -120,7 +120,7 @@ def test_variants_of_lora_are_refused(adapters):
         read_adapter(adapters["dora"])
 
 
-def test_a_checkpoint_folder_is_no_adapter_but_the_one_inside_is_named(cores, adapters, tmp_path):
+def test_a_checkpoint_folder_is_refused_and_the_adapter_inside_is_suggested(cores, adapters, tmp_path):
     from core.checkpoint.adapters import AdapterError, read_adapter
 
     (tmp_path / "adapter").symlink_to(adapters["language"])

@@ -71,7 +71,7 @@ def test_every_bit_pattern_of_bfloat16_is_judged_as_torch_judges_it():
     assert found == finite.tolist()
 
 
-def test_what_is_empty_or_whole_numbers_is_finite():
+def test_empty_and_integer_tensors_are_finite():
     assert nonfinite_tensor(torch.zeros(0)) == nonfinite_tensor(torch.tensor([1 << 40])) == ""
 
 
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused_everywhere_with_its_tensors(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_is_looked_at_again_once_its_files_changed(folder):
+def test_a_checkpoint_is_checked_again_after_its_files_changed(folder):
     check_finite(folder)
     weights = load_file(folder / "model.safetensors")
     weights["lm.extra"] = torch.tensor([NAN])
@@ -193,7 +193,7 @@ def test_an_adapter_in_a_cores_folder_which_would_load_another_core_is_refused(f
     refused_by_every_load(folder, r"adapter_config.json: with this file transformers loads another", tmp_path)
 
 
-def test_the_same_core_without_any_of_it_passes(folder):
+def test_the_same_core_without_code_passes(folder):
     check_checkpoint(folder)
     load_processor(folder)
     core.register()

@@ -28,7 +28,7 @@ def test_python_and_a_regular_expression_are_stopped_and_the_old_handler_is_back
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
-def test_what_is_quick_and_what_runs_in_another_thread_is_left_alone():
+def test_quick_work_and_other_threads_are_not_stopped():
     with deadline("quick"):
         found = sum(range(10))
     results = []

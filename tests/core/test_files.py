@@ -43,7 +43,7 @@ def test_a_failed_block_leaves_the_old_folder_and_the_partial_one(tmp_path):
     assert (tmp_path / "stage.partial" / "version").read_text() == "new"
 
 
-def test_weights_can_be_read_by_whom_the_other_files_can_be_read(tmp_path):
+def test_weights_have_the_permissions_of_the_other_files(tmp_path):
     import torch
     from safetensors.torch import save_file
 
@@ -64,7 +64,7 @@ def test_a_stale_partial_folder_does_not_leak_into_the_next_attempt(tmp_path):
     assert [path.name for path in (tmp_path / "stage").iterdir()] == ["new"]
 
 
-def test_an_interrupted_block_of_the_same_name_goes_on_and_another_starts_anew(tmp_path):
+def test_an_interrupted_block_continues_only_for_the_same_identity(tmp_path):
     def fill(same, *, fail=False):
         with atomic_dir(tmp_path / "stage", same=same) as partial:
             seen = sorted(path.name for path in partial.iterdir() if not path.name.startswith("."))
@@ -123,7 +123,7 @@ def test_a_broken_jsonl_line_is_named(tmp_path):
     assert read_jsonl(tmp_path / "none.jsonl") == []
 
 
-def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path):
+def test_drafts_of_killed_processes_are_removed(tmp_path):
     host = platform.node()
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -213,7 +213,7 @@ def test_wilson_refuses_impossible_counts():
         wilson(3, 2)
 
 
-def test_a_full_disk_is_named_with_what_was_needed_and_what_was_there(tmp_path):
+def test_a_full_disk_is_named_with_needed_and_free_space(tmp_path):
     require_room(tmp_path, 1, "nothing much")
     with pytest.raises(
         NoRoom, match=r"the checkpoint takes 1048576\.0 GiB, and [\d.]+ GiB are free; make room"

@@ -1,4 +1,4 @@
-"""What we write is what transformers writes, and the arithmetic of sizes counts what is there."""
+"""Our files equal those that transformers writes, and the arithmetic of sizes agrees with the tensors."""
 
 import pytest
 import torch

@@ -164,7 +164,7 @@ def test_a_sum_that_is_not_finite_is_refused_and_leaves_no_checkpoint(cores, tmp
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_folder_that_is_there_and_a_core_that_is_not_are_refused(cores, tmp_path):
+def test_an_existing_folder_and_a_missing_core_are_refused(cores, tmp_path):
     adapter = train_none(cores["dense"], tmp_path / "adapter")
     with pytest.raises(ConfigError, match="exists already"):
         merge_adapter(adapter, tmp_path)

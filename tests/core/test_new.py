@@ -171,7 +171,7 @@ def test_shards_hold_what_one_file_holds_and_their_index_finds_it(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), sharded.parameters(), strict=True))
 
 
-def test_no_tensor_drags_a_larger_one_along():
+def test_no_tensor_keeps_a_larger_one_in_memory():
     from core.model.tiny import TinySize, tiny_config
     from core.model.tokenizer import build_word_tokenizer
 
@@ -203,7 +203,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_there_and_a_size_and_a_word_that_are_none_are_refused(tmp_path):
+def test_an_existing_folder_an_unknown_size_and_an_invalid_word_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="exists already"):
         plan_core("tiny", tmp_path)
     with pytest.raises(ConfigError, match="a3b, mid, tiny"):

@@ -1,4 +1,4 @@
-"""One rule from a file to pixels, and everyone who shows pictures follows it."""
+"""One rule turns a file into pixels, and all code that reads pictures follows it."""
 
 import io
 import json

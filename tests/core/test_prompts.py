@@ -46,7 +46,7 @@ def test_a_response_is_the_target_verbatim(mode):
     assert target_text({**ROW, "mode": mode, "response": "Seven."}) == "Seven."
 
 
-def test_a_thinking_row_without_chain_is_no_lesson():
+def test_a_thinking_row_without_chain_is_refused():
     with pytest.raises(ValueError, match=r"row 'a'.*chain"):
         target_text({**ROW, "chain": None})
 

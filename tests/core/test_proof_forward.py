@@ -195,7 +195,7 @@ def test_vllms_aimv2_computes_the_same_in_every_block_from_the_released_vision_w
 
 
 @pytest.mark.slow
-def test_it_does_at_the_released_shape(tmp_path: Path) -> None:
+def test_vllms_aimv2_computes_the_same_at_the_released_shape(tmp_path: Path) -> None:
     # SAIL-ViT-Huge: errors add up over 24 blocks and 1,024 patches.
     sizes = Sizes(vision_hidden=1536, vision_mlp=4096, vision_blocks=24, vision_heads=12, image_px=448)
     release = write_released(tmp_path / "release", sizes=sizes, shards=4)

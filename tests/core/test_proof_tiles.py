@@ -59,7 +59,7 @@ def test_tiles_at_two_scales_are_the_wrappers_pixel_for_pixel(thumbnail: bool) -
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 2), (2, 2), (3, 12), (1, 24)])
-def test_they_are_at_two_scales_for_other_numbers_of_tiles(least: int, most: int) -> None:
+def test_tiles_at_two_scales_are_the_wrappers_for_other_numbers_of_tiles(least: int, most: int) -> None:
     how = processor(min_patches=least, max_patches=most, use_msac=True)
     for width, height in internvl.random_sizes(20, seed=least, longest=400):
         assert_cut_alike(how, noise(width, height), least=least, most=most)
@@ -77,13 +77,13 @@ def test_a_batch_at_two_scales_is_its_images_in_turn() -> None:
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 2), (2, 6), (3, 12)])
-def test_they_are_for_other_numbers_of_tiles(least: int, most: int) -> None:
+def test_tiles_are_internvls_for_other_numbers_of_tiles(least: int, most: int) -> None:
     how = processor(min_patches=least, max_patches=most)
     for width, height in internvl.random_sizes(30, seed=least, longest=400):
         assert_cut_alike(how, noise(width, height), least=least, most=most)
 
 
-def test_they_are_at_the_released_tile_size() -> None:
+def test_tiles_are_internvls_at_the_released_tile_size() -> None:
     how = SailVL2ImageProcessor(max_patches=10)
     assert how.size == {"height": 448, "width": 448}
     for width, height in [(448, 448), (1920, 1080), (640, 481), (300, 2000), (1, 1), (5000, 1), (1, 5000)]:
@@ -92,7 +92,7 @@ def test_they_are_at_the_released_tile_size() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("most", [10, 12])
-def test_they_are_at_the_released_tile_size_for_hundreds_of_sizes(most: int) -> None:
+def test_tiles_are_internvls_at_the_released_tile_size_for_hundreds_of_sizes(most: int) -> None:
     how = SailVL2ImageProcessor(max_patches=most)
     for width, height in internvl.random_sizes(260, seed=most, longest=4000):
         assert_cut_alike(how, noise(width, height), least=1, most=most)
@@ -176,7 +176,7 @@ def test_an_image_that_eight_bits_cannot_show_is_refused(kind: str) -> None:
         processor()([make()])
 
 
-def test_such_an_image_is_refused_with_the_row_that_holds_it(tmp_path: Path) -> None:
+def test_an_image_that_eight_bits_cannot_show_is_refused_with_its_row(tmp_path: Path) -> None:
     row = {"id": "a", "question": "what?", "answer": "3", "mode": "direct", "verifier": "exact"}
     problem = r"row 0: images: must decode \(found images\[0\]: .*must be finite and not negative; scale"
     with pytest.raises(RecordError, match=problem):

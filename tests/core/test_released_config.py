@@ -88,7 +88,7 @@ def test_embeddings_are_tied_where_the_configuration_says_so_and_the_weights_all
     assert (said in told[0]) if said else not told
 
 
-def test_images_follow_the_preprocessor_then_the_configuration_then_a_guess_that_is_said(
+def test_images_follow_the_preprocessor_then_the_configuration_then_a_noted_guess(
     tmp_path: Path,
 ) -> None:
     there = write_released(
@@ -177,7 +177,7 @@ def test_a_template_with_another_placeholder_writes_ours_and_leaves_the_users_wo
         ("{{ messages.__class__.__mro__ }}", "writes no image"),
     ],
 )
-def test_ours_stands_in_for_a_template_that_is_missing_or_cannot_show_images(
+def test_our_template_replaces_one_that_is_missing_or_cannot_show_images(
     template: str | None, said: str, tmp_path: Path
 ) -> None:
     there = write_released(tmp_path / "released", chat_template=template or "")

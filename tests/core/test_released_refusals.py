@@ -73,7 +73,7 @@ def test_every_unknown_missing_and_misshapen_tensor_is_listed_with_its_file(tmp_
     assert len(text.splitlines()) == 7
 
 
-def test_an_export_lists_them_too(tmp_path: Path) -> None:
+def test_an_export_lists_faulty_tensors_too(tmp_path: Path) -> None:
     native = build_tiny(tmp_path / "native", words=["A"], seed=0, size=TinySize(experts=2))
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -103,7 +103,7 @@ def test_parts_of_one_released_tensor_in_two_data_types_are_refused(tmp_path: Pa
         export_released(native, tmp_path / "back")
 
 
-def test_numbers_that_are_no_floats_are_refused(tmp_path: Path) -> None:
+def test_tensors_of_other_types_than_floats_are_refused(tmp_path: Path) -> None:
     there = write_released(tmp_path / "released")
     quantised = {"mlp1.1.weight": torch.zeros(64, 128, dtype=torch.int8)}
     rewrite(there / "model.safetensors", lambda tensors: tensors.update(quantised))
@@ -402,9 +402,7 @@ def test_names_from_files_reach_the_terminal_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "released/notes.txt", "chat_template.jinja"])
-def test_a_link_out_of_a_native_core_is_copied_by_no_export_and_handed_on_by_no_stage(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_link_out_of_a_native_core_is_neither_exported_nor_handed_on(tmp_path: Path, name: str) -> None:
     native = build_tiny(tmp_path / "native", words=["A"], seed=0, size=TinySize())
     if name.startswith("released"):
         shutil.rmtree(native)

@@ -107,7 +107,7 @@ def _check_agreement(client: openai.OpenAI, reference: Reference, messages: list
         ]
 
 
-def test_so_are_those_of_the_prompt_between_and_after_its_images(
+def test_log_probabilities_of_a_prompt_between_and_after_images_are_those_of_transformers(
     client: openai.OpenAI, reference: Reference
 ) -> None:
     messages = CONVERSATIONS["images in several turns"]
@@ -213,7 +213,7 @@ BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_request_gets_an_error_and_the_server_goes_on(client: openai.OpenAI, name: str) -> None:
+def test_a_bad_request_gets_an_error_and_the_server_continues(client: openai.OpenAI, name: str) -> None:
     messages, words = BAD[name]
     with pytest.raises(openai.APIStatusError) as refused:
         ask(client.with_options(max_retries=0), messages)

@@ -47,7 +47,7 @@ def test_every_problem_gets_a_line():
     ]
 
 
-def test_a_rule_of_our_own_speaks_in_its_own_words():
+def test_our_own_rules_keep_their_messages():
     assert problems_of({"batches": 101}) == [
         "r/3_rlvr.yaml: the whole configuration: batches=101: at most 100; use fewer"
     ]
@@ -58,7 +58,7 @@ def test_where_may_depend_on_the_key():
         parse(Stage, {}, lambda path: f"file of {path[0]}")
 
 
-def test_no_nan_gets_in():
+def test_nan_is_refused():
     assert "finite number" in problems_of({"batches": 1, "rollout": {"temperature": float("nan")}})[0]
 
 

@@ -115,7 +115,7 @@ def bad_files(folder):
     }
 
 
-def test_what_is_no_whole_film_is_refused(tmp_path):
+def test_incomplete_and_foreign_files_are_refused(tmp_path):
     for name, (data, words) in bad_files(tmp_path).items():
         with pytest.raises(ValueError, match=words):
             Clip(data).decode()

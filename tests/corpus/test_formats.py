@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from core.strict import ConfigError
+from corpus.formats import files
 from corpus.formats.files import rows_of
 from corpus.formats.gold import kind_of
 from corpus.formats.table import Options
@@ -441,6 +442,12 @@ GOOD = {"question": "2+2?", "answer": "4"}
         ),
         (GOOD | {"options": ["1", "2"], "answer": "Q"}, "answer", "is none of the options", "letter"),
         (GOOD | {"question": ["2+2?"]}, "question", "must be a text", "map another column"),
+        (GOOD | {"answer": float("nan")}, "answer", "must be a finite number or a text", "leave"),
+        (GOOD | {"answer": "4 <image>"}, "answer", "a reply holds a placeholder", "remove"),
+        (GOOD | {"image": "data:image/png,raw"}, "image", "a data URL must be in base64", "base64"),
+        (GOOD | {"video": [[]]}, "video", "a video has no frames", "at least one frame"),
+        (GOOD | {"video": "."}, "videos", "must decode", "file"),
+        (GOOD | {"options": ["a", "A"], "answer": "a"}, "answer", "is several of the options", "letter"),
         ([1], "row", "must be an object", "object"),
     ],
 )
@@ -451,6 +458,55 @@ def test_a_row_that_does_not_fit_is_listed_with_its_reason(tmp_path, bad, field,
     assert line["file"].endswith("rows.jsonl")
     assert remedy in line["remedy"]
     assert (summary.written, summary.rejected) == (2, {f"{field}: {rule}": 1})
+
+
+def test_an_empty_folder_of_frames_is_rejected(tmp_path):
+    (tmp_path / "clip").mkdir()
+    importing(tmp_path, [GOOD, GOOD | {"video": "clip"}])
+    assert rejected(tmp_path)[0]["rule"] == "a video has no frames"
+
+
+@pytest.mark.parametrize("make", [jsonl, array], ids=["jsonl", "json"])
+def test_a_repeated_key_is_rejected(tmp_path, make):
+    file = make(tmp_path, [GOOD, GOOD | {"b": 1}])
+    file.write_text(file.read_text().replace('"b"', '"answer"'))
+    assert import_set(file, tmp_path / "out.parquet").written == 1
+    (line,) = rejected(tmp_path)
+    assert (line["row"], line["rule"], line["found"]) == (1, "a key is repeated", "'answer'")
+
+
+def test_a_row_that_is_too_long_is_rejected_and_the_next_one_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_CELL", 100)
+    importing(tmp_path, [GOOD, GOOD | {"note": "x" * 250}, GOOD | {"answer": "5"}])
+    assert [(line["row"], line["rule"]) for line in rejected(tmp_path)] == [(1, "is too long")]
+    assert [row["answer"] for row in load_records(tmp_path / "out.parquet")] == ["4", "5"]
+
+
+def test_the_first_row_need_not_have_every_field(tmp_path):
+    assert importing(tmp_path, [{"question": "2?"}, GOOD]).mapping == {
+        "question": "question",
+        "answer": "answer",
+    }
+
+
+def test_rejected_rows_are_listed_in_order_and_also_when_no_row_fits(tmp_path):
+    rows = [
+        GOOD | {"image": "data:image/png;base64,R0lG"},
+        GOOD | {"image": "gone.png"},
+        GOOD | {"answer": [[1]]},
+    ]
+    with pytest.raises(
+        RecordError, match=r"no row fits the format columns: 1 x images.*; each row: .*rejected.jsonl"
+    ):
+        importing(tmp_path, rows)
+    assert [line["row"] for line in rejected(tmp_path)] == [0, 1, 2]
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_large_and_whole_numbers_are_texts(tmp_path):
+    importing(tmp_path, [GOOD | {"answer": answer} for answer in (3.0, 2.5, 10**400, 1e300)])
+    answers = [row["answer"] for row in load_records(tmp_path / "out.parquet")]
+    assert answers == ["3", "2.5", str(10**400), "1e+300"]
 
 
 def test_strict_stops_at_the_first_and_writes_nothing(tmp_path):
@@ -579,6 +635,8 @@ def test_a_long_array_is_read_row_by_row(tmp_path):
         ("rows.tar", b"no tar", "rows.tar"),
         ("rows.txt", b"", "a data file ends in .jsonl"),
         ("rows.jsonl", b"", "has no rows"),
+        ("rows.jsonl", b"{\n", "none of its first 1 rows can be read; row 0: row: must be JSON"),
+        ("rows.jsonl.gz", b"", "unpack it first"),
     ],
 )
 def test_a_broken_file_is_refused_in_one_line(tmp_path, name, content, message):

@@ -163,15 +163,37 @@ def test_two_processes_give_the_same_rows(folder):
     same_rows(Path("out"), Path("two"))
 
 
+def test_paths_are_searched_in_the_folder_of_the_file_first(folder, capsys, monkeypatch):
+    path = curation(folder)
+    (folder / "else").mkdir()
+    monkeypatch.chdir(folder / "else")
+    write_records("held.parquet", [row(random.Random(99), 0)])  # the other one, beside the file, counts
+    assert main(["data", "curate", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert f"set rows: {folder / 'rows'}\n" in said
+    assert f"set held: {folder / 'held.parquet'}\n" in said
+    assert len(load_records(folder / "else" / "out")) == 30
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"steps": [{"op": "duplicate"}]}, "duplicates"),
+        (
+            {"steps": [{"op": "duplicate"}]},
+            "steps[0]: op = 'duplicate' is unknown; did you mean duplicates?",
+        ),
         ({"steps": [{"op": "redundancy", "max_overlp": 0.5}]}, "did you mean max_overlap?"),
         ({"steps": [{"op": "describe", "model": "judge"}]}, "model 'judge'"),
         ({"held_out": {}}, "decontaminate needs held_out"),
-        ({"sets": {"rows": "missing.parquet"}}, "missing.parquet does not exist"),
-        ({"sets": {"rows": "org/set"}}, "hf download"),
+        (
+            {"sets": {"rows": "missing.parquet"}},
+            "'missing.parquet': there is no such file or folder; looked in",
+        ),
+        ({"sets": {"rows": "org/set"}}, "a data set on the hub is written hf://datasets/org/set"),
+        (
+            {"sets": {"rows": "hf://datasets/org/set"}},
+            "write rows: {path: hf://datasets/org/set, format: records}",
+        ),
     ],
 )
 def test_a_wrong_curation_is_refused_in_one_line(folder, capsys, change, said):

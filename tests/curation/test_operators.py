@@ -2,6 +2,7 @@
 
 import random
 
+import imagehash
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from corpus.curation.base import Dropped, NoReply
 from corpus.curation.difficulty import PassAtK, unlearnable
 from corpus.curation.running import UniqueIds
 from corpus.curation.sampling import BalanceLengths, LatentClasses, caps, hashed
-from corpus.curation.similar import Decontaminate, Duplicates, picture_hash
+from corpus.curation.similar import HASH_PX, HASH_SIDE, Decontaminate, Duplicates, picture_hashes, reduced
 from corpus.curation.steps import OPERATORS
 from corpus.curation.texts import Redundancy, StripInstructions, UnifyFormat, split, stripped
 
@@ -169,10 +170,13 @@ def test_restating_chains_are_dropped(chain, dropped):
     assert isinstance(one(Redundancy(op="redundancy"), chain=chain), Dropped) == dropped
 
 
+def hashes_of(*files):
+    return picture_hashes([reduced(Picture(data).grey(HASH_PX)) for data in files])
+
+
 def test_duplicates_keep_the_first_and_name_it():
     image = picture(random.Random(1))
-    hashes = [picture_hash(Picture(data)) for data in (encoded(image), encoded(image, quality=30))]
-    other = picture_hash(Picture(encoded(picture(random.Random(2)))))
+    *hashes, other = hashes_of(encoded(image), encoded(image, quality=30), encoded(picture(random.Random(2))))
     rows = [
         {**ROW, "id": "first", "hashes": [hashes[0]], "question": "How many birds sit on the roof?"},
         {**ROW, "id": "other picture", "hashes": [other], "question": "How many birds sit on the roof?"},
@@ -331,10 +335,18 @@ def test_pass_at_k_keeps_the_rate_and_drops_ungradable_rows():
 
 def test_the_hash_survives_scaling_and_sees_other_pictures():
     image = picture(random.Random(5))
-    first = np.frombuffer(picture_hash(Picture(encoded(image, "PNG"))), np.uint8)
-    small = np.frombuffer(picture_hash(Picture(encoded(image.resize((60, 60)), quality=70))), np.uint8)
-    other = np.frombuffer(picture_hash(Picture(encoded(picture(random.Random(6)), "PNG"))), np.uint8)
+    files = encoded(image, "PNG"), encoded(image.resize((60, 60)), quality=70)
+    hashes = hashes_of(*files, encoded(picture(random.Random(6)), "PNG"))
+    first, small, other = (np.frombuffer(one, np.uint8) for one in hashes)
     assert np.bitwise_count(first ^ small).sum() <= 24 < np.bitwise_count(first ^ other).sum()
+
+
+def test_hashes_of_a_batch_are_those_of_imagehash():
+    flat = [Image.new("L", (40, 40), level) for level in (0, 7, 255)]
+    images = [*flat, Image.linear_gradient("L"), Image.new("L", (1, 1), 9), Image.new("L", (300, 2), 200)]
+    images += [picture(random.Random(n), 40 + n).convert("L") for n in range(60)]
+    theirs = [np.packbits(imagehash.phash(one, HASH_SIDE, 2).hash).tobytes() for one in images]
+    assert picture_hashes([reduced(one) for one in images]) == theirs
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

@@ -26,20 +26,14 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
+def show(place: Path, *options: object) -> int:
+    """The exit code of `posttrain data show` on the set."""
+    return main(["data", "show", *map(str, (place / "mine.parquet", *options))])
+
+
 def test_statistics_are_printed_and_a_page_written(place, capsys):
     page = place / "page.html"
-    arguments = [
-        "data",
-        "show",
-        str(place / "mine.parquet"),
-        "--model",
-        str(place / "core"),
-        "--out",
-        str(page),
-        "--n",
-        "5",
-    ]
-    assert main(arguments) == 0
+    assert show(place, "--model", place / "core", "--out", page, "--n", 5) == 0
     said = capsys.readouterr().out
     assert "91.7%" in said
     assert "83.3%" in said
@@ -50,16 +44,7 @@ def test_statistics_are_printed_and_a_page_written(place, capsys):
 
 
 def test_one_row_is_shown_with_its_trained_tokens(place, capsys):
-    arguments = [
-        "data",
-        "show",
-        str(place / "mine.parquet"),
-        "--model",
-        str(place / "core"),
-        "--tokens",
-        "row-2",
-    ]
-    assert main(arguments) == 0
+    assert show(place, "--model", place / "core", "--tokens", "row-2") == 0
     first, rest = capsys.readouterr().out.split("\n", 1)
     count, trained = (int(word) for word in first.split() if word.isdigit())
     assert 0 < trained < count
@@ -67,16 +52,7 @@ def test_one_row_is_shown_with_its_trained_tokens(place, capsys):
 
 
 def test_tokens_need_a_model_and_a_row(place, capsys):
-    assert main(["data", "show", str(place / "mine.parquet"), "--tokens", "2"]) == 2
+    assert show(place, "--tokens", 2) == 2
     assert "--model" in capsys.readouterr().err
-    arguments = [
-        "data",
-        "show",
-        str(place / "mine.parquet"),
-        "--model",
-        str(place / "core"),
-        "--tokens",
-        "other",
-    ]
-    assert main(arguments) == 2
+    assert show(place, "--model", place / "core", "--tokens", "other") == 2
     assert "no row has this id" in capsys.readouterr().err

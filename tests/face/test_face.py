@@ -76,7 +76,7 @@ def test_children_of_a_script_keep_their_own_path(tmp_path):
     assert "core: TypeError" in done.stdout, done.stdout + done.stderr
 
 
-def test_importing_it_is_cheap(tmp_path):
+def test_importing_the_interface_is_cheap(tmp_path):
     script = "import sys, sailvl2_posttrain\nprint(sorted({'torch', 'pydantic', 'core', 'chain'} & {*sys.modules}))"
     assert in_folder(tmp_path, script).stdout == "[]\n"
 
@@ -94,7 +94,7 @@ def test_every_public_name_exists_and_is_the_one_that_type_checkers_see(name):
     assert seen[name] == sailvl2_posttrain._HOMES[name]
 
 
-def test_an_unknown_name_is_refused_with_the_names_there_are():
+def test_an_unknown_name_is_refused_with_the_known_names():
     with pytest.raises(AttributeError, match=r"no attribute 'verdict'; it has .*Verdict"):
         _ = sailvl2_posttrain.verdict
 

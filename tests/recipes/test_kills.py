@@ -92,7 +92,7 @@ def results(run: Path) -> dict[str, object]:
 
 
 def killed_run(run: Run, kills: int, seed: int) -> list[str]:
-    """Kill `kills` times, then let the chain end; what was killed, in order."""
+    """Kill `kills` times, then let the chain end; returns the killed roles in order."""
     draw, made = random.Random(seed), []
     while True:
         runner, before = run.start(), len(made)

@@ -71,4 +71,4 @@ def test_the_chain_ends_and_counts_what_it_dropped(tmp_path):
     assert {row["id"] for row in rows if row["id"][-1].isdigit()} <= asked
     assert len(KINDS) <= 24, "every kind is among the held-out rows"
     said = " ".join((done.stdout + done.stderr).split())
-    assert "heldout_think: dropped 1 of 26 rows that the servers cannot be asked: {'pictures': 1}" in said
+    assert "heldout_think: dropped 1 of 26 rows beyond the servers' limits: {'pictures': 1}" in said

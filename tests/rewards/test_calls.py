@@ -124,7 +124,7 @@ def test_plain_rewards_run_side_by_side_and_async_ones_all_at_once():
     assert {one.total for one in mixture.grade_batch(COMPLETIONS, ROWS)} == {1.0}
 
 
-def test_it_works_in_a_thread_that_runs_an_event_loop():
+def test_rewards_can_be_called_in_a_thread_that_runs_an_event_loop():
     mixture = Mixture([Term("a", plain_async, 0.5), Term("b", plain, 0.5)])
     expected = mixture.grade_batch(COMPLETIONS, ROWS)
 
@@ -161,7 +161,7 @@ def test_many_threads_grade_with_one_mixture():
     assert results == [expected] * 8
 
 
-def test_an_async_reward_that_would_wait_for_itself_is_told():
+def test_an_async_reward_that_would_wait_for_itself_is_refused():
     inner = Mixture([Term("inner", plain_async, 1.0)])
 
     async def outer(completion, example):
@@ -196,7 +196,7 @@ def test_a_batch_of_the_wrong_length_names_the_reward(reward):
 
 
 @pytest.mark.parametrize("value", ["good", {"score": 1.0}, None, 1.0])
-def test_what_is_no_batch_names_the_reward(value):
+def test_a_result_that_is_not_a_batch_names_the_reward(value):
     def reward(completions, examples):
         return value
 

@@ -56,5 +56,5 @@ def test_a_constant_component_correlates_with_nothing():
     assert "sampled/a/correlation/b" not in metrics
 
 
-def test_no_group_at_all():
+def test_without_groups_there_are_no_metrics():
     assert component_metrics([]) == {}

@@ -131,6 +131,6 @@ def test_control_characters_and_markup_are_shown_as_text(tmp_path, capsys):
     assert "[red]" in shown
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"gone\.jsonl: there is no such file"):
         compare(tmp_path / "gone.jsonl", tmp_path / "gone.jsonl")

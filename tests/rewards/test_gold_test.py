@@ -1,4 +1,4 @@
-"""`posttrain rewards test`, called like by a user."""
+"""`posttrain rewards test`, called as a user calls it."""
 
 import json
 import sys

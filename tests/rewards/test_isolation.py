@@ -157,7 +157,7 @@ def test_a_reward_that_always_dies_is_given_up(load):
     assert all(isinstance(result, RewardError) for result in results)
 
 
-def test_its_process_lives_on_between_batches_and_starts_again_after_a_kill(load, caplog):
+def test_the_process_lives_between_batches_and_starts_again_after_a_kill(load, caplog):
     reward = load("pid")
     (first,), (second,) = reward.batch([""], ROWS[:1]), reward.batch([""], ROWS[:1])
     assert first.score == second.score
@@ -169,7 +169,7 @@ def test_its_process_lives_on_between_batches_and_starts_again_after_a_kill(load
     assert "its process ended between two batches (its process was killed by SIGKILL" in caplog.text
 
 
-def test_pictures_reach_it(load):
+def test_pictures_reach_an_isolated_reward(load):
     from PIL import Image
 
     second = Image.new("L", (3, 2))
@@ -178,7 +178,7 @@ def test_pictures_reach_it(load):
     assert [result.score for result in load("sees").batch(["", ""], [row, ROWS[0]])] == [1, 0]
 
 
-def test_one_that_raises_shows_its_own_traceback(load):
+def test_a_reward_that_raises_shows_its_own_traceback(load):
     (result,) = load("fails").batch([""], ROWS[:1])
     assert result.problem == "KeyError: 'scene'"
     assert 'raise KeyError("scene")' in result.__notes__[0]
@@ -235,7 +235,7 @@ def test_attributes_for_the_self_test_are_known_here(folder):
         assert load_limited("form.py:Form", None, [folder], isolate=isolate).self_test == "form"
 
 
-def test_its_process_and_its_threads_end_with_ours(folder):
+def test_the_process_and_its_threads_end_with_ours(folder):
     code = f"""
         import os
         from rewards.example import Example
@@ -262,6 +262,6 @@ def _gone(pid):
 
 @pytest.mark.parametrize("key", [{"isolate": False}, {"deadline_s": 5.0}, {"memory_gib": 1.0}])
 def test_limits_are_for_users_rewards(key):
-    with pytest.raises(ConfigError, match=f"{next(iter(key))} is for rewards of one's own"):
+    with pytest.raises(ConfigError, match=f"{next(iter(key))} is for users' own rewards"):
         parse(RewardTerm, {"name": "a", "use": "answer", "weight": 1.0, **key}, "recipe")
     assert parse(RewardTerm, {"name": "a", "use": "mine:A", "weight": 1.0, **key}, "recipe").use == "mine:A"

@@ -198,7 +198,7 @@ def test_a_completion_beyond_the_limit_is_wrong_and_asks_nobody(server):
         ({"choices": ("yes", "perhaps")}, "yes and no, in either order"),
     ],
 )
-def test_a_judge_that_makes_no_sense_is_refused(fields, says):
+def test_an_invalid_judge_is_refused(fields, says):
     with pytest.raises(ValueError, match=says):
         VisionJudge("http://127.0.0.1:1/v1", "m", **fields)
 
@@ -246,7 +246,7 @@ def test_a_label_of_the_row_needs_no_judge(server):
 
 
 @pytest.mark.parametrize("kind", [VisionJudge, AnswerJudge, JudgingReward])
-def test_a_judge_that_withstands_the_canaries_is_checked_once_and_believed(server, kind):
+def test_a_judge_that_passes_the_canaries_is_checked_once(server, kind):
     server.reply = examiner
     reward = judge(server, kind, canaries=True, max_concurrency=16)
     report = reward.check_canaries()

@@ -28,7 +28,7 @@ def test_a_url_with_a_secret_is_refused_without_being_shown(url, make):
 
 
 @pytest.mark.parametrize("url", ["", "judge:8100", "ftp://judge/v1", "http://[::1/v1"])
-def test_what_is_no_url_is_refused(url):
+def test_an_invalid_url_is_refused(url):
     with pytest.raises(ValueError, match="write the server's API root"):
         VisionJudge(url, "m")
 

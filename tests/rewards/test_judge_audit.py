@@ -136,7 +136,7 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, line, says):
         load_labelled(tmp_path / "rows.jsonl")
 
 
-def test_a_judge_that_is_down_and_a_criterion_nobody_knows_are_words(server, tmp_path, capsys):
+def test_a_judge_that_is_down_and_an_unknown_criterion_are_clear_errors(server, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"question": "q", "completion": "<think>x</think>", "label": 0}')
     server.reply = lambda request: (404, b"no such model")

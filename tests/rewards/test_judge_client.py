@@ -41,7 +41,7 @@ def causes(outcomes):
 
 
 @pytest.mark.parametrize("fault", [(500, b""), (429, b""), (408, b""), (200, b"<html>"), None])
-def test_what_may_pass_is_tried_again(server, fault):
+def test_temporary_failures_are_retried(server, fault):
     faults = iter([fault, fault])
     server.reply = lambda request: next(faults, "yes")
     meter = Meter()
@@ -50,7 +50,7 @@ def test_what_may_pass_is_tried_again(server, fault):
 
 
 @pytest.mark.parametrize("reply", [(400, b"too long"), (401, b""), "perhaps"])
-def test_what_cannot_pass_is_not_tried_again(server, reply):
+def test_permanent_failures_are_not_retried(server, reply):
     server.reply = lambda request: reply
     meter = Meter()
     (failure,) = put(server, questions(1), meter=meter)
@@ -223,7 +223,7 @@ def test_a_server_that_is_down_is_left_alone_until_it_is_back(server, monkeypatc
     assert causes(put(server, questions(20), limits, meter)) == {"yes"}
 
 
-def test_a_resumed_run_pays_nothing_twice_and_failures_are_not_kept(server, tmp_path):
+def test_a_resumed_run_repeats_no_request_and_failures_are_not_cached(server, tmp_path):
     path = tmp_path / "cache" / "judge.sqlite3"
     refused = ("material 1", "material 3")
     server.reply = lambda request: (400, b"") if material(request) in refused else "no"
@@ -365,7 +365,7 @@ def test_event_loops_and_threads_may_ask_at_once(server):
     assert found == [{"yes"}] * 8
 
 
-def test_a_key_that_is_not_there_is_named(server, monkeypatch):
+def test_a_missing_key_is_named(server, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ValueError, match="api_key_env='JUDGE_KEY'"):
         ask(Endpoint(server.url, "m", "JUDGE_KEY"), questions(1), FAST, Meter())

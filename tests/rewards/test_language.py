@@ -66,13 +66,13 @@ def test_a_thought_that_the_template_opened_is_found():
 
 
 @pytest.mark.parametrize("params", [{"script": "english"}, {"enough": 0}, {"enough": 1.5}])
-def test_parameters_that_make_no_sense_are_refused(params):
+def test_invalid_parameters_are_refused(params):
     with pytest.raises(ValueError, match=r"one of latin|a share"):
         Language(**params)
 
 
 @given(st.text(max_size=200), st.text(max_size=50))
-def test_it_never_raises(text, question):
+def test_any_text_gets_a_score(text, question):
     assert 0 <= score(question, text) <= 1
     assert words_by_script(text).total() <= len(text)
 

@@ -54,7 +54,7 @@ def test_a_term_without_weight_only_watches():
         ([("a", 1.0, [])], "modes=\\[\\]"),
     ],
 )
-def test_weights_and_names_that_make_no_sense_are_refused(terms, says):
+def test_invalid_weights_and_names_are_refused(terms, says):
     with pytest.raises(ValueError, match=says):
         Mixture([term(name, weight, 1.0, modes) for name, weight, modes in terms])
 
@@ -82,7 +82,7 @@ def test_a_failing_reward_names_itself_the_row_and_the_completion():
 
 
 @pytest.mark.parametrize("value", ["good", 1.5, float("nan"), [1.0]])
-def test_what_is_no_verdict_is_refused_by_name(value):
+def test_an_invalid_return_value_names_the_reward(value):
     with pytest.raises(RewardError, match="reward 'mine'"):
         Mixture([term("mine", 1.0, value)]).grade("", THINK)
 
@@ -144,7 +144,7 @@ def test_a_row_whose_cell_nobody_grades_is_an_error():
         ([{"name": "a", "weight": 1.0, "graded": frozenset({"rules"})}], "graded=\\['rules'\\]"),
     ],
 )
-def test_cells_and_gates_that_make_no_sense_are_refused(terms, says):
+def test_invalid_cells_and_gates_are_refused(terms, says):
     with pytest.raises(ValueError, match=says):
         Mixture([Term(reward=lambda c, e: 1.0, **one) for one in terms])
 

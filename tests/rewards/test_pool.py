@@ -244,7 +244,7 @@ def test_memory_is_limited(single):
 
 
 @pytest.mark.parametrize("error", [RecursionError, OverflowError])
-def test_what_the_algebra_stumbles_over_is_the_answers_fault(error, monkeypatch):
+def test_a_failure_of_the_algebra_is_the_answers_fault(error, monkeypatch):
     def stumble(*texts):
         raise error
 
@@ -324,7 +324,7 @@ def test_equal_questions_at_the_same_time_are_one(single, threads, monkeypatch):
     assert len(jobs) == 1
 
 
-def test_who_waits_too_long_for_a_worker_is_told_so(single, threads):
+def test_a_question_that_waits_too_long_for_a_worker_times_out(single, threads):
     started(single)
     first = threads.submit(single.compare, *hanging())
     until(lambda: begun(single))
@@ -428,7 +428,7 @@ def test_no_orphan_and_no_zombie_is_left_behind(make):
     until(lambda: all(map(gone, workers)))
 
 
-def test_closing_ends_what_is_waited_for(single, threads):
+def test_closing_ends_pending_questions(single, threads):
     started(single)
     answers = [threads.submit(single.compare, *hanging()) for _ in range(2)]
     until(lambda: len(single._state().open) == 2 and begun(single))
@@ -456,14 +456,14 @@ def test_workers_that_cannot_start_say_how_to_find_out_why(tmp_path, monkeypatch
         Pool(int, "broken_preload", size=1, deadline_s=30).submit(1)
 
 
-def test_text_that_is_no_text_is_answered(shared):
+def test_malformed_text_is_answered(shared):
     # a lone surrogate, a line break or a null must not break the protocol
     for odd in ("\ud800x", "x\n+1", "x\0"):
         assert shared.compare("2^x", odd) in (Outcome.DIFFERENT, Outcome.UNPARSEABLE)
     assert shared.compare(*EASY) == Outcome.EQUAL
 
 
-def test_text_beyond_all_measure_goes_to_no_worker(make):
+def test_overlong_text_is_not_sent_to_a_worker(make):
     checker = make()
     pages = "x+" * 100_000
     assert checker.compare("x", pages) == Outcome.UNPARSEABLE

@@ -73,7 +73,7 @@ def test_a_function_takes_its_parameters_from_the_recipe(mine):
         ("answer", {"tolerance": -1}, "tolerance=-1"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_nearest_known(mine, name, params, says):
+def test_errors_name_the_nearest_known(mine, name, params, says):
     with pytest.raises(ValueError, match=says):
         load_reward(name, params, [mine])
 
@@ -88,7 +88,7 @@ def test_an_unknown_reward_is_a_lookup_error_too():
     ("name", "says"),
     [("alone", "too many positional"), ("NUMBER", "is a int, not"), ("Example", "method __call__|missing")],
 )
-def test_what_cannot_grade_is_refused(mine, name, says):
+def test_objects_that_cannot_grade_are_refused(mine, name, says):
     module = "rewards.example" if name == "Example" else "users_rewards"
     params = {"id": "r", "question": "q", "answer": "a", "mode": "think"} if name == "Example" else None
     with pytest.raises(TypeError, match=says):
@@ -101,7 +101,7 @@ def test_an_import_that_fails_inside_the_users_module_is_shown_as_it_is(mine):
         load_reward("needs_more:X", None, [mine])
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(NotADirectoryError, match="no such folder"):
         load_reward("users:X", None, [tmp_path / "typo"])
 

@@ -46,19 +46,19 @@ def test_the_score_falls_between_the_shares():
     assert Repetition(ngram=2, allowed=0.0, worst=0.4)("a b c a b c", ROW).score == pytest.approx(0)
 
 
-def test_nothing_earns_nothing():
+def test_an_empty_completion_earns_nothing():
     assert Repetition()(" \n", ROW).reason == "empty"
     assert Repetition()("", ROW).score == 0
 
 
 @pytest.mark.parametrize("params", [{"ngram": 0}, {"allowed": 0.6}, {"worst": 1.1}, {"allowed": -0.1}])
-def test_shares_that_make_no_sense_are_refused(params):
+def test_invalid_shares_are_refused(params):
     with pytest.raises(ValueError, match=r"ngram|shares"):
         Repetition(**params)
 
 
 @given(st.text(alphabet=st.characters(), max_size=200))
-def test_it_never_raises(text):
+def test_any_text_gets_a_score(text):
     assert 0 <= Repetition()(text, ROW).score <= 1
 
 

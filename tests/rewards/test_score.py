@@ -49,14 +49,14 @@ def test_each_row_comes_back_with_every_rewards_verdict_in_order(work):
     assert [{key: row[key] for key in ("completion", "gold", "mine")} for row in out] == rows
     assert [row["rewards"]["answer"]["score"] for row in out] == [float(n == 4) for n in range(20)]
     assert out[4]["rewards"] == {
-        "answer": {"score": 1.0, "status": "correct", "answer": "4", "why": "auto took it for math"},
+        "answer": {"score": 1.0, "status": "correct", "answer": "4", "why": "auto read the gold as math"},
         "format": {"score": 1.0, "status": "correct", "answer": None, "why": ""},
     }
     assert out[5]["rewards"]["answer"] == {
         "score": 0.0,
         "status": "wrong",
         "answer": "5",
-        "why": "auto took it for math: not the gold answer",
+        "why": "auto read the gold as math: not the gold answer",
     }
 
 
@@ -88,7 +88,7 @@ BAD = [
 ]
 
 
-def test_a_line_that_is_no_row_becomes_an_error_with_its_number_and_stops_nothing(work, capsys):
+def test_an_invalid_line_becomes_an_error_with_its_number_and_stops_nothing(work, capsys):
     good = {"completion": DIRECT, "gold": "4"}
     out = scored(work, good, *(line for line, _ in BAD), good)
     assert len(out) == len(BAD) + 2
@@ -248,7 +248,7 @@ def test_a_wrong_command_line_ends_with_code_2_and_writes_nothing(work, capsys, 
     assert not (work / "out.jsonl").exists()
 
 
-def test_what_was_there_stays_when_scoring_is_interrupted(work):
+def test_an_interrupted_scoring_keeps_the_old_output(work):
     (work / "rows.jsonl").write_text('{"completion": "4", "gold": "4"}\n' * 10)
     (work / "out.jsonl").write_text("before")
 
@@ -263,7 +263,7 @@ def test_what_was_there_stays_when_scoring_is_interrupted(work):
     assert sorted(path.name for path in work.iterdir()) == ["out.jsonl", "rows.jsonl"]
 
 
-def test_an_interrupt_drops_what_has_not_begun(work, monkeypatch):
+def test_an_interrupt_drops_calls_that_have_not_begun(work, monkeypatch):
     monkeypatch.setattr(score, "CHUNK_ROWS", 5)
     (work / "rows.jsonl").write_text('{"completion": "4", "gold": "4"}\n' * 15)
     go_on, calls, before = threading.Event(), [], set(threading.enumerate())
@@ -300,7 +300,7 @@ def test_an_unreadable_row_says_why(work):
         score.rewards_of("", {}, [])
 
 
-def test_what_is_printed_cannot_steer_the_terminal():
+def test_printed_text_cannot_control_the_terminal():
     assert printable("a\x1b[31m\nb\ud800四") == r"a\x1b[31m\nb\ud800四"
     assert printable("x" * 100, 10) == "x" * 9 + "…"
 

@@ -111,7 +111,7 @@ class Judge:
         raise AssertionError("a judge was asked")
 
 
-def test_a_mixture_asks_no_judge_and_lets_tastes_be_tastes():
+def test_a_mixture_asks_no_judge_and_holds_no_taste_to_the_gold():
     terms = [
         Term("answer", AnswerReward(), 0.5),
         Term("format", Format(), 0.2),
@@ -137,7 +137,7 @@ def test_a_term_that_does_not_know_of_the_opened_thought_is_found():
     assert self_test(Mixture(terms), THINK) != []
 
 
-def test_what_a_term_that_runs_may_not_do_is_raise():
+def test_a_term_of_level_runs_may_not_fail():
     def tasteless(completion, example):
         return len(completion)
 
@@ -147,7 +147,7 @@ def test_what_a_term_that_runs_may_not_do_is_raise():
     assert "a score must be in [0, 1]" in failures[0].found
 
 
-def test_no_row_is_no_test():
+def test_a_test_without_rows_is_refused():
     with pytest.raises(ValueError, match="no row of mode 'think'"):
         self_test(ThinkFormat(), [row for row in ROWS if row.mode == "direct"])
     with pytest.raises(ValueError, match="no row to test"):

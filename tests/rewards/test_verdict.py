@@ -25,7 +25,7 @@ def test_a_score_outside_zero_to_one_is_refused(score):
         Verdict(score, Status.WRONG)
 
 
-def test_a_status_nobody_knows_is_refused():
+def test_an_unknown_status_is_refused():
     with pytest.raises(ValueError, match="right"):
         Verdict(1.0, "right")
 
@@ -37,6 +37,6 @@ def test_a_verdict_can_be_written_as_json():
     assert written == {"score": None, "status": "unscorable", "answer": None, "reason": "the judge is down"}
 
 
-def test_a_mode_nobody_knows_is_refused():
+def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="row 'r': mode='thinking'"):
         Example("r", "q", "a", "thinking")

@@ -88,23 +88,28 @@ def records() -> list[dict]:
 TEMPERATURE = 0.7
 
 
-def plain_logprobs(model, processor, row, prompt_ids, completion, grad=False):
-    """Plain transformers, one row, no padding: log-probabilities (tokens,) of a completion at TEMPERATURE."""
-    import torch
-
+def prompt_inputs(processor, row):
+    """The model's inputs for a row's prompt: token ids (1, tokens), and the pixels of its images, if any."""
     from rl.data import prompt_messages
 
-    inputs = processor.apply_chat_template(
+    return processor.apply_chat_template(
         [prompt_messages(row)],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
     )
+
+
+def plain_logprobs(model, processor, row, prompt_ids, completion, *, grad=False, temperature=TEMPERATURE):
+    """Plain transformers, one row, no padding: log-probabilities (tokens,) of a completion."""
+    import torch
+
+    inputs = prompt_inputs(processor, row)
     assert inputs["input_ids"][0].tolist() == prompt_ids
     ids = torch.tensor([prompt_ids + completion])
     images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
     with torch.set_grad_enabled(grad):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0]
-    scores = (logits / TEMPERATURE).log_softmax(-1)[len(prompt_ids) - 1 : -1]
+    scores = (logits / temperature).log_softmax(-1)[len(prompt_ids) - 1 : -1]
     return scores.gather(1, torch.tensor(completion)[:, None])[:, 0]

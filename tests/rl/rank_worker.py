@@ -1,6 +1,8 @@
 """One rank that trains two updates on scripted groups and saves its policy; run by test_shared_prefix_ranks.py.
 
-    python -P rank_worker.py CORE OUT JSON, the JSON being the stage's `learner`
+    python -P rank_worker.py CORE OUT JSON [ordered]
+
+JSON is the stage's `learner`. With `ordered`, groups keep their order: nothing is shuffled.
 
 Four groups of four: those of the first half have images, the second of them a video as well, the others none, so that
 of two ranks one has no image.
@@ -116,9 +118,12 @@ def main(core, out, learner):
     trainer.train()
     save_checkpoint(trainer, processor, out / "checkpoint")
     if arguments.process_index == 0:
-        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        (out / "losses.json").write_text(json.dumps(losses))
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        (out / "losses.json").write_text(json.dumps([line["loss"] for line in lines]))
+        (out / "balance.json").write_text(json.dumps([line.get("aux_loss") for line in lines]))
 
 
 if __name__ == "__main__":
+    if sys.argv[4:] == ["ordered"]:
+        torch.randperm = lambda count, **_: torch.arange(count)
     main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

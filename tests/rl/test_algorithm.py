@@ -65,7 +65,7 @@ def test_knobs_that_bend_the_distribution_are_refused_with_the_reason(knob):
         config(rollout=knob)
 
 
-def test_so_are_a_servers_arguments_that_do_the_same():
+def test_server_arguments_that_bend_the_distribution_are_refused():
     for word in ("--override-generation-config={}", "--logprobs_mode=raw_logprobs"):
         with pytest.raises(ValueError, match="whole distribution"):
             PoolConfig(max_model_tokens=64, extra_args=(word,))

@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from rl.rollout import access
 from rl.rollout.client import RolloutClient
 from rl.rollout.http import RolloutError
 from rl.rollout.messages import CoreFacts, Prompt, Sampling
@@ -62,7 +63,9 @@ class FakeServer:
 
 
 @pytest.fixture
-def fakes():
+def fakes(monkeypatch):
+    """Two fake servers. They cannot prove a token, so clients get none, also beside the session's real server."""
+    monkeypatch.delenv(access.TOKEN, raising=False)
     servers = [FakeServer(), FakeServer()]
     yield servers
     for fake in servers:
@@ -176,7 +179,7 @@ def test_a_dead_server_is_named():
     client.close()
 
 
-def test_an_empty_folder_is_no_checkpoint(client, tmp_path):
+def test_an_empty_folder_is_refused(client, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no \*.safetensors file"):
         client.load_checkpoint(tmp_path)
 

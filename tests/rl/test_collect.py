@@ -202,6 +202,6 @@ def test_the_stream_repeats_no_prompt_before_all_were_drawn():
     assert [r["id"] for r in again.take(5)] == first
 
 
-def test_no_prompt_at_all_is_an_error():
+def test_an_empty_set_of_prompts_is_an_error():
     with pytest.raises(ValueError, match="no rows to draw prompts from"):
         PromptStream([], seed=0)

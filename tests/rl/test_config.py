@@ -44,12 +44,13 @@ def test_updates_follow_from_batches_mini_batches_and_passes():
             "optim.epochs is for SFT phases; an RL stage says batches",
         ),
         ({"overlong": {"cache_tokens": 32}}, "overlong.cache_tokens=32 must be below"),
+        ({"overlong": "periodic"}, "'periodic' is a choice of SFT stages"),
         ({"rewards": [{"name": "answer", "use": "answer", "weight": 0.8}]}, "sum to 0.8, not 1"),
         ({"rollout": {**STAGE["rollout"], "group_size": 1}}, "group_size"),
         ({"rollout": {**STAGE["rollout"], "grup_size": 4}}, "did you mean group_size"),
     ],
 )
-def test_what_cannot_be_is_refused_with_value_and_rule(changes, words):
+def test_inconsistent_settings_are_refused_with_value_and_rule(changes, words):
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
         stage(**changes)
 

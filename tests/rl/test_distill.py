@@ -23,7 +23,7 @@ from rl.rollout.http import RolloutError
 from rl.rollout.messages import CoreFacts, Prompt, Sampling
 from rl.rollout.server import rollout_pool
 
-from .conftest import record
+from .conftest import plain_logprobs, record
 from .learners import Scripted, backward, learner, relative_difference, shared, stock
 from .test_loss import config
 
@@ -97,37 +97,36 @@ def token_of(folder: Path) -> str:
 
 
 def test_a_teacher_gives_the_log_probabilities_of_a_plain_pass(tiny_core, tmp_path):
+    with rollout_pool(POOL, tiny_core, tmp_path) as urls:
+        client = RolloutClient(urls, CoreFacts.of(tiny_core))
+        check_scores(client, tiny_core, tmp_path)
+        client.close()
+
+
+def test_a_teacher_on_vllm_gives_the_log_probabilities_of_a_plain_pass(client, tiny_core, tmp_path):
+    check_scores(client, tiny_core, tmp_path)
+
+
+def check_scores(client: RolloutClient, core: Path, folder: Path) -> None:
+    """The servers' completions, scored by the same servers as a teacher, against a plain pass."""
     from core.training.config import LearnerConfig
     from core.training.model import load_model, load_processor
 
     rows = [record(1), record(2, image=False)]
+    rows[0]["images"] *= 2
     prompts = [Prompt(prompt_messages(row), seed=at) for at, row in enumerate(rows)]
-    with rollout_pool(POOL, tiny_core, tmp_path) as urls:
-        client = RolloutClient(urls, CoreFacts.of(tiny_core))
-        answers = client.generate(prompts, Sampling(max_tokens=6, n=2))
-        teacher = TeacherClient(Teacher(urls=tuple(urls), token_file=token_of(tmp_path)))
-        completions = [[one.token_ids for one in answer.completions] for answer in answers]
-        found = teacher.score(prompts, [answer.prompt_ids for answer in answers], completions)
-        with pytest.raises(RolloutError, match="same tokenizer, chat template"):
-            teacher.score(prompts[:1], [[1, 2]], completions[:1])
-        client.close()
-        teacher.close()
-    model, processor = load_model(tiny_core, LearnerConfig()).eval(), load_processor(tiny_core)
+    answers = client.generate(prompts, Sampling(max_tokens=6, n=2))
+    teacher = TeacherClient(Teacher(urls=tuple(client.urls), token_file=token_of(folder)))
+    completions = [[one.token_ids for one in answer.completions] for answer in answers]
+    found = teacher.score(prompts, [answer.prompt_ids for answer in answers], completions)
+    with pytest.raises(RolloutError, match="same tokenizer, chat template"):
+        teacher.score(prompts[:1], [[1, 2]], completions[:1])
+    teacher.close()
+    model, processor = load_model(core, LearnerConfig()).eval(), load_processor(core)
     for row, answer, group in zip(rows, answers, found, strict=True):
-        inputs = processor.apply_chat_template(
-            [prompt_messages(row)],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
         for completion, given in zip(answer.completions, group, strict=True):
-            ids = torch.tensor([answer.prompt_ids + completion.token_ids])
-            pixels = {name: inputs[name] for name in ("pixel_values",) if name in inputs}
-            with torch.no_grad():
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits[0]
-            expected = logits.log_softmax(-1)[len(answer.prompt_ids) - 1 : -1]
-            expected = expected.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            ids = completion.token_ids
+            expected = plain_logprobs(model, processor, row, answer.prompt_ids, ids, temperature=1.0)
             assert given == pytest.approx(expected.tolist(), abs=1e-4)
 
 
@@ -184,12 +183,13 @@ STAGE = {
 
 
 @pytest.mark.slow
-def test_the_student_gains(tiny_core, tmp_path):
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_the_student_gains(tiny_core, tmp_path, engine):
     student, teacher = taught_to_answer(tiny_core, tmp_path)
     write_records(tmp_path / "rl.parquet", [record(number, mode="direct") for number in range(64)])
     with (
         rollout_pool(POOL, student, tmp_path / "logs") as urls,
-        rollout_pool(POOL, teacher, tmp_path) as whose,
+        rollout_pool(POOL.model_copy(update={"engine": engine}), teacher, tmp_path) as whose,
     ):
         algorithm = {"name": "distill", "clip_low": 0.2, "clip_high": 0.28, "mask_truncated": False}
         algorithm["teacher"] = {"urls": whose, "token_file": token_of(tmp_path)}

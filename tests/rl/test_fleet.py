@@ -246,7 +246,7 @@ def test_a_dying_servers_error_is_a_loss_and_a_healthy_ones_is_a_refusal(client,
         ask(client)
 
 
-def test_an_aborted_completion_is_no_completion(client, fakes):  # noqa: F811
+def test_an_aborted_completion_is_sampled_again(client, fakes):  # noqa: F811
     fakes[0].replies["v1/chat/completions"] = (200, reply([7], finish="abort"))
     assert all(answer.completions[0].finished for answer in ask(client, count=2))
     assert paths(fakes[1]) == ["v1/chat/completions"] * 2
@@ -264,7 +264,7 @@ def test_weights_that_came_by_another_way_are_not_asked_of_a_server_that_missed_
     ask(client)
     assert client.fleet.serving == [fakes[1].url]
     die(fakes[1])
-    client.patience_s = 3600  # of no use: who comes back cannot get them
+    client.patience_s = 3600  # waiting is useless: a server that comes back cannot get these weights
     monkeypatch.setattr(module, "RETURN_PAUSE_S", 7)
     monkeypatch.setattr(module.time, "sleep", lambda seconds: seconds == 7 and pytest.fail("it waits"))
     with pytest.raises(RolloutError, match="no rollout server is left"):

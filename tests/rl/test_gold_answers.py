@@ -1,4 +1,4 @@
-"""Rows whose gold answer cannot be graded against: they stop the load by name, or are left out and counted."""
+"""Rows with unusable gold answers stop the load and are named, or are dropped and counted."""
 
 import logging
 
@@ -23,7 +23,7 @@ def sets(tmp_path):
 
 def test_a_bad_gold_answer_stops_the_load_with_file_row_and_remedy(sets):
     with pytest.raises(
-        GoldError, match=r"sums.parquet: row 1 \('bad'\): answer: .*'four' is no integer.*\n.*1 more"
+        GoldError, match=r"sums.parquet: row 1 \('bad'\): answer: .*'four' is not an integer.*\n.*1 more"
     ):
         load_rows([DataSource(set="sums")], sets, seed=0)
 

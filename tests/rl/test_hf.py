@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 
+from chain.voices import Server
 from rl.config import Parity
 from rl.rollout.client import RolloutClient
 from rl.rollout.config import PoolConfig
@@ -28,7 +29,7 @@ def hf_client(tiny_core, tmp_path_factory):
         client.close()
 
 
-def test_it_samples_groups_with_the_learners_probabilities_before_and_after_an_update(
+def test_the_engine_samples_with_the_learners_probabilities_before_and_after_an_update(
     hf_client,
     fresh_learner,  # noqa: F811
     records,
@@ -53,6 +54,17 @@ def test_it_samples_groups_with_the_learners_probabilities_before_and_after_an_u
     assert [c.token_ids for g in groups for c in g.completions] == [
         c.token_ids for g in again for c in g.completions
     ]
+
+
+def test_the_engine_answers_plain_clients_of_the_openai_api(hf_client):
+    question = {"messages": [{"role": "user", "content": "compute A"}], "temperature": 0, "max_tokens": 4}
+    asked = Server(hf_client.urls[0], 0.0, 4, None, None)
+    assert asked.model == "policy"
+    pieces = []
+    said = asked([{"role": "user", "content": [{"type": "text", "text": "compute A"}]}], pieces.append)
+    whole = asked.http.ask(hf_client.urls[0], "v1/chat/completions", question)["choices"][0]
+    assert said == whole["message"]["content"] == "".join(pieces)
+    assert said
 
 
 def test_a_server_that_does_not_start_fails_with_the_end_of_its_log(tmp_path):

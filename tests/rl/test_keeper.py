@@ -1,4 +1,4 @@
-"""Servers that we started and that end are started again at the same URL, so often and no more."""
+"""Servers of a run that end are started again at the same URL, up to a limit."""
 
 import os
 import signal
@@ -130,7 +130,7 @@ def test_a_server_that_hangs_is_killed_and_started_again(started, tmp_path, monk
     assert "did not answer for 0.5 s and was killed: starting it again" in caplog.text
 
 
-def test_a_port_where_somebody_listens_is_refused(tmp_path):
+def test_a_port_in_use_is_refused(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         port = foreign.getsockname()[1]
         cfg = PoolConfig(max_model_tokens=64, startup_timeout_s=20, first_port=port)
@@ -144,7 +144,7 @@ def test_a_port_where_somebody_listens_is_refused(tmp_path):
 
 
 def test_a_foreign_server_on_our_port_is_not_adopted_and_hears_no_token(started, tmp_path, monkeypatch):
-    """It takes the port between the look at it and our server's start, and says that it is healthy."""
+    """It takes the port between our check and our server's start, and reports to be healthy."""
     heard = []
     port = free_port("127.0.0.1")
 

@@ -21,7 +21,7 @@ def test_the_docstrings_examples_hold():
 
 
 @pytest.mark.parametrize("correct", [float("nan"), -1, 9, float("inf")])
-def test_a_count_that_cannot_be_is_refused(correct):
+def test_an_impossible_count_is_refused(correct):
     with pytest.raises(ValueError, match="correct of 8"):
         Ledger(8).record("p", correct=correct, of=8, epoch=1, spread=False)
 
@@ -54,7 +54,7 @@ def test_enough_prompts_are_taken_to_expect_what_is_wanted():
     assert ledger.take(["0", "1", "2"], 10) == 3
 
 
-def test_a_rest_doubles_with_every_group_of_no_use_up_to_eight_times():
+def test_a_rest_doubles_with_every_useless_group_up_to_eight_times():
     ledger = Ledger(4)
 
     def rest(correct: int, epoch: int, spread: bool = False) -> int:
@@ -71,7 +71,7 @@ def test_a_rest_doubles_with_every_group_of_no_use_up_to_eight_times():
     assert rest(4, 90) == 3
 
 
-def test_what_could_not_be_judged_settles_nothing():
+def test_unscored_groups_settle_nothing():
     ledger = Ledger(4)
     ledger.record("down", correct=0, of=0, epoch=1, spread=False)
     assert not ledger.settled("down", epoch=1, rest_epochs=5)

@@ -1,4 +1,4 @@
-"""Every row is held against the servers' limits before a stage trains: refused with file, row and key, or dropped."""
+"""Every row is compared with the servers' limits before a stage trains: refused with file, row and key, or dropped."""
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_rows_beyond_the_limits_are_dropped_and_counted_on_request(rows, tiny_co
     pool = PoolConfig(max_model_tokens=160)
     kept = askable(load_records(rows), source, pool, tiny_core, 48)
     assert [row["id"] for row in kept] == ["row-0", "row-1", "row-2"]
-    assert "dropped 2 of 5 rows that the servers cannot be asked" in caplog.text
+    assert "dropped 2 of 5 rows beyond the servers' limits" in caplog.text
     assert len(askable(load_records(rows), DataSource(set="mine"), pool, tiny_core, 48)) == 5
 
 

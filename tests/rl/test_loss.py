@@ -12,7 +12,7 @@ from rl.collect import Group, Sample
 from rl.config import RLConfig
 from rl.rollout.messages import Completion
 
-from .conftest import TEMPERATURE, plain_logprobs, record
+from .conftest import TEMPERATURE, plain_logprobs, prompt_inputs, record
 from .learners import Given, NoServers
 
 REWARDS = [[1.0, 0.0, 0.5, None], [0.0, 0.25, 1.0, 1.0]]
@@ -84,20 +84,11 @@ def scripted(model, processor, rows, shift):
     """Groups of random tokens with the policy's log-probabilities as the sampler's, `shift` added."""
     import torch
 
-    from rl.data import prompt_messages
-
     generator = torch.Generator().manual_seed(0)
     end = processor.tokenizer.eos_token_id
     groups = []
     for g, row in enumerate(rows):
-        inputs = processor.apply_chat_template(
-            [prompt_messages(row)],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        prompt = inputs["input_ids"][0].tolist()
+        prompt = prompt_inputs(processor, row)["input_ids"][0].tolist()
         samples = []
         for s, length in enumerate(LENGTHS[g]):
             ids = torch.randint(15, 40, (length,), generator=generator).tolist()

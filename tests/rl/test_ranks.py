@@ -64,7 +64,9 @@ def train(ranks, tmp_path, model, url, records, *, name="", fails=False, save_ev
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", [None, {"zero_stage": 2}, {"zero_stage": 3}])
-def test_two_ranks_go_on_after_an_interruption(server_url, client, tiny_core, records, tmp_path, deepspeed):
+def test_two_ranks_continue_after_an_interruption(
+    server_url, client, tiny_core, records, tmp_path, deepspeed
+):
     from core.checkpoint.shards import weights_hash
     from core.training.resume import FOLDER, Unfinished
 

@@ -1,4 +1,4 @@
-"""An RL stage that is interrupted and started again goes on as if nothing had happened, batch for batch."""
+"""An interrupted RL stage that is started again equals an uninterrupted one, batch for batch."""
 
 import pytest
 
@@ -119,7 +119,7 @@ def logged(folder, name):
     ],
     ids=["every batch", "every other batch", "zero-2", "lora and reference"],
 )
-def test_an_interrupted_stage_goes_on_to_the_same_weights_and_record(run, tmp_path, fields, stop):
+def test_an_interrupted_stage_continues_to_the_same_weights_and_record(run, tmp_path, fields, stop):
     cfg = stage(**fields)
     unbroken, updates = run(cfg, "unbroken")
     assert updates == BATCHES * UPDATES
@@ -137,7 +137,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights_and_record(run, tmp_pa
     assert not (tmp_path / "out" / FOLDER).exists()
 
 
-def test_with_overlap_it_goes_on_from_the_batch_that_was_trained_on(run, tmp_path):
+def test_with_overlap_a_stage_continues_from_the_batch_that_was_trained_on(run, tmp_path):
     cfg = stage(rollout={**stage().rollout.model_dump(), "overlap": True})
     with pytest.raises(Interrupted):
         run(cfg, stop=5)
@@ -176,7 +176,7 @@ def test_interrupted_after_the_last_update_it_only_writes_what_it_trained(run, m
     assert weights_hash(checkpoint) == weights_hash(unbroken)
 
 
-def test_another_seed_does_not_go_on_with_it(run):
+def test_another_seed_starts_from_the_beginning(run):
     with pytest.raises(Interrupted):
         run(stage(), stop=5)
     with pytest.raises(Interrupted):

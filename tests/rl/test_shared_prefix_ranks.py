@@ -12,7 +12,7 @@ from .conftest import WORDS
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
-def train(ranks, core, out, **learner):
+def train(ranks, core, out, *options, **learner):
     """The losses of two updates and the saved weights."""
     from safetensors.torch import load_file
 
@@ -20,7 +20,7 @@ def train(ranks, core, out, **learner):
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     )
-    arguments = [str(WORKER), str(core), str(out), json.dumps({"processes": ranks, **learner})]
+    arguments = [str(WORKER), str(core), str(out), json.dumps({"processes": ranks, **learner}), *options]
     done = subprocess.run(
         [sys.executable, "-P", *launcher, *arguments],
         capture_output=True,
@@ -80,3 +80,31 @@ def test_a_frozen_tower_on_two_ranks(tiny_core, tmp_path, zero_stage):
         2, tiny_core, tmp_path / "out", deepspeed={"zero_stage": zero_stage}, token_budget=60, **frozen
     )
     assert_same_policy(tiny_core, ours, stock)
+
+
+@pytest.fixture(scope="module")
+def balanced(tmp_path_factory):
+    """A mixture of experts whose balancing loss outweighs the policy's, and two updates of it by TRL on one rank."""
+    from core.files import read_json, write_json
+    from core.model.tiny import TinySize, build_tiny
+
+    folder = tmp_path_factory.mktemp("balanced")
+    core = build_tiny(folder / "core", words=WORDS, seed=0, size=TinySize(experts=4, text_layers=2))
+    config = read_json(core / "config.json")
+    config["text_config"]["router_aux_loss_coef"] = 1.0
+    write_json(core / "config.json", config)
+    # Two micro-batches of two groups.
+    return core, folder / "stock", train(1, core, folder / "stock", "ordered", prefix="stock", deepspeed=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "deepspeed"), [(1, None), (2, None), (2, {"zero_stage": 2})])
+def test_the_routers_balancing_loss_is_the_mean_over_ranks(balanced, tmp_path, ranks, deepspeed):
+    """Two ranks of two groups, and one rank of two packs of two groups, train what TRL's two micro-batches train."""
+    core, folder, stock = balanced
+    # 120 tokens: the first two groups have 111.
+    ours = train(ranks, core, tmp_path / "out", "ordered", deepspeed=deepspeed, token_budget=120)
+    assert_same_policy(core, ours, stock)
+    found, expected = (json.loads((one / "balance.json").read_text()) for one in (tmp_path / "out", folder))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert all(loss > 1 for loss in found)  # 1 is perfect balance

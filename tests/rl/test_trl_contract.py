@@ -1,4 +1,4 @@
-"""What rl/trainer.py relies on inside TRL. When one of these fails, TRL changed: read it before you mend the test."""
+"""Facts about TRL that rl/trainer.py relies on. If a test here fails, TRL has changed: read TRL before the test."""
 
 import inspect
 

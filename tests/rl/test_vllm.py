@@ -1,4 +1,4 @@
-"""Against a real vLLM server: what it serves after an update is what the learner holds. Each trap has its test.
+"""After an update, a real vLLM server serves exactly the learner's weights. Each trap has its test.
 
 The traps (sailvl2-core notes, measured on this stack): a tied output head that the CPU engine keeps; image features
 that outlive the tower they came from; packed weights that `load_weights` alone leaves as they were; a token banned in
@@ -17,7 +17,7 @@ from rl.rollout.messages import CoreFacts, Prompt, Sampling
 from rl.rollout.parity import ParityError, ParityGuard
 from rl.rollout.weights import FileSync, weights_folder
 
-from .conftest import POOL, TEMPERATURE, WORDS, plain_logprobs
+from .conftest import POOL, TEMPERATURE, WORDS, plain_logprobs, prompt_inputs
 
 
 @pytest.fixture(scope="module")
@@ -218,13 +218,7 @@ def test_greedy_text_is_transformers_greedy_text(client, fresh_learner, records)
     model, processor = fresh_learner
     row = records[1]
     answer = client.generate([Prompt(prompt_messages(row))], Sampling(max_tokens=16, temperature=0.0))[0]
-    inputs = processor.apply_chat_template(
-        [prompt_messages(row)],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = prompt_inputs(processor, row)
     out = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     assert out[0, inputs["input_ids"].shape[1] :].tolist() == answer.completions[0].token_ids
 
@@ -242,7 +236,7 @@ def test_lora_weights_reach_the_server_merged_and_stay_apart_here(client, fresh_
     ban_tokens(base, CoreFacts.of(tiny_core).banned_ids)
     model = get_peft_model(base, peft_config(LearnerConfig(lora=LoRAConfig(r=4))))
     generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():  # adapters start as zero maps: give them something to say
+    with torch.no_grad():  # adapters start as zero maps: make them change the output
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)

@@ -108,6 +108,11 @@ def test_every_route_that_we_or_trl_call_is_there_and_reads_what_we_send(path, m
     assert reads in text
 
 
+def test_the_server_starts_by_a_function_without_arguments_and_spawns_its_engine_when_told_to():
+    assert parameters("entrypoints/launchers/api_server/entry.py", "main") == []
+    assert "VLLM_WORKER_MULTIPROC_METHOD" in ast.unparse(source("utils/system_utils.py"))
+
+
 def test_a_reset_that_fails_says_so():
     assert "'success'" in routes()["reset_prefix_cache"]
 

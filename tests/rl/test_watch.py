@@ -87,7 +87,7 @@ def test_too_many_unscorable_completions_end_the_run_and_are_counted_by_cause(wa
     assert [line["name"] for line in read_jsonl(tmp_path / "alarms.jsonl")] == ["unscorable"]
 
 
-def test_an_alarm_that_is_not_named_in_stop_on_is_only_told(watch):
+def test_an_alarm_that_stop_on_does_not_name_is_only_reported(watch):
     watcher = watch(max_unscorable=0.0, stop_on=())
     metrics, alarms = watcher.batch([mixed(10, wrong=Verdict.unscored("down"))])
     assert metrics["alarm/unscorable"] == 1
@@ -102,13 +102,13 @@ def test_the_window_forgets(watch):
     assert names(watcher, mixed(20)) == []
 
 
-def test_one_status_that_takes_over_is_told_but_wrong_answers_are_not(watch):
+def test_one_status_that_takes_over_is_reported_but_wrong_answers_are_not(watch):
     assert names(watch(), mixed(9, wrong=Verdict.wrong("8", status=Status.UNPARSEABLE))) == ["status"]
     assert names(watch(), mixed(11, wrong=Verdict.wrong("8", status=Status.UNPARSEABLE))) == []
     assert names(watch(), mixed(0)) == []
 
 
-def test_a_component_that_leaps_is_told(watch):
+def test_a_component_that_jumps_is_reported(watch):
     watcher = watch()
     for right in (4, 5, 4, 5, 4):
         assert names(watcher, mixed(right)) == []
@@ -118,7 +118,7 @@ def test_a_component_that_leaps_is_told(watch):
     assert metrics["alarm/jump"] == 1
 
 
-def test_the_same_text_for_several_prompts_is_told(watch):
+def test_the_same_text_for_several_prompts_is_reported(watch):
     same = [group(*[sample(text="it is seven", tokens=20)] * 8, prompt=f"row-{n}") for n in range(4)]
     assert names(watch(), *same) == ["repeats"]
     own = [group(*[sample(text=f"it is {n}", tokens=20)] * 8, prompt=f"row-{n}") for n in range(4)]
@@ -127,7 +127,7 @@ def test_the_same_text_for_several_prompts_is_told(watch):
     assert names(watch(), *short) == []
 
 
-def test_two_verifiers_that_disagree_are_told_with_an_example(watch):
+def test_two_verifiers_that_disagree_are_reported_with_an_example(watch):
     def refuse(completion: str, example: Example) -> bool:
         return False
 
@@ -149,7 +149,7 @@ def test_only_a_sample_goes_to_the_second_verifier(watch):
     assert len(asked) == 8
 
 
-def test_a_reward_that_rises_while_held_out_accuracy_falls_is_told(watch):
+def test_a_reward_that_rises_while_held_out_accuracy_falls_is_reported(watch):
     watcher = watch(policy=Policy((0.6, 0.1), (0.62, 0.1), (0.3, 0.1)), every=1)
     assert names(watcher, mixed(5)) == []
     assert names(watcher, mixed(8)) == []
@@ -158,13 +158,13 @@ def test_a_reward_that_rises_while_held_out_accuracy_falls_is_told(watch):
     assert metrics["watch/held_out_accuracy"] == 0.3
 
 
-def test_a_falling_reward_with_falling_accuracy_is_no_hack(watch):
+def test_a_falling_reward_with_falling_accuracy_raises_nothing(watch):
     watcher = watch(policy=Policy((0.6, 0.1), (0.3, 0.1)), every=1)
     assert names(watcher, mixed(8)) == []
     assert names(watcher, mixed(5)) == []
 
 
-def test_a_policy_that_stops_looking_is_told(watch):
+def test_a_policy_that_stops_using_images_is_reported(watch):
     watcher = watch(policy=Policy((0.8, 0.1), (0.5, 0.48)), every=1, stop_on=("blind",))
     assert names(watcher, mixed(8)) == []
     metrics, alarms = watcher.batch([mixed(8)])
@@ -178,7 +178,7 @@ def test_rows_that_never_needed_their_images_raise_nothing(watch):
     assert [names(watcher, mixed(8)) for _ in range(2)] == [[], []]
 
 
-def test_held_out_rows_are_looked_at_every_so_many_batches(watch):
+def test_held_out_rows_are_evaluated_at_a_fixed_interval(watch):
     policy = Policy((0.5, 0.1), (0.5, 0.1))
     watcher = watch(policy=policy, every=3)
     looked = ["watch/held_out_accuracy" in watcher.batch([mixed(8)])[0] for _ in range(6)]

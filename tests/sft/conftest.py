@@ -8,7 +8,7 @@ WORDS = ["compute", "What", "is", "in", "cell", "A", "B", "C", "four", "seven"]
 
 @pytest.fixture(scope="session")
 def core_path(tmp_path_factory):
-    """A core of 30,000 parameters, untrained: what is tested here is the machinery, not what it learns."""
+    """A core of 30,000 parameters, untrained: these tests are not about what it learns."""
     from core.model.tiny import TinySize, build_tiny
 
     size = TinySize(

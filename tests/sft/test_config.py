@@ -65,7 +65,7 @@ def test_a_phase_may_thaw_what_the_learner_freezes():
     assert parse(SFTConfig, stage).phases[0].freeze == ()
 
 
-def test_two_equal_variants_make_no_soup():
+def test_two_equal_variants_are_refused():
     variants = [{"seed_offset": 1}, {"seed_offset": 1}]
     with pytest.raises(ConfigError, match="two are the same fine-tuning"):
         parse(SoupConfig, {"variants": variants, "validation": {"set": "panels"}})

@@ -56,7 +56,7 @@ def test_the_seed_decides_the_order(make):
 
 
 @pytest.mark.parametrize("make", [by_rows, by_tokens])
-def test_a_run_resumed_at_any_pack_goes_on_as_an_unbroken_one(make):
+def test_a_run_resumed_at_any_pack_continues_as_an_unbroken_one(make):
     whole = list(make())
     for first in (len(whole) - 3, 1, len(whole) // 2):  # the last epoch, back, and forth
         plan = make()

@@ -90,7 +90,7 @@ def run(core_path, mixed_set, tmp_path, monkeypatch):
     ],
     ids=["packed", "padded", "zero-2", "several packs", "lora"],
 )
-def test_an_interrupted_stage_goes_on_to_the_same_weights_and_curve(run, tmp_path, fields):
+def test_an_interrupted_stage_continues_to_the_same_weights_and_curve(run, tmp_path, fields):
     cfg = stage(**fields)
     unbroken = run(cfg, "unbroken")
     with pytest.raises(Interrupted):
@@ -113,7 +113,7 @@ def test_after_a_resume_the_logged_averages_are_those_of_an_unbroken_run(run, tm
     assert [line["step"] for line in one] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
-def test_a_checkpoint_with_a_weight_that_is_no_number_is_not_kept(run, tmp_path, monkeypatch):
+def test_a_checkpoint_with_a_nan_weight_is_not_kept(run, tmp_path, monkeypatch):
     from core.checkpoint.check import NonFinite
     from core.training import resume
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_with_a_weight_that_is_no_number_is_not_kept(run, tmp_path,
     assert Unfinished(folder, "tokens").checkpoint is None
 
 
-def test_only_what_was_not_saved_is_trained_again(run, tmp_path):
+def test_only_unsaved_updates_are_trained_again(run, tmp_path):
     cfg = stage()
     with pytest.raises(Interrupted):
         run(cfg, stop=4)
@@ -202,7 +202,7 @@ def test_lines_after_the_checkpoint_and_a_part_of_a_line_are_dropped(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_two_ranks_go_on(core_path, mixed_set, tmp_path, zero_stage):
+def test_two_ranks_continue(core_path, mixed_set, tmp_path, zero_stage):
     cfg = stage(learner={"processes": 2, "deepspeed": {"zero_stage": zero_stage} if zero_stage else None})
     job = {"config": cfg.model_dump(mode="json"), "model": str(core_path), "set": str(mixed_set)}
 

@@ -111,7 +111,7 @@ def test_distances_are_the_plain_ones(ingredients, core_path):
     assert measured.cosine["0-1"] == pytest.approx(float(cosine), abs=1e-6)
 
 
-def test_one_ingredient_is_no_soup(ingredients):
+def test_one_ingredient_is_refused(ingredients):
     with pytest.raises(SoupError, match="two ingredients"):
         check_ingredients(ingredients[:1])
 
@@ -258,7 +258,7 @@ def test_an_ingredient_that_is_not_finite_is_refused_with_its_tensors(
     assert not (tmp_path / "soup").exists()
 
 
-def test_a_distance_that_is_no_number_is_too_far(ingredients, core_path, tmp_path):
+def test_a_nan_distance_is_too_far(ingredients, core_path, tmp_path):
     # Finite weights whose squares are not: infinity less infinity is NaN, which no limit is below.
     set_first_norm(ingredients[:2], [3e38, 3e38])
     assert distances(ingredients, core_path).pairwise["0-1"] != 0.0
@@ -266,14 +266,14 @@ def test_a_distance_that_is_no_number_is_too_far(ingredients, core_path, tmp_pat
         soup(CONFIG, ingredients, tmp_path / "soup", score=lambda path: 1.0, start=core_path)
 
 
-def test_a_score_that_is_no_number_is_refused(ingredients, core_path, tmp_path):
+def test_a_nan_score_is_refused(ingredients, core_path, tmp_path):
     for on_worse in ("warn", "refuse"):
         cfg = CONFIG.model_copy(update={"on_worse": on_worse})
         with pytest.raises(SoupError, match="its validation score is nan"):
             soup(cfg, ingredients, tmp_path / "soup", score=lambda path: float("nan"), start=core_path)
 
 
-def test_shares_that_are_no_numbers_are_refused(ingredients, tmp_path):
+def test_nan_shares_are_refused(ingredients, tmp_path):
     with pytest.raises(SoupError, match="summing to 1"):
         merge(ingredients[:2], tmp_path / "soup", weights=[float("nan"), 1.0])
 
