@@ -26,10 +26,11 @@ from sailvl2_posttrain import TinySize, build_tiny, messages, register
 PATCH = 20
 """Side of a patch in pixels: 8 x 8 patches, 4 x 4 image tokens."""
 MEAN, STD = [0.96] * 3, [0.12] * 3
-"""Normalisation that makes paper 0. With ImageNet's, paper is 2.5 and drowns the ink: after 340 steps the core had
-not begun to look at the picture, with this one it reads after 120."""
+"""Normalisation that makes paper 0. With ImageNet's, paper is 2.5, and after 340 steps answers did not depend on the
+picture; with paper 0 the loss per digit was at 0.95 after 120 steps (chance: 2.2)."""
 POSITIONS, POSITION_SCALE = "model.vision_tower.embeddings.position_embedding.weight", 4.0
-"""The tower normalises a patch to size 1 and adds its place. At its initial size, 0.06, the place was hardly seen."""
+"""The tower normalises a patch to size 1 and adds its place, which starts at 0.06. Eight times that taught heights
+sooner and labels later (120 steps of 16 charts: loss 1.9 instead of 2.1 per digit); 4 lies between, untested alone."""
 LOG_EVERY = 20
 Batch = dict[str, torch.Tensor]
 
@@ -66,7 +67,7 @@ def build(
         done = max(0, step - ordered_steps - reading_steps) / max(1, mixed_steps)
         rate = learning_rate * min(1.0, step / max(1, warmup_steps)) * (1 + math.cos(math.pi * done)) / 2
         losses.append(_update(model, optimizer, batches(phase, processor, Random(f"{seed} {step}")), rate))
-        if step % LOG_EVERY == 0:
+        if step % LOG_EVERY == 0 or step == len(phases):
             lines.append(
                 {"step": step, "phase": phase, "loss": sum(losses) / len(losses), "learning_rate": rate}
             )
