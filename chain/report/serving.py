@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,18 +19,21 @@ from chain.report.render import interactive, script_json
 REFRESH_S = 10
 """Seconds after which an open page asks again."""
 _HOSTS = ("127.0.0.1", "localhost")
-_PAGE, _CONTENT = "/", "/content.json"
+CONTENT = "content.json"
+"""What the page asks for, beside itself."""
 
 
 @contextmanager
 def serving(run_dir: Path, port: int = 0) -> Iterator[str]:
     """Serve the report of `run_dir` while the block runs; yields the URL. Raises ConfigError for another folder.
 
-    Only this machine can reach it. A request with another Host is refused: a web page must not read it by a name that
-    it has pointed at 127.0.0.1.
+    Only this machine can reach it, and only who knows the URL can read it: its path is a random token, because other
+    accounts of the machine reach the port as well. A request with another Host is refused: a web page must not read the
+    report by a name that it has pointed at 127.0.0.1.
     """
     build(run_dir)
     lock, thumbnails = threading.Lock(), Thumbnails()
+    home = f"/{secrets.token_urlsafe(18)}/"
 
     def newest() -> dict[str, Any]:
         with lock:
@@ -40,11 +44,13 @@ def serving(run_dir: Path, port: int = 0) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             host = self.headers.get("Host", "").rpartition(":")[0]
-            if host not in _HOSTS or self.path not in (_PAGE, _CONTENT):
+            known = secrets.compare_digest(self.path[: len(home)].encode(), home.encode())
+            name = self.path[len(home) :]
+            if host not in _HOSTS or not known or name not in ("", CONTENT):
                 self.send_error(404)
                 return
             found = newest()
-            if self.path == _PAGE:
+            if not name:
                 self._send("text/html", interactive(found["head"]["title"], found, live=True))
             else:
                 self._send("application/json", script_json(found))
@@ -71,7 +77,7 @@ def serving(run_dir: Path, port: int = 0) -> Iterator[str]:
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, name="report", daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/"
+        yield f"http://127.0.0.1:{server.server_port}{home}"
     finally:
         server.shutdown()
         server.server_close()

@@ -461,6 +461,8 @@ def test_a_served_report_shows_a_stage_while_it_trains(run_dir):
         assert newer["training"][-1]["about"] == "not finished; the last logged step is 7"
         assert newer["training"][-1]["groups"][0]["title"] == MAIN
         assert requests.get(f"{url}chain.json", timeout=10).status_code == 404
+        for path in ("", "content.json", "x" * len(url.split("/")[3]) + "/"):  # the token is missing or wrong
+            assert requests.get(f"{url.rsplit('/', 2)[0]}/{path}", timeout=10).status_code == 404
         assert requests.get(url, headers={"Host": "evil.example:80"}, timeout=10).status_code == 404
     with pytest.raises(ConfigError, match="not a run's folder"), serving(run_dir / "rlvr"):
         pass
