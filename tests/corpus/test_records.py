@@ -235,7 +235,7 @@ def test_a_hub_dataset_is_checked_like_a_file(monkeypatch, tmp_path):
     rows = [{name: value for name, value in stored(0, answer="").items() if name != "images"}]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: datasets.Dataset.from_list(rows))
     with pytest.raises(RecordError, match=r"somebody/set\[test\]: row 0: answer: gold answer is missing"):
-        load_records("somebody/set", split="test")
+        load_records("hf://datasets/somebody/set", split="test")
 
 
 def test_writing_refuses_what_loading_would_and_leaves_no_file(tmp_path):
