@@ -119,6 +119,7 @@ check: setup ## check lint, formatting, types and the links of the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy sailvl2_posttrain core corpus rewards sft rl chain recipes benchmarks
+	$(BIN)/mypy examples/charts
 	$(BIN)/python -P -m mkdocs build --quiet
 
 docs: setup ## build the documentation in build/docs

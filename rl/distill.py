@@ -96,7 +96,7 @@ def image_tokens_only(rendered: Mapping[str, Any], image_token: int) -> Any:
     features = rendered.get("features")
     if not features or "mm_placeholders" not in features:
         return features
-    narrowed = {}
+    narrowed: dict[str, list[dict[str, int]]] = {}
     for kind, ranges in features["mm_placeholders"].items():
         narrowed[kind] = []
         for one in ranges:
