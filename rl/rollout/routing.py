@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Routing:
 
         The server has chosen experts for every token but the last one, which it has not read.
         """
+        import numpy as np
+
         if reply is None:
             raise ValueError(
                 "the server returned no experts; start it with servers.routing_replay (vLLM: "
@@ -48,9 +51,9 @@ class Routing:
             )
         file = BytesIO(base64.b64decode(reply))
         np.lib.format.read_magic(file)
-        shape, _, kind = np.lib.format.read_array_header_1_0(file)
+        shape, by_column, kind = np.lib.format.read_array_header_1_0(file)
         expected = (tokens, self.layers, self.per_token)
-        if shape != expected or kind.kind not in "ui":
+        if shape != expected or by_column or kind.kind not in "ui":
             raise ValueError(
                 f"the server returned experts of shape {shape} and type {kind}; {expected} integers are due"
             )
@@ -62,6 +65,8 @@ class Routing:
 
 def written(experts: np.ndarray) -> str:
     """The form of `experts` in a reply."""
+    import numpy as np
+
     file = BytesIO()
     np.save(file, experts, allow_pickle=False)
     return base64.b64encode(file.getbuffer()).decode()
@@ -105,6 +110,8 @@ class Recorder:
 
     def experts(self) -> np.ndarray:
         """(rows, tokens, layers, experts per token), int16, of all passes; zeros for layers without experts."""
+        import numpy as np
+
         by_layer = {number: np.concatenate(passes, axis=1) for number, passes in self._chosen.items()}
         blank = np.zeros_like(next(iter(by_layer.values())))
         layers = range(len(self.core.model.language_model.layers))
