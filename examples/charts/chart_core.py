@@ -67,7 +67,7 @@ def build(
         done = max(0, step - ordered_steps - reading_steps) / max(1, mixed_steps)
         rate = learning_rate * min(1.0, step / max(1, warmup_steps)) * (1 + math.cos(math.pi * done)) / 2
         losses.append(_update(model, optimizer, batches(phase, processor, Random(f"{seed} {step}")), rate))
-        if step % LOG_EVERY == 0:
+        if step % LOG_EVERY == 0 or step == len(phases):
             lines.append(
                 {"step": step, "phase": phase, "loss": sum(losses) / len(losses), "learning_rate": rate}
             )
