@@ -107,7 +107,7 @@ test-all: setup ## run the slow tests as well, and those that need a browser (Ch
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest
 
 bench: setup ## run the benchmarks; each prints a table and one JSON line (QUICK=1: each within a minute)
-	@for bench in learner packing rollout step scaling memory realsize rewards; do \
+	@for bench in learner packing rollout step scaling memory realsize routing rewards; do \
 	  $(BIN)/python -P -m benchmarks.$$bench $(if $(QUICK),--quick) || exit 1; done
 
 # It needs no set-up: any Python 3.11 or 3.12 with torch 2.11 or later, and the wheels of WHEELS if there are any.

@@ -25,9 +25,11 @@ class TeacherClient:
 
     Args:
         cfg: the teacher's servers.
+        image_token: id of the token that stands for a part of an image.
     """
 
-    def __init__(self, cfg: Teacher) -> None:
+    def __init__(self, cfg: Teacher, image_token: int) -> None:
+        self.image_token = image_token
         self.urls = [url.rstrip("/") for url in cfg.urls]
         under_way = cfg.concurrency * len(self.urls)
         self.http = Http(read_token(Path(cfg.token_file)), cfg.request_timeout_s, under_way)
@@ -70,6 +72,7 @@ class TeacherClient:
                 f"{len(prompt_ids)}, or as different ones; distillation needs the same tokenizer, chat template and "
                 "image processor"
             )
+        rendered = {**rendered, "features": image_tokens_only(rendered, self.image_token)}
         return [self._score(url, rendered, completion) for completion in completions]
 
     def _score(self, url: str, rendered: Mapping[str, Any], completion: list[int]) -> list[float]:
@@ -82,6 +85,25 @@ class TeacherClient:
             self.http.ask(url, GENERATE, body)["prompt_logprobs"][-len(completion) :] if completion else []
         )
         return [float(by_id[str(token)]["logprob"]) for by_id, token in zip(found, completion, strict=True)]
+
+
+def image_tokens_only(rendered: Mapping[str, Any], image_token: int) -> Any:
+    """The features of a rendered prompt, with placeholder ranges that hold nothing but image tokens.
+
+    vLLM 0.31 renders the range of an image from `<img>` to `</img>`, and its reply does not say which of these tokens
+    stand for features. If they all did, the engine would expect two features more than the image has, and fail.
+    """
+    features = rendered.get("features")
+    if not features or "mm_placeholders" not in features:
+        return features
+    narrowed: dict[str, list[dict[str, int]]] = {}
+    for kind, ranges in features["mm_placeholders"].items():
+        narrowed[kind] = []
+        for one in ranges:
+            ids = rendered["token_ids"][one["offset"] : one["offset"] + one["length"]]
+            start = one["offset"] + ids.index(image_token)
+            narrowed[kind].append({"offset": start, "length": ids.count(image_token)})
+    return {**features, "mm_placeholders": narrowed}
 
 
 def token_advantages(rows: Sequence[Mapping[str, Any]], mask: Any) -> Any:

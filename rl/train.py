@@ -176,7 +176,10 @@ def _lead(
         overlong = SoftOverlong(cfg.rollout.max_completion_tokens, cfg.overlong.cache_tokens)
     client = RolloutClient.of_pool(job.pool, job.urls, job.start, record.alarm_of_servers, job.addresses)
     answer = AnswerReward(thought_open=client.core.thought_open)
-    teacher = TeacherClient(cfg.algorithm.teacher) if cfg.algorithm.teacher else None
+    teacher = None
+    if cfg.algorithm.teacher:
+        (image_token,) = client.core.banned_ids
+        teacher = TeacherClient(cfg.algorithm.teacher, image_token)
     collector = Collector(cfg, client, records, mixture, answer, overlong, job.seed, teacher)
     left = cfg.batches - unfinished.done["batches"]
     lead = Lead(

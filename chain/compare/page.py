@@ -1,6 +1,6 @@
 """compare.html: the figures of a comparison, and the questions whose verdict changed, with both completions.
 
-All text is escaped, and the page's content security policy forbids scripts and requests, as in the report.
+All text is escaped, and the page's content security policy forbids scripts and requests.
 """
 
 from __future__ import annotations

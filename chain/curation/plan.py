@@ -16,17 +16,17 @@ from corpus.curation.difficulty import PassAtK
 from corpus.curation.running import IDS, READ
 
 ROWS_PER_CORE_S = {
-    READ: 1800,
-    IDS: 10_000,
-    "strip_instructions": 18_000,
-    "unify_format": 20_000,
-    "duplicates": 5700,
-    "decontaminate": 6300,
-    "redundancy": 5800,
+    READ: 2600,
+    IDS: 13_000,
+    "strip_instructions": 19_000,
+    "unify_format": 21_000,
+    "duplicates": 6400,
+    "decontaminate": 6700,
+    "redundancy": 12_000,
     "balance_lengths": 11_000,
-    "latent_classes": 1600,
+    "latent_classes": 7500,
 }
-"""Rows per CPU second of each step without a model: python -P -m benchmarks.curation, benchmarks/RESULTS.md."""
+"""Rows per CPU second of each step without a model, over 100,000 rows: python -P -m benchmarks.curation."""
 SIGNATURE_BYTES = {
     "duplicates": 200,
     "decontaminate": 200,

@@ -29,7 +29,7 @@ def page(report: Report, run_dir: Path, thumbnails: Thumbnails | None = None) ->
 
 
 def content(report: Report, run_dir: Path, thumbnails: Thumbnails) -> dict[str, Any]:
-    """What the page's scripts show, by section. Equal runs give equal content, up to the time in `head`."""
+    """The content that the page's scripts show, by section. Equal runs give equal content, up to the time in `head`."""
     names = [stage.name for stage in report.stages]
     sets = sets_of(run_dir)
     others = [report.failed.stage] if report.failed else []

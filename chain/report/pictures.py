@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.model.pictures import Picture
+
+log = logging.getLogger(__name__)
 
 THUMBNAIL_PX = 256
 """Larger images are reduced to this size. Smaller images keep their size, with every pixel visible."""
@@ -49,9 +52,11 @@ class Thumbnails:
         state = [f"{file} {file.stat().st_mtime_ns if file.exists() else 0}" for file in files]
         new = [row for row in ids if (*state, row) not in self._known]
         self._known |= {(*state, row): [] for row in new}
-        if new:
-            for row, pictures in PictureIndex(places).each(new):
+        try:
+            for row, pictures in PictureIndex(places).each(new) if new else ():
                 self._known[(*state, row)] = [_url(picture) for picture in pictures]
+        except (OSError, ValueError) as error:  # a report must not end the run that it is about
+            log.warning("%s: no pictures: %s", ", ".join(places), error)
         return {row: self._known[(*state, row)] for row in ids}
 
     def of_files(self, folder: Path, names: Sequence[Any]) -> list[str]:

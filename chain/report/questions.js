@@ -34,7 +34,7 @@ function answerCard(answer) {
 function thumbnails(row, pictures, most) {
   const shown = row.pictures.slice(0, most), more = row.pictures.length - shown.length;
   return [
-    shown.map((place) => el("img", { src: pictures[place], alt: "", loading: "lazy", decoding: "async" })),
+    shown.map((place) => el("img", { src: pictures[place], alt: "", decoding: "async" })),
     more ? el("small", {}, `+${more}`) : null];
 }
 
@@ -71,7 +71,7 @@ function figures(answer) {
     has(answer.advantage) && el("div", { class: sign }, `adv. ${number(answer.advantage)}`));
 }
 
-// The rows of one page of the table. `opened` tells which are open, and takes what the reader opens.
+// The rows of one page of the table. `opened` knows the open rows and records every change.
 function questionRows(shown, data, opened) {
   return shown.flatMap(([row, answer]) => {
     const toggle = () => {
@@ -80,7 +80,7 @@ function questionRows(shown, data, opened) {
       opened.turn(row);
       button.setAttribute("aria-expanded", opened.has(row));
     };
-    const click = () => { if (!String(getSelection())) toggle(); }; // who selects text does not mean to open the row
+    const click = () => { if (!String(getSelection())) toggle(); }; // a click that selects text opens nothing
     const button = el("button", { type: "button", class: "plain", "aria-expanded": opened.has(row) },
       el("span", { dir: "auto" }, clipped(row.question)));
     const line = el("tr", { class: "question", on: { click } },

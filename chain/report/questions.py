@@ -122,7 +122,7 @@ def _bench(found: Found, folder: Path) -> None:
         for sample in task.get("samples", ()):
             key = ("bench", name, str(sample.get("id")))
             score = _number(sample.get("score"))
-            extracted = ["extracted", score, "", str(sample.get("extracted"))]
+            extracted = ["extracted", score, "", _text(sample.get("extracted"), NAME)]
             answer = {**_answer(sample, folder.name), "verdicts": [extracted]}
             answer["right"] = None if score is None else score >= 1
             row = {**sample, "question": sample.get("prompt"), "answer": sample.get("gold")}

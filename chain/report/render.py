@@ -1,4 +1,4 @@
-"""The templates of the pages, and the interactive page: its content security policy, its scripts and its data.
+"""The templates of the pages, their content security policy, and the interactive page with its scripts and its data.
 
 Completions come from a model. The templates escape every value. The interactive page carries its data as JSON, which
 its scripts show as text. Its policy permits these scripts and styles by their hashes, and no request at all; it also
@@ -22,7 +22,9 @@ SCRIPTS = ("dom.js", "charts.js", "choosing.js", "questions.js", "stages.js", "p
 def template(name: str) -> Any:
     """The Jinja template of that name in this folder."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
+    style = (HERE / "report.css").read_text(encoding="utf-8")
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -30,6 +32,8 @@ def template(name: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # The stylesheet is ours; the template must not escape it.
+    environment.globals |= {"style": Markup(style), "policy": policy(style)}
     return environment.get_template(name)
 
 
@@ -38,30 +42,30 @@ def interactive(title: str, content: Mapping[str, Any], *, live: bool = False) -
     from markupsafe import Markup
 
     script = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    style = (HERE / "report.css").read_text(encoding="utf-8")
-    # These three texts are ours, or escaped here; the template must not escape them again.
-    return template("page.html.jinja").render(
+    page = template("page.html.jinja")
+    # Both texts are ours, or escaped here; the template must not escape them again.
+    return page.render(
         title=title,
-        policy=policy(script, style, live),
+        policy=policy(str(page.globals["style"]), script, live),
         data=Markup(script_json(content)),
         script=Markup(script),
-        style=Markup(style),
     )
 
 
-def policy(script: str, style: str, live: bool = False) -> str:
-    """The content security policy of a page with exactly this script and this style."""
+def policy(style: str, script: str = "", live: bool = False) -> str:
+    """The content security policy of a page with exactly this style and this script."""
     rules = [
         "default-src 'none'",
-        f"script-src '{_hash(script)}'",
         f"style-src '{_hash(style)}'",
         "img-src data:",
         "base-uri 'none'",
         "form-action 'none'",
         "require-trusted-types-for 'script'",
         "trusted-types 'none'",
+        *([f"script-src '{_hash(script)}'"] if script else []),
+        *(["connect-src 'self'"] if live else []),
     ]
-    return "; ".join([*rules, "connect-src 'self'"] if live else rules)
+    return "; ".join(rules)
 
 
 def script_json(value: Any) -> str:

@@ -96,31 +96,37 @@ def _readers(run_dir: Path, stages: Sequence[str], sets: Sets) -> dict[str, dict
 
 
 def _facts(place: str) -> list[str]:
-    """Rows, size and shares of a local set; unknown for a set that is not on this machine or cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Rows, size and shares of a local set. A set that is not on this machine has none of them."""
     path = Path(place)
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.is_file() else []
     if not files:
         return ["–"] * (2 + len(_COLUMNS))
+    size = sum(file.stat().st_size for file in files) / 1e6
+    try:
+        rows, counts = _counts(files)
+    except (OSError, ValueError) as error:  # a report must not end the run that it is about
+        return ["unreadable", f"{size:,.1f} MB", str(error), *["–"] * (len(_COLUMNS) - 1)]
+    return [f"{rows:,}", f"{size:,.1f} MB", *(_shares(counts[name]) for name in _COLUMNS)]
+
+
+def _counts(files: Sequence[Path]) -> tuple[int, dict[str, Counter[str]]]:
+    """The number of rows, and how often each value of each column occurs in the first COUNTED of them."""
+    import pyarrow.parquet as pq
+
     counts: dict[str, Counter[str]] = {name: Counter() for name in _COLUMNS}
     rows = counted = 0
     for file in files:
-        try:
-            parquet = pq.ParquetFile(file)
-        except pa.ArrowException:  # the report shows a run whatever became of its data
-            return [f"{file.name} cannot be read", *["–"] * (1 + len(_COLUMNS))]
+        parquet = pq.ParquetFile(file)
         rows += parquet.metadata.num_rows
         columns = [name for name in _COLUMNS if name in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(batch_size=COUNTED, columns=columns) if counted < COUNTED else ():
+        batches = parquet.iter_batches(batch_size=COUNTED, columns=columns) if counted < COUNTED else ()
+        for batch in batches:
             counted += batch.num_rows
             for name in columns:
                 counts[name].update(str(value) for value in batch[name].to_pylist())
             if counted >= COUNTED:
                 break
-    size = sum(file.stat().st_size for file in files) / 1e6
-    return [f"{rows:,}", f"{size:,.1f} MB", *(_shares(counts[name]) for name in _COLUMNS)]
+    return rows, counts
 
 
 def _shares(counts: Counter[str]) -> str:

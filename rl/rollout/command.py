@@ -42,7 +42,12 @@ def command(cfg: PoolConfig, model: Path, port: int) -> list[str]:
         "--middleware": access.GUARD,
     }
     words = [str(word) for pair in args.items() for word in pair]
-    flags = ["--no-trust-remote-code", *(_on_cpu(cfg) if cfg.device == "cpu" else _on_gpu(cfg))]
+    # A teacher (rl.distill) renders prompts and scores given tokens by the endpoints that this option adds.
+    flags = [
+        "--no-trust-remote-code",
+        "--enable-scale-out",
+        *(_on_cpu(cfg) if cfg.device == "cpu" else _on_gpu(cfg)),
+    ]
     return [*python, "rl.rollout.api_server", *address, *words, *flags, *cfg.extra_args]
 
 

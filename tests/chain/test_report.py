@@ -21,6 +21,7 @@ from chain.report.curves import MAIN, MAX_POINTS, POLICY_LOSS, component_looks, 
 from chain.report.page import content, page
 from chain.report.pictures import Thumbnails
 from chain.report.render import HERE, SCRIPTS, script_json
+from chain.report.rows import rows_page
 from chain.report.serving import serving
 from chain.report.sets import Sets, tables
 from chain.report.write import write
@@ -133,6 +134,14 @@ def test_the_policy_names_exactly_the_pages_own_script_and_style(run_dir):
     assert "unsafe" not in found.policy
 
 
+def test_the_pages_without_scripts_permit_their_own_style_alone():
+    found = Page(rows_page("rows", ATTACK, ["fact"], [], []))
+    digest = base64.b64encode(hashlib.sha256(found.inside["style"][0].encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in found.policy
+    assert "script-src" not in found.policy
+    assert ("script" in found.tags, found.handlers, found.references) == (False, [], [])
+
+
 def test_the_scripts_parse_no_text_as_html_and_name_no_address():
     script = without_comments("".join((HERE / name).read_text() for name in SCRIPTS))
     for word in (
@@ -210,6 +219,8 @@ def test_the_pictures_of_rollouts_come_from_the_stages_sets(run_dir):
     found = asked.questions(run_dir, ["rlvr"], [], sets, Thumbnails())
     rows = [row for row in found["rows"] if row["set"] == "rollouts: rlvr"]
     assert [len(row["pictures"]) for row in rows] == [1, 1]
+    (run_dir / "rl.parquet").write_text("PAR1 and then nothing")
+    assert asked.questions(run_dir, ["rlvr"], [], sets, Thumbnails())["rows"][-1]["pictures"] == []
 
 
 def test_the_samples_of_a_bench_are_questions_too(run_dir):
@@ -413,11 +424,14 @@ def test_the_data_section_counts_the_sets_and_names_what_was_dropped(run_dir):
     write_records(folder / "train-00000.parquet", rows)
     step = {"op": "lengths", "rows": 6, "kept": 4, "changed": 0, "reasons": {"too long": 2}}
     write_json(folder / "steps.json", {"steps": [step]})
-    sets = Sets({"mine": str(folder), "gone": "/nowhere.parquet"}, {"thinking": "mine", "direct": "gone"})
+    (run_dir / "torn.parquet").write_text("PAR1 and then nothing")
+    places = {"mine": str(folder), "gone": "/nowhere.parquet", "torn": str(run_dir / "torn.parquet")}
+    sets = Sets(places, {"thinking": "mine", "direct": "gone", "mcq": "torn"})
     found = {table["title"]: table["rows"] for table in tables(run_dir, ["rlvr"], sets)}
     assert found["Sets"][0][:3] == ["mine", "evaluation", "4"]
     assert found["Sets"][0][4] == "think 75%, direct 25%"
     assert found["Sets"][1][2:] == ["–", "–", "–", "–", "–", "–"]
+    assert found["Sets"][2][2] == "unreadable"
     assert found["Made by a stage's own policy"] == [["rlvr", "pass_at_k", "9", "2 never solved"]]
     assert found["Curation of mine"] == [["lengths", "6", "4", "0", "2 too long"]]
 

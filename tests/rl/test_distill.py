@@ -14,7 +14,7 @@ from core.strict import ConfigError, parse
 from corpus.records import write_records
 from rl.config import RLConfig, Teacher
 from rl.data import prompt_messages
-from rl.distill import TeacherClient, token_advantages
+from rl.distill import TeacherClient, image_tokens_only, token_advantages
 from rl.job import ServedJob
 from rl.rollout.access import TOKEN
 from rl.rollout.client import RolloutClient
@@ -64,6 +64,17 @@ def test_advantages_are_the_gap_to_the_teacher_and_zero_outside_the_completion()
     ]
     mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
     assert token_advantages(rows, mask).tolist() == [[2.0, -0.5, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_placeholder_ranges_of_a_rendered_prompt_hold_image_tokens_only():
+    ids = [1, 8, 5, 5, 9, 2, 8, 5, 9]  # 8 and 9 open and close an image
+    ranges = [{"offset": 1, "length": 4}, {"offset": 6, "length": 3}]
+    features = {"mm_hashes": {"image": ["a", "b"]}, "mm_placeholders": {"image": ranges}}
+    found = image_tokens_only({"token_ids": ids, "features": features}, 5)
+    narrowed = [{"offset": 2, "length": 2}, {"offset": 7, "length": 1}]
+    assert found == {**features, "mm_placeholders": {"image": narrowed}}
+    assert image_tokens_only({"token_ids": ids, "features": None}, 5) is None
+    assert image_tokens_only({"token_ids": ids, "features": {"messages": []}}, 5) == {"messages": []}
 
 
 TEACHER = {"urls": ["http://127.0.0.1:1"], "token_file": "t"}
@@ -116,7 +127,8 @@ def check_scores(client: RolloutClient, core: Path, folder: Path) -> None:
     rows[0]["images"] *= 2
     prompts = [Prompt(prompt_messages(row), seed=at) for at, row in enumerate(rows)]
     answers = client.generate(prompts, Sampling(max_tokens=6, n=2))
-    teacher = TeacherClient(Teacher(urls=tuple(client.urls), token_file=token_of(folder)))
+    (image_token,) = client.core.banned_ids
+    teacher = TeacherClient(Teacher(urls=tuple(client.urls), token_file=token_of(folder)), image_token)
     completions = [[one.token_ids for one in answer.completions] for answer in answers]
     found = teacher.score(prompts, [answer.prompt_ids for answer in answers], completions)
     with pytest.raises(RolloutError, match="same tokenizer, chat template"):
