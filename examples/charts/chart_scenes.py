@@ -143,7 +143,9 @@ def ask(rng: Random, kind: str, chart: Chart) -> Question:
     if kind == "value":
         return Question(kind, f"What is the value of {first}?", _with_unit(values[first], chart))
     if kind == "list":
-        return Question(kind, "List all values.", ";".join(_read(values, values)), _read(values, values))
+        return Question(
+            kind, "List all values.", ";".join(_read(values, chart.labels)), _read(values, chart.labels)
+        )
     if kind == "sum":
         text = f"What is the sum of {first} and {second}?"
         return _sum(kind, text, (first, second), chart)
