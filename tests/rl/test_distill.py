@@ -195,12 +195,13 @@ STAGE = {
 
 
 @pytest.mark.slow
-def test_the_student_gains(tiny_core, tmp_path):
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_the_student_gains(tiny_core, tmp_path, engine):
     student, teacher = taught_to_answer(tiny_core, tmp_path)
     write_records(tmp_path / "rl.parquet", [record(number, mode="direct") for number in range(64)])
     with (
         rollout_pool(POOL, student, tmp_path / "logs") as urls,
-        rollout_pool(POOL, teacher, tmp_path) as whose,
+        rollout_pool(POOL.model_copy(update={"engine": engine}), teacher, tmp_path) as whose,
     ):
         algorithm = {"name": "distill", "clip_low": 0.2, "clip_high": 0.28, "mask_truncated": False}
         algorithm["teacher"] = {"urls": whose, "token_file": token_of(tmp_path)}
