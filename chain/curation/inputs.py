@@ -67,7 +67,7 @@ class Inputs:
             self._files[name] = [path] if path.is_file() else sorted(path.glob("*.parquet"))
             if not self._files[name]:
                 raise ConfigError(
-                    f"set {name}: {place} holds no Parquet file of records; for other files write "
+                    f"set {name}: {place} does not contain a Parquet file of records; for other files write "
                     f"{name}: {{path: {place}, format: auto}}"
                 )
         todo = [one for one in self._imports if not _summary(one).exists()]

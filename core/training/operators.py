@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled operators: one process at a time builds or loads one, and a killed build blocks no other.
+"""DeepSpeed's compiled operators: builds run one at a time, and a killed build does not stop the next one.
 
 torch marks a running build by a file. The file outlives a killed process, and torch then waits for its removal forever.
 """
