@@ -224,8 +224,7 @@ class Loop:
             try:
                 self.train(stage, track)
             except Exception as error:
-                report.note_failure(self.folder.path, stage.name, error)
-                write_report(self.folder.path)
+                self._note_failure(stage, error)
                 raise
             self.background.settle()
             self.check_rows(checkpoint)
@@ -233,6 +232,14 @@ class Loop:
                 self.pool.start(checkpoint)
             evaluation = self.folder.evaluation(stage.name)
             self.background.start(self._finish, stage, evaluation, track, tracking.pop_all())
+
+    def _note_failure(self, stage: Stage, error: Exception) -> None:
+        """Put the stage's error into the report. A second error, as of a full disk, must not hide the first."""
+        try:
+            report.note_failure(self.folder.path, stage.name, error)
+            write_report(self.folder.path)
+        except Exception as second:
+            self.display.line(f"the report was not written: {type(second).__name__}: {second}")
 
     def check_rows(self, model: Path | None) -> None:
         """Refuse rows beyond the servers' limits, as soon as a checkpoint with the tokenizer exists."""

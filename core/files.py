@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 _CHUNK_BYTES = 1 << 20
+ESCAPE = "backslashreplace"
 SAME = ".same"
 """File in a partial folder that identifies the block which may continue there."""
 
@@ -37,11 +38,14 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[IO[str]]:
-    """A text file that becomes `path` when the block ends, or is dropped if the block raises."""
+    """A text file that becomes `path` when the block ends, or is dropped if the block raises.
+
+    Half of a surrogate pair, which UTF-8 cannot hold, is written as `\\udc80`. In JSON that is its own escape.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(path)
     try:
-        with draft.open("w", encoding="utf-8") as file:
+        with draft.open("w", encoding="utf-8", errors=ESCAPE) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -83,7 +87,7 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     except ValueError:
         line = json.dumps(_finite(json.loads(json.dumps(record, default=plain))), ensure_ascii=False)
     _drop_torn_end(path)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors=ESCAPE) as file:
         file.write(line + "\n")
 
 

@@ -1,4 +1,4 @@
-r"""The rewards of this recipe: ChartQA's relaxed accuracy with units, and a check of a chain's readings.
+r"""The rewards of this recipe: ChartQA's relaxed accuracy with units, a check of a chain's readings, and a control.
 
 A completion is untrusted text. `parse` finds its answer by the prompt contract and never guesses; the patterns below
 match a whole short text, cannot backtrack far, and take ASCII digits alone.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from random import Random
+from threading import Lock
 from typing import ClassVar
 
-from sailvl2_posttrain import Example, Status, Verdict, parse
+from sailvl2_posttrain import Example, Status, Verdict, load_reward, parse
 
 MAX_ANSWER_CHARS = 40
 MAX_STATEMENTS = 32
@@ -86,6 +88,27 @@ class Readings:
         score = 1 - len(wrong) / len(read)
         status = Status.WRONG if wrong else Status.CORRECT
         return Verdict(score, status, reason=f"not in the chart: {', '.join(wrong)}" if wrong else "")
+
+
+class Shuffled:
+    """The control: a completion gets the score of a random earlier completion, so the score says nothing about it.
+
+    Args:
+        of: name of the reward whose scores are shuffled; it returns verdicts.
+    """
+
+    self_test: ClassVar[str] = "runs"
+
+    def __init__(self, of: str) -> None:
+        self._reward = load_reward(of)
+        self._scores: list[float] = []
+        self._random, self._lock = Random(0), Lock()
+
+    def __call__(self, completion: str, example: Example) -> Verdict:
+        score = self._reward(completion, example).score
+        with self._lock:
+            self._scores.append(score or 0.0)
+            return Verdict(self._random.choice(self._scores), Status.CORRECT)
 
 
 def _quantity(text: str) -> tuple[Fraction, str] | None:

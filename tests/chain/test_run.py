@@ -145,6 +145,17 @@ def test_a_failed_stage_is_in_the_report(toy, monkeypatch):
     assert json.loads((toy.run_dir / "report.json").read_text())["failed"] is None
 
 
+def test_a_report_that_cannot_be_written_does_not_hide_the_error_of_the_stage(toy, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setenv("TOY_FAIL", "rlvr")
+    monkeypatch.setattr("chain.report.data.note_failure", full)
+    with pytest.raises(StageFailed, match="the reason is here"):
+        toy.run()
+    assert "the report was not written: OSError: no space left" in toy.printed
+
+
 def test_a_failed_stage_that_saves_continues_in_its_folder_unless_it_changed(toy, monkeypatch):
     saving = "basic_sft.save_every=1"
     left = toy.run_dir / "basic_sft.partial" / "left"

@@ -97,29 +97,12 @@ def write_released(
     sizes = sizes or Sizes()
     folder.mkdir(parents=True)
     config = {
-        "architectures": ["SAILVLModel"],
-        "auto_map": {
-            "AutoConfig": "configuration_sailvl.SAILVLConfig",
-            "AutoModel": "modeling_sailvl.SAILVLModel",
-            "AutoModelForCausalLM": "modeling_sailvl.SAILVLModel",
-        },
-        "downsample_ratio": 0.5,
-        "dynamic_image_size": True,
-        "force_image_size": sizes.image_px,
+        **_config(sizes, dtype),
         "llm_config": _llm_config(sizes, experts, tied, qwen2_label, dtype),
         "max_dynamic_patch": max_dynamic_patch,
         "min_dynamic_patch": min_dynamic_patch,
-        "model_type": "sailvl",
-        "pad2square": False,
-        "ps_version": "v2",
         "select_layer": select_layer,
-        "template": "univl-chat",
-        "torch_dtype": dtype,
-        "transformers_version": None,
-        "use_backbone_lora": 0,
-        "use_llm_lora": 0,
         "use_thumbnail": use_thumbnail,
-        "vision_config": _vision_config(sizes, dtype),
         **(config_changes or {}),
     }
     _write_json(folder / "config.json", config)
@@ -127,22 +110,7 @@ def write_released(
     _write_shards(folder, {name: value.to(getattr(torch, dtype)) for name, value in state.items()}, shards)
     _write_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    _write_json(
-        folder / "preprocessor_config.json",
-        {
-            "auto_map": {
-                "AutoImageProcessor": "image_processing_sailvl.SAILVLImageProcessor",
-                "AutoProcessor": "processing_sailvl.SAILVLProcessor",
-            },
-            "max_dynamic_patch": processor_max_dynamic_patch,
-            "patch_size": sizes.patch_px,
-            "image_size": sizes.image_px,
-            "use_msac": False,
-            "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225],
-            "pad_input": True,
-        },
-    )
+    _write_json(folder / "preprocessor_config.json", _processor(sizes, processor_max_dynamic_patch))
     ends = [IDS["<|im_end|>"], IDS["<|endoftext|>"]]
     _write_json(
         folder / "generation_config.json",
@@ -155,6 +123,47 @@ def write_released(
     return folder
 
 
+def _config(sizes: Sizes, dtype: str) -> dict[str, Any]:
+    """The keys of config.json that the arguments of `write_released` do not change."""
+    return {
+        "architectures": ["SAILVLModel"],
+        "auto_map": {
+            "AutoConfig": "configuration_sailvl.SAILVLConfig",
+            "AutoModel": "modeling_sailvl.SAILVLModel",
+            "AutoModelForCausalLM": "modeling_sailvl.SAILVLModel",
+        },
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": sizes.image_px,
+        "model_type": "sailvl",
+        "pad2square": False,
+        "ps_version": "v2",
+        "template": "univl-chat",
+        "torch_dtype": dtype,
+        "transformers_version": None,
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "vision_config": _vision_config(sizes, dtype),
+    }
+
+
+def _processor(sizes: Sizes, max_dynamic_patch: int) -> dict[str, Any]:
+    """preprocessor_config.json."""
+    return {
+        "auto_map": {
+            "AutoImageProcessor": "image_processing_sailvl.SAILVLImageProcessor",
+            "AutoProcessor": "processing_sailvl.SAILVLProcessor",
+        },
+        "max_dynamic_patch": max_dynamic_patch,
+        "patch_size": sizes.patch_px,
+        "image_size": sizes.image_px,
+        "use_msac": False,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "pad_input": True,
+    }
+
+
 def read_released(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The configuration and the tensors, of all shards, of a checkpoint in the released layout."""
     state: dict[str, torch.Tensor] = {}
@@ -163,18 +172,37 @@ def read_released(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     return json.loads((folder / "config.json").read_text()), state
 
 
+class Drawn:
+    """Random tensors; scaled so that every one of them moves the logits."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+
+    def matrix(self, rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=self.random) * gain * columns**-0.5
+
+    def vector(self, length: int, mean: float = 0.0) -> torch.Tensor:
+        return mean + 0.2 * torch.randn(length, generator=self.random)
+
+
 def random_state(
     sizes: Sizes, *, seed: int, experts: int, tied: bool, lm_head: bool
 ) -> dict[str, torch.Tensor]:
-    """Random float32 tensors by their released names; scaled so that every one of them moves the logits."""
-    random = torch.Generator().manual_seed(seed)
+    """Random float32 tensors by their released names."""
+    draw = Drawn(seed)
+    state = _tower_state(sizes, draw)
+    embedding = draw.matrix(VOCABULARY, sizes.hidden)
+    state["language_model.model.embed_tokens.weight"] = embedding
+    for layer in range(sizes.layers):
+        state |= _layer_state(sizes, draw, layer, experts)
+    state["language_model.model.norm.weight"] = draw.vector(sizes.hidden, 1.0)
+    output = embedding.clone() if tied else draw.matrix(VOCABULARY, sizes.hidden, gain=3.0)
+    return {**state, "language_model.lm_head.weight": output} if lm_head else state
 
-    def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=random) * gain * columns**-0.5
 
-    def vector(length: int, mean: float = 0.0) -> torch.Tensor:
-        return mean + 0.2 * torch.randn(length, generator=random)
-
+def _tower_state(sizes: Sizes, draw: Drawn) -> dict[str, torch.Tensor]:
+    """The tower and the adapter."""
+    matrix, vector = draw.matrix, draw.vector
     wide, deep = sizes.vision_hidden, sizes.vision_mlp
     patches = (sizes.image_px // sizes.patch_px) ** 2
     patch = "vision_model.preprocessor."
@@ -184,7 +212,7 @@ def random_state(
         ),
         f"{patch}patchifier.proj.bias": vector(wide),
         f"{patch}patchifier.norm.weight": vector(wide, 1.0),
-        f"{patch}pos_embed": 0.5 * torch.randn(1, patches, wide, generator=random),
+        f"{patch}pos_embed": 0.5 * torch.randn(1, patches, wide, generator=draw.random),
     }
     for block in range(sizes.vision_blocks):
         at = f"vision_model.trunk.blocks.{block}."
@@ -207,33 +235,34 @@ def random_state(
         "mlp1.3.weight": matrix(hidden, hidden),
         "mlp1.3.bias": vector(hidden),
     }
-    embedding = matrix(VOCABULARY, hidden)
-    state["language_model.model.embed_tokens.weight"] = embedding
-    for layer in range(sizes.layers):
-        at = f"language_model.model.layers.{layer}."
+    return state
+
+
+def _layer_state(sizes: Sizes, draw: Drawn, layer: int, experts: int) -> dict[str, torch.Tensor]:
+    """One layer of the language model, dense or with experts."""
+    matrix, vector, hidden = draw.matrix, draw.vector, sizes.hidden
+    at = f"language_model.model.layers.{layer}."
+    state = {
+        f"{at}input_layernorm.weight": vector(hidden, 1.0),
+        f"{at}post_attention_layernorm.weight": vector(hidden, 1.0),
+        f"{at}self_attn.q_proj.weight": matrix(sizes.heads * sizes.head_dim, hidden),
+        f"{at}self_attn.k_proj.weight": matrix(sizes.kv_heads * sizes.head_dim, hidden),
+        f"{at}self_attn.v_proj.weight": matrix(sizes.kv_heads * sizes.head_dim, hidden),
+        f"{at}self_attn.o_proj.weight": matrix(hidden, sizes.heads * sizes.head_dim),
+        f"{at}self_attn.q_norm.weight": vector(sizes.head_dim, 1.0),
+        f"{at}self_attn.k_norm.weight": vector(sizes.head_dim, 1.0),
+    }
+    mlps = [f"{at}mlp.experts.{expert}." for expert in range(experts)] or [f"{at}mlp."]
+    inner = sizes.expert_mlp if experts else sizes.mlp
+    if experts:
+        state[f"{at}mlp.gate.weight"] = matrix(experts, hidden)
+    for mlp in mlps:
         state |= {
-            f"{at}input_layernorm.weight": vector(hidden, 1.0),
-            f"{at}post_attention_layernorm.weight": vector(hidden, 1.0),
-            f"{at}self_attn.q_proj.weight": matrix(sizes.heads * sizes.head_dim, hidden),
-            f"{at}self_attn.k_proj.weight": matrix(sizes.kv_heads * sizes.head_dim, hidden),
-            f"{at}self_attn.v_proj.weight": matrix(sizes.kv_heads * sizes.head_dim, hidden),
-            f"{at}self_attn.o_proj.weight": matrix(hidden, sizes.heads * sizes.head_dim),
-            f"{at}self_attn.q_norm.weight": vector(sizes.head_dim, 1.0),
-            f"{at}self_attn.k_norm.weight": vector(sizes.head_dim, 1.0),
+            f"{mlp}gate_proj.weight": matrix(inner, hidden),
+            f"{mlp}up_proj.weight": matrix(inner, hidden),
+            f"{mlp}down_proj.weight": matrix(hidden, inner),
         }
-        mlps = [f"{at}mlp.experts.{expert}." for expert in range(experts)] or [f"{at}mlp."]
-        inner = sizes.expert_mlp if experts else sizes.mlp
-        if experts:
-            state[f"{at}mlp.gate.weight"] = matrix(experts, hidden)
-        for mlp in mlps:
-            state |= {
-                f"{mlp}gate_proj.weight": matrix(inner, hidden),
-                f"{mlp}up_proj.weight": matrix(inner, hidden),
-                f"{mlp}down_proj.weight": matrix(hidden, inner),
-            }
-    state["language_model.model.norm.weight"] = vector(hidden, 1.0)
-    output = embedding.clone() if tied else matrix(VOCABULARY, hidden, gain=3.0)
-    return {**state, "language_model.lm_head.weight": output} if lm_head else state
+    return state
 
 
 @dataclass

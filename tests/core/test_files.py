@@ -18,6 +18,7 @@ from core.files import (
     sha256_file,
     write_json,
     write_text,
+    writing,
 )
 from core.manifest import Manifest, hash_config, versions
 from core.stats import wilson
@@ -86,10 +87,19 @@ def test_an_interrupted_block_continues_only_for_the_same_identity(tmp_path):
 
 def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
     write_text(tmp_path / "file", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "file", "\ud800")
+    with pytest.raises(RuntimeError, match="halfway"), writing(tmp_path / "file") as file:
+        file.write("new")
+        raise RuntimeError("halfway")
     assert (tmp_path / "file").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_half_a_surrogate_pair_comes_back_from_json_and_stops_no_writer(tmp_path):
+    value = {"answer": "a\ud800b", "path": "not \udcff UTF-8"}
+    write_json(tmp_path / "file.json", value)
+    append_jsonl(tmp_path / "file.jsonl", value)
+    assert read_json(tmp_path / "file.json") == value
+    assert read_jsonl(tmp_path / "file.jsonl") == [value]
 
 
 def test_json_holds_paths_numbers_of_numpy_and_configs_but_no_nan(tmp_path):

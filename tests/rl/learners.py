@@ -101,6 +101,31 @@ def shared(rows: list[dict[str, Any]], **own: Any) -> tuple[type, dict[str, Any]
     return RolloutTrainer, {"feed": Rows(rows), "passes": partial(SharedPasses, **own)}
 
 
+def _arguments(out: Path, rows: int, config: dict[str, Any]) -> Any:
+    """GRPOConfig for one batch of `rows` completions on a CPU, with `config` over the defaults."""
+    from trl import GRPOConfig
+
+    defaults = {
+        "output_dir": str(out / "trainer"),
+        "per_device_train_batch_size": rows,
+        "num_generations": 2,
+        "num_iterations": 2,
+        "max_completion_length": 64,
+        "temperature": 0.7,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "mask_truncated_completions": True,
+        "epsilon_high": 0.28,
+        "router_aux_loss_coef": 0.0,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+    }
+    return GRPOConfig(**{**defaults, **config})
+
+
 def learner(
     side: Any, core: Path, groups: Sequence[Scripted], out: Path, *, lora=None, own=None, **config: Any
 ) -> Any:
@@ -112,7 +137,6 @@ def learner(
     import os
 
     from datasets import Dataset
-    from trl import GRPOConfig
 
     from core.training.config import LearnerConfig
     from core.training.model import load_model, load_processor
@@ -139,27 +163,7 @@ def learner(
         reward_funcs=[score],
         peft_config=lora,
         **arguments,
-        args=GRPOConfig(
-            **{
-                "output_dir": str(out / "trainer"),
-                "per_device_train_batch_size": len(rows),
-                "num_generations": 2,
-                "num_iterations": 2,
-                "max_completion_length": 64,
-                "temperature": 0.7,
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "report_to": "none",
-                "disable_tqdm": True,
-                "mask_truncated_completions": True,
-                "epsilon_high": 0.28,
-                "router_aux_loss_coef": 0.0,
-                "dataloader_pin_memory": False,
-                "seed": 0,
-                **config,
-            }
-        ),
+        args=_arguments(out, len(rows), config),
     )
     if trainer.args.gradient_checkpointing:  # else only trainer.train() turns it on
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
