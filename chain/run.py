@@ -154,6 +154,11 @@ class Background:
         """Set the progress text of the evaluation. `settle` shows it while it waits."""
         self._text = text
 
+    def raise_early(self) -> None:
+        """Re-raise a ConfigError of the work: it refuses the recipe, so the stage that is training is in vain."""
+        if self._work and self._work.done() and isinstance(self._work.exception(), ConfigError):
+            self.settle()
+
     def settle(self) -> None:
         """Wait for the evaluation to end, and re-raise its exception."""
         if self._work is None:
@@ -227,11 +232,11 @@ class Loop:
                 self._note_failure(stage, error)
                 raise
             self.background.settle()
-            self.check_rows(checkpoint)
             if self.recipe.eval is not None:
                 self.pool.start(checkpoint)
             evaluation = self.folder.evaluation(stage.name)
-            self.background.start(self._finish, stage, evaluation, track, tracking.pop_all())
+            unchecked, self._rows_are_checked = not self._rows_are_checked, True
+            self.background.start(self._finish, stage, evaluation, track, tracking.pop_all(), unchecked)
 
     def _note_failure(self, stage: Stage, error: Exception) -> None:
         """Put the stage's error into the report. A second error, as of a full disk, must not hide the first."""
@@ -243,10 +248,12 @@ class Loop:
 
     def check_rows(self, model: Path | None) -> None:
         """Refuse rows beyond the servers' limits, as soon as a checkpoint with the tokenizer exists."""
-        if model is None or self._rows_are_checked:
-            return
+        if model and not self._rows_are_checked:
+            self._rows_are_checked = True
+            self._check_rows(model)
+
+    def _check_rows(self, model: Path) -> None:
         check_rows(self.recipe, self.folder.sets, model, self.folder.path, self.display.line)
-        self._rows_are_checked = True
 
     def prepare(self, stage: Stage) -> Preparation:
         """Make the sets that the stage filters or harvests with its initial policy, unless they are up to date."""
@@ -309,13 +316,18 @@ class Loop:
         model = self.folder.start(stage.name)
         self.pool.rest(model)
         (out / report.FAILED).unlink(missing_ok=True)
+
+        def on_poll() -> None:
+            follower.look()
+            self.background.raise_early()
+
         with self.task(stage, out) as task:
             in_child(
                 task,
                 out,
                 processes=processes,
                 threads=threads,
-                on_poll=follower.look,
+                on_poll=on_poll,
                 start=self.cluster.start if self.cluster else None,
             )
 
@@ -393,9 +405,16 @@ class Loop:
             progress=progress,
         )
 
-    def _finish(self, stage: Stage, evaluation: str, track: StageTrack, tracking: ExitStack) -> None:
-        """Evaluate a trained stage, write the report with it, and end its W&B run."""
+    def _finish(
+        self, stage: Stage, evaluation: str, track: StageTrack, tracking: ExitStack, unchecked: bool
+    ) -> None:
+        """Evaluate a trained stage, write the report with it, and end its W&B run.
+
+        `unchecked`: the stage made the run's first tokenizer, so the rows are checked with it first.
+        """
         with tracking:
+            if unchecked:
+                self._check_rows(self.folder.stage(stage.name) / "checkpoint")
             scores = self.evaluate(stage, evaluation)
             track.results(scores, self.folder.stage(stage.name))
             write_report(self.folder.path)

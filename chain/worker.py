@@ -10,8 +10,9 @@ import threading
 from pathlib import Path
 
 from chain.errors import leave
-from chain.job import DONE, Task
+from chain.job import DONE, Task, load
 from core.files import read_json, sync_tree, write_text
+from core.startup import ending, importing
 from core.strict import parse
 
 THREADS_END_S = 30.0
@@ -29,6 +30,8 @@ def main(arguments: list[str]) -> int:
     out = Path(task.job.values["out"])
     os.environ.setdefault("POSTTRAIN_JUDGE_CACHE", str(out.parent / "judge.sqlite3"))
     try:
+        with importing():
+            load(task.train)
         task.run()
     except Exception as error:
         leave(error, out)
@@ -37,6 +40,7 @@ def main(arguments: list[str]) -> int:
         sync_tree(out)
         write_text(out / DONE, "")
     _end_in_time()
+    ending()
     return 0
 
 

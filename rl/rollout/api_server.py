@@ -9,6 +9,7 @@ rl.rollout.command). So this module ties an engine to its parent before any of v
 import os
 
 from core.processes import end_with_parent
+from core.startup import importing
 
 PARENT = "POSTTRAIN_SERVER_PROCESS"
 """Environment variable that holds the id of the process that starts this one's children."""
@@ -18,6 +19,7 @@ if __name__ == "__mp_main__":
 os.environ[PARENT] = str(os.getpid())
 
 if __name__ == "__main__":
-    from vllm.entrypoints.launchers.api_server.entry import main
+    with importing():
+        from vllm.entrypoints.launchers.api_server.entry import main
 
     main()

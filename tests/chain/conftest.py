@@ -46,6 +46,8 @@ def train(cfg, job):
         (out / "checkpoint").mkdir()
         print("the reason is here")
         sys.exit(3)
+    if os.environ.get("TOY_WAIT") == job.stage:
+        time.sleep(60)
     if os.environ.get("TOY_RAISE") == job.stage:
         from core.strict import ConfigError
         raise ConfigError("the judge refused") if os.environ["TOY_AS"] == "ours" else KeyError("colour")

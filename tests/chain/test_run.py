@@ -145,6 +145,20 @@ def test_a_failed_stage_is_in_the_report(toy, monkeypatch):
     assert json.loads((toy.run_dir / "report.json").read_text())["failed"] is None
 
 
+def test_a_refused_row_stops_the_stage_that_trains_after_a_built_core(toy, monkeypatch):
+    """The rows are checked with the built core's tokenizer beside the next stage, which must not go on in vain."""
+
+    def refuse(recipe, sets, model, *_):
+        raise ConfigError(f"row 7 does not fit {model.parent.name}")
+
+    monkeypatch.setattr("chain.run.check_rows", refuse)
+    monkeypatch.setenv("TOY_WAIT", "basic_sft")
+    with pytest.raises(ConfigError, match="row 7 does not fit core"):
+        toy.run()
+    assert not (toy.run_dir / "basic_sft").exists()
+    assert toy.evaluated == []
+
+
 def test_a_report_that_cannot_be_written_does_not_hide_the_error_of_the_stage(toy, monkeypatch):
     def full(*_):
         raise OSError("no space left")
