@@ -9,7 +9,7 @@ from typing import Any
 
 from chain.display import Display, Tail, duration
 from chain.inputs import locate_sets, phase_updates, rows_of
-from chain.recipe import Recipe
+from chain.recipe import Recipe, SFTStage
 from chain.tracking import StageTrack
 from core.files import read_json
 from core.manifest import Manifest
@@ -33,6 +33,10 @@ class Outlook:
     def __init__(self, recipe: Recipe, run_dir: Path, names: Sequence[str]) -> None:
         self.recipe, self.run_dir, self.names = recipe, run_dir, list(names)
         self._sets = locate_sets(recipe, run_dir)
+        stages = [one for one in map(recipe.stage, names) if isinstance(one, SFTStage | RLConfig)]
+        self._harvests = {
+            one.prepare.harvest.into: one.prepare.harvest.keep for one in stages if one.prepare.harvest
+        }
 
     def label(self, stage: str) -> str:
         """`stage 4/7 rlvr`."""
@@ -58,10 +62,12 @@ class Outlook:
         return total
 
     def _rows(self, name: str) -> int | None:
+        """Rows of a set; of a harvest that has not been made yet, the largest number that it may have."""
         try:
-            return rows_of(self._sets[name])
+            rows = rows_of(self._sets[name])
         except (OSError, ValueError):  # the stage itself says what is wrong with the file
             return None
+        return self._harvests.get(name) if rows is None else rows
 
     def later(self, stage: str, pace: float | None) -> float | None:
         """Estimated seconds of the later stages and all evaluations; None if a stage has no estimate.
@@ -113,6 +119,8 @@ class Follower:
         self._completions = Tail(out / "completions.jsonl")
         self._total = outlook.updates(stage) if outlook else None
         self._first: tuple[float, int] | None = None
+        self._known: dict[str, Any] = {}
+        """The last values of _SHOWN: not every update has them, as an RL batch is for several updates."""
         self._text = "starting"
 
     def look(self) -> None:
@@ -120,12 +128,14 @@ class Follower:
         records = self._metrics.new()
         for record in records:
             self.track.log(record)
+            self._known |= {name: record[name] for name in _SHOWN if name in record}
         self.track.completions(self._completions.new())
         for alarm in self._alarms.new():
             self.display.line(f"{self.stage}: ALARM {alarm['name']}: {alarm['text']}")
             self.track.alert(f"{self.stage}: {alarm['name']}", alarm["text"])
         if records:
-            self._text = " · ".join([metrics_text(records[-1], self._total), *self._left(records[-1])])
+            shown = metrics_text(self._known | records[-1], self._total)
+            self._text = " · ".join([shown, *self._left(records[-1])])
         self.display.passing(self._text, elapsed="left" not in self._text)
 
     def _left(self, record: Mapping[str, Any]) -> list[str]:

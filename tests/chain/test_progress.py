@@ -61,6 +61,20 @@ def test_updates_are_known_from_recipe_and_rows(outlook, toy):
     assert outlook.label("rlvr") == "stage 3/3 rlvr"
 
 
+def test_a_harvest_counts_with_its_most_rows_until_it_is_made(toy):
+    harvest = {"source": {"set": "train"}, "into": "own", "keep": 20}
+    phase = {"name": "only", "data": [{"set": "own"}]}
+    optim = {"learning_rate": 0.001, "epochs": 1, "global_batch_size": 8}
+    config = {"max_tokens": 64, "prepare": {"harvest": harvest}, "phases": [{**phase, "optim": optim}]}
+    recipe = load_recipe(toy.recipe_dir, [f"think_fusion={json.dumps(config)}"])
+    found = Outlook(recipe, toy.run_dir, ("core", "think_fusion"))
+    assert found.updates("think_fusion") == 3
+    made = toy.run_dir / "prepared" / "think_fusion"
+    made.mkdir(parents=True)
+    pq.write_table(pa.table({"id": ["row"] * 7}), made / "own.parquet")
+    assert found.updates("think_fusion") == 1
+
+
 def test_later_stages_take_what_they_took_or_what_their_kind_takes(outlook, toy):
     assert outlook.later("basic_sft", pace=1.0) is None  # no RL stage has run yet
     assert outlook.later("rlvr", pace=1.0) == 0
@@ -81,10 +95,9 @@ def test_the_line_tells_step_figures_and_time_left(outlook, toy, monkeypatch):
     monkeypatch.setattr("chain.display.PLAIN_EVERY_S", 0)
     follower = Follower("rlvr", toy.run_dir, display, Track(), outlook)
     with display.step(outlook.label("rlvr")):
-        for step in (1, 2):
-            append_jsonl(
-                toy.run_dir / "metrics.jsonl", {"step": step, "reward": 0.85, "rollout/correct": 1.0}
-            )
+        # The second update of a batch logs no reward.
+        for figures in ({"step": 1, "reward": 0.85, "rollout/correct": 1.0}, {"step": 2, "loss": 0.5}):
+            append_jsonl(toy.run_dir / "metrics.jsonl", figures)
             follower.look()
     first, second = display.console.file.getvalue().splitlines()
     assert first.startswith("stage 3/3 rlvr · step 1/2 · reward .85 · correct 1.00 · ")
