@@ -6,6 +6,7 @@ processors. Work that needs the rollout servers first waits for the evaluation t
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -378,11 +379,18 @@ class Loop:
         started = time.monotonic()
         scores = stage.evaluate(self.context(stage, folder / "checkpoint", folder, self.background.progress))
         seconds = time.monotonic() - started
-        sets = {name: self.folder.sets[one.set] for name, one in self.recipe.eval.sets.items()}
+        sets = {
+            name: self._near(self.folder.sets[one.set], folder) for name, one in self.recipe.eval.sets.items()
+        }
         found = {"scores": scores, "seconds": seconds, "fingerprint": fingerprint, "sets": sets}
         write_json(folder / "eval.json", found)
         self.display.line(f"{stage.name}: {report.scores_text(scores)}  ({duration(seconds)})")
         return scores
+
+    def _near(self, place: str, folder: Path) -> str:
+        """A set's place; within the run's folder it is relative to `folder`, so that a moved run finds it."""
+        inside = Path(place).is_relative_to(self.folder.path)
+        return os.path.relpath(place, folder) if inside else place
 
     def context(
         self,

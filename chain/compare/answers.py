@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chain.compare.measures import Scores, of_samples
+from chain.inputs import is_on_hub
 from chain.recipe import STAGE_NAMES
 from core.files import read_json, read_jsonl
 from core.strict import ConfigError
@@ -94,7 +95,11 @@ def _read(folder: Path, label: str) -> Answers:
         if row.key in found:
             raise ConfigError(f"{folder}: question {row.key[1]!r} is twice in set {row.key[0]!r}")
         found[row.key] = row
-    return Answers(label, folder, found, evaluated.get("sets", {}), scores)
+    sets = {
+        name: place if is_on_hub(place) else str((folder / place).resolve())
+        for name, place in evaluated.get("sets", {}).items()
+    }
+    return Answers(label, folder, found, sets, scores)
 
 
 def _held_out(line: Mapping[str, Any], file: Path, number: int) -> Answer:

@@ -124,7 +124,8 @@ def test_the_command_exits_with_1_on_a_failed_gate_and_2_on_a_wrong_one(tmp_path
     assert main(["compare", str(base), str(other), "--gate", "mcq = 3"]) == 2
 
 
-def test_the_page_shows_changed_questions_with_pictures_and_escapes_them(tmp_path):
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_page_shows_changed_questions_with_pictures_and_escapes_them(tmp_path, relative):
     base, other = write(tmp_path / "base", [True, False]), write(tmp_path / "other", [False, False])
     rows = [
         {"id": f"q{n}", "question": "?", "answer": "A", "mode": "direct", "verifier": "exact"}
@@ -132,7 +133,8 @@ def test_the_page_shows_changed_questions_with_pictures_and_escapes_them(tmp_pat
         for n in range(2)
     ]
     write_records(tmp_path / "mcq.parquet", rows)
-    write_json(base / "eval.json", {"scores": {}, "sets": {"mcq": str(tmp_path / "mcq.parquet")}})
+    place = "../mcq.parquet" if relative else str(tmp_path / "mcq.parquet")
+    write_json(base / "eval.json", {"scores": {}, "sets": {"mcq": place}})
     answers = read_all([base, other])
     html = page([compare(*answers)], answers[0])
     assert len(re.findall('<div class="card( right)?">', html)) == 1

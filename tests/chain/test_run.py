@@ -36,7 +36,9 @@ def test_a_chain_leaves_a_checkpoint_config_manifest_and_scores_per_stage(toy):
         folder = toy.run_dir / stage
         assert (folder / "checkpoint" / "config.json").exists()
         assert read_json(folder / "config.json")
-        assert read_json(folder / "eval.json")["scores"]["direct"]["accuracy"] == 0.5
+        found = read_json(folder / "eval.json")
+        assert found["scores"]["direct"]["accuracy"] == 0.5
+        assert found["sets"] == dict.fromkeys(("thinking", "direct"), "../data/held.parquet")
     manifest = Manifest.read(toy.run_dir / "rlvr")
     assert (manifest.parent, manifest.seed) == ("basic_sft", 0)
     assert set(manifest.inputs) == {"set:extra", "stage:basic_sft", "code:toy_stages:train"}
