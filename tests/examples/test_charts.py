@@ -1,5 +1,8 @@
 """examples/charts: its splits, golds, pictures and reward; `plan` accepts its recipe; its core sees what stages see."""
 
+import json
+import shutil
+import subprocess
 import sys
 from random import Random
 
@@ -15,7 +18,7 @@ sys.path.append(str(FOLDER))
 from chart_data import generate  # noqa: E402
 from chart_drawing import SIDE, draw  # noqa: E402
 from chart_lessons import MIXTURES, draw_lessons  # noqa: E402
-from chart_reward import Readings, RelaxedAccuracy  # noqa: E402
+from chart_reward import Readings, RelaxedAccuracy, Shuffled  # noqa: E402
 from chart_scenes import HELDOUT, LEVELS, REASONING, TRAIN, VALIDATION, Chart, ask, split_of  # noqa: E402
 
 SIZES = dict.fromkeys(
@@ -138,6 +141,14 @@ def test_readings_counts_what_the_chart_shows(thought, score):
     assert Readings()(completion("1200 mm", thought), ROW).score == score
 
 
+def test_a_shuffled_reward_gives_the_scores_of_the_completions_in_another_order():
+    reward = Shuffled("chart_reward:RelaxedAccuracy")
+    scores = [reward(completion("1200 mm" if turn % 2 else "3 mm"), ROW).score for turn in range(400)]
+    assert sum(scores) / 400 == pytest.approx(0.5, abs=0.1)
+    right = [score for turn, score in enumerate(scores) if turn % 2]
+    assert sum(right) / 200 == pytest.approx(0.5, abs=0.15)
+
+
 def test_golds_earn_1_and_corrupted_answers_0(sets, tmp_path, monkeypatch, capsys):
     from sailvl2_posttrain import write_records
 
@@ -147,7 +158,9 @@ def test_golds_earn_1_and_corrupted_answers_0(sets, tmp_path, monkeypatch, capsy
     assert main(["rewards", "test", reward, "rows.parquet"]) == 0, capsys.readouterr()
 
 
-def test_plan_accepts_the_recipe(capsys):
+def test_plan_accepts_the_recipe_and_its_control(capsys):
+    assert main(["plan", str(FOLDER / "shuffled")]) == 0
+    assert "0.8 answer (chart_reward:Shuffled)" in capsys.readouterr().out
     assert main(["plan", str(FOLDER)]) == 0
     shown = capsys.readouterr().out
     assert "0.8 answer (chart_reward:RelaxedAccuracy) + 0.2 format (think_format)" in shown
@@ -202,17 +215,23 @@ def test_a_built_core_reads_the_prompts_of_the_stages(tmp_path):
     )
 
 
+def run(runs, folder, *words):
+    """`posttrain run`; stage -> set -> scores."""
+    command = [sys.executable, "-P", "-m", "chain.cli.main", "run", str(folder), "--runs-dir", str(runs)]
+    done = subprocess.run([*command, "--seed", "1", *words], cwd=runs, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((runs / f"{folder.name}-seed1" / "report.json").read_text())
+    return {stage["name"]: stage["eval"] for stage in report["stages"]}
+
+
 @pytest.mark.slow
 def test_it_learns_from_its_rewards_and_keeps_its_direct_answers(tmp_path):
-    import json
-    import subprocess
-
-    command = [sys.executable, "-P", "-m", "chain.cli.main", "run", str(FOLDER), "--runs-dir", str(tmp_path)]
-    done = subprocess.run([*command, "--seed", "1"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    report = json.loads((tmp_path / "charts-seed1" / "report.json").read_text())
-    stages = {stage["name"]: stage["eval"] for stage in report["stages"]}
-    score = {name: {key: one["accuracy"] for key, one in sets.items()} for name, sets in stages.items()}
-    assert score["rlvr"]["thinking"] - score["longcot_sft"]["thinking"] >= 0.25
-    assert score["mixed_rl"]["direct"] >= score["basic_sft"]["direct"] - 0.03
+    stages = run(tmp_path, FOLDER)
+    before = stages["longcot_sft"]["thinking"]["accuracy"]
+    assert stages["rlvr"]["thinking"]["accuracy"] - before >= 0.25
+    assert stages["mixed_rl"]["direct"]["accuracy"] >= stages["basic_sft"]["direct"]["accuracy"] - 0.03
     assert all(one["format_rate"] >= 0.98 for one in stages["mixed_rl"].values())
+    # Rewards that say nothing about a completion teach nothing.
+    shutil.copytree(tmp_path / "charts-seed1", tmp_path / "shuffled-seed1")
+    control = run(tmp_path, FOLDER / "shuffled", "--from", "rlvr", "--until", "rlvr")
+    assert control["rlvr"]["thinking"]["accuracy"] - before < 0.1
