@@ -208,7 +208,7 @@ def test_an_error_shows_no_control_character_of_a_file(folder):
     assert "\\x1b[31mred" in str(error.value)
 
 
-@pytest.mark.parametrize("bring", ["code", "NaN"])
+@pytest.mark.parametrize("bring", ["code", pytest.param("NaN", marks=pytest.mark.slow)])
 def test_vllm_refuses_such_a_core_before_it_reads_it(folder, bring):
     """In a process of its own: vLLM patches transformers."""
     if bring == "code":

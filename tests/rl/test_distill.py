@@ -114,6 +114,7 @@ def test_a_teacher_gives_the_log_probabilities_of_a_plain_pass(tiny_core, tmp_pa
         client.close()
 
 
+@pytest.mark.slow
 def test_a_teacher_on_vllm_gives_the_log_probabilities_of_a_plain_pass(client, tiny_core, tmp_path):
     check_scores(client, tiny_core, tmp_path)
 

@@ -1,6 +1,8 @@
 """Servers that die, come back, or come back unnoticed: requests move on, old weights are never sampled from."""
 
 import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +40,11 @@ def client(fakes, told, tmp_path, monkeypatch):  # noqa: F811
         fake.requests.clear()
     yield client
     client.close()
+
+
+def sleep_is(monkeypatch, instead):
+    """Replace the client's `time.sleep`, and that of no other thread."""
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=instead))
 
 
 def die(fake):
@@ -99,7 +106,7 @@ def test_the_only_server_may_leave_every_connection_open_and_be_replaced(fakes, 
         fakes[0].replies["v1/chat/completions"] = (200, reply([7]))
         fakes[0].healthy = True
 
-    monkeypatch.setattr(module.time, "sleep", replace)
+    sleep_is(monkeypatch, replace)
     client = RolloutClient([fakes[0].url], CORE, concurrency=2, patience_s=60, warn=lambda text: None)
     assert len(ask(client, count=5)) == 5  # more than there are threads
     client.close()
@@ -214,7 +221,7 @@ def test_without_any_server_the_client_waits_for_one_and_asks_again(client, fake
     for fake in fakes:
         die(fake)
     client.patience_s = 60
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: return_(fakes[1]))
+    sleep_is(monkeypatch, lambda seconds: return_(fakes[1]))
     assert len(ask(client, count=3)) == 3
     assert client.fleet.serving == [fakes[1].url]
 
@@ -266,14 +273,14 @@ def test_weights_that_came_by_another_way_are_not_asked_of_a_server_that_missed_
     die(fakes[1])
     client.patience_s = 3600  # waiting is useless: a server that comes back cannot get these weights
     monkeypatch.setattr(module, "RETURN_PAUSE_S", 7)
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: seconds == 7 and pytest.fail("it waits"))
+    sleep_is(monkeypatch, lambda seconds: seconds == 7 and pytest.fail("it waits"))
     with pytest.raises(RolloutError, match="no rollout server is left"):
         ask(client)
 
 
 def test_a_lost_server_is_looked_at_less_and_less_while_others_serve(client, fakes, monkeypatch):  # noqa: F811
     looks, now = [], [0.0]
-    monkeypatch.setattr(fleet.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(fleet, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(client.http, "healthy", lambda url: looks.append(now[0]))
     die(fakes[0])
     for now[0] in range(20):

@@ -120,9 +120,11 @@ def test_ports_are_counted_up_from_the_first(started, tmp_path):
 
 def test_a_server_that_hangs_is_killed_and_started_again(started, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(server, "PROBE_S", 0.05)
+    monkeypatch.setattr("rl.rollout.http.BUSY_S", (2.0, 2.0))
     cfg = PoolConfig(max_model_tokens=64, startup_timeout_s=20, hang_timeout_s=0.5)
     with starting_pool(cfg, tmp_path, tmp_path) as wait:
         (url,) = wait()
+        time.sleep(1)  # for a first probe; without it, the server may take startup_timeout_s
         started[0].send_signal(signal.SIGSTOP)  # the guard alone: its child goes on
         for below in psutil.Process(started[0].pid).children():
             below.suspend()

@@ -247,6 +247,7 @@ def test_lora_weights_reach_the_server_merged_and_stay_apart_here(client, fresh_
     assert kept.equal(frozen)
 
 
+@pytest.mark.slow
 def test_the_engine_ends_with_a_server_whose_guard_was_killed_too(tiny_core, tmp_path):
     import psutil
 
