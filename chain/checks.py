@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chain.bench import curve
+from chain.errors import left
 from chain.inputs import code_file, foreign_set, is_on_hub, set_place
 from chain.plan.curations import curations
 from chain.recipe import STAGE_NAMES, ForeignSet, Recipe, SFTStage, made_between, sources
@@ -21,7 +22,7 @@ from core.training.job import Job
 from corpus.formats.files import files_of, root_of
 from corpus.formats.table import known
 from corpus.hub import address_hint
-from corpus.records import DataSource, load_source
+from corpus.records import DataSource, RecordError, load_source
 from corpus.vocabulary import has_unknown
 from rewards.example import Example
 from rl.config import RLConfig
@@ -171,17 +172,25 @@ def _remembered(limits: Limits, sets: Mapping[str, str], model: Path | None, run
 def _look(limits: Limits, sets: Mapping[str, str], model: Path | None) -> dict[str, Any]:
     """Check the rows. A check with a tokenizer runs in a child process, because transformers imports torch."""
     from chain.job import Task
-    from chain.launch import run_job
+    from chain.launch import StageFailed, run_job
 
     with tempfile.TemporaryDirectory(prefix="posttrain-check-") as folder:
         out = Path(folder)
         job = Job(
             stage="rows", model=model, out=out, sets={name: Path(place) for name, place in sets.items()}
         )
-        if model is None:
-            hold_against_limits(limits, job)
-        else:
-            run_job(Task.of("rl.limits:check", limits, job), out)
+        try:
+            if model is None:
+                hold_against_limits(limits, job)
+            else:
+                run_job(Task.of("rl.limits:check", limits, job), out)
+        except RecordError as error:
+            raise ConfigError(str(error)) from error
+        except StageFailed as failed:
+            words, bug = left(out) or ("", True)
+            if bug:
+                raise
+            raise ConfigError(words) from failed
         return read_json(out / FOUND)
 
 
@@ -213,6 +222,9 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             remedy = f"; make it: posttrain data curate {recipe.place(made)}" if made else address_hint(place)
             said = f"there is no such file or folder; {recipe.looked()}{remedy}"
             yield f"data.sets.{name} = {place!r}: {said}"
+        elif not is_on_hub(found) and not _is_parquet(Path(found)):
+            remedy = f"to import another format, name it as `{name}: {{path: {place}}}`"
+            yield f"data.sets.{name} = {place!r}: {found} is not a Parquet file; {remedy}"
     core = recipe.core.path
     if core is not None and not (recipe.place(core) / "config.json").is_file():
         yield f"core.path = {core!r}: this is not a checkpoint folder: config.json is missing; {recipe.looked()}"
@@ -221,6 +233,14 @@ def _missing_data(recipe: Recipe) -> Iterator[str]:
             check_code(recipe.place(core))
         except ForeignCode as error:
             yield f"core.path: {error}"
+
+
+def _is_parquet(place: Path) -> bool:
+    """Whether the place is a folder, or a file that starts as Parquet files do."""
+    if place.is_dir():
+        return True
+    with place.open("rb") as file:
+        return file.read(4) == b"PAR1"
 
 
 def _routing_problems(recipe: Recipe, model: Path | None) -> Iterator[str]:

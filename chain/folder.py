@@ -215,8 +215,10 @@ class RunFolder:
         with atomic_dir(step.folder, same=step.fingerprint) as partial:
             if (partial / DONE).exists():
                 self.say(f"{step.name}: the interrupted run had finished its work")
-            elif (partial / "config.json").exists():
+            elif any((partial / UNFINISHED).glob("*")):
                 self.say(f"{step.name}: resumes where an interrupted run stopped")
+            elif (partial / "config.json").exists():
+                self.say(f"{step.name}: starts again; the interrupted run had saved nothing")
             write_json(partial / "config.json", dump)
             yield partial
             (partial / ERROR).unlink(missing_ok=True)

@@ -147,6 +147,8 @@ def require_checkpoint(model: Path) -> None:
     kind = read_json(model / "config.json").get("model_type")
     if kind != "sailvl2":
         raise ConfigError(
-            f"{model}: model_type={kind!r}, but a core has sailvl2; convert it with `posttrain core import`"
+            f"{model}: this is a stage's folder; name {model / 'checkpoint'}"
+            if (model / "checkpoint").is_dir()
+            else f"{model}: model_type={kind!r}, but a core has sailvl2; convert it with `posttrain core import`"
         )
     check_checkpoint(model)

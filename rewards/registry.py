@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -102,10 +103,11 @@ def _find(place: str, name: str, folders: Sequence[str | os.PathLike[str]]) -> A
     try:
         return functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:
+        own = next((place / f"{where}.py" for place in places if (place / f"{where}.py").is_file()), None)
         known = [word for word in vars(module) if not word.startswith("_")]
-        raise UnknownReward(
-            f"reward {name!r}: {module.__file__} has no {attribute!r}; {nearest(attribute, known)}"
-        ) from None
+        hidden = own and str(own) != module.__file__
+        hint = f"it hides {own}, so name {where}.py:{attribute}" if hidden else nearest(attribute, known)
+        raise UnknownReward(f"reward {name!r}: {module.__file__} has no {attribute!r}; {hint}") from None
 
 
 def _search(folders: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -127,7 +129,7 @@ def _from_path(where: str, name: str) -> ModuleType:
         return importlib.import_module(where)
     except ModuleNotFoundError as error:
         if not where.startswith(f"{error.name}.") and where != error.name:
-            raise  # the module exists; one of its imports does not
+            raise _missing_import(name, where, error) from error
         raise UnknownReward(
             f"reward {name!r}: no module {error.name!r}; install its package, put it on PYTHONPATH, "
             "or name a file: file.py:Name"
@@ -151,10 +153,16 @@ def _from_file(where: str, places: Iterable[Path], name: str) -> ModuleType:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[module_name]
+        if isinstance(error, ModuleNotFoundError):
+            raise _missing_import(name, str(file), error) from error
         raise
     return module
+
+
+def _missing_import(name: str, where: str, error: ModuleNotFoundError) -> UnknownReward:
+    return UnknownReward(f"reward {name!r}: {where} imports {error.name!r}, which is not installed")
 
 
 def with_params(
@@ -189,6 +197,10 @@ def with_params(
     return found(**params)
 
 
+_ANSWERS = frozenset(("ground_truth", "solution", "answer", "reference", "gold", "label", "target"))
+"""Names of a column with the gold answer in other libraries."""
+
+
 def _call_problem(reward: Any) -> str:
     form = form_of(reward)
     if not callable(form.call):
@@ -203,5 +215,11 @@ def _call_problem(reward: Any) -> str:
     if not form.batched and first in ("completions", "prompts"):
         return (
             f"its first parameter is {first!r}; if this is a TRL reward function, write trl: before its name"
+        )
+    second = next(itertools.islice(signature.parameters, 1, None), "")
+    if not form.batched and second in _ANSWERS:
+        return (
+            f"its second parameter is {second!r}, but it gets the row: name it `example` and read example.answer; "
+            "a TRL reward function takes columns by name, with trl: before its own name"
         )
     return ""

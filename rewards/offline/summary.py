@@ -39,12 +39,17 @@ class Summary:
     """(mode, source of the mode) -> number of rows (rewards.offline.rows.mode_of_row)."""
     causes: dict[str, Counter[str]] = field(default_factory=dict)
     """Reward -> causes of missing scores; "" -> causes of invalid lines. Numbers and quoted words are left out."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Cause -> the first text with this cause."""
 
     def count_cause(self, name: str, text: str) -> None:
         """Count the cause of a missing score."""
         cause = _VARIABLE.sub("…", text)[:200]
         causes = self.causes.setdefault(name, Counter())
-        causes[cause if cause in causes or len(causes) < MOST_CAUSES else "other causes"] += 1
+        if cause not in causes and len(causes) >= MOST_CAUSES:
+            cause = text = "other causes"
+        self.examples.setdefault(cause, text[:200])
+        causes[cause] += 1
 
 
 def words(summary: Summary, target: Path) -> Iterator[str]:
@@ -62,7 +67,7 @@ def words(summary: Summary, target: Path) -> Iterator[str]:
     for name, causes in summary.causes.items():
         shown = causes.most_common(SHOWN_CAUSES)
         rest = causes.total() - sum(count for _, count in shown)
-        texts = [f"{count} x {cause}" for cause, count in shown] + (
+        texts = [f"{count} x {summary.examples.get(cause, cause)}" for cause, count in shown] + (
             [f"{rest} for other causes"] if rest else []
         )
         yield f"{name or 'lines that are not rows'}, without a score: {printable('; '.join(texts), 2000)}"

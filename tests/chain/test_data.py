@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from chain import checks
 from chain.checks import check
 from chain.cli.main import main
+from chain.launch import StageFailed
 from chain.plan.text import _Sets
 from chain.recipe import load_recipe
 from chain.run import data
+from core.files import write_json
 from core.strict import ConfigError
-from corpus.records import load_records
+from corpus.records import RecordError, load_records
+from rl.limits import Limits
 
 ROWS = [{"q": f"{n}+1?", "answer": str(n + 1), "note": ""} for n in range(5)]
 
@@ -86,3 +90,30 @@ def test_a_recipes_set_in_another_format_is_imported_once(toy, source, capsys):
     source.write_text(json.dumps(ROWS[0]) + "\n")
     data(recipe, runs_dir=toy.root / "runs")
     assert len(load_records(made)) == 1
+
+
+def test_a_plan_refuses_a_set_that_is_not_parquet_with_the_remedy(toy):
+    (toy.recipe_dir / "rows.jsonl").write_text('{"id": "a"}')
+    given = ["data.sets={mine: rows.jsonl}", "sft.phases.0.data.0.set=mine"]
+    with pytest.raises(ConfigError, match=r"rows.jsonl is not a Parquet file; .*`mine: {path: rows.jsonl}`"):
+        check(load_recipe(toy.recipe_dir, given))
+
+
+@pytest.mark.parametrize("has_core", [False, True])
+def test_a_row_that_cannot_be_read_is_refused_in_one_line(toy, tmp_path, monkeypatch, has_core):
+    """By this process, and by the child that has the core's tokenizer."""
+    words = "rows.parquet: row 5: images: must decode"
+
+    def refuse(*_):
+        raise RecordError(words)
+
+    def child(task, out):
+        write_json(out / "error.json", {"text": words, "bug": False, "rank": "0"})
+        raise StageFailed("rows: exit code 1, and a traceback")
+
+    monkeypatch.setattr(checks, "hold_against_limits", refuse)
+    monkeypatch.setattr("chain.launch.run_job", child)
+    limits = Limits(max_images=1, max_model_tokens=9, asked=())
+    with pytest.raises(ConfigError) as refused:
+        checks._look(limits, {}, tmp_path if has_core else None)
+    assert str(refused.value) == words

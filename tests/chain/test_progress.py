@@ -121,6 +121,16 @@ def test_a_resumed_stage_sends_each_line_on_and_tells_alarms_once(toy):
     assert display.console.file.getvalue().count("ALARM") == 1
 
 
+def test_an_alarm_of_every_batch_is_told_less_and_less(toy):
+    track, display = Track(), Display(Console(file=StringIO(), width=120))
+    follower = Follower("rlvr", toy.run_dir, display, track)
+    for batch in range(9):
+        append_jsonl(toy.run_dir / "alarms.jsonl", {"batch": batch, "name": "status", "text": "all wrong"})
+    follower.look()
+    assert track.alerts == ["rlvr: status", *(f"rlvr: status ({count} times)" for count in (2, 4, 8))]
+    assert display.console.file.getvalue().count("ALARM status") == 4
+
+
 @pytest.mark.parametrize(
     ("record", "text"),
     [

@@ -180,6 +180,7 @@ def test_a_failed_stage_that_saves_continues_in_its_folder_unless_it_changed(toy
         with pytest.raises(StageFailed):
             toy.run(saving, until="basic_sft")
         left.write_text("half of it")
+        (left.parent / "unfinished" / "update-1").mkdir(parents=True)
         monkeypatch.delenv("TOY_FAIL")
         (left.parent / "checkpoint").rmdir()
         toy.run(*overrides, until="basic_sft")

@@ -28,6 +28,9 @@ def contains(completion, example, *, word="4", case=True):
 def alone(completion):
     return 1.0
 
+def theirs(completion, ground_truth):
+    return float(ground_truth in completion)
+
 NUMBER = 3
 '''
 
@@ -86,7 +89,12 @@ def test_an_unknown_reward_is_a_lookup_error_too():
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("alone", "too many positional"), ("NUMBER", "is a int, not"), ("Example", "method __call__|missing")],
+    [
+        ("alone", "too many positional"),
+        ("theirs", "'ground_truth', but it gets the row"),
+        ("NUMBER", "is a int, not"),
+        ("Example", "method __call__|missing"),
+    ],
 )
 def test_objects_that_cannot_grade_are_refused(mine, name, says):
     module = "rewards.example" if name == "Example" else "users_rewards"
@@ -95,10 +103,20 @@ def test_objects_that_cannot_grade_are_refused(mine, name, says):
         load_reward(f"{module}:{name}", params, [mine])
 
 
-def test_an_import_that_fails_inside_the_users_module_is_shown_as_it_is(mine):
+def test_a_file_that_an_installed_module_hides_is_named(mine):
+    (mine / "rewards.py").write_text("def mine(completion, example):\n    return 1.0\n")
+    with pytest.raises(UnknownReward, match=r"it hides .*/rewards\.py, so name rewards\.py:mine"):
+        load_reward("rewards:mine", None, [mine])
+    assert load_reward("rewards.py:mine", None, [mine])("4", ROW) == 1.0
+
+
+@pytest.mark.parametrize("name", ["needs_more:X", "needs_more.py:X"])
+def test_an_import_that_fails_inside_the_users_module_is_named_with_the_module(mine, name):
     (mine / "needs_more.py").write_text("import a_package_that_is_not_there")
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
-        load_reward("needs_more:X", None, [mine])
+    with pytest.raises(
+        UnknownReward, match=r"needs_more.* imports 'a_package_that_is_not_there', which is not"
+    ):
+        load_reward(name, None, [mine])
 
 
 def test_a_missing_folder_is_an_error(tmp_path):

@@ -342,6 +342,6 @@ def test_a_file_of_which_nothing_can_be_scored_ends_with_code_1_and_the_causes(w
     shown = capsys.readouterr()
     assert "none of the 4 rows could be scored" in shown.err
     assert "answer, without a score: 3 x unscorable: " in shown.out
-    assert "lines that are not rows, without a score: 1 x no …" in shown.out
+    assert 'lines that are not rows, without a score: 1 x no "gold"' in shown.out
     assert main([*command, "--allow-unscorable"]) == 0
     assert len((work / "scored.jsonl").read_text().splitlines()) == 4
