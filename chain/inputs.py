@@ -44,14 +44,18 @@ def locate_sets(recipe: Recipe, run: Path) -> dict[str, str]:
 
 
 def rows_of(place: str) -> int | None:
-    """Rows of a local set, from the footers of its Parquet files; None if the set does not exist."""
+    """Rows of a local set, from the footers of its Parquet files; None if it does not exist or is not Parquet."""
     path = Path(place)
     if not path.exists():
         return None
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
-    return sum(pq.read_metadata(file).num_rows for file in files)
+    try:
+        return sum(pq.read_metadata(file).num_rows for file in files)
+    except pa.ArrowInvalid:  # chain.checks refuses the set
+        return None
 
 
 def phase_rows(phase: Phase, rows: Callable[[str], int | None]) -> int | None:

@@ -1,6 +1,7 @@
 """`posttrain data import`, and a recipe's sets in foreign formats."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -92,11 +93,13 @@ def test_a_recipes_set_in_another_format_is_imported_once(toy, source, capsys):
     assert len(load_records(made)) == 1
 
 
-def test_a_plan_refuses_a_set_that_is_not_parquet_with_the_remedy(toy):
+def test_a_plan_refuses_a_set_that_is_not_parquet_with_the_remedy(toy, capsys):
     (toy.recipe_dir / "rows.jsonl").write_text('{"id": "a"}')
-    given = ["data.sets={mine: rows.jsonl}", "sft.phases.0.data.0.set=mine"]
-    with pytest.raises(ConfigError, match=r"rows.jsonl is not a Parquet file; .*`mine: {path: rows.jsonl}`"):
-        check(load_recipe(toy.recipe_dir, given))
+    given = ["--set", "data.sets={mine: rows.jsonl}", "--set", "sft.phases.0.data.0.set=mine"]
+    assert main(["plan", str(toy.recipe_dir), *given]) == 2
+    shown = capsys.readouterr()
+    assert "rows.jsonl (found)" in shown.out
+    assert re.search(r"rows.jsonl is not a Parquet file; .*`mine: {path: rows.jsonl}`", shown.err)
 
 
 @pytest.mark.parametrize("has_core", [False, True])
