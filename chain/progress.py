@@ -120,7 +120,7 @@ class Follower:
         self._completions = Tail(out / "completions.jsonl")
         self._total = outlook.updates(stage) if outlook else None
         self._first: tuple[float, int] | None = None
-        self._raised: Counter[str] = Counter()
+        self._occurred: Counter[str] = Counter()
         self._known: dict[str, Any] = {}
         """The last values of _SHOWN: not every update has them, as an RL batch is for several updates."""
         self._text = "starting"
@@ -133,16 +133,16 @@ class Follower:
             self._known |= {name: record[name] for name in _SHOWN if name in record}
         self.track.completions(self._completions.new())
         for alarm in self._alarms.new():
-            self._raise(alarm["name"], alarm["text"])
+            self._show(alarm["name"], alarm["text"])
         if records:
             shown = metrics_text(self._known | records[-1], self._total)
             self._text = " · ".join([shown, *self._left(records[-1])])
         self.display.passing(self._text, elapsed="left" not in self._text)
 
-    def _raise(self, name: str, text: str) -> None:
-        """Tell an alarm the 1st, 2nd, 4th, 8th, ... time, as some come with every batch; alarms.jsonl has them all."""
-        self._raised[name] += 1
-        count = self._raised[name]
+    def _show(self, name: str, text: str) -> None:
+        """Show an alarm at its 1st, 2nd, 4th, 8th, ... occurrence: some occur in every batch. alarms.jsonl has all."""
+        self._occurred[name] += 1
+        count = self._occurred[name]
         if count & (count - 1) == 0:
             times = f" ({count} times)" if count > 1 else ""
             self.display.line(f"{self.stage}: ALARM {name}{times}: {text}")

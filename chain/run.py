@@ -156,7 +156,7 @@ class Background:
         self._text = text
 
     def raise_early(self) -> None:
-        """Re-raise a ConfigError of the work: it refuses the recipe, so the stage that is training is in vain."""
+        """Re-raise a ConfigError of the work at once: it refuses the recipe, so further training would be wasted."""
         if self._work and self._work.done() and isinstance(self._work.exception(), ConfigError):
             self.settle()
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 PARTIAL = ".partial"
 _CHUNK_BYTES = 1 << 20
 ESCAPE = "backslashreplace"
+"""How the writers encode half of a surrogate pair, which UTF-8 cannot hold."""
 SAME = ".same"
 """File in a partial folder that identifies the block which may continue there."""
 
@@ -40,7 +41,7 @@ def write_text(path: Path, text: str) -> None:
 def writing(path: Path) -> Iterator[IO[str]]:
     """A text file that becomes `path` when the block ends, or is dropped if the block raises.
 
-    Half of a surrogate pair, which UTF-8 cannot hold, is written as `\\udc80`. In JSON that is its own escape.
+    Half of a surrogate pair is written as `\\udc80`, which JSON reads back as the same character.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(path)

@@ -121,7 +121,7 @@ def test_a_resumed_stage_sends_each_line_on_and_tells_alarms_once(toy):
     assert display.console.file.getvalue().count("ALARM") == 1
 
 
-def test_an_alarm_of_every_batch_is_told_less_and_less(toy):
+def test_an_alarm_of_every_batch_is_shown_less_and_less_often(toy):
     track, display = Track(), Display(Console(file=StringIO(), width=120))
     follower = Follower("rlvr", toy.run_dir, display, track)
     for batch in range(9):

@@ -148,7 +148,7 @@ def test_a_failed_stage_is_in_the_report(toy, monkeypatch):
 
 
 def test_a_refused_row_stops_the_stage_that_trains_after_a_built_core(toy, monkeypatch):
-    """The rows are checked with the built core's tokenizer beside the next stage, which must not go on in vain."""
+    """The rows are checked with the built core's tokenizer while the next stage trains. A refusal ends that stage."""
 
     def refuse(recipe, sets, model, *_):
         raise ConfigError(f"row 7 does not fit {model.parent.name}")
